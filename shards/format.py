@@ -1,0 +1,156 @@
+"""Shard format, version 1: names, dtypes and the index, shared by the builder and the reader.
+
+`docs/shard-format.md` is the specification. This file opens no tar and knows no tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+import xxhash
+
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+REJECTS_NAME = "rejects.jsonl"
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,90}")  # no dots: webdataset splits a member's name at the first one
+
+# One stored token. `branch` 0 is the shared trunk (BOS and visuals), annotation i is branch i + 1. `weight` is the
+# loss weight of *predicting* this token. The last token of a branch (EOS) is a label only and never an input.
+TOKEN_DTYPE = np.dtype([("id", "<i4"), ("branch", "<i2"), ("weight", "<f4")])
+
+
+class FormatError(ValueError):
+    """A shard or an index that is damaged, foreign or of another version."""
+
+
+def index_dtype(num_variants: int) -> np.dtype[np.void]:
+    """Row of `NNNNNN.idx.npy`: one per sample, 36 + 10 K - 8 bytes.
+
+    offset, span: the sample's byte range in the tar (first header to last padding block); xxh64: xxh3-64 of that
+    span; key_hash: `key_hash(key)`; per variant: num_crops (ViT inputs), num_frames, num_tokens (expanded input
+    tokens) and loss_weight (sum of the tokens' weights).
+    """
+    k = (num_variants,)
+    return np.dtype(
+        [
+            ("offset", "<u8"),
+            ("xxh64", "<u8"),
+            ("span", "<u4"),
+            ("key_hash", "<u4"),
+            ("num_frames", "<u2"),
+            ("num_crops", "<u2", k),
+            ("num_tokens", "<u4", k),
+            ("loss_weight", "<f4", k),
+        ]
+    )
+
+
+def key_hash(key: str) -> int:
+    """32-bit hash of a key: picks the text variant of an epoch, (epoch + hash) mod K."""
+    return xxhash.xxh32_intdigest(key.encode())
+
+
+def span_hash(data: bytes | memoryview) -> int:
+    """xxh3-64 of a sample's bytes."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON bytes that depend on the value alone: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def digest(value: Any) -> str:
+    """sha256 of `canonical_json(value)`, 16 hex digits: enough to tell settings apart and short to print."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()[:16]
+
+
+class ShardInfo(pydantic.BaseModel, extra="forbid", frozen=True):
+    """One tar and its sidecar. `name` is the stem: `000000` for `000000.tar` and `000000.idx.npy`."""
+
+    name: str = pydantic.Field(pattern=r"^\d{6}$")
+    bytes: int
+    sha256: str
+    samples: int
+    index_sha256: str
+
+
+class Totals(pydantic.BaseModel, extra="forbid", frozen=True):
+    """Sums over the dataset. `trees` counts examples, `annotations` their branches; tokens and crops: variant 0."""
+
+    samples: int
+    annotations: int
+    tokens: int
+    crops: int
+    frames: int
+    bytes: int
+    rejects: int
+
+
+class DatasetIndex(pydantic.BaseModel, extra="forbid", frozen=True):
+    """`index.json`: written last, so its presence means that the dataset is whole.
+
+    `processor` holds every setting that changes a token or a pixel (`processor["layout"]` is a `layout.VisualLayout`);
+    `source` names the published dataset (repo, revision); `build` the options of the build, none of which the
+    reader needs.
+    """
+
+    format_version: int
+    dataset: str
+    stage: str
+    num_variants: int = pydantic.Field(ge=1, le=64)
+    processor: dict[str, Any]
+    source: dict[str, Any]
+    build: dict[str, Any]
+    totals: Totals
+    shards: tuple[ShardInfo, ...]
+
+    @property
+    def processor_fingerprint(self) -> str:
+        """Digest of the processor's settings."""
+        return digest(self.processor)
+
+    @property
+    def digest(self) -> str:
+        """What the plan depends on: the samples (through the sidecars' hashes) and the processor."""
+        return digest([self.format_version, self.processor, [[s.name, s.samples, s.index_sha256] for s in self.shards]])
+
+
+def parse_index(data: bytes, where: str) -> DatasetIndex:
+    """Parse `index.json`.
+
+    Raises:
+        FormatError: not JSON, a field missing or unknown, or another format version.
+    """
+    try:
+        raw = json.loads(data)
+    except ValueError as error:
+        raise FormatError(f"{where}: not JSON ({error}); rebuild the dataset with tools/build_shards.py") from None
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"{where}: shard format version {version!r}, this code reads {FORMAT_VERSION}; "
+            "rebuild the dataset with tools/build_shards.py"
+        )
+    try:
+        return DatasetIndex.model_validate(raw)
+    except pydantic.ValidationError as error:
+        raise FormatError(f"{where}: {error}") from None
+
+
+def check_sidecar(rows: npt.NDArray[np.void], shard: ShardInfo, num_variants: int, where: str) -> None:
+    """Check a loaded sidecar against its entry in the index.
+
+    Raises:
+        FormatError: another dtype, or another number of rows.
+    """
+    if rows.dtype != index_dtype(num_variants):
+        raise FormatError(f"{where}: sidecar dtype {rows.dtype} is not that of {num_variants} variants")
+    if len(rows) != shard.samples:
+        raise FormatError(f"{where}: {len(rows)} rows, index.json says {shard.samples}")

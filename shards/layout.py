@@ -1,0 +1,236 @@
+"""Visual layout: from a stored image or frame to its tokens, its crops and its pooling indices.
+
+The builder counts with these functions and the loader expands with them, so that a shard's lengths are true by
+construction. Choosing a tiling for an image is the processor's business (`molmo2/processing`).
+
+A *visual* is one image or one video frame, as the JSON record of a sample lists it:
+    {"kind": "image", "view": 0, "canvas": 1, "tiling": [rows, cols]}    view, canvas: numbers of JPEG members
+    {"kind": "frame", "view": 3, "time": 1.5}                           seconds
+A *crop* is one square ViT input. Sizes are pixels unless they are said to be patches.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisualTokens:
+    """Ids of the tokens that carry or delimit visuals. `image` and `video` are placeholders, never fed to a model."""
+
+    im_start: int
+    im_end: int
+    im_patch: int
+    im_col: int
+    low_res_im_start: int
+    image: int
+    im_low: int
+    frame_start: int
+    frame_end: int
+    video: int
+
+    @classmethod
+    def after(cls, base_vocab: int) -> VisualTokens:
+        """Ids in Molmo2's order of added tokens, the first one being `base_vocab`."""
+        names = ("im_start", "im_end", "im_patch", "im_col", "low_res_im_start", "image", "im_low", "frame_start")
+        return cls(**{name: base_vocab + i for i, name in enumerate((*names, "frame_end", "video"))})
+
+    @property
+    def bidirectional(self) -> tuple[int, ...]:
+        """The eight kinds of tokens that see each other in both directions (Molmo2's "image_tokens" mask)."""
+        return (
+            self.im_patch,
+            self.im_col,
+            self.im_start,
+            self.low_res_im_start,
+            self.im_end,
+            self.frame_start,
+            self.frame_end,
+            self.im_low,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisualLayout:
+    """Geometry of a model's vision input; Molmo2: crop 378, patch 14, margin 4 patches, pools 2 and 3."""
+
+    tokens: VisualTokens
+    crop_size: int
+    patch_size: int
+    overlap_margin: int  # patches that neighbouring crops share with the canvas border, per side
+    image_pool: int
+    video_pool: int
+
+    @property
+    def crop_patches(self) -> int:
+        """Patches per side of a crop."""
+        return self.crop_size // self.patch_size
+
+    @property
+    def window_patches(self) -> int:
+        """Patches per side that a crop adds to the canvas: its own patches less both margins."""
+        return self.crop_patches - 2 * self.overlap_margin
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value from which `from_json` makes an equal layout."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> VisualLayout:
+        """Inverse of `to_json`."""
+        return cls(**{**value, "tokens": VisualTokens(**value["tokens"])})
+
+    def canvas_size(self, tiling: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the canvas that `tiling` = (rows, cols) of crops cover."""
+        margin = 2 * self.overlap_margin * self.patch_size
+        return tuple(n * self.window_patches * self.patch_size + margin for n in tiling)  # type: ignore[return-value]
+
+
+def _canvas_patches(layout: VisualLayout, tiling: tuple[int, int]) -> IntArray:
+    """Index of every canvas patch in the flat patch axis of an image (crop 0 is the view), [rows, cols].
+
+    Crops overlap; a canvas patch is taken from the crop in whose inner window it lies, or from the border crop.
+    """
+    side, window, margin = layout.crop_patches, layout.window_patches, layout.overlap_margin
+
+    def owners(count: int) -> tuple[IntArray, IntArray]:
+        position = np.arange(count * window + 2 * margin)
+        owner = np.clip((position - margin) // window, 0, count - 1)
+        return owner, position - owner * window
+
+    row_crop, row = owners(tiling[0])
+    col_crop, col = owners(tiling[1])
+    crop = 1 + row_crop[:, None] * tiling[1] + col_crop[None, :]
+    return crop * side * side + row[:, None] * side + col[None, :]
+
+
+def _pool(grid: IntArray, pool: int) -> IntArray:
+    """Windows of a grid of patch indices, [ceil(rows / pool), ceil(cols / pool), pool * pool]; -1 pads the borders."""
+    pads = [(-n % pool // 2, -n % pool - -n % pool // 2) for n in grid.shape]
+    grid = np.pad(grid, pads, constant_values=-1)
+    rows, cols = grid.shape[0] // pool, grid.shape[1] // pool
+    return grid.reshape(rows, pool, cols, pool).swapaxes(1, 2).reshape(rows, cols, pool * pool)
+
+
+@functools.lru_cache(maxsize=4096)
+def _image(layout: VisualLayout, tiling: tuple[int, int]) -> tuple[npt.NDArray[np.int32], IntArray]:
+    side, tokens = layout.crop_patches, layout.tokens
+    low = _pool(np.arange(side * side).reshape(side, side), layout.image_pool)
+    high = _pool(_canvas_patches(layout, tiling), layout.image_pool)
+    row = [tokens.im_patch] * high.shape[1] + [tokens.im_col]
+    ids = [tokens.low_res_im_start] + [tokens.im_patch] * (low.shape[0] * low.shape[1]) + [tokens.im_end]
+    ids += [tokens.im_start] + row * high.shape[0] + [tokens.im_end]
+    pooling = np.concatenate([low.reshape(-1, low.shape[-1]), high.reshape(-1, high.shape[-1])])
+    return np.array(ids, np.int32), pooling
+
+
+@functools.lru_cache(maxsize=16)
+def _frame(layout: VisualLayout) -> tuple[npt.NDArray[np.int32], IntArray]:
+    side, tokens = layout.crop_patches, layout.tokens
+    pooling = _pool(np.arange(side * side).reshape(side, side), layout.video_pool)
+    pooling = pooling.reshape(-1, pooling.shape[-1])
+    ids = [tokens.frame_start] + [tokens.im_patch] * len(pooling) + [tokens.frame_end]
+    return np.array(ids, np.int32), pooling
+
+
+def visual_tokens(layout: VisualLayout, visual: dict[str, Any]) -> npt.NDArray[np.int32]:
+    """Token ids that replace a visual's placeholder, [tokens]."""
+    return (_frame(layout) if visual["kind"] == "frame" else _image(layout, tuple(visual["tiling"])))[0]
+
+
+def visual_pooling(layout: VisualLayout, visual: dict[str, Any]) -> IntArray:
+    """Patch indices of each visual token, [im_patch tokens, pool ** 2], local to the visual's crops; -1 pads."""
+    return (_frame(layout) if visual["kind"] == "frame" else _image(layout, tuple(visual["tiling"])))[1]
+
+
+def visual_crops(visual: dict[str, Any]) -> int:
+    """Number of ViT inputs of a visual: 1 for a frame, 1 + rows * cols for an image."""
+    return 1 if visual["kind"] == "frame" else 1 + visual["tiling"][0] * visual["tiling"][1]
+
+
+def split_crops(
+    layout: VisualLayout, tiling: tuple[int, int], view: npt.NDArray[np.uint8], canvas: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.uint8]:
+    """The view, then the canvas cut into overlapping crops in raster order, [1 + rows * cols, crop, crop, 3]."""
+    size, stride = layout.crop_size, layout.window_patches * layout.patch_size
+    tops = [row * stride for row in range(tiling[0])]
+    lefts = [col * stride for col in range(tiling[1])]
+    crops = [canvas[top : top + size, left : left + size] for top in tops for left in lefts]
+    return np.stack([view, *crops])
+
+
+def sample_visuals(record: dict[str, Any], variant: int) -> list[dict[str, Any]]:
+    """The visuals of one text variant, in the order of its placeholders; by default all of the sample's."""
+    chosen = record["variants"][variant].get("visuals")
+    visuals: list[dict[str, Any]] = record["visuals"]
+    return visuals if chosen is None else [visuals[i] for i in chosen]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expanded:
+    """The model's view of one sample: every array [tokens]. `labels` are already shifted, inside each branch."""
+
+    input_ids: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+    branch: npt.NDArray[np.int16]
+    position_ids: npt.NDArray[np.int32]
+    is_visual: npt.NDArray[np.bool_]
+
+
+def expand(layout: VisualLayout, stored: npt.NDArray[np.void], visuals: list[dict[str, Any]]) -> Expanded:
+    """Expand the placeholders of a stored variant and shift its labels.
+
+    The last token of every branch is a label only. Positions of each branch continue from the end of the trunk.
+
+    Raises:
+        ValueError: the number of placeholders is not the number of visuals, or branches are out of order.
+    """
+    ids, branch = stored["id"], stored["branch"].astype(np.int64)
+    holders = np.flatnonzero((ids == layout.tokens.image) | (ids == layout.tokens.video))
+    if len(holders) != len(visuals):
+        raise ValueError(f"{len(holders)} visual placeholders for {len(visuals)} visuals")
+    if len(ids) == 0 or branch[0] != 0 or np.any((np.diff(branch) != 0) & (np.diff(branch) != 1)):
+        raise ValueError("branches must start at 0 and rise by 1")
+    last = np.append(branch[1:] != branch[:-1], True) & (branch > 0)  # the EOS of each branch
+    labels = np.append(ids[1:], 0)
+    weights = np.append(stored["weight"][1:], 0)
+    ends = np.append(branch[1:] != branch[:-1], True)
+    labels, weights = np.where(ends, 0, labels), np.where(ends, 0, weights)  # nothing is predicted across a border
+    counts = np.ones(len(ids), np.int64)
+    pieces = [visual_tokens(layout, visual) for visual in visuals]
+    counts[holders] = [len(piece) for piece in pieces]
+    counts[last] = 0
+    out_ids = np.repeat(ids, counts)
+    out_branch = np.repeat(branch, counts)
+    # A placeholder's label belongs after its last token; inside it nothing is predicted.
+    tails = np.cumsum(counts) - 1
+    out_labels, out_weights = np.zeros(len(out_ids), np.int32), np.zeros(len(out_ids), np.float32)
+    kept = counts > 0
+    out_labels[tails[kept]], out_weights[tails[kept]] = labels[kept], weights[kept]
+    for holder, piece in zip(holders, pieces, strict=True):
+        out_ids[tails[holder] + 1 - len(piece) : tails[holder] + 1] = piece
+    trunk = int(np.count_nonzero(out_branch == 0))
+    starts = np.searchsorted(out_branch, out_branch, side="left")
+    positions = np.arange(len(out_ids)) - starts + np.where(out_branch > 0, trunk, 0)
+    return Expanded(
+        input_ids=out_ids,
+        labels=out_labels,
+        weights=out_weights,
+        branch=out_branch.astype(np.int16),
+        position_ids=positions.astype(np.int32),
+        is_visual=np.isin(out_ids, layout.tokens.bidirectional),
+    )
+
+
+def expanded_length(layout: VisualLayout, stored: npt.NDArray[np.void], visuals: list[dict[str, Any]]) -> int:
+    """Input tokens of a stored variant after `expand`, without making the arrays."""
+    branches = int(stored["branch"][-1])
+    return len(stored) - branches + sum(len(visual_tokens(layout, v)) - 1 for v in visuals)

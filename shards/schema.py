@@ -1,0 +1,154 @@
+"""The records that travel on the build side: Example (neutral) and Sample (what a shard stores).
+
+A source yields rows, a converter turns a row into an `Example`, the model's processor turns an `Example` into a
+`Sample`, the writer stores it. Coordinates are fractions of width and height (0-1) and times are seconds from the
+start of the clip, whatever the source used. Tokens and geometry are not here: they belong to the processor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+class RejectedError(ValueError):
+    """An example that cannot become a sample. The builder counts it and records it in `rejects.jsonl`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where an example comes from: the file it was read from and the row in it (0-based)."""
+
+    file: str
+    row: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRef:
+    """An encoded image: a local path, or the bytes themselves."""
+
+    path: str | None = None
+    data: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoRef:
+    """A video file, or the part of it between `start` and `end` (seconds)."""
+
+    path: str
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """A caption (no question) or an open question with its answer."""
+
+    style: str
+    answer: str
+    question: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A multiple-choice question; `answer` is an index into `options`."""
+
+    style: str
+    question: str
+    options: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One message of a conversation; `role` is "user" or "assistant"."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """A conversation of several turns."""
+
+    style: str
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointGroup:
+    """Points in one image or frame. `at`: image number from 1, or seconds; points: (x, y) fractions."""
+
+    at: float
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Points:
+    """Everything that `label` names, pointed at. No groups means that there is none."""
+
+    style: str
+    label: str
+    groups: tuple[PointGroup, ...]
+    question: str = ""
+
+    @property
+    def count(self) -> int:
+        """Number of points in all groups."""
+        return sum(len(group.points) for group in self.groups)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackGroup:
+    """Visible objects of one frame: `time` in seconds, objects as (object id, x, y)."""
+
+    time: float
+    objects: tuple[tuple[int, float, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tracks:
+    """Objects named by `label`, followed through a video at `fps` answers per second."""
+
+    style: str
+    label: str
+    fps: float
+    groups: tuple[TrackGroup, ...]
+
+
+Annotation = Text | Choice | Chat | Points | Tracks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One visual input (nothing, images, or one video) and its annotations: a message tree.
+
+    `key` is unique in its dataset and matches `format.KEY_PATTERN`. `loss_weight` is the dataset's flat weight of a
+    loss token; None means the processor's length rule.
+    """
+
+    key: str
+    dataset: str
+    source: Source
+    annotations: tuple[Annotation, ...]
+    images: tuple[ImageRef, ...] = ()
+    video: VideoRef | None = None
+    loss_weight: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """What a shard stores for one example.
+
+    `variants`: K arrays of `format.TOKEN_DTYPE`, visual placeholders unexpanded. `images`: JPEG files, stored as
+    `000.jpg`, `001.jpg`, … `record`: the readable JSON, `docs/shard-format.md` lists its fields; the reader uses
+    `record["visuals"]` and `record["variants"][k].get("visuals")`.
+    """
+
+    key: str
+    record: dict[str, Any]
+    variants: tuple[npt.NDArray[np.void], ...]
+    images: tuple[bytes, ...] = field(default=())

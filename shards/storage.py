@@ -1,0 +1,116 @@
+"""Five verbs over a place where files lie: read, write, publish, size, list.
+
+Local directories only; another kind of place needs the same five methods and a line in `open_storage`. Names are
+relative, with "/" between parts, and never leave the root.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+
+class Storage(Protocol):
+    """A flat namespace of files below one root."""
+
+    root: str
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Bytes [offset, offset + length) of a file, fewer when it is shorter. FileNotFoundError when absent."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Create or replace a file atomically: a reader sees the old bytes or the new ones."""
+
+    def publish(self, path: Path, name: str) -> None:
+        """Move a finished local file to `name`, atomically."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None when absent."""
+
+    def list(self, suffix: str = "") -> list[str]:
+        """Sorted names below the root that end with `suffix`; unfinished files are left out."""
+
+
+class LocalStorage:
+    """A directory."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = str(root)
+
+    def path(self, name: str) -> Path:
+        """The file of a name.
+
+        Raises:
+            ValueError: the name is absolute or climbs out of the root.
+        """
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or not parts.parts:
+            raise ValueError(f"{self.root}: unsafe file name {name!r}: it must be relative and stay below the root")
+        return Path(self.root, *parts.parts)
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """See `Storage.read`. pread, not mmap: a file cut short must not end in SIGBUS."""
+        descriptor = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if length is None:
+                length = max(0, os.fstat(descriptor).st_size - offset)
+            chunks = []
+            while length > 0 and (chunk := os.pread(descriptor, min(length, 1 << 30), offset)):
+                chunks.append(chunk)
+                offset += len(chunk)
+                length -= len(chunk)
+        finally:
+            os.close(descriptor)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def write(self, name: str, data: bytes) -> None:
+        """See `Storage.write`."""
+        target = self.path(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def publish(self, path: Path, name: str) -> None:
+        """See `Storage.publish`."""
+        target = self.path(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        shutil.move(path, target)
+
+    def size(self, name: str) -> int | None:
+        """See `Storage.size`."""
+        try:
+            return self.path(name).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def list(self, suffix: str = "") -> list[str]:
+        """See `Storage.list`."""
+        root = Path(self.root)
+        names = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
+        return sorted(name for name in names if name.endswith(suffix))
+
+
+def open_storage(url: str | Path) -> Storage:
+    """The storage behind a URL or a path.
+
+    Raises:
+        ValueError: a scheme that is not supported.
+    """
+    text = str(url)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    elif "://" in text:
+        raise ValueError(f"{text}: unsupported scheme; give a local directory or a file:// URL")
+    return LocalStorage(text)
