@@ -16,9 +16,12 @@ import pydantic
 import xxhash
 
 FORMAT_VERSION = 1
+BLOCK = 512  # bytes; tar headers and contents begin at multiples of it
 INDEX_NAME = "index.json"
 REJECTS_NAME = "rejects.jsonl"
-KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,90}")  # no dots: webdataset splits a member's name at the first one
+KEY_PATTERN = re.compile(
+    r"[A-Za-z0-9_-]{1,80}"
+)  # no dots: webdataset splits at the first one; short: names fit the plain tar header
 
 # One stored token. `branch` 0 is the shared trunk (BOS and visuals), annotation i is branch i + 1. `weight` is the
 # loss weight of *predicting* this token. The last token of a branch (EOS) is a label only and never an input.
@@ -154,3 +157,27 @@ def check_sidecar(rows: npt.NDArray[np.void], shard: ShardInfo, num_variants: in
         raise FormatError(f"{where}: sidecar dtype {rows.dtype} is not that of {num_variants} variants")
     if len(rows) != shard.samples:
         raise FormatError(f"{where}: {len(rows)} rows, index.json says {shard.samples}")
+
+
+def tar_members(span: bytes) -> dict[str, bytes]:
+    """Files of a run of tar members, by name. Plain headers only, as the writer makes them.
+
+    Raises:
+        FormatError: a header of another kind, or one that points past the end.
+    """
+    members, position = {}, 0
+    while position < len(span):
+        header = span[position : position + BLOCK]
+        name = header[:100].rstrip(b"\0").decode("ascii", "replace")
+        if len(header) < BLOCK or header[156:157] not in {b"0", b"\0"} or header[345:346] != b"\0":
+            raise FormatError(f"no plain tar header at byte {position} of the sample")
+        try:
+            size = int(header[124:136].rstrip(b"\0 "), 8)
+        except ValueError:
+            raise FormatError(f"no size in the tar header of {name!r}") from None
+        start = position + BLOCK
+        if start + size > len(span):
+            raise FormatError(f"member {name!r} ends past the sample")
+        members[name] = span[start : start + size]
+        position = start + -(-size // BLOCK) * BLOCK
+    return members

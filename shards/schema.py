@@ -18,6 +18,10 @@ class RejectedError(ValueError):
     """An example that cannot become a sample. The builder counts it and records it in `rejects.jsonl`."""
 
 
+class FilteredError(RejectedError):
+    """An example that the catalog leaves out on purpose: recorded, but no fault and not counted as one."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """Where an example comes from: the file it was read from and the row in it (0-based)."""
@@ -137,6 +141,23 @@ class Example:
     images: tuple[ImageRef, ...] = ()
     video: VideoRef | None = None
     loss_weight: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one sample may use at most; the builder hands them to the processor with every example.
+
+    `max_crops` counts ViT inputs: 1 per frame, 1 + tiles per image. `image_crops` is the most tiles of one image's
+    canvas; `pointing_crops`, if given, is used instead in 30 % of the variants that point in images.
+    """
+
+    sequence_length: int
+    max_crops: int
+    max_frames: int = 128
+    fps: float = 2.0
+    max_images: int = 5
+    image_crops: int = 8
+    pointing_crops: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

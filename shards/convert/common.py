@@ -1,0 +1,110 @@
+"""What every converter works with: the group of rows, access to their columns, seeded draws."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shards.catalog import Row, Stage
+from shards.schema import Annotation, Example, ImageRef, Points, RejectedError, Source, VideoRef
+from shards.sources.media_files import MediaFiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The rows of one image or video (or a single row), where they come from, and what the catalog says of them."""
+
+    row: Row
+    stage: Stage
+    media: MediaFiles
+    key: str
+    sources: tuple[Source, ...]
+    values: tuple[dict[str, Any], ...]
+
+    def get(self, field: str, index: int = 0) -> Any:
+        """A field's value in row `index` of the group, or None where the catalog row maps no column to it."""
+        column = self.row.columns.get(field)
+        return None if column is None else self.values[index].get(column)
+
+    def option(self, name: str) -> Any:
+        """A parameter of the converter.
+
+        Raises:
+            ValueError: the catalog row does not give it.
+        """
+        if name not in self.row.options:
+            raise ValueError(f"catalog row {self.row.name}: converter {self.row.converter} needs options.{name}")
+        return self.row.options[name]
+
+    def example(
+        self,
+        annotations: Sequence[Annotation],
+        *,
+        images: Sequence[ImageRef] = (),
+        video: VideoRef | None = None,
+        suffix: str = "",
+    ) -> Example:
+        """An example of this group; `suffix` tells several of them apart."""
+        return Example(
+            key=self.key + suffix,
+            dataset=self.row.name,
+            source=self.sources[0],
+            annotations=tuple(annotations),
+            images=tuple(images),
+            video=video,
+            loss_weight=self.row.loss_weight.get(self.stage),
+        )
+
+
+def rng_of(key: str, purpose: str) -> np.random.Generator:
+    """The generator of one kind of draw for one example."""
+    seed = hashlib.sha256(f"{purpose}\0{key}".encode()).digest()[:16]
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(seed, "little")))
+
+
+def text_of(value: Any) -> str:
+    """A text column's value without surrounding space; None becomes empty."""
+    return "" if value is None else str(value).strip()
+
+
+def xy_pairs(points: Any) -> list[tuple[float, float]]:
+    """Points given as a list of {x, y}, a list of [x, y], or one {x: [...], y: [...]}."""
+    if points is None:
+        return []
+    if isinstance(points, dict):
+        return [(float(x), float(y)) for x, y in zip(points["x"] or (), points["y"] or (), strict=True)]
+    pairs = [(p["x"], p["y"]) if isinstance(p, dict) else tuple(p) for p in points]
+    return [(float(x), float(y)) for x, y in pairs]
+
+
+def to_fractions(points: list[tuple[float, float]], scale: tuple[float, float]) -> tuple[tuple[float, float], ...]:
+    """Points over the size of their coordinate system, (width, height), clipped to 0 - 1."""
+    width, height = scale
+    return tuple((min(max(x / width, 0.0), 1.0), min(max(y / height, 0.0), 1.0)) for x, y in points)
+
+
+def packed_points(annotations: Sequence[Points], most: int) -> Iterator[list[Points]]:
+    """Annotations in runs of at most `most` points together; one with more alone is left out by the caller."""
+    run: list[Points] = []
+    for annotation in annotations:
+        if run and sum(a.count for a in run) + annotation.count > most:
+            yield run
+            run = []
+        run.append(annotation)
+    if run:
+        yield run
+
+
+def at_least_one(annotations: Sequence[Annotation], why: str) -> Sequence[Annotation]:
+    """The annotations, if there are any.
+
+    Raises:
+        RejectedError: none, for the reason given.
+    """
+    if not annotations:
+        raise RejectedError(why)
+    return annotations

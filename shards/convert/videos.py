@@ -1,0 +1,104 @@
+"""Captions, choices, points and tracks on videos. Times are seconds from the start of the clip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from shards.convert.common import Group, at_least_one, packed_points, rng_of, text_of, to_fractions, xy_pairs
+from shards.schema import (
+    Annotation,
+    Choice,
+    Example,
+    FilteredError,
+    PointGroup,
+    Points,
+    RejectedError,
+    Text,
+    TrackGroup,
+    Tracks,
+)
+
+
+def video_caption(group: Group) -> Iterator[Example]:
+    """One video with captions of several styles; a field whose name begins with "video_" is a style."""
+    if (score := group.get("score")) is not None and score < group.option("min_score"):
+        raise FilteredError(f"annotation score {score} is below {group.option('min_score')}")
+    styles = [field for field in group.row.columns if field.startswith("video_")]
+    captions = {style: text_of(group.get(style)) for style in styles}
+    annotations = [Text(style=style, answer=caption) for style, caption in captions.items() if caption]
+    at_least_one(annotations, "no caption")
+    yield group.example(annotations, video=group.media.video(str(group.get("video"))))
+
+
+def video_choice(group: Group) -> Iterator[Example]:
+    """One video with multiple-choice questions, given as the right answer and the wrong ones."""
+    annotations: list[Annotation] = []
+    for index in range(len(group.values)):
+        answer, question = text_of(group.get("answer", index)), text_of(group.get("question", index))
+        wrong = [text for value in group.get("negatives", index) or () if (text := text_of(value)) and text != answer]
+        if answer and question and wrong:
+            place = int(rng_of(f"{group.row.name}/{group.key}/{index}", "option").integers(len(wrong) + 1))
+            options = (*wrong[:place], answer, *wrong[place:])
+            annotations.append(Choice(style="video_multiple_choice", question=question, options=options, answer=place))
+    at_least_one(annotations, "no question with right and wrong answers")
+    yield group.example(annotations, video=group.media.video(str(group.get("video"))))
+
+
+def video_points(group: Group) -> Iterator[Example]:
+    """One video with labels pointed at in some of its frames, percent; each label gets one of `options.styles`.
+
+    All rows of a clip make one example; rows of other clips of the same video make others.
+    """
+    most, styles = int(group.option("max_points")), group.option("styles")
+    clips: dict[tuple[float | None, float | None], list[Points]] = {}
+    for index in range(len(group.values)):
+        if group.get("unsure", index):
+            continue
+        start, end = group.get("start", index), group.get("end", index)
+        style = styles[int(rng_of(f"{group.row.name}/{group.key}/{index}", "style").integers(len(styles)))]
+        points = Points(
+            style=style,
+            label=text_of(group.get("label", index)),
+            groups=_point_groups(group, index, start or 0.0),
+            question=text_of(group.get("question", index)) if style == "video_point_count" else "",
+        )
+        if points.label and points.count <= most:
+            clips.setdefault((start, end), []).append(points)
+    if not clips:
+        raise FilteredError(f"no label with at most {most} points of which the annotator was sure")
+    for number, ((start, end), labels) in enumerate(clips.items()):
+        video = group.media.video(str(group.get("video")), start, end)
+        for part, run in enumerate(packed_points(labels, most)):
+            yield group.example(run, video=video, suffix=f"-{number}-{part}")
+
+
+def _point_groups(group: Group, index: int, start: float) -> tuple[PointGroup, ...]:
+    times, frames = group.get("times", index) or (), group.get("points", index) or ()
+    if len(times) != len(frames):
+        raise RejectedError(f"{len(times)} timestamps and {len(frames)} frames of points")
+    found = (
+        PointGroup(at=float(time) - start, points=to_fractions(xy_pairs(points), (100.0, 100.0)))
+        for time, points in zip(times, frames, strict=True)
+    )
+    return tuple(sorted((g for g in found if g.points), key=lambda g: g.at))
+
+
+def video_track(group: Group) -> Iterator[Example]:
+    """One video with objects followed through its frames, pixels of `width` x `height`; occluded ones are left out."""
+    scale = (float(group.get("width")), float(group.get("height")))
+    frames = []
+    for frame in group.get("frames") or ():
+        objects = [
+            (int(point["id"]), *to_fractions(xy_pairs([point["point"]]), scale)[0])
+            for point in frame["points"] or ()
+            if point["point"] and not point["occluded"]
+        ]
+        if objects:
+            frames.append(TrackGroup(time=float(frame["time"]), objects=tuple(objects)))
+    tracks = Tracks(
+        style=str(group.option("style")),
+        label=text_of(group.get("label")),
+        fps=float(group.get("sampling_fps")),
+        groups=tuple(sorted(frames, key=lambda g: g.time)),
+    )
+    yield group.example([tracks], video=group.media.video(str(group.get("video"))))

@@ -1,0 +1,146 @@
+"""An opened dataset: its index, and its sidecars as arrays that answer look-ups by row number."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.format import INDEX_NAME, DatasetIndex, FormatError, ShardInfo, check_sidecar, index_dtype, parse_index
+from shards.storage import LocalStorage, Storage, open_storage
+
+Array = npt.NDArray[Any]
+
+
+class DatasetError(ValueError):
+    """A dataset that is missing, unfinished, or built for another processor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tars:
+    """What a reader needs of a dataset: small, so that it travels to worker processes, unlike the sidecars."""
+
+    name: str
+    storage: Storage
+    shards: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A finished dataset. `ends[i]` is the number of samples up to and with shard i."""
+
+    name: str
+    storage: Storage
+    index: DatasetIndex
+    sidecars: tuple[Array, ...]
+    ends: Array
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    @property
+    def tars(self) -> Tars:
+        """Where the samples' bytes lie."""
+        return Tars(self.name, self.storage, tuple(shard.name for shard in self.index.shards))
+
+    def lookup(self, ordinals: Array) -> tuple[Array, Array, Array]:
+        """Shard number, row in the shard and index row (structured) of samples numbered through all shards, [n] each."""
+        shard = np.searchsorted(self.ends, ordinals, side="right")
+        row = ordinals - np.append(0, self.ends)[shard]
+        found = np.empty(len(ordinals), index_dtype(self.index.num_variants))
+        order = np.argsort(shard, kind="stable")
+        for part in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1):
+            found[part] = self.sidecars[shard[part[0]]][row[part]]
+        return shard, row, found
+
+
+def _load_sidecar(storage: Storage, shard: ShardInfo) -> Array:
+    """Verified, and memory-mapped where the file is local. Never unpickles."""
+    name = f"{shard.name}.idx.npy"
+    data = storage.read(name)
+    found = hashlib.sha256(data).hexdigest()
+    if found != shard.index_sha256:
+        raise ValueError(f"sha256 {found[:16]}..., index.json says {shard.index_sha256[:16]}...")
+    if not isinstance(storage, LocalStorage):
+        rows: Array = np.load(io.BytesIO(data), allow_pickle=False)
+        return rows
+    mapped = np.load(storage.path(name), mmap_mode="r", allow_pickle=False)
+    return np.asarray(mapped)  # looking up rows of numpy's own memmap class costs several times more
+
+
+def open_dataset(root: str, name: str) -> Dataset:
+    """Open `root`/`name`.
+
+    Raises:
+        DatasetError: no such dataset, or one whose build has not finished.
+        FormatError: a damaged index, or one of another format version.
+    """
+    storage = open_storage(f"{root.rstrip('/')}/{name}")
+    where = f"{storage.root}/{INDEX_NAME}"
+    try:
+        index = parse_index(storage.read(INDEX_NAME), where)
+    except FileNotFoundError:
+        raise DatasetError(
+            f"{where} does not exist: dataset {name} is not built, or its build has not finished; "
+            "run tools/build_shards.py for its stage (finished shards are kept)"
+        ) from None
+    sidecars = []
+    for shard in index.shards:
+        file = f"{storage.root}/{shard.name}.idx.npy"
+        try:
+            rows = _load_sidecar(storage, shard)
+        except (FileNotFoundError, ValueError, EOFError) as error:
+            raise FormatError(
+                f"{file}: cannot be used: {error}; run tools/verify_shards.py on the dataset, then fetch or build it again"
+            ) from None
+        check_sidecar(rows, shard, index.num_variants, file)
+        sidecars.append(rows)
+    ends = np.cumsum([len(rows) for rows in sidecars], dtype=np.int64)
+    return Dataset(name, storage, index, tuple(sidecars), ends)
+
+
+def find_dataset(roots: tuple[str, ...], name: str) -> Dataset:
+    """The dataset from the first root that has it finished.
+
+    Raises:
+        DatasetError: none of the roots has it.
+    """
+    for root in roots:
+        if open_storage(f"{root.rstrip('/')}/{name}").size(INDEX_NAME) is not None:
+            return open_dataset(root, name)
+    raise DatasetError(
+        f"dataset {name} is in none of {', '.join(roots)} (no finished {INDEX_NAME}); "
+        "build it with tools/build_shards.py, or take it out of the recipe's mixture"
+    )
+
+
+def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
+    """Dotted paths at which two JSON values differ, with both values."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = sorted(found.keys() | wanted.keys())
+        parts = (differences(found.get(k), wanted.get(k), f"{path}.{k}" if path else str(k)) for k in keys)
+        return [line for part in parts for line in part]
+    # Tuples become lists in JSON; they are the same setting.
+    if isinstance(found, list | tuple) and isinstance(wanted, list | tuple) and list(found) == list(wanted):
+        return []
+    return [] if found == wanted else [f"{path}: {found!r}, wanted {wanted!r}"]
+
+
+def check_processor(dataset: Dataset, wanted: dict[str, Any]) -> None:
+    """Refuse shards that another processor made.
+
+    Raises:
+        DatasetError: a setting differs; every one is named with both values.
+    """
+    found = differences(dataset.index.processor, wanted)
+    if found:
+        listed = "\n  ".join(found)
+        raise DatasetError(
+            f"{dataset.storage.root} was built by another processor than the recipe's:\n  {listed}\n"
+            "rebuild it with tools/build_shards.py --overwrite, or use the model and tokenizer it was built for"
+        )

@@ -1,0 +1,101 @@
+"""The mixture: from group rates and dataset sizes to integer weights, and from virtual time to draws.
+
+Inside a group a dataset's share goes with the square root of its size. Shares become integers P_d that sum to 2^32;
+before virtual time t dataset d has had floor((t * P_d + phase_d) / 2^32) draws. So any stretch of time is known
+without its history, and no dataset is ever one draw or more away from its exact share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+
+import pydantic
+
+SCALE = 2**32
+
+
+class MixtureError(ValueError):
+    """A mixture that cannot be used: an empty dataset, a share that vanishes."""
+
+
+class Member(pydantic.BaseModel, extra="forbid", frozen=True):
+    """How one dataset counts in its group: sqrt(size) * factor, `size` being its number of samples if not given."""
+
+    size: int | None = pydantic.Field(default=None, gt=0)
+    factor: float = pydantic.Field(default=1.0, gt=0)
+
+
+class MixtureGroup(pydantic.BaseModel, extra="forbid", frozen=True):
+    """Datasets that share one rate. Rates of all groups are normalised together."""
+
+    rate: float = pydantic.Field(gt=0)
+    datasets: dict[str, Member | None] = pydantic.Field(min_length=1)
+
+
+class MixtureSpec(pydantic.BaseModel, extra="forbid", frozen=True):
+    """A recipe's mixture: groups by name."""
+
+    groups: dict[str, MixtureGroup] = pydantic.Field(min_length=1)
+
+    @pydantic.model_validator(mode="after")
+    def _once(self) -> MixtureSpec:
+        names = self.dataset_names
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"datasets in more than one group: {', '.join(twice)}")
+        return self
+
+    @property
+    def dataset_names(self) -> tuple[str, ...]:
+        """All datasets, in the order of the recipe."""
+        return tuple(name for group in self.groups.values() for name in group.datasets)
+
+
+def shares(spec: MixtureSpec, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Exact share of every dataset; they sum to 1.
+
+    Raises:
+        MixtureError: a dataset has no samples.
+    """
+    empty = [name for name in spec.dataset_names if sizes[name] == 0]
+    if empty:
+        raise MixtureError(f"datasets without samples: {', '.join(empty)}; take them out of the mixture")
+    total_rate = math.fsum(group.rate for group in spec.groups.values())
+    result = {}
+    for group in spec.groups.values():
+        roots = {}
+        for name, member in group.datasets.items():
+            settings = member or Member()
+            roots[name] = math.sqrt(settings.size or sizes[name]) * settings.factor
+        total = math.fsum(roots.values())
+        result.update({name: group.rate / total_rate * root / total for name, root in roots.items()})
+    return result
+
+
+def integer_weights(spec: MixtureSpec, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Weights that sum to 2^32, rounded by largest remainder; ties go to the smaller name.
+
+    Raises:
+        MixtureError: a dataset has no samples, or so small a share that its weight would be 0.
+    """
+    exact = {name: share * SCALE for name, share in shares(spec, sizes).items()}
+    weights = {name: math.floor(value) for name, value in exact.items()}
+    left = SCALE - sum(weights.values())
+    for name in sorted(exact, key=lambda n: (weights[n] - exact[n], n))[:left]:
+        weights[name] += 1
+    vanishing = [name for name, weight in weights.items() if weight == 0]
+    if vanishing:
+        raise MixtureError(f"shares below 2^-32: {', '.join(vanishing)}; raise their rate or take them out")
+    return weights
+
+
+def phase(seed: int, name: str) -> int:
+    """A dataset's offset in virtual time, 0 .. 2^32 - 1: spreads the first draws of rare datasets."""
+    return int.from_bytes(hashlib.sha256(f"phase\0{seed}\0{name}".encode()).digest()[:4], "little")
+
+
+def draws_before(time: int, weight: int, offset: int) -> int:
+    """Number of draws before virtual time `time`. Python integers: exact at any time."""
+    return (time * weight + offset) // SCALE

@@ -1,0 +1,91 @@
+"""From a media value of a row (URL, embedded bytes, id) to a local file, within limits.
+
+Only http, https and file URLs are followed. A file URL or a template must stay below the dataset's folder, and
+downloads are bounded in size and time, checked against the row's hash, and kept under their URL's sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from shards.schema import ImageRef, RejectedError, VideoRef
+
+MAX_BYTES = 64 << 20
+TIMEOUT = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaFiles:
+    """The media of one dataset. `root`: its folder; `template`: path of a file, `{value}` being the row's value."""
+
+    root: Path
+    template: str | None = None
+
+    def image(self, value: Any, sha256: str | None = None) -> ImageRef:
+        """An image from a URL, from a struct of embedded `bytes`, or through the template.
+
+        Raises:
+            RejectedError: nothing there, a forbidden place, too large, or bytes of another hash.
+        """
+        if isinstance(value, dict) and value.get("bytes"):
+            return ImageRef(data=value["bytes"])
+        if not isinstance(value, str) or not value:
+            raise RejectedError(f"media: no image in the row ({type(value).__name__})")
+        path = self._fetch(value) if "://" in value else self._below(self._named(value))
+        if sha256 is not None:
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+            if found != sha256:
+                raise RejectedError(f"media: {value} has sha256 {found[:16]}…, the row says {sha256[:16]}…")
+        return ImageRef(path=str(path))
+
+    def video(self, value: str, start: float | None = None, end: float | None = None) -> VideoRef:
+        """A video, or the part of it from `start` to `end` seconds.
+
+        Raises:
+            RejectedError: no such file, or a forbidden place.
+        """
+        return VideoRef(path=str(self._below(self._named(value))), start=start, end=end)
+
+    def _named(self, value: str) -> Path:
+        return self.root / (self.template.format(value=value) if self.template else value)
+
+    def _below(self, path: Path) -> Path:
+        resolved = path.resolve()
+        if not resolved.is_relative_to(self.root.resolve()):
+            raise RejectedError(f"media: {path} lies outside of {self.root}")
+        if not resolved.is_file():
+            raise RejectedError(f"media: {path} does not exist")
+        return resolved
+
+    def _fetch(self, url: str) -> Path:
+        parts = urlsplit(url)
+        if parts.scheme == "file":
+            return self._below(Path(unquote(parts.path)))
+        if parts.scheme not in {"http", "https"}:
+            raise RejectedError(f"media: {url}: scheme {parts.scheme!r} is not followed")
+        kept = self.root / "media" / hashlib.sha256(url.encode()).hexdigest()
+        if not kept.exists():
+            data = _download(url)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            temporary = kept.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_bytes(data)
+            temporary.replace(kept)
+        return kept
+
+
+def _download(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            data: bytes = response.read(MAX_BYTES + 1)
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise RejectedError(f"media: {url}: {error}") from None
+    if len(data) > MAX_BYTES:
+        raise RejectedError(f"media: {url}: more than {MAX_BYTES} bytes")
+    return data

@@ -1,0 +1,112 @@
+"""Writing one shard: samples to a tar, and the sidecar row of each.
+
+The tar is plain webdataset. Its bytes depend on the samples alone: no clock, no user, no number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import webdataset
+
+from shards.format import KEY_PATTERN, TOKEN_DTYPE, ShardInfo, canonical_json, index_dtype, key_hash, span_hash
+from shards.layout import VisualLayout, expanded_length, sample_visuals, visual_crops
+from shards.schema import Sample
+
+BLOCK = 512
+
+
+class WriteError(ValueError):
+    """A sample that the format does not allow. It is a fault of the converter or processor, not of the data."""
+
+
+def npy_bytes(array: npt.NDArray[Any]) -> bytes:
+    """An array as a .npy file, format 1.0, never pickled."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def members(sample: Sample) -> dict[str, bytes]:
+    """The files of a sample by the part of their name after the key."""
+    files = {"json": canonical_json(sample.record)}
+    files |= {f"tokens{k}.npy": npy_bytes(tokens) for k, tokens in enumerate(sample.variants)}
+    return files | {f"{number:03d}.jpg": image for number, image in enumerate(sample.images)}
+
+
+def index_row(layout: VisualLayout, sample: Sample) -> npt.NDArray[np.void]:
+    """The sidecar row of a sample, its place in the tar still 0; scalar of `index_dtype`."""
+    row = np.zeros((), index_dtype(len(sample.variants)))
+    row["key_hash"] = key_hash(sample.key)
+    for k, tokens in enumerate(sample.variants):
+        visuals = sample_visuals(sample.record, k)
+        row["num_crops"][k] = sum(visual_crops(visual) for visual in visuals)
+        row["num_frames"] = sum(visual["kind"] == "frame" for visual in visuals)
+        row["num_tokens"][k] = expanded_length(layout, tokens, visuals)
+        row["loss_weight"][k] = np.sum(tokens["weight"], dtype=np.float64)
+    return row
+
+
+def check_sample(sample: Sample, num_variants: int) -> None:
+    """Refuse what a reader could not take.
+
+    Raises:
+        WriteError: a key with forbidden characters, tokens of another dtype, another number of variants.
+    """
+    if not KEY_PATTERN.fullmatch(sample.key):
+        raise WriteError(f"key {sample.key!r}: letters, digits, '-' and '_' only, at most 80")
+    if len(sample.variants) != num_variants or any(tokens.dtype != TOKEN_DTYPE for tokens in sample.variants):
+        raise WriteError(f"sample {sample.key}: {num_variants} variants of {TOKEN_DTYPE} were expected")
+
+
+def write_shard(
+    path: Path, samples: Iterable[Sample], layout: VisualLayout, num_variants: int
+) -> tuple[ShardInfo, npt.NDArray[np.void]]:
+    """Write `path` (NNNNNN.tar, or a temporary name that begins so).
+
+    Returns:
+        The shard's entry in the index, and the rows of its sidecar; the sidecar itself is the caller's to write.
+
+    Raises:
+        WriteError: see `check_sample`, or a key that occurs twice.
+    """
+    rows: list[npt.NDArray[np.void]] = []
+    seen: set[str] = set()
+    with open(path, "wb") as file:
+        # Values are bytes already, hence no encoder. Offsets are the tar stream's own: it buffers before the file.
+        writer = webdataset.TarWriter(file, mtime=0, user="nanomolmo2", group="nanomolmo2", encoder=False)
+        tar = writer.tarstream
+        for sample in samples:
+            check_sample(sample, num_variants)
+            if sample.key in seen:
+                raise WriteError(f"key {sample.key} occurs twice in {path.name}")
+            seen.add(sample.key)
+            row = index_row(layout, sample)
+            row["offset"] = tar.offset
+            writer.write({"__key__": sample.key, **members(sample)})
+            # tarfile pads every member to whole blocks, so the end of one sample is the beginning of the next.
+            row["span"] = tar.offset - int(row["offset"])
+            assert row["span"] % BLOCK == 0
+            rows.append(row)
+        writer.close()
+    table = np.stack(rows) if rows else np.zeros(0, index_dtype(num_variants))
+    with open(path, "rb") as file:
+        for row in table:
+            file.seek(int(row["offset"]))
+            row["xxh64"] = span_hash(file.read(int(row["span"])))
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    info = ShardInfo(
+        name=path.name[:6],
+        bytes=path.stat().st_size,
+        sha256=sha256,
+        samples=len(table),
+        index_sha256=hashlib.sha256(npy_bytes(table)).hexdigest(),
+    )
+    return info, table

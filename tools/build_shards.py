@@ -1,0 +1,81 @@
+"""Build shards of a stage from raw data.
+
+    python tools/build_shards.py --stage sft --catalog demo
+    python tools/build_shards.py --stage sft --catalog demo --datasets demo-points demo-chat --workers 4
+
+Finished datasets are kept, and a build that was killed continues with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import time
+from pathlib import Path
+
+from molmo2.config import data_path
+from molmo2.processing import ProcessorSettings, build_processor
+from shards.builder import REJECT_BUDGET, build_dataset
+from shards.catalog import STAGES, load_catalog
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", required=True, choices=STAGES)
+    parser.add_argument("--catalog", default="demo", help="name of a catalog, or a YAML file (%(default)s)")
+    parser.add_argument("--datasets", nargs="+", metavar="NAME", help="only these (all of the stage)")
+    parser.add_argument("--raw", type=Path, default=data_path("raw"), help="raw data (%(default)s)")
+    parser.add_argument("--out", type=Path, default=data_path("shards"), help="shards (%(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="throw away shards that other settings made")
+    parser.add_argument(
+        "--reject-budget", type=float, default=REJECT_BUDGET, help="largest share of rejected examples (%(default)s)"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Build every selected dataset in turn."""
+    args = parse_args()
+    catalog = load_catalog(args.catalog)
+    settings = catalog.stages[args.stage]
+    make_processor = functools.partial(
+        build_processor,
+        ProcessorSettings(
+            preset=catalog.preset,
+            tokenizer_dir=str(args.raw / catalog.tokenizer),
+            stage=args.stage,
+            num_variants=settings.num_variants,
+        ),
+    )
+    for row in catalog.select(args.stage, args.datasets):
+        since = time.perf_counter()
+        index = build_dataset(
+            row,
+            args.stage,
+            settings,
+            make_processor,
+            raw=args.raw / row.name,
+            out=args.out / args.stage / row.name,
+            workers=args.workers,
+            overwrite=args.overwrite,
+            reject_budget=args.reject_budget,
+        )
+        totals = index.totals
+        print(
+            f"{args.stage}/{row.name}: {totals.samples} samples, {totals.tokens:,} tokens, {totals.crops} crops, "
+            f"{totals.bytes / 1e6:.1f} MB in {len(index.shards)} shards, {totals.rejects} rejected, "
+            f"{time.perf_counter() - since:.1f} s"
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"build_shards: {error}")
+    except KeyboardInterrupt:
+        sys.exit("build_shards: interrupted; the same command continues")
