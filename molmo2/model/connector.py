@@ -1,0 +1,52 @@
+"""The connector: windows of patches to visual tokens, for images and frames alike.
+
+Each visual token names up to nine patches. Their mean is the query of one attention over them; a SwiGLU projector
+brings the result to the width of the language model.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from molmo2.model.config import ConnectorConfig, TextConfig, VitConfig
+
+
+class AttentionPooling(nn.Module):
+    """One query, the mean of a window, over the patches of the window."""
+
+    def __init__(self, config: ConnectorConfig, feature_size: int) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q_proj = nn.Linear(feature_size, config.hidden_size)
+        self.k_proj = nn.Linear(feature_size, config.hidden_size)
+        self.v_proj = nn.Linear(feature_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, windows: Tensor, valid: Tensor) -> Tensor:
+        """Windows [T, P, features], valid bool [T, P] to [T, hidden]. A window without a valid patch gives NaN."""
+        query = windows.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None].to(windows.dtype)
+        q, k, v = (
+            proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for proj, x in ((self.q_proj, query), (self.k_proj, windows), (self.v_proj, windows))
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None, :])
+        return self.o_proj(out.transpose(1, 2).flatten(1))
+
+
+class Connector(nn.Module):
+    """Patch features and pooling indices to features of the language model's width."""
+
+    def __init__(self, config: ConnectorConfig, vit: VitConfig, text: TextConfig) -> None:
+        super().__init__()
+        self.pooling = AttentionPooling(config, vit.hidden_size * len(vit.feature_layers))
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, text.hidden_size, bias=False)
+
+    def forward(self, features: Tensor, pooling: Tensor) -> Tensor:
+        """Features [N, patches, C], pooling int64 [T, P] into the flat patch axis (-1 pads) to [T, d]."""
+        valid = pooling >= 0
+        windows = features.flatten(0, 1)[pooling.clamp(min=0)] * valid[..., None].to(features.dtype)
+        pooled = self.pooling(windows, valid)
+        return self.down_proj(F.silu(self.gate_proj(pooled)) * self.up_proj(pooled))

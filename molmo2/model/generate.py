@@ -1,0 +1,81 @@
+"""Greedy generation with a key/value cache, for a batch of prompts of any lengths. Sampling is not here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from molmo2.model.mask import PAD_SEGMENT, TRUNK, AttentionMask, KeyMask
+from molmo2.model.molmo2 import Molmo2
+from molmo2.model.text import Cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptTensors:
+    """One prompt, placeholders expanded, ending where the answer begins."""
+
+    input_ids: Tensor  # int64 [S]
+    is_visual: Tensor  # bool [S]
+    pixels: Tensor  # uint8 [N, H, W, 3]
+    pooling: Tensor  # int64 [T, P] into the prompt's own flat patch axis; -1 pads
+
+    @classmethod
+    def of(cls, prompt: Any, device: torch.device | str = "cpu") -> PromptTensors:
+        """From any object with these four arrays, such as the processor's `Prompt`."""
+        return cls(**{item.name: torch.as_tensor(getattr(prompt, item.name), device=device) for item in fields(cls)})
+
+
+def join_visuals(prompts: Sequence[PromptTensors], patches_per_crop: int) -> tuple[Tensor, Tensor]:
+    """All crops [N, H, W, 3] and pooling indices [T, widest P] of a batch of prompts."""
+    width = max(prompt.pooling.shape[1] for prompt in prompts)
+    shifted, offset = [], 0
+    for prompt in prompts:
+        pooling = torch.where(prompt.pooling >= 0, prompt.pooling + offset, -1)
+        shifted.append(F.pad(pooling, (0, width - pooling.shape[1]), value=-1))
+        offset += prompt.pixels.shape[0] * patches_per_crop
+    return torch.cat([prompt.pixels for prompt in prompts]), torch.cat(shifted)
+
+
+def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
+    """Stack 1-D tensors, shorter ones padded in front, so that all prompts end in the last column."""
+    length = max(len(row) for row in rows)
+    return torch.stack([F.pad(row, (length - len(row), 0), value=value) for row in rows])
+
+
+def prefill(model: Molmo2, prompts: Sequence[PromptTensors], cache: Cache) -> tuple[Tensor, Tensor]:
+    """Run the prompts: the last token's hidden states [B, 1, d], and which columns hold tokens, bool [B, S]."""
+    input_ids = pad_left([prompt.input_ids for prompt in prompts], 0)
+    is_visual = pad_left([prompt.is_visual.long() for prompt in prompts], 0).bool()
+    segment_ids = pad_left([torch.full_like(prompt.input_ids, TRUNK) for prompt in prompts], PAD_SEGMENT)
+    valid = segment_ids != PAD_SEGMENT
+    position_ids = (valid.cumsum(1) - 1).clamp(min=0)
+    pixels, pooling = join_visuals(prompts, model.config.patches_per_crop)
+    features = model.encode_visuals(pixels, pooling) if pixels.shape[0] else None
+    mask = AttentionMask(segment_ids, is_visual)
+    return model.decode(model.embed(input_ids, features), position_ids, mask, cache=cache)[:, -1:], valid
+
+
+@torch.no_grad()
+def generate(model: Molmo2, prompts: Sequence[PromptTensors], max_new_tokens: int, eos_id: int) -> list[list[int]]:
+    """The most likely continuation of each prompt, without EOS; at most `max_new_tokens` (one or more) tokens."""
+    cache = Cache()
+    hidden, valid = prefill(model, prompts, cache)
+    position_ids = valid.sum(1, keepdim=True)
+    finished = torch.zeros_like(valid[:, 0])
+    generated: list[Tensor] = []
+    while True:
+        token = model.lm_head(hidden[:, -1]).argmax(-1).masked_fill(finished, eos_id)
+        finished = finished | (token == eos_id)
+        generated.append(token)
+        if len(generated) >= max_new_tokens or bool(finished.all()):
+            break
+        valid = F.pad(valid, (0, 1), value=True)
+        hidden = model.decode(model.embed(token[:, None], None), position_ids, KeyMask(valid), cache=cache)
+        position_ids = position_ids + 1
+    rows = torch.stack(generated, dim=1).tolist()
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]

@@ -1,0 +1,111 @@
+"""Molmo2: vision transformer, connector and language model, joined by addition.
+
+Visual features are added to the embeddings of the `<im_patch>` tokens, in row-major order. Everything parallel
+(sequence slices, shares of the frames, sharded parameters) is applied from outside: see the trainer's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from molmo2.model.config import ModelConfig
+from molmo2.model.connector import Connector
+from molmo2.model.mask import AttentionMask
+from molmo2.model.text import Attend, Cache, Decoder, Mask, dense_attention
+from molmo2.model.vit import VisionTransformer
+
+
+class Molmo2(nn.Module):
+    """The whole model. `forward` serves tests and evaluation; the trainer composes the four parts itself."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vit = VisionTransformer(config.vit, config.patch_size, config.patches_per_crop)
+        self.connector = Connector(config.connector, config.vit, config.text)
+        self.text = Decoder(config.text)
+        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+
+    @classmethod
+    def with_weights(cls, config: ModelConfig, weights: Mapping[str, Tensor]) -> Molmo2:
+        """A model that holds these very tensors (they are not copied).
+
+        Raises:
+            RuntimeError: a tensor is missing, unexpected or of another shape.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(weights, assign=True)
+        return model
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0, std: float = 0.02) -> Molmo2:
+        """Start from nothing: normal weights, zero biases, norms one. Equal on every rank and device."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1)
+            else:
+                parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+        return self
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute each layer's activations in the backward pass instead of keeping them."""
+        self.vit.checkpointing = self.text.checkpointing = enabled
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The three components that have learning rates of their own; the added embeddings go with the connector."""
+        groups: dict[str, list[nn.Parameter]] = {"vit": [], "connector": [], "llm": []}
+        for name, parameter in self.named_parameters():
+            if name.startswith("vit."):
+                groups["vit"].append(parameter)
+            elif name.startswith("connector.") or name == "text.embedding.added":
+                groups["connector"].append(parameter)
+            else:
+                groups["llm"].append(parameter)
+        return groups
+
+    def encode_visuals(self, pixels: Tensor, pooling: Tensor) -> Tensor:
+        """uint8 crops [N, H, W, 3] and pooling int64 [T, P] to visual features [T, d]."""
+        return self.connector(self.vit(pixels), pooling)
+
+    def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
+        """int64 [B, S] and features [T, d], one for each `<im_patch>`, to embeddings [B, S, d]."""
+        x = self.text.embedding(input_ids)
+        if features is None or features.shape[0] == 0:
+            return x
+        is_patch = (input_ids == self.config.image_patch_id).flatten()
+        # The k-th patch token takes the k-th feature; a gather needs no count on the host.
+        number = (is_patch.cumsum(0) - 1).clamp(min=0)
+        spread = features[number] * is_patch[:, None].to(features.dtype)
+        return x + spread.view_as(x).to(x.dtype)
+
+    def decode(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        mask: Mask,
+        attend: Attend = dense_attention,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Embeddings [B, S, d] and positions int64 [B, S] to final-normed hidden states [B, S, d]."""
+        return self.text(x, position_ids, mask, attend, cache)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segment_ids: Tensor,
+        is_visual: Tensor,
+        pixels: Tensor,
+        pooling: Tensor,
+    ) -> Tensor:
+        """Logits [B, S, base vocabulary] of a batch as the loader makes it; `pixels` may hold no crop."""
+        features = self.encode_visuals(pixels, pooling) if pixels.shape[0] else None
+        hidden = self.decode(self.embed(input_ids, features), position_ids, AttentionMask(segment_ids, is_visual))
+        return self.lm_head(hidden)

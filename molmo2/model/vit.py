@@ -1,0 +1,85 @@
+"""The vision transformer: uint8 crops to patch features of two blocks.
+
+SigLIP2's structure: linear patch embedding, learned positions, pre-norm blocks with biases, no CLS token and no final
+norm. Positions are not interpolated: crops always have the configured size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from molmo2.model.config import VitConfig
+
+
+def to_patches(pixels: Tensor, patch_size: int) -> Tensor:
+    """uint8 crops [N, H, W, 3] to float32 patches [N, patches, patch * patch * 3] in [-1, 1], channels last."""
+    count, height, width, channels = pixels.shape
+    rows, cols = height // patch_size, width // patch_size
+    grid = pixels.view(count, rows, patch_size, cols, patch_size, channels).transpose(2, 3)
+    # The reference scales to 0-1 first; the same order of operations gives the same bits.
+    return (grid.reshape(count, rows * cols, patch_size * patch_size * channels).float() / 255 - 0.5) / 0.5
+
+
+class Attention(nn.Module):
+    """Self-attention over the patches of one crop; the softmax in float32."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.o_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, patches, width] to the same."""
+        q, k, v = (
+            proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, patches, width] to the same."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
+
+
+class VisionTransformer(nn.Module):
+    """Crops to the features that the connector pools."""
+
+    def __init__(self, config: VitConfig, patch_size: int, num_patches: int) -> None:
+        super().__init__()
+        self.config, self.patch_size = config, patch_size
+        self.checkpointing = False
+        self.patch_embedding = nn.Linear(patch_size * patch_size * 3, config.hidden_size)
+        self.positions = nn.Parameter(torch.empty(num_patches, config.hidden_size))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 [N, H, W, 3] to [N, patches, hidden * feature layers]."""
+        patches = to_patches(pixels, self.patch_size).to(self.patch_embedding.weight.dtype)
+        x = self.patch_embedding(patches) + self.positions
+        outputs = {}
+        for number, block in enumerate(self.blocks):
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+            if number in self.config.feature_layers:
+                outputs[number] = x
+        return torch.cat([outputs[number] for number in self.config.feature_layers], dim=-1)
