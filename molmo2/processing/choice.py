@@ -1,0 +1,62 @@
+"""Multiple choice: a question with its options, and the answer, as text.
+
+All of evaluation and 10 % of training use one fixed form; the rest of training draws how options are labelled.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shards.schema import Choice, RejectedError
+
+FIXED_SHARE = 0.1
+INLINE_SHARE = 0.1
+LABELS_SHOWN_SHARE = 0.8
+LABEL_ONLY_SHARE = 0.25
+INSTRUCTION = "Only return the correct answer option."
+
+_MAX_OPTIONS = 26  # letters
+_MARKERS = ("{}.", "{})", "({})", "{}:", "[{}]")
+_INSTRUCTIONS = (
+    "",
+    "Choose one of the options.",
+    "Pick the option that answers the question.",
+    "Which option is right?",
+    "Reply with one option.",
+)
+_ROMAN = ((10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I"))
+
+
+def _roman(number: int) -> str:
+    out = ""
+    for value, digits in _ROMAN:
+        out, number = out + digits * (number // value), number % value
+    return out
+
+
+def _label(kind: int, index: int) -> str:
+    return (chr(ord("A") + index), chr(ord("a") + index), str(index + 1), _roman(index + 1))[kind]
+
+
+def render_choice(choice: Choice, rng: np.random.Generator | None) -> tuple[str, str]:
+    """The user's message and the answer. Without `rng`: the fixed form "A. option", on which scoring relies.
+
+    Raises:
+        RejectedError: more options than letters, or an answer that is none of them.
+    """
+    if not 0 <= choice.answer < len(choice.options) <= _MAX_OPTIONS:
+        raise RejectedError(f"answer {choice.answer} of {len(choice.options)} options (at most {_MAX_OPTIONS})")
+    if rng is None or rng.random() < FIXED_SHARE:
+        lines = [f"{_label(0, i)}. {option}" for i, option in enumerate(choice.options)]
+        return "\n".join([choice.question, INSTRUCTION, *lines]), lines[choice.answer]
+    kind, marker = int(rng.integers(4)), _MARKERS[rng.integers(len(_MARKERS))]
+    instruction = _INSTRUCTIONS[rng.integers(len(_INSTRUCTIONS))]
+    labelled, label_only, inline = rng.random(3) < (LABELS_SHOWN_SHARE, LABEL_ONLY_SHARE, INLINE_SHARE)
+    blank = not choice.options[choice.answer].strip()  # then only a label can be the answer
+    labels = [_label(kind, i) for i in range(len(choice.options))]
+    lines = list(choice.options)
+    if labelled or blank:
+        lines = [f"{marker.format(label)} {line}".strip() for label, line in zip(labels, lines, strict=True)]
+    answer = labels[choice.answer] if blank or (labelled and label_only) else lines[choice.answer]
+    head = "\n".join(filter(None, [choice.question, instruction]))
+    return (f"{head} {'; '.join(lines)}" if inline else "\n".join([head, *lines])), answer

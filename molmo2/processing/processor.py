@@ -1,0 +1,293 @@
+"""The processor: an `Example` becomes a `Sample` for the shards, or a `Prompt` for generation, by one path.
+
+It renders K text variants, chooses tilings and frames, weighs the loss and fits all of it into `Limits`: visuals
+shrink first, to a quarter at the least, then trailing annotations are dropped; what still does not fit is rejected.
+Reading files and writing shards happens elsewhere (`shards.media`, `shards.builder`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from molmo2.processing import chat, text, video, visuals
+from molmo2.processing.chat import Branch
+from molmo2.processing.images import Pixels
+from molmo2.processing.tokenizer import Tokenizer
+from molmo2.processing.visuals import Clip, Opened, Plan
+from shards import layout as geometry
+from shards.format import digest
+from shards.layout import VisualLayout
+from shards.schema import Annotation, Example, Limits, Points, RejectedError, Sample, Tracks
+
+STAGE_MODES = {"pretraining": "pretraining", "sft": "sft", "long": "sft", "eval": "eval"}
+HIGH_RESOLUTION_SHARE = 0.3  # of the variants that point in images, where the limits offer more tiles for them
+SHRINK_AT_MOST = 4  # visuals never shrink below a quarter to make room for text
+ALTERNATIVES = frozenset({"transcript"})  # styles of which a tree holds one annotation, drawn per variant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessorSettings:
+    """From what a processor is built; picklable, so that each worker process builds its own.
+
+    `preset` names a model in `molmo2.model.config.PRESETS`; `stage` is one of `STAGE_MODES`.
+    """
+
+    preset: str
+    tokenizer_dir: str
+    stage: str
+    num_variants: int = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """Model inputs that end where the answer begins: one row, no batch axis.
+
+    Attributes:
+        input_ids: int64 [tokens], placeholders expanded.
+        is_visual: bool [tokens], the tokens that see each other in both directions.
+        pixels: uint8 [crops, crop, crop, 3].
+        pooling: int64 [im_patch tokens, pool ** 2] into the flat patch axis of all crops; -1 pads.
+        visuals: the plan, as in a sample's record but without files.
+        text: the user's and earlier messages, readable.
+    """
+
+    input_ids: npt.NDArray[np.int64]
+    is_visual: npt.NDArray[np.bool_]
+    pixels: Pixels
+    pooling: npt.NDArray[np.int64]
+    visuals: tuple[dict[str, Any], ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """Some variants of an example that share their visuals; `notes` says what was left out to fit."""
+
+    plan: Plan
+    trunk: list[int]
+    branches: dict[int, list[Branch]]
+    notes: list[dict[str, Any]]
+
+
+def build_processor(settings: ProcessorSettings) -> Processor:
+    """The processor of a model preset and stage.
+
+    Raises:
+        ValueError: an unknown preset or stage, or a tokenizer that does not fit the preset (`TokenizerError`).
+    """
+    from molmo2.model.config import PRESETS
+
+    if settings.preset not in PRESETS:
+        raise ValueError(f"unknown model preset {settings.preset!r}; known: {', '.join(sorted(PRESETS))}")
+    if settings.stage not in STAGE_MODES:
+        raise ValueError(f"unknown stage {settings.stage!r}; known: {', '.join(STAGE_MODES)}")
+    config = PRESETS[settings.preset]
+    tokenizer = Tokenizer(settings.tokenizer_dir, config.text.vocab_size)
+    layout = VisualLayout(
+        tokens=tokenizer.visual,
+        crop_size=config.crop_size,
+        patch_size=config.patch_size,
+        overlap_margin=config.overlap_margin,
+        image_pool=config.image_pool,
+        video_pool=config.video_pool,
+    )
+    return Processor(layout, tokenizer, STAGE_MODES[settings.stage], settings.num_variants)
+
+
+def draws(dataset: str, key: str, variant: int) -> np.random.Generator:
+    """The generator of every draw in one text variant of one example."""
+    seed = hashlib.sha256(f"{dataset}\0{key}\0{variant}".encode()).digest()[:16]
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(seed)))
+
+
+class Processor:
+    """The model's contract with the data: chat text, tokenizer and geometry.
+
+    Attributes:
+        settings: every setting that changes a token or a pixel, JSON; its digest is the shards' fingerprint.
+    """
+
+    def __init__(self, layout: VisualLayout, tokenizer: Tokenizer, mode: str, num_variants: int = 4):
+        """`mode` is one of `text.MODES`; in "eval" nothing is drawn and all variants are equal."""
+        self.layout, self.tokenizer, self.mode, self.num_variants = layout, tokenizer, mode, num_variants
+        self.settings: dict[str, Any] = {
+            "layout": layout.to_json(),
+            "tokenizer": tokenizer.sha256,
+            "chat_format": chat.CHAT_FORMAT_VERSION,
+            "conditioning": mode,
+            "templates": digest(text.templates()),
+            "jpeg_quality": visuals.JPEG_QUALITY,
+        }
+
+    def __call__(self, example: Example, limits: Limits) -> Sample:
+        """Process one example for training or for scoring answers.
+
+        Raises:
+            RejectedError: unreadable media, an annotation that cannot be asked, or more than the limits hold.
+        """
+        if not example.annotations:
+            raise RejectedError("no annotations")
+        opened = visuals.open_media(example, limits)
+        groups: dict[int, list[int]] = {}  # tiles per image -> variants
+        for variant in range(self.num_variants):
+            groups.setdefault(self._image_tiles(example, limits, variant), []).append(variant)
+        parts = [self._fit(example, opened, limits, tiles, members) for tiles, members in groups.items()]
+        stored = visuals.store(self.layout, opened, [part.plan for part in parts])
+        flat = 1.0 if self.mode == "pretraining" else example.loss_weight
+        tokens, readable = {}, {}
+        for part, chosen in zip(parts, stored.chosen, strict=True):
+            for variant, branches in part.branches.items():
+                tokens[variant] = chat.assemble(part.trunk, branches, flat)
+                readable[variant] = _readable(branches, chosen, len(stored.visuals))
+        record: dict[str, Any] = {
+            "key": example.key,
+            "dataset": example.dataset,
+            "source": asdict(example.source),
+            "media": stored.facts,
+            "visuals": stored.visuals,
+            "variants": [readable[variant] for variant in range(self.num_variants)],
+        }
+        if notes := [note for part in parts for note in part.notes]:
+            record["fitted"] = notes
+        variants = tuple(tokens[variant] for variant in range(self.num_variants))
+        return Sample(key=example.key, record=record, variants=variants, images=tuple(stored.files))
+
+    def prompt(self, example: Example, limits: Limits, annotation: int = 0) -> Prompt:
+        """Model inputs that ask `example.annotations[annotation]`; its answer may be empty and is not used.
+
+        Room for the answer is the caller's: `limits.sequence_length` holds the prompt alone.
+
+        Raises:
+            RejectedError: unreadable media, or a prompt longer than the limits even with its visuals shrunk.
+        """
+        opened = visuals.open_media(example, limits)
+        plan = visuals.full_plan(self.layout, opened, limits, self._image_tiles(example, limits, None))
+        messages = text.render(example.annotations[annotation], self.mode, None, video=isinstance(opened, Clip))
+        asked = messages[:-1] if messages[-1].role == "assistant" else messages
+        branch = chat.encode_messages(self.tokenizer, asked)
+        trunk = self._trunk(plan)
+        while (excess := self._length(trunk, plan) + len(branch.ids) - limits.sequence_length) > 0:
+            smaller = self._shrink(opened, limits, plan, excess, floor=1)
+            if smaller is None:
+                raise RejectedError(f"the prompt is {excess} tokens longer than the limit {limits.sequence_length}")
+            plan, trunk = smaller, self._trunk(smaller)
+        stored = chat.assemble([*trunk, *branch.ids.tolist()], [], None)
+        expanded = geometry.expand(self.layout, stored, list(plan.visuals))
+        pixels, pooling = visuals.model_inputs(self.layout, opened, plan)
+        return Prompt(
+            input_ids=expanded.input_ids.astype(np.int64),
+            is_visual=expanded.is_visual,
+            pixels=pixels,
+            pooling=pooling,
+            visuals=plan.visuals,
+            text="\n".join(f"{message.role}: {message.content}" for message in asked),
+        )
+
+    def _image_tiles(self, example: Example, limits: Limits, variant: int | None) -> int:
+        """Tiles per image: the high resolution for some variants that point in images."""
+        points = example.images and any(isinstance(a, Points) for a in example.annotations)
+        if self.mode != "sft" or variant is None or not points or limits.pointing_crops is None:
+            return limits.image_crops
+        # a generator of its own, so that changed limits leave all other draws alone
+        high = draws(example.dataset, f"{example.key}\0resolution", variant).random() < HIGH_RESOLUTION_SHARE
+        return limits.pointing_crops if high else limits.image_crops
+
+    def _trunk(self, plan: Plan) -> list[int]:
+        """BOS and a placeholder per visual, after "Image i" (several images) or the frame's time."""
+        ids = [self.tokenizer.bos]
+        for i, visual in enumerate(plan.visuals):
+            if visual["kind"] == "frame":
+                ids += [*self.tokenizer.encode(video.timestamp(i, visual["time"])), self.layout.tokens.video]
+            else:
+                name = self.tokenizer.encode(f"Image {i + 1}") if len(plan.visuals) > 1 else []
+                ids += [*name, self.layout.tokens.image]
+        return ids
+
+    def _length(self, trunk: Sequence[int], plan: Plan) -> int:
+        """Tokens of the trunk after expansion."""
+        return len(trunk) + sum(len(geometry.visual_tokens(self.layout, visual)) - 1 for visual in plan.visuals)
+
+    def _fit(self, example: Example, opened: Opened, limits: Limits, tiles: int, members: Sequence[int]) -> _Fitted:
+        """One plan for the variants `members`, and the branches of each that fit beside it."""
+        full = plan = visuals.full_plan(self.layout, opened, limits, tiles)
+        if isinstance(opened, Clip) and opened.pointed:
+            visuals.check_points(example, plan, limits.fps)
+        floor = max(1, full.budget // SHRINK_AT_MOST)
+        while True:
+            trunk = self._trunk(plan)
+            room = limits.sequence_length - self._length(trunk, plan)
+            branches = {v: self._branches(example, plan, limits, v) for v in members}
+            excess = max(_length(kept) for kept in branches.values()) - room
+            smaller = self._shrink(opened, limits, plan, excess, floor) if excess > 0 else None
+            if smaller is None:
+                break
+            plan = smaller
+        notes: list[dict[str, Any]] = []
+        wanted = full if isinstance(opened, Clip) else visuals.make_plan(self.layout, opened, limits, tiles)
+        if plan.num_crops < wanted.num_crops:
+            notes.append({"variants": list(members), "crops": {"wanted": wanted.num_crops, "kept": plan.num_crops}})
+        for variant, kept in branches.items():
+            total = len(kept)
+            while kept and _length(kept) > room:
+                kept.pop()
+            if not kept:
+                raise RejectedError(
+                    f"no annotation fits: {plan.num_crops} crops leave {room} of {limits.sequence_length} tokens"
+                )
+            if len(kept) < total:
+                notes.append({"variants": [variant], "annotations": {"wanted": total, "kept": len(kept)}})
+        return _Fitted(plan, trunk, branches, notes)
+
+    def _shrink(self, opened: Opened, limits: Limits, plan: Plan, excess: int, floor: int) -> Plan | None:
+        """A smaller plan that saves about `excess` tokens, or None where nothing may shrink further."""
+        if not opened or plan.budget <= floor or (isinstance(opened, Clip) and opened.pointed):
+            return None
+        step = 1
+        if isinstance(opened, Clip):
+            frame = geometry.visual_tokens(self.layout, plan.visuals[0])
+            step = max(1, excess // (len(frame) + 8))  # 8: no timestamp is longer, so this never overshoots
+        return visuals.make_plan(self.layout, opened, limits, max(floor, plan.budget - step))
+
+    def _branches(self, example: Example, plan: Plan, limits: Limits, variant: int) -> list[Branch]:
+        rng = None if self.mode == "eval" else draws(example.dataset, example.key, variant)
+        out = []
+        for annotation in _tree(example.annotations, rng):
+            if isinstance(annotation, Tracks) and plan.end is not None:
+                last = plan.end + 0.5 / limits.fps
+                annotation = replace(annotation, groups=tuple(g for g in annotation.groups if g.time <= last))
+            messages = text.render(annotation, self.mode, rng, video=example.video is not None)
+            if messages[-1].role != "assistant":
+                raise RejectedError("a conversation must end with the assistant")
+            out.append(chat.encode_messages(self.tokenizer, messages))
+        return out
+
+
+def _length(branches: Sequence[Branch]) -> int:
+    """Input tokens of branches: the last token of each is a label only."""
+    return sum(len(branch.ids) - 1 for branch in branches)
+
+
+def _tree(annotations: tuple[Annotation, ...], rng: np.random.Generator | None) -> list[Annotation]:
+    """The annotations of one variant: one of each kind of alternatives, in a drawn order."""
+    kept: list[Annotation] = [a for a in annotations if a.style not in ALTERNATIVES]
+    for style in sorted(ALTERNATIVES):
+        options = [a for a in annotations if a.style == style]
+        if options:
+            kept.append(options[0 if rng is None else int(rng.integers(len(options)))])
+    return kept if rng is None else [kept[i] for i in rng.permutation(len(kept))]
+
+
+def _readable(branches: Sequence[Branch], chosen: list[int], num_visuals: int) -> dict[str, Any]:
+    """A variant's entry in the record."""
+    messages = [
+        {"branch": i + 1, "role": message.role, "content": message.content}
+        for i, branch in enumerate(branches)
+        for message in branch.messages
+    ]
+    return {"messages": messages} | ({"visuals": chosen} if len(chosen) != num_visuals else {})

@@ -1,0 +1,174 @@
+"""Tokenizer: a directory with `tokenizer.json`, read by `tokenizers`, plus what Molmo2 expects of its ids.
+
+Everything that people wrote is encoded as ordinary text: a question that contains "<im_patch>" or "<|im_end|>" gives
+the letters of that string, never the special id. Special ids enter a sequence only by their attribute here.
+`write_tokenizer` adds Molmo2's tokens to a byte-level tokenizer, `train_demo_tokenizer` makes a tiny one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from shards.layout import VisualTokens
+
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+PAD = "<|endoftext|>"
+MOLMO2_TOKENS = (
+    "<im_start>",
+    "<im_end>",
+    "<im_patch>",
+    "<im_col>",
+    "<low_res_im_start>",
+    "<|image|>",
+    "<im_low>",
+    "<frame_start>",
+    "<frame_end>",
+    "<|video|>",
+    "<|points|>",
+    "<|token_index|>",
+    "<|vit_index|>",
+    "<|vit_loc|>",
+)
+# How Qwen cuts text before its merges: digits stand alone, words take the space before them.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class TokenizerError(ValueError):
+    """A tokenizer directory that is missing, unreadable or without Molmo2's tokens in their places."""
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+        base_vocab: rows of the model's base embedding table; the ids of Molmo2's added tokens start here.
+        bos, eos, pad, turn_start: ids. `eos` is `<|im_end|>`, the end of a turn; `bos` opens every sequence.
+        visual: ids of the tokens that carry visuals.
+        sha256: hash of `tokenizer.json`.
+    """
+
+    def __init__(self, directory: str | Path, base_vocab: int):
+        """Read `directory`.
+
+        Raises:
+            TokenizerError: no readable `tokenizer.json`, or a token that is missing or out of place.
+        """
+        self.directory, self.base_vocab = Path(directory), base_vocab
+        path = self.directory / "tokenizer.json"
+        try:
+            data = path.read_bytes()
+            value = json.loads(data)
+            for token in value["added_tokens"]:
+                token["special"] |= token["content"] in MOLMO2_TOKENS or token["content"].startswith("|<EXTRA_TOKENS")
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(value))
+        except Exception as error:  # the Rust side raises bare Exception
+            raise TokenizerError(
+                f"{path}: cannot read a tokenizer ({error}); give a directory that holds one"
+            ) from None
+        self._tokenizer.encode_special_tokens = True  # special strings in text stay text
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        for offset, token in enumerate(MOLMO2_TOKENS):
+            found = self._tokenizer.token_to_id(token)
+            if found != base_vocab + offset:
+                raise TokenizerError(
+                    f"{path}: token {token} has id {found}, the model wants {base_vocab + offset} (base vocabulary "
+                    f"{base_vocab} + {offset}); use the model's own tokenizer, or add the tokens with write_tokenizer"
+                )
+        self.visual = VisualTokens.after(base_vocab)
+        names = _special_names(self.directory)
+        self.turn_start, self.eos = self._id(TURN_START), self._id(TURN_END)
+        self.bos = self._id(names.get("bos_token") or names.get("eos_token") or TURN_END)
+        self.pad = self._id(names.get("pad_token") or PAD)
+
+    def _id(self, token: str) -> int:
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise TokenizerError(f"{self.directory}: no token {token}, which the chat format needs")
+        return int(found)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` as ordinary text, without BOS or EOS."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+def _special_names(directory: Path) -> dict[str, str]:
+    """`bos_token`, `eos_token`, `pad_token` of `tokenizer_config.json`, those that are set."""
+    path = directory / "tokenizer_config.json"
+    try:
+        config = json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError as error:
+        raise TokenizerError(f"{path}: not JSON ({error})") from None
+    names = {}
+    for key in ("bos_token", "eos_token", "pad_token"):
+        value = config.get(key)
+        value = value.get("content") if isinstance(value, dict) else value  # older files nest an AddedToken
+        if value:
+            names[key] = value
+    return names
+
+
+def write_tokenizer(tokenizer: tokenizers.Tokenizer, directory: str | Path, base_vocab: int) -> None:
+    """Complete `tokenizer` with Molmo2's tokens at `base_vocab` + offset and write it where transformers loads it.
+
+    Ids between the tokenizer's own and `base_vocab` are filled with unused tokens, because the embedding table may
+    have more rows than the tokenizer has entries.
+
+    Raises:
+        TokenizerError: the tokenizer already has more than `base_vocab` entries.
+    """
+    tokenizer.add_special_tokens([PAD, TURN_START, TURN_END])
+    size = tokenizer.get_vocab_size()
+    if size > base_vocab:
+        raise TokenizerError(f"the tokenizer has {size} entries, the base vocabulary only {base_vocab}")
+    tokenizer.add_special_tokens([f"|<EXTRA_TOKENS_{i}>|" for i in range(base_vocab - size)])
+    tokenizer.add_special_tokens(list(MOLMO2_TOKENS))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": TURN_END,
+        "eos_token": TURN_END,
+        "pad_token": PAD,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 36864,
+    }
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def train_demo_tokenizer(texts: Iterable[str], directory: str | Path, base_vocab: int = 512) -> None:
+    """Train a byte-level BPE on `texts` and write it; the same texts give the same bytes."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    num_named = 3  # <|endoftext|>, <|im_start|>, <|im_end|>
+    trainer = trainers.BpeTrainer(
+        vocab_size=base_vocab - num_named,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    write_tokenizer(tokenizer, directory, base_vocab)

@@ -1,0 +1,187 @@
+"""An example's media: opened, planned against a budget, and turned into stored files or model inputs.
+
+A *plan* says what the model will see without touching pixels: each image's tiling, or the times of a video's frames.
+Its *budget* is the one number by which visuals shrink: tiles per image, or frames. Decoding is `shards.media`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from molmo2.processing import images, video
+from molmo2.processing.images import Pixels
+from shards import layout as geometry
+from shards import media
+from shards.layout import VisualLayout
+from shards.schema import Example, Limits, Points, RejectedError, Tracks, VideoRef
+
+JPEG_QUALITY = 95
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A video that was probed but not decoded."""
+
+    ref: VideoRef
+    info: media.VideoInfo
+    tracked: bool  # frames at the fixed rate, cut at the end
+    pointed: bool  # frames at the fixed rate, none to be left out
+
+
+Opened = tuple[Pixels, ...] | Clip
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the model will see: `visuals` as in a sample's record, but with "image" (a number) for the files."""
+
+    budget: int
+    visuals: tuple[dict[str, Any], ...]
+
+    @property
+    def num_crops(self) -> int:
+        """ViT inputs."""
+        return sum(geometry.visual_crops(visual) for visual in self.visuals)
+
+    @property
+    def end(self) -> float | None:
+        """Time of the last frame; None without a video."""
+        return self.visuals[-1].get("time") if self.visuals else None
+
+
+def open_media(example: Example, limits: Limits) -> Opened:
+    """Decode the images, or probe the video; `()` for text.
+
+    Raises:
+        RejectedError: unreadable, too many images, or images and a video at once.
+    """
+    if example.video is not None and example.images:
+        raise RejectedError("an example has images or a video, not both")
+    if len(example.images) > limits.max_images:
+        raise RejectedError(f"{len(example.images)} images, the limit is {limits.max_images}")
+    try:
+        if example.video is None:
+            return tuple(media.load_image(ref) for ref in example.images)
+        info = media.probe_video(example.video)
+    except media.MediaError as error:
+        raise RejectedError(f"media: {error}") from error
+    kinds = {type(annotation) for annotation in example.annotations}
+    return Clip(example.video, info, tracked=Tracks in kinds, pointed=Points in kinds)
+
+
+def make_plan(layout: VisualLayout, opened: Opened, limits: Limits, budget: int) -> Plan:
+    """The visuals under `budget`: at most so many tiles per image, or so many frames."""
+    if isinstance(opened, Clip):
+        rule = video.grid_times if opened.tracked else video.frame_times
+        times = rule(opened.info.duration, limits.fps, budget)
+        return Plan(budget, tuple({"kind": "frame", "time": time} for time in times))
+    visuals = []
+    for number, rgb in enumerate(opened):
+        tiling = images.choose_tiling(layout, rgb.shape[0], rgb.shape[1], budget)
+        visuals.append({"kind": "image", "image": number, "tiling": list(tiling)})
+    return Plan(budget, tuple(visuals))
+
+
+def full_plan(layout: VisualLayout, opened: Opened, limits: Limits, image_tiles: int) -> Plan:
+    """The largest plan whose crops fit the limits; a video's budget becomes its number of frames.
+
+    Raises:
+        RejectedError: not even one tile per image fits.
+    """
+    if isinstance(opened, Clip):
+        plan = make_plan(layout, opened, limits, min(limits.max_frames, limits.max_crops))
+        return Plan(len(plan.visuals), plan.visuals)
+    for budget in range(image_tiles, 0, -1):
+        plan = make_plan(layout, opened, limits, budget)
+        if plan.num_crops <= limits.max_crops:
+            return plan
+    raise RejectedError(f"{len(opened)} images need {2 * len(opened)} crops, the limit is {limits.max_crops}")
+
+
+def check_points(example: Example, plan: Plan, fps: float) -> None:
+    """Check that every point of a video lies on a frame that the model sees.
+
+    Raises:
+        RejectedError: a point further than half a sampling interval from the nearest frame.
+    """
+    times = np.array([visual["time"] for visual in plan.visuals])
+    for annotation in example.annotations:
+        for group in annotation.groups if isinstance(annotation, Points) else ():
+            if np.abs(times - group.at).min() > 0.5 / fps + 1e-6:
+                raise RejectedError(
+                    f"a point at {group.at:.1f} s has no frame near it ({len(times)} frames up to {times[-1]:.1f} s)"
+                )
+
+
+def _read(clip: Clip, plan: Plan) -> media.Frames:
+    try:
+        return media.read_frames(clip.ref, [visual["time"] for visual in plan.visuals])
+    except media.MediaError as error:
+        raise RejectedError(f"media: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a shard keeps: the record's "visuals", its "media" facts, the JPEG files, each plan's visuals by index."""
+
+    visuals: list[dict[str, Any]]
+    facts: dict[str, Any]
+    files: list[bytes]
+    chosen: list[list[int]]
+
+
+def store(layout: VisualLayout, opened: Opened, plans: Sequence[Plan]) -> Stored:
+    """Decode, resize and encode what the plans need, equal visuals once."""
+    if isinstance(opened, Clip):
+        (plan,) = plans
+        frames = _read(opened, plan)
+        files = [media.encode_jpeg(frame, JPEG_QUALITY) for frame in images.view(layout, frames.pixels)]
+        times = [visual["time"] for visual in plan.visuals]
+        records = [{"kind": "frame", "view": i, "time": time} for i, time in enumerate(times)]
+        facts: dict[str, Any] = {"video": asdict(opened.info) | {"decoder": frames.decoder}}
+        return Stored(records, facts, files, [list(range(len(records)))])
+    records, files = [], []
+    views: dict[int, int] = {}
+    canvases: dict[tuple[int, tuple[int, int]], int] = {}
+    for visual in (visual for plan in plans for visual in plan.visuals):
+        number, tiling = visual["image"], tuple(visual["tiling"])
+        if (number, tiling) in canvases:
+            continue
+        canvases[number, tiling] = len(records)
+        if number not in views:
+            views[number] = len(files)
+            files.append(media.encode_jpeg(images.view(layout, opened[number]), JPEG_QUALITY))
+        canvas = views[number]
+        if not images.canvas_is_view(tiling):
+            canvas = len(files)
+            files.append(media.encode_jpeg(images.canvas(layout, opened[number], tiling), JPEG_QUALITY))
+        records.append({"kind": "image", "view": views[number], "canvas": canvas, "tiling": list(tiling)})
+    chosen = [[canvases[v["image"], tuple(v["tiling"])] for v in plan.visuals] for plan in plans]
+    sizes = [{"height": rgb.shape[0], "width": rgb.shape[1]} for rgb in opened]
+    return Stored(records, {"images": sizes} if sizes else {}, files, chosen)
+
+
+def model_inputs(layout: VisualLayout, opened: Opened, plan: Plan) -> tuple[Pixels, npt.NDArray[np.int64]]:
+    """Crops uint8 [N, crop, crop, 3] and pooling [T, pool ** 2] into the flat [N * patches] axis, -1 pads."""
+    if isinstance(opened, Clip):
+        crops = list(images.view(layout, _read(opened, plan).pixels)[:, None])
+    else:
+        crops = []
+        for visual in plan.visuals:
+            rgb, tiling = opened[visual["image"]], tuple(visual["tiling"])
+            view, canvas = images.view(layout, rgb), images.canvas(layout, rgb, tiling)
+            crops.append(geometry.split_crops(layout, tiling, view, canvas))
+    if not crops:
+        size = layout.crop_size
+        return np.zeros((0, size, size, 3), np.uint8), np.zeros((0, layout.image_pool**2), np.int64)
+    starts = np.cumsum([0, *(len(piece) for piece in crops[:-1])]) * layout.crop_patches**2
+    pooling = []
+    for start, visual in zip(starts, plan.visuals, strict=True):
+        local = geometry.visual_pooling(layout, visual)
+        pooling.append(np.where(local >= 0, local + start, -1))
+    return np.concatenate(crops), np.concatenate(pooling)
