@@ -24,7 +24,7 @@ def to_patches(pixels: Tensor, patch_size: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention over the patches of one crop; the softmax in float32."""
+    """Self-attention over the patches of one crop. torch's fused kernels keep scores and softmax in float32."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()

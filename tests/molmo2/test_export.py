@@ -1,0 +1,276 @@
+"""Export: what transformers reloads offline is our model, to the token."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from processing_cases import noise, tokenizer_dir
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny_models import OLMO, QWEN, YARN, reference_config
+from torch import Tensor
+
+from molmo2 import export, hub
+from molmo2.model.config import PRESETS, ModelConfig
+from molmo2.model.generate import PromptTensors, generate
+from molmo2.model.molmo2 import Molmo2
+from molmo2.model.text import rope_frequencies
+from molmo2.processing import Processor, Tokenizer, TokenizerError, chat, images, video
+from shards import layout as geometry
+
+QUESTION = "What is this?"
+NEW_TOKENS = 12
+ORIGIN = {"run": "test", "step": 3}
+
+
+def noisy(config: ModelConfig) -> Molmo2:
+    """Random weights, norms and biases included, large enough for lively answers."""
+    torch.manual_seed(1)
+    model = Molmo2(config).init_weights(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def weights_of(model: Molmo2) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def exported(model: Molmo2, out: Path) -> Path:
+    export.export_model(model.config, weights_of(model), tokenizer_dir(), out, ORIGIN)
+    return out
+
+
+def reload(directory: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    return AutoModelForImageTextToText.from_pretrained(directory).eval(), AutoProcessor.from_pretrained(directory)
+
+
+def our_answers(model: Molmo2, prompts: list[PromptTensors]) -> list[list[int]]:
+    return generate(model, prompts, NEW_TOKENS, Tokenizer(tokenizer_dir(), model.config.text.vocab_size).eos)
+
+
+def their_answer(theirs: Any, inputs: Any) -> list[int]:
+    output = theirs.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0]
+    answer = output[inputs["input_ids"].shape[1] :].tolist()
+    eos = theirs.generation_config.eos_token_id
+    return answer[: answer.index(eos)] if eos in answer else answer
+
+
+def clip(config: ModelConfig, frames: np.ndarray) -> tuple[PromptTensors, dict[str, Any]]:
+    """Our inputs for a clip of frames at 2 per second, and the same for transformers."""
+    from transformers.video_utils import VideoMetadata
+
+    tokenizer = Tokenizer(tokenizer_dir(), config.text.vocab_size)
+    layout = export.visual_layout(config)
+    visuals = [{"kind": "frame", "time": i / 2} for i in range(len(frames))]
+    trunk = [tokenizer.bos]
+    for i, visual in enumerate(visuals):
+        trunk += [*tokenizer.encode(video.timestamp(i, visual["time"])), layout.tokens.video]
+    stored = chat.assemble([*trunk, *chat.encode_user(tokenizer, QUESTION)], [], None)
+    expanded = geometry.expand(layout, stored, visuals)
+    local = geometry.visual_pooling(layout, visuals[0])
+    prompt = PromptTensors(
+        input_ids=torch.from_numpy(expanded.input_ids).long(),
+        is_visual=torch.from_numpy(expanded.is_visual),
+        pixels=torch.from_numpy(images.view(layout, frames)),
+        pooling=torch.from_numpy(np.concatenate([local + i * config.patches_per_crop for i in range(len(frames))])),
+    )
+    facts = VideoMetadata(total_num_frames=len(frames), fps=2.0, frames_indices=list(range(len(frames))))
+    return prompt, {"videos": [frames], "video_metadata": [facts], "do_sample_frames": False}
+
+
+@pytest.mark.parametrize("config", [QWEN, OLMO, YARN], ids=["qwen3", "olmo", "yarn"])
+def test_transformers_generates_our_tokens(config: ModelConfig, tmp_path: Path) -> None:
+    model = noisy(config)
+    theirs, preprocess = reload(exported(model, tmp_path / "out"))
+    picture, frames = noise(100, 170), np.stack([noise(50, 70, seed) for seed in range(5)])
+    processor = Processor(export.visual_layout(config), Tokenizer(tokenizer_dir(), 320), "eval", 1)
+    video_prompt, video_inputs = clip(config, frames)
+    prompts = [
+        export.ask(processor, QUESTION, [], 4096),
+        export.ask(processor, QUESTION, [picture], 4096),
+        video_prompt,
+    ]
+    message = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}
+    text = preprocess.apply_chat_template([message], add_generation_prompt=True)
+    inputs = [
+        export.their_inputs(preprocess, QUESTION, []),
+        export.their_inputs(preprocess, QUESTION, [picture]),
+        preprocess(text=text, return_tensors="pt", **video_inputs),
+    ]
+    for prompt, row in zip(prompts, inputs, strict=True):
+        assert prompt.input_ids.tolist() == row["input_ids"][0].tolist()
+    answers = our_answers(model, prompts)  # one batch of three lengths
+    assert len({tuple(answer) for answer in answers}) == 3
+    assert answers == [their_answer(theirs, row) for row in inputs]
+
+
+def test_files_have_the_released_layout(tmp_path: Path) -> None:
+    out = exported(noisy(QWEN), tmp_path / "out")
+    assert {path.name for path in out.iterdir()} == {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "export.json",
+        "generation_config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    with safe_open(out / "model.safetensors", "pt") as file:
+        shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
+    assert len(shapes) == 106
+    assert shapes["model.transformer.wte.embedding"] == [320, 64]
+    assert shapes["model.transformer.wte.new_embedding"] == [16, 64]
+    assert shapes["lm_head.weight"] == [320, 64]
+    assert shapes["model.transformer.blocks.2.self_attn.att_proj.weight"] == [64 + 32 + 32, 64]
+    config = json.loads((out / "config.json").read_text())
+    assert config["vit_config"]["image_num_pos"] == 36 and config["adapter_config"]["vit_layers"] == [3, 1]
+    report = json.loads((out / "export.json").read_text())
+    assert report["origin"] == ORIGIN and max(report["largest_logit_difference"].values()) <= export.TOLERANCE
+
+
+def test_transformers_reads_every_setting(tmp_path: Path) -> None:
+    theirs, preprocess = reload(exported(noisy(YARN), tmp_path / "out"))
+    wanted = reference_config(YARN)
+    for part in ("text_config", "vision_config", "adapter_config"):
+        got, want = getattr(theirs.config, part).to_dict(), getattr(wanted, part).to_dict()
+        differing = {name for name in want if got.get(name) != want[name]}
+        assert differing <= {"dtype", "architectures", "transformers_version"}, part
+    for processor in (preprocess.image_processor, preprocess.video_processor):
+        assert processor.do_resize and processor.do_rescale and processor.do_normalize and processor.do_convert_rgb
+    assert preprocess.image_processor.overlap_margins == [1, 1] and preprocess.image_processor.patch_size == 14
+    assert preprocess.image_processor.size["height"] == preprocess.video_processor.size["height"] == 84
+    assert preprocess.tokenizer.padding_side == "left"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_transformers_reads_every_preset(name: str) -> None:
+    from transformers import Molmo2Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    text = PRESETS[name].text
+    config = Molmo2Config.from_dict(hub.hub_config(PRESETS[name])).text_config
+    assert config.rope_parameters["rope_theta"] == text.rope_theta
+    if text.rope_scaling:
+        assert tuple(config.rope_scaling_layers) == text.rope_scaling.layers
+        frequencies, factor = rope_frequencies(text, text.rope_scaling.layers[0])
+        expected, expected_factor = ROPE_INIT_FUNCTIONS["yarn"](config)
+        torch.testing.assert_close(frequencies, expected, atol=0, rtol=1e-6)
+        assert factor == expected_factor
+    else:
+        assert config.rope_parameters["rope_type"] == "default"
+
+
+def test_shards_and_index(tmp_path: Path) -> None:
+    model = noisy(QWEN)
+    hub.write_hub(weights_of(model), tmp_path, shard_bytes=100_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in model.state_dict().values())
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    again = hub.from_foreign(shapes, hub.open_tensors(tmp_path))
+    assert again.keys() == shapes.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_misfits_are_listed(tmp_path: Path) -> None:
+    model = noisy(QWEN)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tensors = {name: (lambda t=tensor: t) for name, tensor in hub.to_hub(model.state_dict())}
+    tensors["model.surplus"] = tensors.pop("model.transformer.ln_f.weight")
+    tensors["lm_head.weight"] = lambda: torch.zeros(7, 64)
+    with pytest.raises(hub.WeightsError) as caught:
+        hub.from_foreign(shapes, tensors)
+    message = str(caught.value)
+    assert "missing model.transformer.ln_f.weight" in message
+    assert "unexpected model.surplus" in message
+    assert "lm_head.weight: shape [7, 64], wanted [320, 64]" in message
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        hub.open_tensors(tmp_path)
+
+
+def test_a_difference_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = noisy(QWEN)
+    written = dataclasses.replace(QWEN, text=dataclasses.replace(QWEN.text, rope_theta=1e4))
+    wrong = hub.hub_config(written)
+    monkeypatch.setattr(hub, "hub_config", lambda config: wrong)
+    with pytest.raises(export.ExportError, match="logits in transformers differ"):
+        exported(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_exports_are_replaced(tmp_path: Path) -> None:
+    model = noisy(QWEN)
+    out = exported(model, tmp_path / "out")
+    (out / "stale").touch()
+    exported(model, out)
+    assert not (out / "stale").exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
+    (out / "export.json").unlink()
+    with pytest.raises(export.ExportError, match="no earlier export"):
+        exported(model, out)
+    assert (out / "model.safetensors").exists()
+
+
+def test_a_full_disk_and_a_missing_tokenizer_leave_nothing(tmp_path: Path) -> None:
+    model = noisy(QWEN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(OSError, match="cannot be written"):
+            exported(model, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(TokenizerError, match="nowhere"):
+        export.export_model(QWEN, weights_of(model), tmp_path / "nowhere", tmp_path / "out", ORIGIN)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cut_file_is_named(tmp_path: Path) -> None:
+    hub.write_hub(weights_of(noisy(QWEN)), tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(hub.WeightsError, match=r"model\.safetensors: no readable"):
+        hub.open_tensors(tmp_path)
+
+
+def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, root / "tools/export_model.py", *map(str, arguments)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+
+
+def test_the_tool_exports_a_checkpoint(tmp_path: Path) -> None:
+    from molmo2 import checkpoint as checkpoints
+
+    step = tmp_path / "run" / "checkpoints" / "step-00000003"
+    step.mkdir(parents=True)
+    save_file(weights_of(noisy(QWEN)), str(step / checkpoints.WEIGHTS))
+    (step / checkpoints.MODEL).write_text(json.dumps(QWEN.to_json()))
+    (step / checkpoints.RECIPE).write_text(json.dumps({"tokenizer": tokenizer_dir()}))
+    files = {path.name: [path.stat().st_size, checkpoints._hash(path)] for path in step.iterdir()}
+    meta = {"format": checkpoints.FORMAT, "run": "run", "stage": "sft", "step": 3, "finished": True, "commit": None}
+    (step / checkpoints.META).write_text(json.dumps({**meta, "files": files}))
+    done = run_tool("--checkpoint", tmp_path / "run", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "largest difference" in done.stdout and (tmp_path / "out" / "model.safetensors").exists()
+    (step / checkpoints.MODEL).write_text("{}")
+    refused = run_tool("--checkpoint", step, "--out", tmp_path / "again")
+    assert refused.returncode == 1 and "model.json" in refused.stderr and "Traceback" not in refused.stderr
+    assert not (tmp_path / "again").exists()

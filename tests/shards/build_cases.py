@@ -1,0 +1,53 @@
+"""A small copy of the demo's raw data, and builds of it with the real processor."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from molmo2.demo.sets import SETS, make_set, texts
+from molmo2.processing import ProcessorSettings, build_processor
+from molmo2.processing.tokenizer import train_demo_tokenizer
+from shards.builder import ProcessorFactory, build_dataset
+from shards.catalog import Catalog, Stage, load_catalog
+from shards.format import DatasetIndex
+
+
+def quiet(made: Iterable[Any], _: int) -> Iterator[Any]:
+    return iter(made)
+
+
+def make_raw(raw: Path, scale: float = 0.03) -> Path:
+    for demo in SETS:
+        make_set(demo, raw, 0, scale, quiet)
+    train_demo_tokenizer(texts(raw), raw / "tokenizer")
+    return raw
+
+
+def catalog(stage: Stage, examples_per_shard: int = 8) -> Catalog:
+    loaded = load_catalog("demo")
+    settings = loaded.stages[stage].model_copy(update={"examples_per_shard": examples_per_shard})
+    return loaded.model_copy(update={"stages": {**loaded.stages, stage: settings}})
+
+
+def factory(raw: Path, stage: Stage, num_variants: int = 4) -> ProcessorFactory:
+    settings = ProcessorSettings(
+        preset="tiny", tokenizer_dir=str(raw / "tokenizer"), stage=stage, num_variants=num_variants
+    )
+    return functools.partial(build_processor, settings)
+
+
+def build(raw: Path, out: Path, name: str, stage: Stage = "sft", **options: Any) -> DatasetIndex:
+    """Build one dataset of the demo catalog into out/name."""
+    rows = catalog(stage)
+    (row,) = rows.select(stage, [name])
+    settings = options.pop("settings", rows.stages[stage])
+    row = row.model_copy(update=options.pop("row", {}))
+    make = factory(raw, stage, settings.num_variants)
+    return build_dataset(row, stage, settings, make, raw=raw / name, out=out / name, **options)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,0 +1,227 @@
+"""Converters: rows in the published layouts become examples; coordinates, filters, grouping, draws."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from shards.catalog import CatalogError, Stage, load_catalog
+from shards.convert import CONVERTERS
+from shards.convert.common import Group, packed_points, to_fractions, xy_pairs
+from shards.schema import Chat, Choice, Example, FilteredError, Points, RejectedError, Source, Text, Tracks
+from shards.sources.media_files import MediaFiles
+
+
+def convert(root: Path, name: str, rows: list[dict[str, Any]], stage: Stage = "sft", **options: Any) -> list[Example]:
+    """Examples of one group of rows under the demo catalog's row, with some of its options replaced."""
+    (row,) = load_catalog("demo").select(stage, [name])
+    row = row.model_copy(update={"options": {**row.options, **options}})
+    sources = tuple(Source(file="train.parquet", row=number) for number in range(len(rows)))
+    media = MediaFiles(root=root, template=row.media)
+    group = Group(row=row, stage=stage, media=media, key=f"{name}-1", sources=sources, values=tuple(rows))
+    return list(CONVERTERS[row.converter](group))
+
+
+def picture(root: Path, width: int = 60, height: int = 40) -> str:
+    PIL.Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(root / "a.png")
+    return (root / "a.png").as_uri()
+
+
+def video(root: Path) -> str:
+    (root / "videos").mkdir(exist_ok=True)
+    (root / "videos" / "v.mp4").write_bytes(b"")
+    return "v"
+
+
+def test_caption_and_transcripts(tmp_path: Path) -> None:
+    row = {"image_url": picture(tmp_path), "caption": " Two digits. ", "transcripts": ["I see", "", "two"]}
+    (example,) = convert(tmp_path, "demo-cap", [row], "pretraining")
+    styles = [(a.style, a.answer) for a in example.annotations if isinstance(a, Text)]
+    assert styles == [("long_caption", "Two digits."), ("transcript", "I see"), ("transcript", "two")]
+    (example,) = convert(tmp_path, "demo-cap", [row], "sft")
+    assert [a.style for a in example.annotations] == ["long_caption"]
+    assert example.loss_weight is None
+    with pytest.raises(RejectedError, match="no caption"):
+        convert(tmp_path, "demo-cap", [{**row, "caption": None}], "sft")
+
+
+@pytest.mark.parametrize(
+    ("scale", "given"), [("percent", (25, 50)), ("pixel", (15, 20)), ("unit", (0.25, 0.5)), ("thousand", (250, 500))]
+)
+def test_four_coordinate_conventions_become_one(tmp_path: Path, scale: str, given: tuple[float, float]) -> None:
+    url = picture(tmp_path)
+    data = (tmp_path / "a.png").read_bytes()
+    row = {
+        "image_url": url,
+        "image_sha256": hashlib.sha256(data).hexdigest(),
+        "points": [{"x": given[0], "y": given[1]}, {"x": -5, "y": 10**6}],
+        "label": "digit 3",
+    }
+    point, count = convert(tmp_path, "demo-points", [row], scale=scale)
+    (annotation,) = point.annotations
+    assert isinstance(annotation, Points)
+    assert annotation.groups[0].points == ((0.25, 0.5), (0.0, 1.0))
+    assert [e.annotations[0].style for e in (point, count)] == ["pointing", "point_count"]
+    assert point.key != count.key
+    assert point.loss_weight == 0.2
+    with pytest.raises(RejectedError, match="sha256"):
+        convert(tmp_path, "demo-points", [{**row, "image_sha256": "0" * 64}])
+
+
+def test_labels_are_packed_by_their_points(tmp_path: Path) -> None:
+    row = {"image_url": picture(tmp_path), "image_sha256": None, "label": "x"}
+    rows = [{**row, "points": [{"x": i, "y": i} for i in range(n)]} for n in (3, 4, 9, 0, 2)]
+    examples = convert(tmp_path, "demo-points", rows, max_points=6, styles=["pointing"])
+    assert [[a.count for a in e.annotations if isinstance(a, Points)] for e in examples] == [[3], [4, 0, 2]]
+    assert list(packed_points([], 6)) == []
+
+
+def test_pixel_points_of_pixmo_count(tmp_path: Path) -> None:
+    row = {
+        "image_url": picture(tmp_path),
+        "image_sha256": None,
+        "count": 2,
+        "points": {"x": [30, 60], "y": [10, 40]},
+        "label": "digits",
+    }
+    (example,) = convert(tmp_path, "demo-count", [row], "eval")
+    (annotation,) = example.annotations
+    assert isinstance(annotation, Points)
+    assert annotation.groups[0].points == ((0.5, 0.25), (1.0, 1.0))
+    assert annotation.style == "point_count"
+
+
+def test_questions_on_one_and_several_images(tmp_path: Path) -> None:
+    picture(tmp_path)
+    embedded = {"bytes": (tmp_path / "a.png").read_bytes(), "path": "a.png"}
+    pairs = {"question": ["Which?", "Empty?"], "answer": ["3", " "]}
+    (one,) = convert(tmp_path, "demo-image-qa", [{"image": embedded, "qa_pairs": pairs}])
+    assert one.annotations == (Text(style="user_qa", question="Which?", answer="3"),)
+    assert one.images[0].data == embedded["bytes"]
+    urls = [picture(tmp_path)] * 2
+    (several,) = convert(tmp_path, "demo-multi-image-qa", [{"image_urls": urls, "qa_pairs": pairs}])
+    assert len(several.images) == 2
+    with pytest.raises(RejectedError, match="2 questions and 1 answers"):
+        bad = {"question": ["a", "b"], "answer": ["c"]}
+        convert(tmp_path, "demo-image-qa", [{"image": embedded, "qa_pairs": bad}])
+
+
+def test_choices_put_the_answer_at_a_seeded_place(tmp_path: Path) -> None:
+    row = {"video_id": video(tmp_path), "Answer": "3", "NegativeAnswers": ["1", "3", "7"]}
+    rows = [{**row, "Question": f"Which {i}?"} for i in range(12)]
+    (example,) = convert(tmp_path, "demo-video-qa", rows)
+    (again,) = convert(tmp_path, "demo-video-qa", rows)
+    assert example == again
+    places = set()
+    for annotation in example.annotations:
+        assert isinstance(annotation, Choice)
+        assert annotation.options[annotation.answer] == "3"
+        assert sorted(annotation.options) == ["1", "3", "7"]
+        places.add(annotation.answer)
+    assert places == {0, 1, 2}
+
+
+def test_video_points_are_relative_to_the_clip(tmp_path: Path) -> None:
+    row = {
+        "video_id": video(tmp_path),
+        "question": "How many?",
+        "label": "digits",
+        "two_fps_timestamps": [12.5, 11.0],
+        "points": [[{"x": 50, "y": 25}], []],
+        "annotator_unsure": False,
+        "clip_start": 10.0,
+        "clip_end": 20.0,
+    }
+    (example,) = convert(tmp_path, "demo-video-point", [row, {**row, "annotator_unsure": True}])
+    (annotation,) = example.annotations
+    assert isinstance(annotation, Points)
+    assert [(g.at, g.points) for g in annotation.groups] == [(2.5, ((0.5, 0.25),))]
+    assert example.video is not None
+    assert (example.video.start, example.video.end) == (10.0, 20.0)
+    with pytest.raises(FilteredError):
+        convert(tmp_path, "demo-video-point", [{**row, "annotator_unsure": True}])
+
+
+def test_tracks_leave_out_occluded_objects(tmp_path: Path) -> None:
+    points = [{"id": 0, "point": [16, 48], "occluded": False}, {"id": 1, "point": [1, 1], "occluded": True}]
+    frames = [{"frame": 15, "time": 0.5, "points": points}, {"frame": 30, "time": 1.0, "points": points[1:]}]
+    row = {
+        "video": video(tmp_path),
+        "expression": "the digit",
+        "frame_trajectories": frames,
+        "width": 64,
+        "height": 64,
+        "sampling_fps": 2,
+    }
+    (example,) = convert(tmp_path, "demo-video-track", [row])
+    (tracks,) = example.annotations
+    assert isinstance(tracks, Tracks)
+    assert [(g.time, g.objects) for g in tracks.groups] == [(0.5, ((0, 0.25, 0.75),))]
+
+
+def test_captions_below_the_score_are_filtered(tmp_path: Path) -> None:
+    row = {"video_id": video(tmp_path), "annotation_score": 4.0, "video_caption": "a", "merged_caption": None}
+    row["video_frame_merged_caption"] = "b"
+    (example,) = convert(tmp_path, "demo-video-cap", [row], "long")
+    assert [a.style for a in example.annotations] == ["video_short_caption", "video_long_caption"]
+    with pytest.raises(FilteredError, match="score 2"):
+        convert(tmp_path, "demo-video-cap", [{**row, "annotation_score": 2}], "long")
+
+
+def test_chat_filters(tmp_path: Path) -> None:
+    row = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        "category": "math",
+        "first_message_qwen3_tokens": 5,
+        "empty_messages": False,
+        "has_special_token": False,
+    }
+    (example,) = convert(tmp_path, "demo-chat", [row])
+    (chat,) = example.annotations
+    assert isinstance(chat, Chat)
+    assert [turn.role for turn in chat.turns] == ["user", "assistant"]
+    for change in ({"category": "code"}, {"first_message_qwen3_tokens": 9999}, {"has_special_token": True}):
+        with pytest.raises(FilteredError):
+            convert(tmp_path, "demo-chat", [{**row, **change}])
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        ("file:///etc/hostname", "lies outside"),
+        ("../../etc/hostname", "lies outside"),
+        ("ftp://host/a.png", "scheme 'ftp'"),
+        ("missing.png", "does not exist"),
+        (None, "no image in the row"),
+        ("http://127.0.0.1:9/a.png", "http://127.0.0.1:9/a.png"),
+    ],
+)
+def test_media_stay_below_their_folder(tmp_path: Path, value: Any, match: str) -> None:
+    with pytest.raises(RejectedError, match=match):
+        MediaFiles(root=tmp_path).image(value)
+
+
+def test_points_in_all_their_shapes() -> None:
+    assert xy_pairs({"x": [1, 2], "y": [3, 4]}) == xy_pairs([{"x": 1, "y": 3}, {"x": 2, "y": 4}]) == [(1, 3), (2, 4)]
+    assert xy_pairs([[1, 3]]) == [(1, 3)]
+    assert xy_pairs(None) == []
+    assert to_fractions([(5, 20)], (10, 10)) == ((0.5, 1.0),)
+
+
+def test_catalog_errors_are_told(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match=r"no catalog 'nothing'; known: demo"):
+        load_catalog("nothing")
+    (tmp_path / "c.yaml").write_text("preset: tiny\ntokenizer: t\nstages: {}\nrows: [{name: A, colour: 1}]\n")
+    with pytest.raises(CatalogError, match=r"colour"):
+        load_catalog(str(tmp_path / "c.yaml"))
+
+
+def test_every_row_of_the_catalog_has_a_converter() -> None:
+    rows = load_catalog("demo").rows
+    assert len(rows) == 10
+    assert {row.converter for row in rows} == set(CONVERTERS)

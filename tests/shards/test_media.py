@@ -1,0 +1,100 @@
+"""Real files of three codecs, damaged ones, and a decoder that hangs."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import PIL.Image
+import pytest
+
+from shards import media
+from shards.media import MediaError, probe_video, read_frames
+from shards.schema import ImageRef, VideoRef
+
+SECONDS, FPS = 3, 30
+
+
+def make_video(path: Path, codec: str, size: int = 64) -> Path:
+    """Frame i is grey of brightness i * 255 / 90."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=FPS)
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for number in range(SECONDS * FPS):
+            pixels = np.full((size, size, 3), number * 255 // (SECONDS * FPS), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def numbers(pixels: np.ndarray) -> list[float]:
+    return [round(float(frame.mean()) * SECONDS * FPS / 255, 1) for frame in pixels]
+
+
+@pytest.mark.parametrize(("codec", "name"), [("libx264", "a.mp4"), ("libvpx-vp9", "b.webm"), ("libsvtav1", "c.mp4")])
+def test_frames_are_those_shown_at_the_times(tmp_path: Path, codec: str, name: str) -> None:
+    ref = VideoRef(path=str(make_video(tmp_path / name, codec)))
+    info = probe_video(ref)
+    assert info.duration == pytest.approx(3.0, abs=0.05)
+    assert info.fps == pytest.approx(30)
+    assert (info.width, info.height) == (64, 64)
+    frames = read_frames(ref, [0.01, 1.51, 0.51, 5.0])  # any order; past the end means the last frame
+    assert numbers(frames.pixels) == pytest.approx([0, 45, 15, 89], abs=1.5)
+    clip = read_frames(VideoRef(path=ref.path, start=1.0, end=2.0), [0.01, 0.51])
+    assert numbers(clip.pixels) == pytest.approx([30, 45], abs=1.5)
+    assert probe_video(VideoRef(path=ref.path, start=1.0, end=2.0)).duration == pytest.approx(1.0)
+
+
+def test_sizes_that_decord_cannot_copy_go_to_pyav(tmp_path: Path) -> None:
+    """decord 0.6 fails on widths whose rows are padded (48 pixels in H.264)."""
+    frames = read_frames(VideoRef(path=str(make_video(tmp_path / "a.mp4", "libx264", size=48))), [0.01, 1.01])
+    assert frames.pixels.shape == (2, 48, 48, 3)
+    assert numbers(frames.pixels) == pytest.approx([0, 30], abs=1.5)
+
+
+def test_unreadable_videos_are_named(tmp_path: Path) -> None:
+    whole = make_video(tmp_path / "a.mp4", "libx264").read_bytes()
+    cut, html = tmp_path / "cut.mp4", tmp_path / "page.mp4"
+    cut.write_bytes(whole[: len(whole) // 2])
+    html.write_bytes(b"<html>not found</html>")
+    for path, match in ((cut, "cut.mp4"), (html, "page.mp4"), (tmp_path / "none.mp4", "no such video")):
+        with pytest.raises(MediaError, match=match):
+            read_frames(VideoRef(path=str(path)), [0.0])
+    with pytest.raises(MediaError, match="is empty"):
+        probe_video(VideoRef(path=str(tmp_path / "a.mp4"), start=5.0, end=6.0))
+    assert probe_video(VideoRef(path=str(tmp_path / "a.mp4"))).num_frames == 90  # the child lives on
+
+
+def test_a_hanging_decoder_is_killed(tmp_path: Path) -> None:
+    """A pipe that nobody writes to blocks any decoder; the deadline ends it, and the next video is read."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    real = make_video(tmp_path / "a.mp4", "libx264")
+    since = time.monotonic()
+    with pytest.raises(MediaError, match="no such video"):  # not a regular file
+        read_frames(VideoRef(path=str(tmp_path / "pipe.mp4")), [0.0])
+    with pytest.raises(MediaError, match="not decoded within 1 s"):
+        media._in_child(_sleep, 1.0, VideoRef(path=str(real)))
+    assert time.monotonic() - since < 30
+    assert len(read_frames(VideoRef(path=str(real)), [0.0]).pixels) == 1
+
+
+def _sleep(_: VideoRef) -> None:
+    time.sleep(60)
+
+
+def test_images_and_jpeg(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert (media.load_image(ImageRef(path=str(tmp_path / "a.png"))) == pixels).all()
+    assert (media.load_image(ImageRef(data=(tmp_path / "a.png").read_bytes())) == pixels).all()
+    data = media.encode_jpeg(pixels)
+    assert data == media.encode_jpeg(pixels)
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert (media.decode_jpeg(data) == media.load_image(ImageRef(path=str(tmp_path / "a.jpg")))).all()
+    for ref, match in ((ImageRef(path=str(tmp_path / "b.png")), "no such image"), (ImageRef(data=b"x"), "readable")):
+        with pytest.raises(MediaError, match=match):
+            media.load_image(ref)
