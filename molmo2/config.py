@@ -1,0 +1,198 @@
+"""Recipes: one YAML file that says everything about one training run.
+
+Strict: an unknown key is an error, and all errors are told at once, each with its dotted path and the nearest known
+name. Numbers that follow from others (DeepSpeed's config, micro-steps, token totals) are derived where they are used.
+Paths are relative to `MOLMO2_DATA` (default `./data`). This file imports no torch, so that tools read recipes fast.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from yaml import YAMLError
+
+from shards.mixture import MixtureSpec
+
+COMPONENTS = ("vit", "connector", "llm")
+Fraction = typing.Annotated[float, Field(ge=0, le=1)]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read or that contradicts itself; the message lists every error."""
+
+
+class Data(pydantic.BaseModel, extra="forbid", frozen=True):
+    """What is read. Nothing here but `workers` and `prefetch` may change without changing the batches."""
+
+    roots: tuple[str, ...] = Field(min_length=1)  # folders of datasets; a dataset is taken from the first that has it
+    mixture: MixtureSpec
+    sequence_length: PositiveInt  # tokens of a pack, at most
+    max_crops: NonNegativeInt  # ViT inputs of a pack, at most
+    window: PositiveInt = 4096  # draws that are packed together
+    seed: NonNegativeInt = 0
+    workers: NonNegativeInt = 2  # reader processes per rank; 0 reads in the training process
+    prefetch: PositiveInt = 4  # micro-batches that each worker holds ready
+
+
+class Train(pydantic.BaseModel, extra="forbid", frozen=True):
+    """How long, how large, and in what arithmetic."""
+
+    steps: PositiveInt
+    packs_per_step: PositiveInt  # the global batch: packs of one optimizer step over all ranks
+    micro_batch: PositiveInt = 1  # packs that one rank (or group of sp ranks) computes at once
+    sp: PositiveInt = 1  # ranks that share one pack (Ulysses sequence parallelism)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    activation_checkpointing: bool = True
+    z_loss: float = Field(default=1e-4, ge=0)  # times weight * logsumexp^2
+    seed: NonNegativeInt = 6198  # of weights that start from nothing
+    checkpoint_every: PositiveInt = 1000
+    keep_last: PositiveInt = 2
+    log_every: PositiveInt = 1  # steps between two refreshes of the progress bar and of TensorBoard
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Train:
+        # DeepSpeed has another optimizer for bf16 at stage 1, whose files cannot be consolidated, and none with fp32
+        # masters at stage 0.
+        if self.precision == "bf16" and self.zero_stage < 2:
+            raise ValueError(f"precision bf16 needs zero_stage 2 or 3, not {self.zero_stage}")
+        return self
+
+
+class Group(pydantic.BaseModel, extra="forbid", frozen=True):
+    """One component's learning rate: linear warm-up to `lr`, then a cosine; gradients clipped to norm `clip`."""
+
+    lr: float = Field(ge=0)
+    warmup_steps: NonNegativeInt = 200
+    clip: PositiveFloat = 1.0
+
+
+class Optim(pydantic.BaseModel, extra="forbid", frozen=True):
+    """AdamW over three groups of parameters."""
+
+    vit: Group
+    connector: Group
+    llm: Group
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-6
+    weight_decay: float = Field(default=0.0, ge=0)
+    final_lr_fraction: Fraction = 0.1
+    freeze_base_embedding: bool = True  # Molmo2 leaves the base token table as it is; a new model must learn it
+
+
+class Logging(pydantic.BaseModel, extra="forbid", frozen=True):
+    """What is written beside `log.jsonl`, which is always written."""
+
+    tensorboard: bool = True
+    wandb: str | None = None  # a project's name
+
+
+class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
+    """One run of one stage: `runs/<name>/`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    stage: Literal["pretraining", "sft", "long"]
+    model: str  # a preset of molmo2.model.config
+    tokenizer: str = "raw/tokenizer"
+    init: str | None = None  # the run (or the path of a checkpoint) whose weights this one starts from
+    data: Data
+    train: Train
+    optim: Optim
+    logging: Logging = Logging()
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.init == self.name:
+            raise ValueError(f"init names the run itself ({self.name}); name the run of the stage before, or null")
+        if self.data.sequence_length % self.train.sp:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} is not a multiple of train.sp {self.train.sp}: "
+                "the ranks of a group share a pack in equal parts"
+            )
+        if self.train.packs_per_step % self.train.micro_batch:
+            raise ValueError(
+                f"train.packs_per_step {self.train.packs_per_step} is not a multiple of "
+                f"train.micro_batch {self.train.micro_batch}"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the log and the checkpoints of this run lie."""
+        return data_path(f"runs/{self.name}")
+
+
+def data_path(name: str | Path = "") -> Path:
+    """A path below `MOLMO2_DATA` (default `./data`); an absolute `name` stays as it is."""
+    return Path(os.environ.get("MOLMO2_DATA", "data")) / name
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe; `overrides` are `a.b=value`, the value in YAML.
+
+    Raises:
+        RecipeError: the file is missing or no YAML, or anything in it is unknown, missing or wrong.
+    """
+    try:
+        loaded = OmegaConf.load(path)
+        malformed = [item for item in overrides if "=" not in item]
+        if malformed:
+            raise RecipeError(f"{path}: --set {' '.join(malformed)}: write key.path=value")
+        values = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides))), resolve=True)
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: Any, where: str) -> Recipe:
+    """Validate plain values; `where` stands in the message.
+
+    Raises:
+        RecipeError: every error at once, one a line: dotted path, what is wrong, the value, the nearest known name.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except pydantic.ValidationError as error:
+        found = error.errors(include_url=False)
+        lines = "\n".join(f"  {_describe(item)}" for item in found)
+        raise RecipeError(f"{where}: {len(found)} error{'s' if len(found) > 1 else ''}\n{lines}") from None
+
+
+def _describe(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"]) or "recipe"
+    if error["type"] == "extra_forbidden":
+        known = _known_names(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        return f"{path}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+    if error["type"] == "missing":
+        return f"{path}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(error["input"], dict | pydantic.BaseModel) else f" (got {error['input']!r})"
+    return f"{path}: {message}{value}"
+
+
+def _models(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    """The pydantic models inside a type such as `dict[str, Model] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return [annotation]
+    return [model for part in typing.get_args(annotation) for model in _models(part)]
+
+
+def _known_names(location: Sequence[int | str]) -> list[str]:
+    """Names of the fields at a location; steps into lists and dicts do not change the type."""
+    annotation: Any = Recipe
+    for part in location:
+        fields = {name: field for model in _models(annotation) for name, field in model.model_fields.items()}
+        annotation = fields[str(part)].annotation if part in fields else annotation
+    return sorted({name for model in _models(annotation) for name in model.model_fields})

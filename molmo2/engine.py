@@ -1,0 +1,162 @@
+"""One training step as a module, and the DeepSpeed engine around it, both derived from the recipe.
+
+Sequence parallelism is invisible to DeepSpeed: it gets no `mpu` and sees plain data parallelism over all ranks, whose
+gradient is the mean over ranks in every ZeRO stage. So each rank returns world * (its sum) / W, with W the loss weight
+of the whole step, and gradients are exact for any dp, sp, micro-batch and stage. Clipping and schedules are in
+`molmo2.optim`; saving is in `molmo2.checkpoint`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from molmo2.config import COMPONENTS, Recipe
+from molmo2.loss import rows_per_chunk, weighted_loss
+from molmo2.model.mask import AttentionMask
+from molmo2.model.molmo2 import Molmo2
+from molmo2.model.text import dense_attention
+from molmo2.optim import ComponentAdamW, parameter_groups
+from molmo2.parallel.mesh import Mesh
+from molmo2.parallel.ulysses import ulysses
+from molmo2.parallel.vision import encode_shared
+from shards.collate import Batch
+
+
+class TrainingModule(nn.Module):
+    """The model and its loss: what DeepSpeed wraps.
+
+    Args:
+        model: the model, whose parameters stand below "model." in a checkpoint.
+        recipe: the run.
+        mesh: this rank's place.
+    """
+
+    def __init__(self, model: Molmo2, recipe: Recipe, mesh: Mesh) -> None:
+        super().__init__()
+        self.model = model
+        self.mesh = mesh
+        self.z_loss = recipe.train.z_loss
+        self.chunk_rows = rows_per_chunk(model.config.text.vocab_size)
+        self.agree_on_chunks = recipe.train.zero_stage == 3
+        self.attend = ulysses(dense_attention, mesh, model.config.text.num_heads, model.config.text.num_kv_heads)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Forward of one micro-batch; every rank must call it together.
+
+        Returns:
+            The loss to go backward from (scalar: world * local sum / W), and the local sums for the log,
+            [cross entropy, z term] / W, detached.
+        """
+        model, mesh = self.model, self.mesh
+        features, touch = encode_shared(
+            model.encode_visuals,
+            batch.pixels,
+            batch.pooling,
+            batch.visual_crops,
+            batch.visual_tokens,
+            model.config.patches_per_crop,
+            model.config.crop_size,
+            mesh,
+        )
+        x = model.embed(batch.input_ids, features) + touch
+        length = x.shape[1] // mesh.sp
+        own = slice(mesh.sp_rank * length, (mesh.sp_rank + 1) * length)
+        mask = AttentionMask(batch.segment_ids, batch.is_visual)
+        hidden = model.decode(x[:, own], batch.position_ids[:, own], mask, attend=self.attend)
+        weights = batch.loss_weights[:, own]
+        sums = weighted_loss(
+            hidden,
+            batch.labels[:, own],
+            weights,
+            model.lm_head,
+            self.z_loss,
+            self.chunk_rows,
+            self._num_chunks(weights),
+        )
+        logged = torch.stack(sums) / batch.divisor
+        return logged.sum() * mesh.world, logged.detach()
+
+    def _num_chunks(self, weights: Tensor) -> int:
+        if not self.agree_on_chunks:
+            return 1
+        count = (weights > 0).sum().div(self.chunk_rows, rounding_mode="floor") + 1
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+        return int(count)
+
+
+def start_distributed() -> torch.device:
+    """Join the process group (gloo on CPU, nccl on CUDA) and return this rank's device.
+
+    Works under deepspeed, torchrun, accelerate and srun, which set the variables, and without a launcher: one rank.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(verbose=False)
+    return torch.device(accelerator.current_device_name())
+
+
+def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+    """DeepSpeed's JSON, derived. Batch sizes and accumulation are ours: it is only told the micro-batch."""
+    train = recipe.train
+    half = train.precision == "bf16"
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "managed_gradient_accumulation": False,  # backward any number of times, then step
+        "gradient_clipping": 0.0,  # explicit, since its default is 1.0
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "overlap_comm": False,
+            # One sub-group to a component: otherwise ZeRO-3 would show the optimizer only a part of its gradient.
+            "sub_group_size": 10**12,
+        },
+        "checkpoint": {"tag_validation": "Ignore"},
+        "steps_per_print": 10**12,
+        "wall_clock_breakdown": False,
+    }
+    if half:
+        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return config
+
+
+def start_engine(model: Molmo2, recipe: Recipe, mesh: Mesh) -> tuple[Any, ComponentAdamW, list[str]]:
+    """Freeze what the recipe freezes and wrap model and optimizer; collective.
+
+    Returns:
+        The engine, the optimizer inside it, and the names of its groups in order.
+    """
+    if recipe.optim.freeze_base_embedding:
+        model.text.embedding.base.requires_grad_(False)
+    model.set_checkpointing(recipe.train.activation_checkpointing)
+    components = model.parameter_groups()
+    assert set(components) == set(COMPONENTS)
+    optimizer = ComponentAdamW(
+        parameter_groups(components, recipe.optim),
+        partitioned=recipe.train.zero_stage > 0,
+        betas=recipe.optim.betas,
+        eps=recipe.optim.eps,
+        weight_decay=recipe.optim.weight_decay,
+    )
+    names = [group["name"] for group in optimizer.param_groups]
+    engine, *_ = deepspeed.initialize(
+        model=TrainingModule(model, recipe, mesh), optimizer=optimizer, config=deepspeed_config(recipe)
+    )
+    engine.train()
+    return engine, optimizer, names

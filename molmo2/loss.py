@@ -1,0 +1,72 @@
+"""Weighted cross entropy with a z term, over the rows that carry loss only.
+
+The sum, not the mean, of the local rows: the trainer divides by the loss weight of the whole step, so that every
+token of a step counts alike whatever rank, micro-batch or pack it lies in. Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_BYTES = 2**30
+BYTES_PER_LOGIT = 12  # the logit and its gradient, each in bf16 and in fp32
+
+
+class LossSums(NamedTuple):
+    """Sums over local rows, both scalars in fp32: weight * ce, and z_loss * weight * logsumexp^2."""
+
+    cross_entropy: Tensor
+    z: Tensor
+
+
+def rows_per_chunk(vocabulary: int) -> int:
+    """Rows whose logits and gradients fill about `CHUNK_BYTES`."""
+    return max(1, CHUNK_BYTES // (BYTES_PER_LOGIT * vocabulary))
+
+
+def weighted_loss(
+    hidden: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    head: Callable[[Tensor], Tensor],
+    z_loss: float,
+    chunk_rows: int,
+    num_chunks: int = 1,
+) -> LossSums:
+    """Sum the loss of the rows with weight > 0.
+
+    Args:
+        hidden: [B, S, d], final-normed.
+        labels: [B, S] int64, already shifted.
+        weights: [B, S] float32.
+        head: rows [n, d] -> logits [n, vocabulary]; the module that owns the weight, so that its hooks fire.
+        z_loss: factor of the z term.
+        chunk_rows: rows whose logits exist at once; each chunk is computed again in backward.
+        num_chunks: at least so many chunks, the rest on a row of weight 0. Under ZeRO-3 every call of `head` is a
+            collective, so all ranks must agree on the number. At least 1: a rank without any row calls it too.
+
+    Returns:
+        The two sums; they are connected to `hidden` and to the head even when no row carries loss.
+    """
+    rows, labels, weights = hidden.flatten(0, 1), labels.flatten(), weights.flatten()
+    chunks = (weights > 0).nonzero().squeeze(1).split(chunk_rows)
+    idle = torch.zeros(1, dtype=torch.int64, device=rows.device)
+    sums = rows.new_zeros(2, dtype=torch.float32)
+    for part in range(max(num_chunks, len(chunks))):
+        busy = part < len(chunks) and len(chunks[part]) > 0
+        index = chunks[part] if busy else idle
+        inputs = (rows[index], labels[index], weights[index] * busy, head, z_loss)
+        sums = sums + checkpoint(_chunk_sums, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return LossSums(sums[0], sums[1])
+
+
+def _chunk_sums(rows: Tensor, labels: Tensor, weights: Tensor, head: Callable[[Tensor], Tensor], z: float) -> Tensor:
+    logits = head(rows).float()
+    lse = logits.logsumexp(-1)
+    cross_entropy = lse - logits.gather(-1, labels[:, None]).squeeze(-1)
+    return torch.stack([(weights * cross_entropy).sum(), z * (weights * lse.square()).sum()])

@@ -1,0 +1,86 @@
+"""AdamW over three components, each with its own learning rate, warm-up and gradient clip.
+
+DeepSpeed clips only the norm over all parameters and knows one schedule; Molmo2 trains vision tower, connector and
+language model at different rates and clips each to its own norm. Everything is therefore in the optimizer that
+DeepSpeed wraps, and DeepSpeed's own clipping and scheduling stay off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from molmo2.config import COMPONENTS, Group, Optim
+
+
+class ComponentAdamW(torch.optim.AdamW):
+    """AdamW that clips each parameter group to the group's own `max_norm`.
+
+    Args:
+        groups: dicts with "params", "name" and "max_norm".
+        partitioned: whether each rank holds only a part of every gradient (ZeRO 1-3), so that squares are summed over
+            the ranks. ZeRO 1 and 2 show one flat partition per group; ZeRO 3 calls `step` once per group, the
+            other groups being empty, which is why empty groups are skipped.
+        options: betas, eps and weight_decay.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], *, partitioned: bool, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.partitioned = partitioned
+        self.norms: dict[str, Tensor] = {}  # gradient norm of each component before clipping, fp32, last step
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Clip each component, then update. All ranks must call it together."""
+        for group in self.param_groups:
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            if not gradients:
+                continue
+            square = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in gradients]).sum()
+            if self.partitioned and dist.is_initialized():
+                dist.all_reduce(square)
+            norm = square.sqrt()
+            self.norms[group["name"]] = norm
+            scale = torch.clamp(group["max_norm"] / (norm + 1e-6), max=1.0)
+            torch._foreach_mul_(gradients, scale)
+        return super().step(closure)
+
+
+def parameter_groups(components: Mapping[str, Iterable[torch.nn.Parameter]], optim: Optim) -> list[dict[str, Any]]:
+    """Groups for `ComponentAdamW`: the parameters that train, one group a component.
+
+    The rate is 0 until `set_learning_rates`. A component whose parameters are all frozen has no group.
+    """
+    groups = []
+    for name in COMPONENTS:
+        parameters = [p for p in components[name] if p.requires_grad]
+        if parameters:
+            groups.append({"params": parameters, "name": name, "lr": 0.0, "max_norm": getattr(optim, name).clip})
+    return groups
+
+
+def learning_rate(group: Group, step: int, num_steps: int, final_fraction: float) -> float:
+    """Rate of the `step`-th update (from 1): linear from 0 to `lr`, then a cosine to `final_fraction` of it."""
+    if step < group.warmup_steps:
+        return group.lr * step / group.warmup_steps
+    progress = min(1.0, (step - group.warmup_steps) / max(1, num_steps - group.warmup_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return group.lr * (final_fraction + (1 - final_fraction) * cosine)
+
+
+def set_learning_rates(optimizer: Any, names: list[str], optim: Optim, step: int, num_steps: int) -> dict[str, float]:
+    """Set the rate of every group for the `step`-th update (from 1) and return the rates by name.
+
+    By index and not by the groups' own names: a checkpoint that is loaded may replace both.
+    """
+    rates = {name: learning_rate(getattr(optim, name), step, num_steps, optim.final_lr_fraction) for name in names}
+    for group, name in zip(optimizer.param_groups, names, strict=True):
+        group["lr"] = rates[name]
+        group["name"] = name
+        group["max_norm"] = getattr(optim, name).clip
+    return rates

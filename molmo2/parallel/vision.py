@@ -1,0 +1,122 @@
+"""Vision work shared by the ranks that share a pack: whole images and frames per rank, one exchange of features.
+
+Every rank knows from the batch how many crops and tokens each visual has, so nothing is negotiated. The tower runs
+on every rank in every step, on a dummy crop times zero where there is no visual: otherwise the gradient hooks and
+collectives of the ranks would not match. A visual is never cut, since its pooling mixes its own patches only.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from molmo2.parallel.mesh import Mesh
+
+Encode = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One rank's part of a batch: a run of crops and the run of pooled tokens that they give."""
+
+    crops: slice
+    tokens: slice
+
+    @property
+    def num_tokens(self) -> int:
+        """Pooled tokens of the part."""
+        return self.tokens.stop - self.tokens.start
+
+
+def split_visuals(crops: Sequence[int], tokens: Sequence[int], ranks: int) -> list[Share]:
+    """Contiguous shares of the visuals, balanced by crops, one a rank; a visual lies where its middle falls.
+
+    Args:
+        crops: number of crops of each visual.
+        tokens: number of pooled tokens of each visual.
+        ranks: number of shares. With one crop a visual, shares differ by one at most.
+    """
+    total = sum(crops)
+    edges: list[tuple[int, int]] = [(0, 0)] * ranks + [(total, sum(tokens))]
+    crop = token = 0
+    owner = 0
+    for num_crops, num_tokens in zip(crops, tokens, strict=True):
+        middle = (2 * crop + num_crops) * ranks // max(1, 2 * total)
+        for rank in range(owner + 1, middle + 1):
+            edges[rank] = (crop, token)
+        owner = max(owner, middle)
+        crop, token = crop + num_crops, token + num_tokens
+    for rank in range(owner + 1, ranks):
+        edges[rank] = (crop, token)
+    return [Share(slice(a[0], b[0]), slice(a[1], b[1])) for a, b in itertools.pairwise(edges)]
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenate equal blocks of all ranks on dim 0. Backward sums the ranks' gradients of each block.
+
+    Sum is right because every rank uses the features for its own rows only, and the loss is a sum over ranks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, mesh: Mesh) -> Tensor:
+        ctx.mesh = mesh
+        value = value.contiguous()
+        blocks = [torch.empty_like(value) for _ in range(mesh.sp)]
+        dist.all_gather(blocks, value, group=mesh.sp_group)
+        return torch.cat(blocks)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.mesh.sp_group)
+        return total.chunk(ctx.mesh.sp)[ctx.mesh.sp_rank], None
+
+
+def encode_shared(
+    encode: Encode,
+    pixels: Tensor,
+    pooling: Tensor,
+    visual_crops: Tensor,
+    visual_tokens: Tensor,
+    patches_per_crop: int,
+    crop_size: int,
+    mesh: Mesh,
+) -> tuple[Tensor, Tensor]:
+    """Features of all visuals of a batch, each rank of the group having computed its share.
+
+    Args:
+        encode: (pixels uint8 [n, H, W, 3], pooling [t, P]) -> features [t, d].
+        pixels: uint8 [N, H, W, 3], all crops.
+        pooling: int64 [T, P], indices into [N * patches_per_crop], -1 pads.
+        visual_crops: int64 [U], crops of each visual.
+        visual_tokens: int64 [U], pooled tokens of each visual.
+        patches_per_crop: patches of one crop.
+        crop_size: pixels per side of a crop, for the dummy.
+        mesh: this rank's place.
+
+    Returns:
+        features [T, d], and a zero (scalar) to be added to the embeddings: it ties the tower to the graph where
+        no feature does.
+    """
+    shares = split_visuals(visual_crops.tolist(), visual_tokens.tolist(), mesh.sp)
+    own = shares[mesh.sp_rank]
+    if own.num_tokens:
+        part = pooling[own.tokens]
+        part = torch.where(part < 0, part, part - own.crops.start * patches_per_crop)
+        features = encode(pixels[own.crops], part)
+    else:
+        dummy = torch.zeros(1, crop_size, crop_size, 3, dtype=torch.uint8, device=pixels.device)
+        features = encode(dummy, torch.zeros(1, 1, dtype=torch.int64, device=pixels.device)) * 0
+    touch = features[:1].sum() * 0
+    if mesh.sp_group is not None:
+        block = max(1, *(share.num_tokens for share in shares))
+        features = _AllGather.apply(torch.nn.functional.pad(features, (0, 0, 0, block - len(features))), mesh)
+        index = [rank * block + i for rank, share in enumerate(shares) for i in range(share.num_tokens)]
+        features = features[torch.tensor(index, dtype=torch.int64, device=pixels.device)]
+    return features[: len(pooling)], touch

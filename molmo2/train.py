@@ -1,0 +1,372 @@
+"""Train one stage, or all stages of a folder, from recipes.
+
+    deepspeed molmo2/train.py --recipe recipes/demo/stage1.yaml
+    DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 molmo2/train.py --recipe recipes/demo/stage1.yaml --all-stages
+    torchrun --nproc_per_node 8 molmo2/train.py --recipe recipes/demo/stage2.yaml --set train.steps=100
+    python molmo2/train.py --recipe recipes/demo/stage1.yaml
+
+The last line trains on one rank. A run continues from its newest whole checkpoint by itself; SIGTERM or SIGUSR1 saves
+one and exits with 0. Written to `runs/<name>/`: log.jsonl, quarantine.jsonl, summary.json, checkpoints, TensorBoard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from molmo2 import checkpoint as checkpoints
+from molmo2.checkpoint import Checkpoint, CheckpointError
+from molmo2.config import Recipe, data_path, load_recipe
+from molmo2.engine import start_distributed, start_engine
+from molmo2.metrics import LOG_NAME, Monitor, StepClock, cut_log, read_log, summarize
+from molmo2.model.config import PRESETS, ModelConfig
+from molmo2.model.molmo2 import Molmo2
+from molmo2.optim import ComponentAdamW, set_learning_rates
+from molmo2.parallel.agree import agreed, lost_peer, on_rank_zero, say, write
+from molmo2.parallel.mesh import Mesh, check_mesh, make_mesh
+from molmo2.processing.processor import ProcessorSettings, build_processor
+from shards.collate import PAD_SEGMENT, Batch
+from shards.layout import VisualLayout
+from shards.loader import QuarantineError, make_loader, micro_steps
+from shards.plan import Cursor, Plan, PlanError, PlanSettings, open_plan
+
+QUARANTINE_NAME = "quarantine.jsonl"
+SUMMARY_NAME = "summary.json"
+
+
+class TrainingError(ValueError):
+    """The run cannot go on: the loss is no number any more, or ranks that share a pack read different data."""
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGUSR1 came; the step under way is finished first."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.seen = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A checked recipe on its ranks: everything that training needs and nothing that changes while it trains."""
+
+    recipe: Recipe
+    mesh: Mesh
+    device: torch.device
+    model_config: ModelConfig
+    plan: Plan
+    layout: VisualLayout
+
+
+# --- before the first step -------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("--recipe", type=Path, required=True, help="YAML file of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. train.steps=10")
+    parser.add_argument("--all-stages", action="store_true", help="run every stage*.yaml beside the recipe, in order")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser.parse_args(argv)
+
+
+def read_recipes(arguments: argparse.Namespace) -> list[Recipe]:
+    """The recipes to run, in order."""
+    paths = sorted(arguments.recipe.parent.glob("stage*.yaml")) if arguments.all_stages else [arguments.recipe]
+    return [load_recipe(path, arguments.set) for path in paths or [arguments.recipe]]
+
+
+def place(recipe: Recipe) -> Mesh:
+    """Check that ranks, packs and heads fit together, and form the groups."""
+    if recipe.model not in PRESETS:
+        raise ValueError(f"model {recipe.model!r} is no preset; known: {', '.join(sorted(PRESETS))}")
+    train = recipe.train
+    check_mesh(
+        world=dist.get_world_size(),
+        sp=train.sp,
+        packs_per_step=train.packs_per_step,
+        micro_batch=train.micro_batch,
+        num_heads=PRESETS[recipe.model].text.num_heads,
+    )
+    return make_mesh(train.sp)
+
+
+def prepare(recipe: Recipe, mesh: Mesh, device: torch.device) -> Run:
+    """Check everything that can be known before a model is built: tokenizer, shards, processor."""
+    if recipe.logging.wandb and not importlib.util.find_spec("wandb"):
+        raise ValueError("logging.wandb is set, but wandb is not installed; pip install wandb, or set it to null")
+    data = recipe.data
+    tokenizer = str(data_path(recipe.tokenizer))
+    processor = build_processor(ProcessorSettings(preset=recipe.model, tokenizer_dir=tokenizer, stage=recipe.stage))
+    settings = PlanSettings(
+        sequence_length=data.sequence_length,
+        max_crops=data.max_crops,
+        packs_per_step=recipe.train.packs_per_step,
+        window=data.window,
+        seed=data.seed,
+    )
+    plan = open_plan([str(data_path(root)) for root in data.roots], data.mixture, settings, processor.settings)
+    return Run(
+        recipe=recipe,
+        mesh=mesh,
+        device=device,
+        model_config=PRESETS[recipe.model],
+        plan=plan,
+        layout=processor.layout,
+    )
+
+
+def starting_model(run: Run) -> Molmo2:
+    """The model before the first step: new, or with the weights of the stage before."""
+    model = Molmo2(run.model_config)
+    if run.recipe.init is None:
+        return model.init_weights(run.recipe.train.seed)
+    config, weights, meta = checkpoints.load_weights(run.recipe.init)
+    if config != run.model_config:
+        raise CheckpointError(
+            f"init {run.recipe.init}: its model ({config.name}) is not the recipe's ({run.recipe.model}); "
+            "name the same preset in both stages"
+        )
+    if not meta["finished"]:
+        say(f"{run.recipe.name}: init {run.recipe.init} stopped at step {meta['step']}, before its end")
+    model.load_state_dict(weights)
+    return model
+
+
+def resume(run: Run, engine: Any, checkpoint: Checkpoint | None) -> Cursor:
+    """Restore model, optimizer and the place in the data; the plan refuses data that have changed."""
+    if checkpoint is None:
+        return Cursor()
+    cursor = run.plan.restore(checkpoint.read(checkpoints.PLAN))
+    checkpoints.load_states(engine, checkpoint, run.recipe)
+    changed = checkpoints.recipe_changes(checkpoint, run.recipe)
+    if changed:
+        say(f"{run.recipe.name}: the recipe has changed since step {checkpoint.step}: {', '.join(changed)}")
+    return cursor
+
+
+# --- the steps -------------------------------------------------------------------------------------------------------
+
+
+def check_peers(batch: Batch, mesh: Mesh) -> None:
+    """Ranks that share a pack must hold the same one: a sample masked on one of them only would pass unseen.
+
+    Raises:
+        TrainingError: they differ.
+    """
+    if mesh.sp_group is None:
+        return
+    parts = (batch.input_ids, batch.labels, batch.segment_ids, batch.loss_weights > 0, batch.visual_tokens)
+    own = torch.stack([part.sum(dtype=torch.int64) for part in parts])
+    low, high = own.clone(), own.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=mesh.sp_group)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=mesh.sp_group)
+    if not torch.equal(low, high):
+        raise TrainingError(
+            f"step {batch.step + 1}: rank {mesh.rank} and its sp peers read different packs (slots {batch.slots}); "
+            "look for quarantined samples above, and check the shards with tools/verify_shards.py"
+        )
+
+
+def record_masked(batch: Batch, run: Run) -> None:
+    """Write damaged samples to `quarantine.jsonl` and say so; one rank of a group does it."""
+    if not batch.masked or run.mesh.sp_rank:
+        return
+    with open(run.recipe.run_dir / QUARANTINE_NAME, "a", encoding="utf-8") as file:
+        for damage in batch.masked:
+            file.write(json.dumps({"step": batch.step + 1, **asdict(damage)}) + "\n")
+            write(f"masked in step {batch.step + 1}: {damage}", sys.stderr)
+
+
+class Totals(NamedTuple):
+    """Sums of one step over all ranks; both losses are already divided by the loss weight of the step."""
+
+    loss: float
+    z_loss: float
+    tokens: float
+    masked: float  # samples that were quarantined
+    stopping: float  # ranks that were told to stop
+
+
+def train_step(run: Run, engine: Any, batches: Iterator[Batch], clock: StepClock, stop: bool) -> tuple[Totals, Cursor]:
+    """Forward, backward and update over one step's packs.
+
+    Returns:
+        The step's sums, and where the data stand after it.
+
+    Raises:
+        TrainingError: the loss or a gradient is not finite; nothing was updated.
+    """
+    train = run.recipe.train
+    sums = torch.zeros(5, dtype=torch.float64, device=run.device)
+    for _ in range(micro_steps(train.packs_per_step, run.mesh.dp, train.micro_batch)):
+        since = time.perf_counter()
+        batch = next(batches).to(run.device)
+        clock.waiting(since)
+        check_peers(batch, run.mesh)
+        record_masked(batch, run)
+        loss, logged = engine(batch)
+        engine.backward(loss, scale_wrt_gas=False)
+        sums[:2] += logged
+        sums[2] += (batch.segment_ids != PAD_SEGMENT).sum() / run.mesh.sp
+        sums[3] += len(batch.masked) / run.mesh.sp
+    sums[4] = float(stop)
+    dist.all_reduce(sums)
+    totals = Totals(*sums.tolist())
+    if math.isfinite(totals.loss):
+        engine.step()
+    if not math.isfinite(totals.loss) or not engine.was_step_applied():
+        raise TrainingError(
+            f"step {batch.step + 1}: loss {totals.loss}: loss or gradient is not finite and nothing was updated; start "
+            "again from the last checkpoint with lower learning rates (optim.*.lr) or a longer warm-up"
+        )
+    return totals, batch.cursor
+
+
+def measurements(
+    run: Run, step: int, totals: Totals, rates: dict[str, float], optimizer: ComponentAdamW, clock: StepClock
+) -> dict[str, float]:
+    """One line of the log; ends the clock's lap."""
+    train = run.recipe.train
+    seconds, data_wait = clock.lap()
+    return {
+        "step": step,
+        "loss": totals.loss,
+        "z_loss": totals.z_loss,
+        **{f"lr.{name}": rate for name, rate in rates.items()},
+        **{f"grad_norm.{name}": norm.item() for name, norm in optimizer.norms.items()},
+        "tokens": round(totals.tokens),
+        "fill": totals.tokens / (train.packs_per_step * run.recipe.data.sequence_length),
+        "tokens_per_second": totals.tokens / seconds,
+        "data_wait": data_wait,
+        "seconds": seconds,
+        "masked": round(totals.masked),
+    }
+
+
+def run_steps(
+    run: Run, engine: Any, optimizer: ComponentAdamW, names: list[str], first: int, cursor: Cursor, stop: StopSignal
+) -> int:
+    """Train from step `first` to the end or to a signal, and save; returns the last step done."""
+    recipe, steps = run.recipe, run.recipe.train.steps
+    monitor = Monitor(recipe, first - 1) if run.mesh.rank == 0 else None
+    batches = make_loader(
+        run.plan,
+        cursor,
+        run.layout,
+        dp_rank=run.mesh.dp_rank,
+        dp_size=run.mesh.dp,
+        micro_batch=recipe.train.micro_batch,
+        workers=recipe.data.workers,
+        prefetch=recipe.data.prefetch,
+    )
+    clock = StepClock()
+    try:
+        for step in range(first, steps + 1):
+            rates = set_learning_rates(optimizer, names, recipe.optim, step, steps)
+            totals, cursor = train_step(run, engine, batches, clock, stop.seen)
+            if monitor is not None:
+                monitor.step(measurements(run, step, totals, rates, optimizer, clock))
+            stopping = totals.stopping > 0
+            if stopping or step == steps or step % recipe.train.checkpoint_every == 0:
+                state = run.plan.state(cursor)
+                checkpoints.save(engine, recipe, run.model_config, step, state, sp=run.mesh.sp)
+            if stopping:
+                break
+    finally:
+        if monitor is not None:
+            monitor.close()
+    return step
+
+
+def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal) -> bool:
+    """Train one stage; False when a signal stopped it before its end."""
+    mesh = agreed(lambda: place(recipe))
+    run = agreed(lambda: prepare(recipe, mesh, device))
+    directory = checkpoints.checkpoints_dir(recipe.run_dir)
+    found = on_rank_zero(lambda: checkpoints.find_newest(directory, say))
+    done = 0 if found is None else found.step
+    if done >= recipe.train.steps:
+        say(f"{recipe.name}: finished at step {done}; nothing to do")
+        if not (recipe.run_dir / SUMMARY_NAME).exists():
+            on_rank_zero(lambda: finish(recipe))
+        return True
+    on_rank_zero(lambda: clear_after(recipe, done))
+    train = recipe.train
+    say(
+        f"{recipe.name}: steps {done + 1}-{train.steps}, {train.packs_per_step} packs of {recipe.data.sequence_length} "
+        f"tokens each, on {mesh.world} ranks (dp {mesh.dp}, sp {mesh.sp}), {train.precision}, ZeRO-{train.zero_stage}"
+    )
+    engine, optimizer, names = start_engine(agreed(lambda: starting_model(run)), recipe, mesh)
+    cursor = agreed(lambda: resume(run, engine, found))
+    last = run_steps(run, engine, optimizer, names, done + 1, cursor, stop)
+    engine.destroy()
+    if last < recipe.train.steps:
+        say(f"{recipe.name}: stopped by a signal after step {last} of {recipe.train.steps}; start again to continue")
+        return False
+    on_rank_zero(lambda: finish(recipe))
+    return True
+
+
+def clear_after(recipe: Recipe, step: int) -> None:
+    """Forget what a run wrote after the step from which it goes on."""
+    checkpoints.clear_after(checkpoints.checkpoints_dir(recipe.run_dir), step)
+    for name in (LOG_NAME, QUARANTINE_NAME):
+        cut_log(recipe.run_dir / name, step)
+
+
+def finish(recipe: Recipe) -> None:
+    """Write `summary.json` and say how it went."""
+    summary = summarize(read_log(recipe.run_dir / LOG_NAME), recipe)
+    (recipe.run_dir / SUMMARY_NAME).write_text(json.dumps(summary, indent=1) + "\n")
+    say(
+        f"{recipe.name}: {summary['steps']} steps, {summary['tokens']:,} tokens, "
+        f"loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}, {summary['seconds']:.0f} s; "
+        f"everything is in {recipe.run_dir}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, train, and turn a user's mistakes into one message and exit code 1."""
+    arguments = parse_arguments(argv)
+    device = start_distributed()
+    stop = StopSignal()
+    recipes = agreed(lambda: read_recipes(arguments))
+    try:
+        for recipe in recipes:
+            if not train_stage(recipe, device, stop):
+                break
+            gc.collect()
+    except (TrainingError, CheckpointError, QuarantineError, PlanError) as error:
+        write(f"train.py: rank {dist.get_rank()}: {error}", sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        write(f"train.py: rank {dist.get_rank()}: stopped, because another rank has ended", sys.stderr)
+        return 1
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""A small model, random packed batches, and what the ranks of test_engine do with them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from molmo2 import checkpoint as checkpoints
+from molmo2.config import Recipe, parse_recipe
+from molmo2.engine import TrainingModule, start_engine
+from molmo2.model.config import PRESETS, ModelConfig
+from molmo2.model.molmo2 import Molmo2
+from molmo2.optim import set_learning_rates
+from molmo2.parallel.mesh import SINGLE, make_mesh
+from shards.collate import PAD_SEGMENT, Batch
+from shards.plan import Cursor
+
+TINY = PRESETS["tiny"]
+CONFIG = replace(
+    TINY,
+    text=replace(
+        TINY.text, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=6, num_kv_heads=3, head_dim=8
+    ),
+    vit=replace(TINY.vit, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, feature_layers=(1, 0)),
+    connector=replace(TINY.connector, hidden_size=16, num_heads=2, intermediate_size=24),
+)
+TOKENS = 7  # pooled tokens of every visual of these batches
+
+
+def recipe(run: str = "run", frozen: bool = False, **train: Any) -> Recipe:
+    """A recipe whose clips bind, so that a wrong scale of the gradient shows."""
+    group = {"lr": 1e-2, "warmup_steps": 2, "clip": 0.05}
+    settings = {"steps": 6, "packs_per_step": 4, "precision": "fp32", "zero_stage": 0, **train}
+    values = {
+        "name": run,
+        "stage": "sft",
+        "model": "tiny",
+        "data": {"roots": ["shards/sft"], "mixture": MIXTURE, "sequence_length": 48, "max_crops": 8},
+        "train": settings,
+        "optim": {"vit": group, "connector": {**group, "lr": 2e-2}, "llm": group, "freeze_base_embedding": frozen},
+    }
+    return parse_recipe(values, "test")
+
+
+MIXTURE: dict[str, Any] = {"groups": {"all": {"rate": 1, "datasets": {"toy": None}}}}
+
+
+def model(config: ModelConfig = CONFIG) -> Molmo2:
+    return Molmo2(config).init_weights(7, std=0.2)
+
+
+def batch(seed: int, visuals: int, length: int = 48, divisor: float = 10.0, weightless: bool = False) -> Batch:
+    """One row: `visuals` images in a trunk, two branches, then a text-only member, then padding."""
+    generator = torch.Generator().manual_seed(seed)
+    patch = CONFIG.image_patch_id
+    trunk = [1] + [CONFIG.text.vocab_size, *[patch] * TOKENS, CONFIG.text.vocab_size + 1] * visuals
+    free = length - len(trunk)
+    sizes = [free // 4, free // 4, free // 4]
+    text = torch.randint(2, 500, (length,), generator=generator).tolist()
+    ids, segments, positions = list(trunk), [10_000] * len(trunk), list(range(len(trunk)))
+    for branch, size in enumerate(sizes):
+        ids += text[:size]
+        segments += [branch + 1 if branch < 2 else 110_000] * size
+        first = len(trunk) if branch < 2 else 0
+        positions += range(first, first + size)
+    padding = length - len(ids)
+    input_ids = torch.tensor([ids + [0] * padding])
+    segment_ids = torch.tensor([segments + [PAD_SEGMENT] * padding], dtype=torch.int32)
+    weights = torch.rand(1, length, generator=generator) * (segment_ids % 100_000 != 10_000) * (segment_ids < 100_000)
+    crops = torch.randint(1, 3, (visuals,), generator=generator)
+    starts = [0, *crops.cumsum(0).tolist()]
+    pooling = [
+        torch.randint(starts[i] * CONFIG.patches_per_crop, starts[i + 1] * CONFIG.patches_per_crop, (TOKENS, 4),
+                      generator=generator)
+        for i in range(visuals)
+    ]  # fmt: skip
+    return Batch(
+        input_ids=input_ids,
+        labels=torch.randint(0, CONFIG.text.vocab_size, (1, length), generator=generator),
+        loss_weights=weights * (not weightless),
+        position_ids=torch.tensor([positions + [0] * padding]),
+        segment_ids=segment_ids,
+        is_visual=input_ids >= CONFIG.text.vocab_size,
+        pixels=torch.randint(0, 256, (int(crops.sum()), CONFIG.crop_size, CONFIG.crop_size, 3),
+                             generator=generator, dtype=torch.uint8),
+        pooling=torch.cat([*pooling, torch.zeros(0, 4, dtype=torch.int64)]),
+        visual_crops=crops,
+        visual_tokens=torch.full((visuals,), TOKENS),
+        step=0,
+        slots=(0,),
+        divisor=divisor,
+        cursor=Cursor(step=0, window=0, offset=0),
+        masked=(),
+    )  # fmt: skip
+
+
+BATCHES = [(1, 2, False), (2, 0, False), (3, 3, False), (4, 1, True)]  # seed, visuals, no loss
+
+
+def make(case: tuple[int, int, bool]) -> Batch:
+    return batch(case[0], case[1], weightless=case[2])
+
+
+def gradients(checkpointing: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Loss and gradients of each batch with the sequence split over all ranks, averaged as DeepSpeed does."""
+    mesh = make_mesh(dist.get_world_size())
+    results = []
+    for case in BATCHES:
+        module = TrainingModule(model(), recipe(sp=mesh.sp), mesh).train()
+        module.model.set_checkpointing(checkpointing)
+        loss, logged = module(make(case))
+        loss.backward()
+        dist.all_reduce(logged)
+        for parameter in module.model.parameters():
+            assert parameter.grad is not None  # every hook fires on every rank
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= mesh.world
+        results.append((logged, {name: p.grad for name, p in module.model.named_parameters()}))
+    return results  # type: ignore[return-value]
+
+
+def train(settings: list[tuple[str, int, int, bool]]) -> list[list[dict[str, float]]]:
+    """For each (precision, ZeRO stage, sp, base embedding frozen): train three steps, save; the gradient norms."""
+    results = []
+    for precision, stage, sp, frozen in settings:
+        run = recipe(
+            f"{precision}-{stage}-{sp}-{frozen}", frozen, precision=precision, zero_stage=stage, sp=sp, steps=3
+        )
+        mesh = make_mesh(sp)
+        engine, optimizer, names = start_engine(model(), run, mesh)
+        norms = []
+        for step in range(1, 4):
+            set_learning_rates(optimizer, names, run.optim, step, 3)
+            for number in range(mesh.dp_rank, len(BATCHES), mesh.dp):
+                loss, _ = engine(make(BATCHES[number]))
+                engine.backward(loss, scale_wrt_gas=False)
+            engine.step()
+            assert engine.was_step_applied()
+            norms.append({name: norm.item() for name, norm in optimizer.norms.items()})
+        checkpoints.save(engine, run, CONFIG, 3, {}, sp=sp)
+        results.append(norms)
+        engine.destroy()
+    return results
+
+
+def train_alone() -> tuple[Molmo2, list[dict[str, float]]]:
+    """The same three steps in one process, without DeepSpeed."""
+    from molmo2.optim import ComponentAdamW, parameter_groups
+
+    run = recipe()
+    module = TrainingModule(model(), run, SINGLE).train()
+    options = {"betas": run.optim.betas, "eps": run.optim.eps, "weight_decay": run.optim.weight_decay}
+    groups = parameter_groups(module.model.parameter_groups(), run.optim)
+    optimizer = ComponentAdamW(groups, partitioned=False, **options)
+    norms = []
+    for step in range(1, 4):
+        set_learning_rates(optimizer, [group["name"] for group in groups], run.optim, step, 3)
+        optimizer.zero_grad()
+        for case in BATCHES:
+            module(make(case))[0].backward()
+        optimizer.step()
+        norms.append({name: norm.item() for name, norm in optimizer.norms.items()})
+    return module.model, norms
+
+
+def start(argument: tuple[str, Any]) -> Any:
+    """Entry of the ranks: the data root, then the settings of `train`."""
+    import os
+
+    os.environ["MOLMO2_DATA"], settings = argument
+    Path(argument[0]).mkdir(exist_ok=True)
+    return train(settings)

@@ -1,0 +1,89 @@
+"""What the ranks of test_ulysses and test_vision_split do; many cases in one launch."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from molmo2.parallel.mesh import make_mesh
+from molmo2.parallel.ulysses import ulysses
+from molmo2.parallel.vision import encode_shared
+
+LENGTH, DIM = 24, 4
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Plain grouped attention; `mask` [B, 1, S, S] is of the whole sequence."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def attention_inputs(num_heads: int, num_kv_heads: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    generator = torch.Generator().manual_seed(num_heads * 100 + num_kv_heads)
+    shapes = [(2, heads, LENGTH, DIM) for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)]
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]  # q, k, v and the output's gradient
+    mask = (torch.rand(2, 1, LENGTH, LENGTH, generator=generator) > 0.5) | torch.eye(LENGTH, dtype=torch.bool)
+    return tensors, mask
+
+
+def attention(cases: list[tuple[int, int]]) -> list[list[torch.Tensor]]:
+    """For each (heads, kv heads): output and the gradients of q, k, v, of this rank's slice."""
+    mesh = make_mesh(dist.get_world_size())
+    results = []
+    for num_heads, num_kv_heads in cases:
+        tensors, mask = attention_inputs(num_heads, num_kv_heads)
+        step = LENGTH // mesh.sp
+        rows = slice(mesh.sp_rank * step, (mesh.sp_rank + 1) * step)
+        q, k, v = (tensor[:, :, rows].clone().requires_grad_() for tensor in tensors[:3])
+        out = ulysses(attend, mesh, num_heads, num_kv_heads)(q, k, v, mask)
+        out.backward(tensors[3][:, :, rows])
+        results.append([out.detach(), q.grad, k.grad, v.grad])
+    return results  # type: ignore[return-value]
+
+
+PATCHES, CROP = 4, 4
+
+
+def vision_inputs(crops: list[int], tokens: list[int]) -> tuple[torch.Tensor, ...]:
+    """Pixels, pooling indices that stay inside each visual, and one weight per pooled token."""
+    generator = torch.Generator().manual_seed(sum(crops))
+    pixels = torch.randint(0, 256, (sum(crops), CROP, CROP, 3), generator=generator, dtype=torch.uint8)
+    pooling, first = [], 0
+    for num_crops, num_tokens in zip(crops, tokens, strict=True):
+        index = torch.randint(0, num_crops * PATCHES, (num_tokens, 3), generator=generator)
+        index[:, 2] = torch.where(torch.rand(num_tokens, generator=generator) > 0.5, index[:, 2], -1 - first)
+        pooling.append((index + first).clamp(min=-1))
+        first += num_crops * PATCHES
+    weight = torch.randn(sum(tokens), 5, generator=generator)
+    return pixels, torch.cat([*pooling, torch.zeros(0, 3, dtype=torch.int64)]), weight
+
+
+def encoder(projection: torch.Tensor) -> Any:
+    """A stand-in tower: one linear map of each patch, then a masked mean over the pooled patches."""
+
+    def encode(pixels: torch.Tensor, pooling: torch.Tensor) -> torch.Tensor:
+        patches = (pixels.float() / 255).reshape(len(pixels) * PATCHES, 12) @ projection
+        valid = (pooling >= 0).unsqueeze(-1)
+        return (patches[pooling.clamp(min=0)] * valid).sum(1) / valid.sum(1).clamp(min=1)
+
+    return encode
+
+
+def vision(cases: list[tuple[list[int], list[int]]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each case: the gathered features, and the gradient of the tower summed over the ranks.
+
+    Each rank uses every other pooled token, as ranks of a group use the features of their own rows only.
+    """
+    mesh = make_mesh(dist.get_world_size())
+    results = []
+    for crops, tokens in cases:
+        projection = torch.linspace(-1, 1, 12 * 5).reshape(12, 5).requires_grad_()
+        pixels, pooling, weight = vision_inputs(crops, tokens)
+        counts = torch.tensor(crops, dtype=torch.int64), torch.tensor(tokens, dtype=torch.int64)
+        features, touch = encode_shared(encoder(projection), pixels, pooling, *counts, PATCHES, CROP, mesh)
+        own = torch.arange(len(features)) % mesh.sp == mesh.sp_rank
+        ((features * weight).sum(1)[own].sum() + touch).backward()
+        assert projection.grad is not None  # the tower ran, also on a rank without a visual
+        gradient = projection.grad.clone()
+        dist.all_reduce(gradient)
+        results.append((features.detach(), gradient))
+    return results

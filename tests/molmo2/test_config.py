@@ -1,0 +1,101 @@
+"""Recipes: strict, every error at once, with the path and the nearest known name."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from molmo2.config import RecipeError, data_path, load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "recipes/demo/stage1.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_loads(path: Path) -> None:
+    assert load_recipe(path).train.steps > 0
+
+
+def broken(tmp_path: Path, old: str, new: str) -> Path:
+    text = DEMO.read_text()
+    assert old in text
+    path = tmp_path / "broken.yaml"
+    path.write_text(text.replace(old, new))
+    return path
+
+
+def test_all_errors_are_told_at_once_with_the_nearest_name(tmp_path: Path) -> None:
+    path = broken(tmp_path, "  micro_batch: 4", "  microbatch: 4\n  steps_: many")
+    overrides = ["optim.vit.lr=-1", "optim.llm.warmup=3", "data.sequence_length=long", "data.mixture.groups.text.rte=1"]
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path, [*overrides, "colour=red"])
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"{path}: 7 errors"
+    told = "\n".join(lines[1:])
+    for expected in (
+        "train.microbatch: unknown key; did you mean micro_batch?",
+        "train.steps_: unknown key; did you mean steps?",
+        "optim.vit.lr: Input should be greater than or equal to 0 (got -1)",
+        "optim.llm.warmup: unknown key; did you mean warmup_steps?",
+        "data.sequence_length: Input should be a valid integer",
+        "data.mixture.groups.text.rte: unknown key; did you mean rate?",
+        "colour: unknown key; known: data, init, logging, model,",
+    ):
+        assert expected in told
+
+
+def test_missing_keys_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"train\.steps: missing"):
+        load_recipe(broken(tmp_path, "  steps: 300\n", ""))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.precision=bf16", "precision bf16 needs zero_stage 2 or 3, not 1"),
+        ("train.micro_batch=3", "packs_per_step 8 is not a multiple of train.micro_batch 3"),
+        ("train.sp=5", "data.sequence_length 768 is not a multiple of train.sp 5"),
+        ("init=demo-stage1", "init names the run itself"),
+        ("name=../escape", r"name: String should match pattern"),
+    ],
+)
+def test_settings_that_contradict_each_other(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(DEMO, [override])
+
+
+def test_overrides_reach_any_depth_and_keep_types() -> None:
+    recipe = load_recipe(DEMO, ["optim.vit.lr=1e-4", "data.roots=[a,b]", "init=null", "logging.wandb=project"])
+    assert recipe.optim.vit.lr == 1e-4
+    assert recipe.data.roots == ("a", "b")
+    assert recipe.init is None
+    assert recipe.logging.wandb == "project"
+    assert recipe.optim.llm == load_recipe(DEMO).optim.llm
+
+
+def test_unreadable_recipes_are_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(tmp_path / "absent.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: [unclosed\n")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(bad)
+    bad.write_text("name: a\nname: b\n")
+    with pytest.raises(RecipeError, match="duplicate"):
+        load_recipe(bad)
+    with pytest.raises(RecipeError, match=r"--set steps: write key\.path=value"):
+        load_recipe(DEMO, ["steps"])
+
+
+def test_paths_are_below_the_data_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MOLMO2_DATA", str(tmp_path))
+    assert load_recipe(DEMO).run_dir == tmp_path / "runs/demo-stage1"
+    assert data_path("/elsewhere") == Path("/elsewhere")
+    monkeypatch.delenv("MOLMO2_DATA")
+    assert data_path("raw") == Path("data/raw")
+
+
+def test_reading_a_recipe_does_not_import_torch() -> None:
+    code = "import sys, molmo2.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

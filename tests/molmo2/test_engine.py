@@ -1,0 +1,76 @@
+"""Ranks, sequence parallelism, ZeRO stages and micro-steps change nothing: loss, gradients, norms, trained weights."""
+
+from pathlib import Path
+
+import engine_cases
+import pytest
+import torch
+from ranks import run_ranks
+
+from molmo2.checkpoint import load_weights
+from molmo2.engine import TrainingModule, deepspeed_config
+from molmo2.parallel.mesh import SINGLE
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("world", "checkpointing"), [(2, False), (2, True), (4, False)])
+def test_sequence_parallel_gradients_equal_one_rank(world: int, checkpointing: bool) -> None:
+    ranks = run_ranks(world, engine_cases.gradients, checkpointing)
+    for number, case in enumerate(engine_cases.BATCHES):
+        module = TrainingModule(engine_cases.model(), engine_cases.recipe(), SINGLE).train()
+        loss, logged = module(engine_cases.make(case))
+        loss.backward()
+        largest = max(p.grad.abs().max().item() for p in module.model.parameters() if p.grad is not None)
+        for rank in ranks:
+            got_loss, got = rank[number]
+            torch.testing.assert_close(got_loss, logged, rtol=1e-5, atol=1e-7)
+            for name, parameter in module.model.named_parameters():
+                assert parameter.grad is not None
+                # The gradient of a key bias is zero but for rounding, so it has no scale of its own.
+                scale = max(parameter.grad.abs().max().item(), 1e-2 * largest, 1e-12)
+                torch.testing.assert_close(got[name] / scale, parameter.grad / scale, rtol=0, atol=1e-5)
+
+
+SETTINGS = [  # precision, ZeRO stage, sp, base embedding frozen
+    ("fp32", 0, 1, False),
+    ("fp32", 1, 1, False),
+    ("fp32", 2, 2, False),
+    ("fp32", 3, 1, False),
+    ("fp32", 3, 2, False),
+    ("bf16", 2, 2, False),
+    ("bf16", 3, 1, False),
+    ("fp32", 1, 2, True),
+    ("bf16", 2, 1, True),
+    ("fp32", 3, 1, True),
+]
+EMBEDDING = "text.embedding.base"
+
+
+@pytest.mark.dist
+def test_trained_weights_do_not_depend_on_ranks_or_zero_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOLMO2_DATA", str(tmp_path))
+    ranks = run_ranks(2, engine_cases.start, (str(tmp_path), SETTINGS))
+    alone, norms = engine_cases.train_alone()
+    assert min(step["vit"] for step in norms) > 0.05  # clipping binds
+    for number, (precision, stage, sp, frozen) in enumerate(SETTINGS):
+        config, weights, meta = load_weights(f"{precision}-{stage}-{sp}-{frozen}")
+        assert config == engine_cases.CONFIG
+        assert (meta["zero_stage"], meta["sp"], meta["finished"]) == (stage, sp, True)
+        assert set(weights) == set(alone.state_dict())
+        exact = precision == "fp32"
+        start = engine_cases.model().state_dict()[EMBEDDING]
+        assert torch.equal(weights[EMBEDDING], start if exact else start.bfloat16().float()) == frozen
+        if frozen:
+            continue
+        for step, expected in enumerate(norms):
+            for rank in ranks:
+                assert rank[number][step] == pytest.approx(expected, rel=1e-4 if exact else 0.2)
+        for name, expected_weight in alone.state_dict().items():
+            torch.testing.assert_close(weights[name], expected_weight, rtol=0, atol=2e-5 if exact else 0.08)
+
+
+def test_deepspeed_is_told_neither_to_clip_nor_to_split_sequences() -> None:
+    config = deepspeed_config(engine_cases.recipe(sp=2))
+    assert config["gradient_clipping"] == 0.0
+    assert config["managed_gradient_accumulation"] is False
+    assert not {"sequence_parallel_size", "train_batch_size", "gradient_accumulation_steps"} & set(config)

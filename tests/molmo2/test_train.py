@@ -1,0 +1,272 @@
+"""The trainer as a user starts it: real launchers, two ranks, kills, damaged files, wrong data."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import toy_run
+
+from molmo2.checkpoint import load_weights
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "molmo2/train.py"
+pytestmark = pytest.mark.dist
+
+
+def command(launcher: str, ranks: int) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    bin_dir = Path(sys.executable).parent
+    return {
+        "deepspeed": [str(bin_dir / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port, SCRIPT],
+        "torchrun": [str(bin_dir / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port, SCRIPT],
+        "python": [sys.executable, SCRIPT],
+    }[launcher]
+
+
+def start(root: Path, recipe: Path, *options: str, launcher: str = "deepspeed", ranks: int = 2, **more: Any) -> Any:
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("PYTEST")},
+        "MOLMO2_DATA": str(root),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    arguments = [*command(launcher, ranks), "--recipe", str(recipe), *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment, **pipes, **more)
+
+
+def train(*arguments: Any, code: int = 0, **options: Any) -> str:
+    """Run to the end and return what was printed."""
+    process = start(*arguments, **options)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return str(output)
+
+
+def log(root: Path, name: str) -> list[dict[str, Any]]:
+    path = root / "runs" / name / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def curve(root: Path, name: str) -> list[dict[str, Any]]:
+    """The log without what a clock measured."""
+    timed = {"seconds", "tokens_per_second", "data_wait"}
+    return [{key: value for key, value in line.items() if key not in timed} for line in log(root, name)]
+
+
+def wait_for(process: Any, condition: Callable[[], bool]) -> list[psutil.Process]:
+    """Wait until a condition holds; the processes that run the script, launchers left out."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if any(part.endswith(SCRIPT) for part in child.cmdline()[1:3])]
+
+
+def kill_tree(process: Any) -> None:
+    for victim in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        victim.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, a recipe of 12 steps, and its uninterrupted run on two ranks."""
+    root = tmp_path_factory.mktemp("data")
+    toy_run.build_toy(root)
+    output = train(root, toy_run.write_recipe(root / "whole.yaml", "whole", steps=12, checkpoint_every=4))
+    assert "whole: 12 steps" in output
+    return root
+
+
+def test_the_run_learns_and_records_every_step(root: Path) -> None:
+    lines = log(root, "whole")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert all(0.2 < line["fill"] <= 1 and line["tokens_per_second"] > 0 and line["masked"] == 0 for line in lines)
+    assert lines[0]["lr.vit"] == pytest.approx(1.5e-3)
+    assert min(lines[0][f"grad_norm.{name}"] for name in ("vit", "connector", "llm")) > 0
+    summary = json.loads((root / "runs/whole/summary.json").read_text())
+    assert (summary["steps"], summary["tokens"]) == (12, sum(line["tokens"] for line in lines))
+    assert summary["loss_first"] > summary["loss_last"]
+
+
+def test_checkpoints_are_rotated_and_tell_where_they_come_from(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = root / "runs/whole/checkpoints"
+    assert sorted(path.name for path in directory.iterdir()) == ["step-00000008", "step-00000012"]
+    meta = json.loads((directory / "step-00000012/meta.json").read_text())
+    assert (meta["step"], meta["world"], meta["sp"], meta["finished"]) == (12, 2, 1, True)
+    assert {"torch", "deepspeed", "python"} <= set(meta["versions"])
+    recipe = json.loads((directory / "step-00000012/recipe.json").read_text())
+    assert recipe["train"]["steps"] == 12
+    monkeypatch.setenv("MOLMO2_DATA", str(root))
+    config, final, _ = load_weights("whole")
+    assert config.name == "tiny"
+    _, middle, meta = load_weights(directory / "step-00000008")  # consolidated from DeepSpeed's files
+    assert not meta["finished"]
+    assert {k: v.shape for k, v in middle.items()} == {k: v.shape for k, v in final.items()}
+    assert any((final[name] != middle[name]).any() for name in final)
+
+
+def test_kill_in_mid_run_then_restart_gives_the_same_curve(root: Path) -> None:
+    recipe = toy_run.write_recipe(root / "killed.yaml", "killed", steps=12, checkpoint_every=4)
+    process = start(root, recipe)
+    ranks = wait_for(process, lambda: len(log(root, "killed")) >= 6)
+    assert len(ranks) >= 2
+    kill_tree(process)
+    assert 6 <= len(log(root, "killed")) < 12
+    with open(root / "runs/killed/log.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')  # a line cut short, as a kill leaves it
+    output = train(root, recipe)
+    assert "killed: steps 5-12" in output or "killed: steps 9-12" in output
+    assert curve(root, "killed") == curve(root, "whole")
+
+
+def test_damaged_checkpoint_is_passed_over(root: Path) -> None:
+    run = root / "runs/damaged"
+    shutil.copytree(root / "runs/whole", run)
+    largest = max((run / "checkpoints/step-00000012").rglob("*.pt"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    unfinished = run / "checkpoints/step-00000099"
+    unfinished.mkdir()
+    recipe = toy_run.write_recipe(root / "damaged.yaml", "damaged", steps=12, checkpoint_every=4)
+    output = train(root, recipe)
+    assert f"step-00000012: skipped: {largest.relative_to(run / 'checkpoints/step-00000012')} has " in output
+    assert "step-00000099: skipped: no meta.json: it was never finished" in output
+    assert "damaged: steps 9-12" in output
+    assert curve(root, "damaged") == curve(root, "whole")
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["damaged-step-00000012", "damaged-step-00000099", "step-00000008", "step-00000012"]
+
+
+def test_sigterm_on_one_rank_saves_and_exits_with_zero(root: Path) -> None:
+    recipe = toy_run.write_recipe(root / "stopped.yaml", "stopped", steps=12, checkpoint_every=100)
+    process = start(root, recipe, launcher="torchrun")
+    ranks = wait_for(process, lambda: len(log(root, "stopped")) >= 2)
+    next(rank for rank in ranks if rank.environ().get("RANK") == "1" and rank.ppid() == process.pid).send_signal(
+        signal.SIGTERM
+    )
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "stopped by a signal after step" in output
+    assert len(log(root, "stopped")) < 12
+    train(root, recipe, launcher="torchrun")
+    assert curve(root, "stopped") == curve(root, "whole")
+
+
+def test_stages_hand_over_and_finished_ones_are_skipped(root: Path) -> None:
+    folder = root / "stages"
+    folder.mkdir()
+    first = toy_run.write_recipe(folder / "stage1.yaml", "first", steps=8)
+    toy_run.write_recipe(folder / "stage2.yaml", "second", init="first", steps=2, sp=2, zero_stage=2)
+    output = train(root, first, "--all-stages")
+    assert "second: steps 1-2" in output
+    assert "(dp 1, sp 2)" in output
+    assert log(root, "second")[0]["loss"] < 0.9 * log(root, "first")[0]["loss"]
+    output = train(root, first, "--all-stages")
+    assert "first: finished at step 8; nothing to do" in output
+    assert "second: finished at step 2; nothing to do" in output
+
+
+def test_another_number_of_ranks_is_refused(root: Path) -> None:
+    output = train(root, root / "whole.yaml", "--set", "train.steps=20", launcher="python", code=1)
+    assert "cannot continue: world was 2, is 1" in output
+    assert "Traceback" not in output
+
+
+def copied(root: Path, tmp_path: Path) -> Path:
+    shutil.copytree(root / "raw", tmp_path / "raw")
+    shutil.copytree(root / "shards", tmp_path / "shards")
+    return tmp_path
+
+
+def edit_index(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = root / "shards/sft/toy/index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+def test_shards_of_another_processor_are_refused(root: Path, tmp_path: Path) -> None:
+    data = copied(root, tmp_path)
+    edit_index(data, lambda index: index["processor"]["layout"].update(crop_size=56))
+    output = train(data, toy_run.write_recipe(tmp_path / "r.yaml", "r"), launcher="python", code=1)
+    assert "layout.crop_size: 56, wanted 48" in output
+    assert "Traceback" not in output
+    assert not (data / "runs/r/checkpoints").exists()
+
+
+def test_changed_data_are_refused_on_resume_and_told(root: Path, tmp_path: Path) -> None:
+    data = copied(root, tmp_path)
+    recipe = toy_run.write_recipe(tmp_path / "r.yaml", "r", steps=1)
+    train(data, recipe, launcher="python")
+    output = train(data, recipe, "--set", "train.steps=2", "--set", "data.seed=5", launcher="python", code=1)
+    assert "the data has changed since the checkpoint" in output
+    assert "settings.seed" in output
+    assert "Traceback" not in output
+
+
+def test_a_flipped_byte_is_masked_and_recorded(root: Path, tmp_path: Path) -> None:
+    data = copied(root, tmp_path)
+    tar = data / "shards/sft/toy/000000.tar"
+    body = bytearray(tar.read_bytes())
+    body[600] ^= 1  # inside the first sample's record
+    tar.write_bytes(body)
+    recipe = toy_run.write_recipe(tmp_path / "r.yaml", "r", steps=8)
+    output = train(data, recipe, launcher="python")
+    assert re.search(r"masked in step \d+: toy/000000\.tar, .*at byte 0: .*checksum", output)
+    recorded = [json.loads(line) for line in (data / "runs/r/quarantine.jsonl").read_text().splitlines()]
+    masked = [line["step"] for line in log(data, "r") for _ in range(line["masked"])]
+    assert masked
+    assert [entry["step"] for entry in recorded] == masked
+    assert {entry["shard"] for entry in recorded} == {"000000"}
+
+
+def test_too_much_damage_ends_the_run_with_the_list(root: Path, tmp_path: Path) -> None:
+    data = copied(root, tmp_path)
+    tar = data / "shards/sft/toy/000000.tar"
+    tar.write_bytes(tar.read_bytes()[:10_000])  # cut short: only the first sample or two are whole
+    output = train(data, toy_run.write_recipe(tmp_path / "r.yaml", "r"), code=1)
+    assert "damaged samples in toy, 1 allowed:" in output
+    assert "the file is cut short" in output
+    assert "Traceback" not in output
+    assert not list((data / "runs/r/checkpoints").glob("step-*"))
+
+
+def test_a_full_disk_is_told_and_nothing_is_taken_for_whole(root: Path, tmp_path: Path) -> None:
+    data = copied(root, tmp_path)
+    limit = 1_000_000  # bytes of a file; the states of the tiny model are larger
+    recipe = toy_run.write_recipe(tmp_path / "r.yaml", "r")
+    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
+    output = train(data, recipe, launcher="python", code=1, **full)
+    assert "step-00000002: cannot be written" in output
+    assert list((data / "runs/r/checkpoints").iterdir()) == []
+    train(data, recipe, launcher="python")
+    assert len(log(data, "r")) == 6
+
+
+def test_every_error_of_a_recipe_in_one_message(root: Path) -> None:
+    output = train(root, root / "whole.yaml", "--set", "train.stepz=3", "--set", "optim.eps=-1", code=1)
+    assert output.count("train.stepz: unknown key; did you mean steps?") == 1
+    assert output.count("optim.eps: Input should be greater than 0 (got -1)") == 1
+    assert "Traceback" not in output.split("launch.py")[-1]
+
+
+def test_ranks_that_do_not_fit_are_told_with_all_numbers(root: Path) -> None:
+    output = train(root, root / "whole.yaml", "--set", "name=r", "--set", "train.sp=2", launcher="python", code=1)
+    assert "(ranks 1, train.sp 2, train.packs_per_step 4, train.micro_batch 1, attention heads 4)" in output

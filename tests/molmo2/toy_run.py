@@ -1,0 +1,98 @@
+"""A data root for training tests: a byte tokenizer, one small dataset of squares and text, and a recipe."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import yaml
+from PIL import Image
+from tokenizers import decoders, models, pre_tokenizers
+
+from molmo2.model.config import PRESETS
+from molmo2.processing.processor import ProcessorSettings, build_processor
+from molmo2.processing.tokenizer import write_tokenizer
+from shards.format import FORMAT_VERSION, DatasetIndex, Totals
+from shards.schema import Example, ImageRef, Limits, Source, Text
+from shards.writer import npy_bytes, write_shard
+
+LIMITS = Limits(sequence_length=192, max_crops=6, image_crops=2)
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+def make_tokenizer(directory: Path) -> None:
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    write_tokenizer(tokenizer, directory, PRESETS["tiny"].text.vocab_size)
+
+
+def example(number: int) -> Example:
+    """Every third one is text only."""
+    name = list(COLOURS)[number % 3]
+    picture = np.full((40 + number, 60, 3), COLOURS[name], np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return Example(
+        key=f"toy-{number:03d}",
+        dataset="toy",
+        source=Source(file="toy", row=number),
+        annotations=(
+            Text(style="user_qa", question="colour?", answer=name),
+            Text(style="user_qa", question="shape?", answer="a square"),
+        ),
+        images=(ImageRef(data=buffer.getvalue()),) if number % 3 else (),
+    )
+
+
+def build_toy(root: Path, num_samples: int = 24) -> None:
+    """`root`/raw/tokenizer and `root`/shards/sft/toy, one shard."""
+    make_tokenizer(root / "raw/tokenizer")
+    settings = ProcessorSettings(preset="tiny", tokenizer_dir=str(root / "raw/tokenizer"), stage="sft")
+    processor = build_processor(settings)
+    directory = root / "shards/sft/toy"
+    directory.mkdir(parents=True)
+    samples = [processor(example(number), LIMITS) for number in range(num_samples)]
+    tar = directory / "000000.tar"
+    info, rows = write_shard(tar, "000000", samples, processor.layout, processor.num_variants)
+    (directory / "000000.idx.npy").write_bytes(npy_bytes(rows))
+    names = ("samples", "annotations", "tokens", "crops", "frames", "bytes", "rejects")
+    index = DatasetIndex(
+        format_version=FORMAT_VERSION,
+        dataset="toy",
+        stage="sft",
+        num_variants=processor.num_variants,
+        processor=processor.settings,
+        source={},
+        build={},
+        totals=Totals(**dict.fromkeys(names, 0)),
+        shards=(info,),
+    )
+    (directory / "index.json").write_text(index.model_dump_json())
+
+
+def write_recipe(path: Path, name: str, init: str | None = None, **train: Any) -> Path:
+    """A recipe for 2 ranks or 1; `train` overrides its section."""
+    group = {"lr": 3e-3, "warmup_steps": 2}
+    settings = {"packs_per_step": 4, "micro_batch": 1, "precision": "fp32", "zero_stage": 1, "checkpoint_every": 2}
+    recipe = {
+        "name": name,
+        "stage": "sft",
+        "model": "tiny",
+        "init": init,
+        "data": {
+            "roots": ["shards/sft"],
+            "mixture": {"groups": {"all": {"rate": 1, "datasets": {"toy": None}}}},
+            "sequence_length": 256,
+            "max_crops": 8,
+            "window": 32,
+            "workers": 1,
+        },
+        "train": {**settings, "steps": 6, "activation_checkpointing": False, **train},
+        "optim": {"vit": group, "connector": group, "llm": group, "freeze_base_embedding": False},
+        "logging": {"tensorboard": False},
+    }
+    path.write_text(yaml.safe_dump(recipe))
+    return path
