@@ -1,6 +1,6 @@
 """Building a dataset: rows -> examples -> samples -> shards, in a process pool, continued where it was killed.
 
-A dataset is cut into shards by example groups, before anything is decoded, so the cut depends on the rows alone and
+A dataset is cut into shards by groups of rows, before anything is decoded, so the cut depends on the rows alone and
 not on the number of workers. One task is one shard; it is finished when its tar, its sidecar and its part (a JSON
 with the counts and rejects, written last) are there and belong to the same build. `index.json` closes the dataset.
 """
@@ -8,14 +8,19 @@ with the counts and rejects, written last) are there and belong to the same buil
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
+import multiprocessing
+import os
+import re
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +28,7 @@ from tqdm import tqdm
 
 from shards.catalog import Row, Stage, StageSettings, split_of
 from shards.convert import CONVERTERS
-from shards.convert.common import Group
+from shards.convert.common import Group, Omitted
 from shards.format import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -33,17 +38,18 @@ from shards.format import (
     Totals,
     canonical_json,
     digest,
-    index_dtype,
-    parse_index,
 )
 from shards.layout import VisualLayout
-from shards.schema import Example, FilteredError, Limits, RejectedError, Sample, Source
+from shards.schema import Example, Limits, RejectedError, Sample, Source
 from shards.sources.media_files import MediaFiles
-from shards.sources.parquet import Table, open_table
+from shards.sources.parquet import open_table
 from shards.storage import LocalStorage
 from shards.writer import npy_bytes, write_shard
 
-REJECT_BUDGET = 0.05  # share of a dataset's groups that may be rejected without stopping the build
+REJECT_BUDGET = 0.05  # rejects over groups of rows
+BUILD_VERSION = 1  # raise it when converters or writer make other samples of the same settings
+BUILD_NAME = "build.json"
+OWN_FILES = re.compile(r"\d{6}\.(tar|idx\.npy|part\.json)|index\.json|rejects\.jsonl|build\.json|\..+\.tmp")
 
 
 class BuildError(ValueError):
@@ -67,7 +73,7 @@ ProcessorFactory = Callable[[], Processor]  # picklable: every worker makes its 
 class Task:
     """One shard: which groups of rows it holds. Picklable."""
 
-    number: int
+    name: str
     groups: tuple[tuple[int, ...], ...]
     row: Row
     stage: Stage
@@ -75,11 +81,6 @@ class Task:
     out: Path
     settings: StageSettings
     build_digest: str
-
-    @property
-    def name(self) -> str:
-        """Stem of the shard's files."""
-        return f"{self.number:06d}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,121 +119,149 @@ def build_dataset(
         out: the folder of shards; nothing in it may belong to another build unless `overwrite`.
         workers: processes.
         overwrite: throw away what another build left there.
-        reject_budget: the largest share of rejected groups.
+        reject_budget: the most rejects, as a share of the groups of rows.
 
     Raises:
-        SourceError: raw files missing or of another layout.
-        BuildError: another build's shards in `out`, too many rejects, a full disk, a crashed worker.
+        SourceError: raw files missing, damaged, or of another layout.
+        BuildError: another build's shards in `out`, too many rejects, a full disk, a killed worker.
     """
+    label = f"{stage}/{row.name}"
+    if row.converter not in CONVERTERS:
+        raise BuildError(f"{label}: no converter {row.converter!r}; the catalog may name {', '.join(CONVERTERS)}")
     processor = make_processor()
-    table = open_table(raw, row.files[split_of(stage)], row.columns.values())
-    groups = group_rows(table, row.group_by)
+    table = open_table(raw, row.files[split_of(stage)], row.used_columns)
+    groups, size = table.groups(row.group_by), settings.examples_per_shard
     build = {
-        "row": row.model_dump(mode="json"),
+        "version": [FORMAT_VERSION, BUILD_VERSION],
+        "row": row.build_settings(),
         "settings": settings.model_dump(mode="json"),
         "processor": processor.settings,
-        "rows": list(table.counts),
+        "files": {f.relative_to(raw).as_posix(): h for f, h in zip(table.files, table.footers, strict=True)},
     }
-    storage = LocalStorage(out)
-    _claim(storage, build, overwrite)
-    size = settings.examples_per_shard
-    tasks = [
-        Task(
-            number=number,
-            groups=tuple(groups[first : first + size]),
-            row=row,
-            stage=stage,
-            raw=raw,
-            out=out,
-            settings=settings,
-            build_digest=digest(build),
-        )
-        for number, first in enumerate(range(0, len(groups), size))
-    ]
-    parts = _run(tasks, make_processor, workers, f"{stage}/{row.name}")
-    index = _index(row, stage, settings, processor, build, parts)
-    rejects = [reject for part in parts for reject in part.rejects]
-    storage.write(REJECTS_NAME, b"".join(canonical_json(reject) + b"\n" for reject in rejects))
-    try:
-        _check_budget(f"{out}/{REJECTS_NAME}", rejects, len(groups), reject_budget)
-    except BuildError:
-        _reopen(storage, parts)
-        raise
-    storage.write(INDEX_NAME, (index.model_dump_json(indent=1) + "\n").encode())
+    with _explained(label), _locked(out):
+        storage = LocalStorage(out)
+        _claim(storage, build, overwrite)
+        tasks = [
+            Task(
+                name=f"{number:06d}",
+                groups=tuple(groups[first : first + size]),
+                row=row,
+                stage=stage,
+                raw=raw,
+                out=out,
+                settings=settings,
+                build_digest=digest(build),
+            )
+            for number, first in enumerate(range(0, len(groups), size))
+        ]
+        parts: dict[str, Part] = {}
+        with closing(_run(tasks, storage, make_processor, workers, label)) as running:
+            for task, part in running:
+                parts[task.name] = part
+                _check_budget(storage, parts, len(groups), reject_budget)
+        ordered = [parts[task.name] for task in tasks]
+        _write_rejects(storage, ordered)
+        index = _index(row, stage, settings, processor, build, ordered)
+        if index.totals.samples == 0:
+            raise BuildError(f"{label}: no sample was made; {out / REJECTS_NAME} says why")
+        storage.write(INDEX_NAME, (index.model_dump_json(indent=1) + "\n").encode())
     return index
 
 
-def group_rows(table: Table, group_by: str | None) -> list[tuple[int, ...]]:
-    """Row numbers of every example group, in the order in which the groups first appear."""
-    if group_by is None:
-        return [(number,) for number in range(len(table))]
-    groups: dict[Any, list[int]] = {}
-    for number, value in enumerate(table.column(group_by)):
-        groups.setdefault(value, []).append(number)
-    return [tuple(numbers) for numbers in groups.values()]
-
-
-def _claim(storage: LocalStorage, build: dict[str, Any], overwrite: bool) -> None:
-    """Mark the folder as this build's, or refuse another's."""
+@contextmanager
+def _explained(label: str) -> Iterator[None]:
+    """Turn what the machine does to a build into a message for its user."""
     try:
-        found = json.loads(storage.read("build.json"))
-    except FileNotFoundError:
-        found = build if storage.size(INDEX_NAME) is None else {}
-    if digest(found) != digest(build):
-        changed = sorted(key for key in build if digest(found.get(key)) != digest(build[key]))
-        if not overwrite:
-            raise BuildError(
-                f"{storage.root} was built with other settings ({', '.join(changed)} differ); "
-                "give --overwrite to build it anew, or choose another --out"
-            )
-        storage.path(INDEX_NAME).unlink(missing_ok=True)
-        for name in storage.list():
-            storage.path(name).unlink()
-    storage.write("build.json", canonical_json(build))
-
-
-def _run(tasks: list[Task], make_processor: ProcessorFactory, workers: int, label: str) -> list[Part]:
-    """All parts in order; finished shards are taken as they are."""
-    done = {task.number: part for task in tasks if (part := _finished(task)) is not None}
-    waiting = [task for task in tasks if task.number not in done]
-    with tqdm(total=len(tasks), initial=len(done), desc=label, unit="shard", mininterval=0.5) as bar:
-        if workers <= 1 or len(waiting) <= 1:
-            _start_worker(make_processor)
-            for task in waiting:
-                done[task.number] = _guarded(lambda task=task: _build_shard(task), label)  # type: ignore[misc]
-                bar.update()
-        else:
-            context = get_context("spawn")
-            with ProcessPoolExecutor(workers, context, _start_worker, (make_processor,)) as pool:
-                futures: dict[Future[Part], Task] = {pool.submit(_build_shard, task): task for task in waiting}
-                for future in as_completed(futures):
-                    try:
-                        done[futures[future].number] = _guarded(future.result, label)
-                    except BuildError:
-                        pool.shutdown(cancel_futures=True)
-                        raise
-                    bar.update()
-    return [done[task.number] for task in tasks]
-
-
-def _guarded(action: Callable[[], Part], label: str) -> Part:
-    try:
-        return action()
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise BuildError(
-                f"{label}: the disk is full; make room and start again: finished shards are kept"
-            ) from None
-        raise BuildError(f"{label}: {error}; start again to continue: finished shards are kept") from error
+        yield
     except BrokenProcessPool:
         raise BuildError(
             f"{label}: a worker was killed (out of memory?); start again with fewer --workers: finished shards are kept"
         ) from None
+    except OSError as error:
+        why = "the disk is full; make room" if error.errno in {errno.ENOSPC, errno.EDQUOT} else str(error)
+        raise BuildError(f"{label}: {why}; the same command continues: finished shards are kept") from error
 
 
-def _finished(task: Task) -> Part | None:
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep a second build out of the folder; the kernel drops the lock of a process that was killed."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BuildError(f"{out}: another build is at work there; wait for it, or stop it") from None
+        yield
+
+
+def _claim(storage: LocalStorage, build: dict[str, Any], overwrite: bool) -> None:
+    """Mark the folder as this build's, or refuse another's; remove what a killed build left unfinished."""
+    try:
+        found = json.loads(storage.read(BUILD_NAME))
+    except FileNotFoundError:
+        found = {} if storage.size(INDEX_NAME) is not None else build
+    except ValueError:
+        found = {}
+    if digest(found) != digest(build):
+        if not overwrite:
+            raise BuildError(
+                f"{storage.root} was built with other settings: {'; '.join(_differences(found, build)[:5])}; "
+                "give --overwrite to build it anew, or choose another --out"
+            )
+        storage.path(INDEX_NAME).unlink(missing_ok=True)  # first: from here on the dataset is not whole
+        for path in Path(storage.root).iterdir():
+            if OWN_FILES.fullmatch(path.name):
+                path.unlink()
+    for path in Path(storage.root).glob(".*.tmp"):
+        path.unlink()
+    storage.write(BUILD_NAME, canonical_json(build))
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ: dotted name, old value, new value."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(old.keys() | new.keys())
+        return [line for n in names for line in _differences(old.get(n), new.get(n), f"{path}.{n}".lstrip("."))]
+    return [] if digest(old) == digest(new) else [f"{path} was {str(old)[:60]}, is {str(new)[:60]}"]
+
+
+def _run(
+    tasks: list[Task], storage: LocalStorage, make_processor: ProcessorFactory, workers: int, label: str
+) -> Generator[tuple[Task, Part]]:
+    """The parts of all tasks, those of finished shards first, the others when they are built."""
+    done = [(task, part) for task in tasks if (part := _finished(task, storage)) is not None]
+    yield from done
+    finished = {task.name for task, _ in done}
+    waiting = [task for task in tasks if task.name not in finished]
+    if waiting:
+        storage.path(INDEX_NAME).unlink(missing_ok=True)
+    total, initial = sum(len(task.groups) for task in tasks), sum(len(task.groups) for task, _ in done)
+    with tqdm(total=total, initial=initial, desc=label, unit="ex", mininterval=0.5) as bar:
+        for task, part in _build_all(waiting, make_processor, workers):
+            bar.update(len(task.groups))
+            yield task, part
+
+
+def _build_all(tasks: list[Task], make_processor: ProcessorFactory, workers: int) -> Iterator[tuple[Task, Part]]:
+    if workers <= 1 or len(tasks) <= 1:
+        processor = make_processor() if tasks else None
+        for task in tasks:
+            assert processor is not None
+            yield task, _build_shard(task, processor)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (make_processor,)) as pool:
+        futures = {pool.submit(_build_in_worker, task): task for task in tasks}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # the shards in work are finished, no further ones begun
+            raise
+
+
+def _finished(task: Task, storage: LocalStorage) -> Part | None:
     """The part of a shard that an earlier run of the same build finished, if its files are what it says."""
-    storage = LocalStorage(task.out)
     try:
         part = Part(**json.loads(storage.read(f"{task.name}.part.json")))
         shard = ShardInfo(**part.shard)
@@ -249,7 +278,6 @@ def _index(
     sums = Counter[str]()
     for part in parts:
         sums.update(part.totals)
-    names = ("samples", "annotations", "tokens", "crops", "frames", "bytes", "rejects")
     return DatasetIndex(
         format_version=FORMAT_VERSION,
         dataset=row.name,
@@ -257,30 +285,36 @@ def _index(
         num_variants=settings.num_variants,
         processor=processor.settings,
         source=dict(row.source),
-        build={key: build[key] for key in ("settings", "rows")},
-        totals=Totals(**{name: sums[name] for name in names}),
+        build={key: build[key] for key in ("version", "settings", "files")},
+        totals=Totals(**{name: sums[name] for name in Totals.model_fields}),
         shards=tuple(ShardInfo(**part.shard) for part in parts),
     )
 
 
-def _reopen(storage: LocalStorage, parts: list[Part]) -> None:
-    """Make the next try build shards with rejects again: whoever mends a source expects that."""
-    for part in parts:
-        if any(not reject["filtered"] for reject in part.rejects):
-            storage.path(f"{part.shard['name']}.part.json").unlink(missing_ok=True)
+def _write_rejects(storage: LocalStorage, parts: list[Part]) -> None:
+    rejects = [reject for part in parts for reject in part.rejects]
+    storage.write(REJECTS_NAME, b"".join(canonical_json(reject) + b"\n" for reject in rejects))
 
 
-def _check_budget(where: str, found: list[dict[str, Any]], num_groups: int, budget: float) -> None:
-    rejects = [reject for reject in found if not reject["filtered"]]
+def _check_budget(storage: LocalStorage, parts: dict[str, Part], num_groups: int, budget: float) -> None:
+    """Stop as soon as the whole dataset cannot stay within the budget.
+
+    Shards with rejects are built again by the next try: whoever mends a source expects that.
+    """
+    faulty = {name: part for name, part in sorted(parts.items()) if any(not r["omitted"] for r in part.rejects)}
+    rejects = [reject for part in faulty.values() for reject in part.rejects if not reject["omitted"]]
     if len(rejects) <= budget * num_groups:
         return
+    _write_rejects(storage, [parts[name] for name in sorted(parts)])
+    for name in faulty:
+        storage.path(f"{name}.part.json").unlink(missing_ok=True)
     reasons = Counter(reject["reason"].split(":")[0] for reject in rejects).most_common(5)
-    listed = "\n  ".join(f"{count} x {reason}" for reason, count in reasons)
+    listed = "".join(f"\n  {count} x {reason}" for reason, count in reasons)
     first = rejects[0]
     raise BuildError(
-        f"{len(rejects)} of {num_groups} examples rejected, {budget:.1%} are allowed:\n  {listed}\n"
+        f"{first['dataset']}: {len(rejects)} rejects in {num_groups} groups of rows, {budget:.1%} allowed:{listed}\n"
         f"first: {first['file']} row {first['row']}: {first['reason']}\n"
-        f"all of them stand in {where}; mend the source, or raise --reject-budget"
+        f"all so far: {storage.root}/{REJECTS_NAME}; mend the source, or raise --reject-budget"
     )
 
 
@@ -291,36 +325,33 @@ _processor: Processor | None = None
 
 def _start_worker(make_processor: ProcessorFactory) -> None:
     global _processor
+    threading.Thread(target=_follow_parent, daemon=True).start()
     _processor = make_processor()
 
 
-def _build_shard(task: Task) -> Part:
-    """Convert, process and write one shard; its part is written last."""
+def _follow_parent() -> None:
+    """End with the main process: a pool's workers would outlive one that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _build_in_worker(task: Task) -> Part:
     assert _processor is not None
-    processor, storage = _processor, LocalStorage(task.out)
-    limits, rejects = task.settings.to_limits(), list[dict[str, Any]]()
-    totals = Counter[str]()
+    return _build_shard(task, _processor)
 
-    def samples() -> Iterator[Sample]:
-        for group in _groups(task):
-            key, source = group.key, group.sources[0]
-            try:
-                for example in CONVERTERS[task.row.converter](group):
-                    key, source = example.key, example.source
-                    sample = processor(example, limits)
-                    totals["annotations"] += int(sample.variants[0]["branch"][-1])
-                    yield sample
-            except RejectedError as error:
-                rejects.append(_reject(task.row.name, key, source, error))
 
-    task.out.mkdir(parents=True, exist_ok=True)
-    temporary = storage.path(f"{task.name}.tar.tmp")
+def _build_shard(task: Task, processor: Processor) -> Part:
+    """Convert, process and write one shard; its part is written last."""
+    storage, totals, rejects = LocalStorage(task.out), Counter[str](), list[dict[str, Any]]()
+    temporary = task.out / f".{task.name}.tar.{os.getpid()}.tmp"
+    samples = _samples(task, processor, totals, rejects)
     try:
-        shard, rows = write_shard(temporary, samples(), processor.layout, task.settings.num_variants)
+        shard, rows = write_shard(temporary, task.name, samples, processor.layout, task.settings.num_variants)
         storage.publish(temporary, f"{task.name}.tar")
     finally:
         temporary.unlink(missing_ok=True)
-    assert rows.dtype == index_dtype(task.settings.num_variants)
     storage.write(f"{task.name}.idx.npy", npy_bytes(rows))
     totals.update(
         samples=len(rows),
@@ -335,9 +366,38 @@ def _build_shard(task: Task) -> Part:
     return part
 
 
+def _samples(task: Task, processor: Processor, totals: Counter[str], rejects: list[dict[str, Any]]) -> Iterator[Sample]:
+    """Samples of a shard; counts go to `totals`, what does not become a sample to `rejects`."""
+    for group in _groups(task):
+        for item in _convert(group):
+            if isinstance(item, Example):
+                try:
+                    sample = processor(item, task.settings.limits)
+                except RejectedError as error:
+                    rejects.append(_reject(task.row.name, item.key, item.source, str(error)))
+                    continue
+                totals["annotations"] += int(sample.variants[0]["branch"][-1])
+                yield sample
+            elif isinstance(item, Omitted):
+                rejects.append(_reject(task.row.name, group.key, item.source, item.reason, omitted=True))
+            else:
+                rejects.append(_reject(task.row.name, group.key, group.sources[0], str(item)))
+
+
+def _convert(group: Group) -> Iterator[Example | Omitted | RejectedError]:
+    """What the converter makes of a group; an error that its values cause ends the group and becomes a reject."""
+    try:
+        yield from CONVERTERS[group.row.converter](group)
+    except RejectedError as error:
+        yield error
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        yield RejectedError(f"{group.row.converter} failed on the row's values: {type(error).__name__}: {error}")
+
+
 def _groups(task: Task) -> Iterator[Group]:
-    table = open_table(task.raw, task.row.files[split_of(task.stage)], task.row.columns.values())
-    rows = iter(table.read([number for numbers in task.groups for number in numbers], task.row.columns.values()))
+    columns = task.row.used_columns
+    table = open_table(task.raw, task.row.files[split_of(task.stage)], columns)
+    rows = iter(table.read([number for numbers in task.groups for number in numbers], columns))
     media = MediaFiles(root=task.raw, template=task.row.media)
     for numbers in task.groups:
         sources, values = zip(*(next(rows) for _ in numbers), strict=True)
@@ -345,14 +405,6 @@ def _groups(task: Task) -> Iterator[Group]:
         yield Group(row=task.row, stage=task.stage, media=media, key=key, sources=sources, values=values)
 
 
-def _reject(dataset: str, key: str, source: Source, error: RejectedError) -> dict[str, Any]:
+def _reject(dataset: str, key: str, source: Source, reason: str, *, omitted: bool = False) -> dict[str, Any]:
     place = {"dataset": dataset, "key": key, "file": source.file, "row": source.row}
-    return {**place, "reason": str(error), "filtered": isinstance(error, FilteredError)}
-
-
-def load_index(out: Path) -> DatasetIndex | None:
-    """The index of a finished dataset, or None."""
-    try:
-        return parse_index(LocalStorage(out).read(INDEX_NAME), f"{out}/{INDEX_NAME}")
-    except FileNotFoundError:
-        return None
+    return {**place, "reason": reason, "omitted": omitted}

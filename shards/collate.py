@@ -6,7 +6,7 @@ A sample that could not be read is masked: its place in the row is padding, and 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shards.layout import VisualLayout, expand, split_crops, visual_crops, visual_pooling
+from shards.layout import Expanded, VisualLayout, expand, split_crops, visual_pooling
 from shards.media import decode_jpeg
-from shards.plan import Cursor, PackSpec
+from shards.plan import Cursor, Draw, PackSpec
 from shards.reader import Damage, ReadError, StoredSample
 
 MEMBER = 100_000  # segment ids of one member of a pack lie in [number * MEMBER, (number + 1) * MEMBER)
@@ -76,109 +76,128 @@ class Batch:
         return dataclasses.replace(self, **changed)
 
 
-def sample_crops(layout: VisualLayout, sample: StoredSample) -> list[Pixels]:
-    """Decoded crops of every visual, uint8 [crops, crop, crop, 3] each.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedSample:
+    """One sample ready to be laid in a row: its tokens, and per visual its crops and what its tokens pool.
 
-    Raises:
-        ReadError: an image is missing, no JPEG, or not of the size that its tiling says.
+    Attributes:
+        tokens: see `layout.Expanded`.
+        crops: one uint8 [crops, crop, crop, 3] per visual.
+        pooling: one int64 [visual tokens, pool ** 2] per visual, counting from the visual's own first patch; -1 pads.
     """
 
+    tokens: Expanded
+    crops: tuple[Pixels, ...]
+    pooling: tuple[npt.NDArray[np.int64], ...]
+
+
+def decode_sample(layout: VisualLayout, draw: Draw, sample: StoredSample) -> DecodedSample:
+    """Expand a sample's tokens and decode its images.
+
+    Raises:
+        ReadError: other lengths than the plan packed by, or an image is missing, no JPEG, or of another size.
+    """
+    try:
+        tokens = expand(layout, sample.tokens, sample.visuals)
+        crops = tuple(decode_crops(layout, sample))
+        pooling = tuple(visual_pooling(layout, visual) for visual in sample.visuals)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReadError(f"{type(error).__name__}: {error}") from None
+    found = (len(tokens.input_ids), sum(map(len, crops)))
+    if found != (draw.num_tokens, draw.num_crops):
+        raise ReadError(
+            f"{found[0]} tokens and {found[1]} crops, the index says {draw.num_tokens} and {draw.num_crops}; "
+            "build the dataset again"
+        )
+    if tokens.branch.max() >= TRUNK:
+        raise ReadError(f"{tokens.branch.max()} annotations, at most {TRUNK - 1} fit a mask")
+    return DecodedSample(tokens=tokens, crops=crops, pooling=pooling)
+
+
+def decode_crops(layout: VisualLayout, sample: StoredSample) -> Iterator[Pixels]:
+    """Crops of every visual, uint8 [crops, crop, crop, 3] each.
+
+    Raises:
+        ValueError: an image is no JPEG, or not of the size that its tiling says; KeyError: there is no such image.
+    """
+    decoded: dict[int, Pixels] = {}  # an image of one tile has one file for view and canvas
+
     def decode(number: int, height: int, width: int) -> Pixels:
-        if number not in images:
-            try:
-                images[number] = decode_jpeg(sample.images[number])
-            except (KeyError, ValueError) as error:
-                raise ReadError(f"sample {sample.key}, image {number}: {error}") from None
-        if images[number].shape != (height, width, 3):
-            raise ReadError(f"sample {sample.key}, image {number}: {images[number].shape}, wanted {(height, width, 3)}")
-        return images[number]
+        if number not in decoded:
+            decoded[number] = decode_jpeg(sample.images[number])
+        if decoded[number].shape != (height, width, 3):
+            raise ValueError(f"image {number} is {decoded[number].shape}, its tiling says {(height, width, 3)}")
+        return decoded[number]
 
-    images: dict[int, Pixels] = {}
-    size, crops = layout.crop_size, []
     for visual in sample.visuals:
-        view = decode(visual["view"], size, size)
+        view = decode(visual["view"], layout.crop_size, layout.crop_size)
         if visual["kind"] == "frame":
-            crops.append(view[None])
+            yield view[None]
         else:
-            tiling = tuple(visual["tiling"])
-            crops.append(split_crops(layout, tiling, view, decode(visual["canvas"], *layout.canvas_size(tiling))))
-    return crops
-
-
-class _Rows:
-    """A batch under construction: rows of padding, and visuals that grow sample by sample."""
-
-    def __init__(self, layout: VisualLayout, num_rows: int, length: int) -> None:
-        self.layout = layout
-        self.fields: dict[str, npt.NDArray[Any]] = {
-            "input_ids": np.zeros((num_rows, length), np.int64),
-            "labels": np.zeros((num_rows, length), np.int64),
-            "loss_weights": np.zeros((num_rows, length), np.float32),
-            "position_ids": np.zeros((num_rows, length), np.int64),
-            "segment_ids": np.full((num_rows, length), PAD_SEGMENT, np.int32),
-            "is_visual": np.zeros((num_rows, length), np.bool_),
-        }
-        self.crops: list[Pixels] = []
-        self.pooling: list[npt.NDArray[np.int64]] = []
-        self.num_patches = 0
-
-    def add(self, row: int, start: int, member: int, sample: StoredSample, crops: list[Pixels]) -> None:
-        """Place one sample at column `start` of a row."""
-        tokens = expand(self.layout, sample.tokens, sample.visuals)
-        values = {
-            "input_ids": tokens.input_ids,
-            "labels": tokens.labels,
-            "loss_weights": tokens.weights,
-            "position_ids": tokens.position_ids,
-            "segment_ids": member * MEMBER + np.where(tokens.branch == 0, TRUNK, tokens.branch.astype(np.int32)),
-            "is_visual": tokens.is_visual,
-        }
-        for name, value in values.items():
-            self.fields[name][row, start : start + len(value)] = value
-        for visual, pixels in zip(sample.visuals, crops, strict=True):
-            local = visual_pooling(self.layout, visual)
-            self.pooling.append(np.where(local >= 0, local + self.num_patches, -1))
-            self.num_patches += visual_crops(visual) * self.layout.crop_patches**2
-            self.crops.append(pixels)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything as tensors; with no visual at all the visual ones are empty."""
-        size, width = self.layout.crop_size, max((p.shape[1] for p in self.pooling), default=self.layout.image_pool**2)
-        pooling = [np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-1) for p in self.pooling]
-        arrays = {
-            **self.fields,
-            "pixels": np.concatenate([np.zeros((0, size, size, 3), np.uint8), *self.crops]),
-            "pooling": np.concatenate([np.zeros((0, width), np.int64), *pooling]),
-            "visual_crops": np.array([len(pixels) for pixels in self.crops], np.int64),
-            "visual_tokens": np.array([len(p) for p in self.pooling], np.int64),
-        }
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+            tiling = (visual["tiling"][0], visual["tiling"][1])
+            yield split_crops(layout, tiling, view, decode(visual["canvas"], *layout.canvas_size(tiling)))
 
 
 def collate(
     layout: VisualLayout,
     packs: Sequence[PackSpec],
-    samples: Sequence[Sequence[tuple[StoredSample, list[Pixels]] | Damage]],
+    samples: Sequence[Sequence[DecodedSample | Damage]],
     sequence_length: int,
     divisor: float,
     cursor: Cursor,
 ) -> Batch:
-    """A batch of packs; `samples[i][j]` is draw j of pack i with its decoded crops, or what was wrong with it."""
-    rows = _Rows(layout, len(packs), sequence_length)
-    masked = []
-    for row, (spec, members) in enumerate(zip(packs, samples, strict=True)):
+    """A batch of packs; `samples[i][j]` is draw j of pack i, or what was wrong with it."""
+    fields: dict[str, npt.NDArray[Any]] = {
+        "input_ids": np.zeros((len(packs), sequence_length), np.int64),
+        "labels": np.zeros((len(packs), sequence_length), np.int64),
+        "loss_weights": np.zeros((len(packs), sequence_length), np.float32),
+        "position_ids": np.zeros((len(packs), sequence_length), np.int64),
+        "segment_ids": np.full((len(packs), sequence_length), PAD_SEGMENT, np.int32),
+        "is_visual": np.zeros((len(packs), sequence_length), np.bool_),
+    }
+    kept, masked = [], []
+    for row, (pack, members) in enumerate(zip(packs, samples, strict=True)):
         start = 0
-        for member, (draw, sample) in enumerate(zip(spec.draws, members, strict=True)):
+        for member, (draw, sample) in enumerate(zip(pack.draws, members, strict=True)):
+            place = (row, slice(start, start + draw.num_tokens))
+            start += draw.num_tokens
             if isinstance(sample, Damage):
                 masked.append(sample)
-            else:
-                rows.add(row, start, member, *sample)
-            start += draw.num_tokens
+                continue
+            kept.append(sample)
+            tokens = sample.tokens
+            fields["input_ids"][place] = tokens.input_ids
+            fields["labels"][place] = tokens.labels
+            fields["loss_weights"][place] = tokens.weights
+            fields["position_ids"][place] = tokens.position_ids
+            branch = tokens.branch.astype(np.int32)  # int16 is too small for MEMBER
+            fields["segment_ids"][place] = member * MEMBER + np.where(branch == 0, TRUNK, branch)
+            fields["is_visual"][place] = tokens.is_visual
+    arrays = fields | _visual_fields(layout, kept)
     return Batch(
-        **rows.tensors(),
+        **{name: torch.from_numpy(array) for name, array in arrays.items()},
         step=packs[0].step,
-        slots=tuple(spec.slot for spec in packs),
+        slots=tuple(pack.slot for pack in packs),
         divisor=divisor,
         cursor=cursor,
         masked=tuple(masked),
     )
+
+
+def _visual_fields(layout: VisualLayout, samples: Sequence[DecodedSample]) -> dict[str, npt.NDArray[Any]]:
+    """The visual arrays of a batch; with no visual at all they are empty."""
+    crops = [part for sample in samples for part in sample.crops]
+    pooling = [part for sample in samples for part in sample.pooling]
+    width = max((part.shape[1] for part in pooling), default=layout.image_pool**2)
+    flat = np.full((sum(map(len, pooling)), width), -1, np.int64)
+    token = patch = 0
+    for part, pixels in zip(pooling, crops, strict=True):
+        flat[token : token + len(part), : part.shape[1]] = np.where(part >= 0, part + patch, -1)
+        token, patch = token + len(part), patch + len(pixels) * layout.crop_patches**2
+    empty = np.zeros((0, layout.crop_size, layout.crop_size, 3), np.uint8)
+    return {
+        "pixels": np.concatenate([empty, *crops]),
+        "pooling": flat,
+        "visual_crops": np.array([len(pixels) for pixels in crops], np.int64),
+        "visual_tokens": np.array([len(part) for part in pooling], np.int64),
+    }

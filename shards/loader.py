@@ -9,19 +9,21 @@ The number of workers and their prefetch never change the order: the sampler fix
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from shards.collate import Batch, Pixels, collate, sample_crops
+from shards.collate import Batch, DecodedSample, collate, decode_sample
 from shards.layout import VisualLayout
 from shards.plan import Cursor, Draw, PackSpec, Plan
-from shards.reader import Damage, ReadError, StoredSample, read_sample
+from shards.reader import Damage, ReadError, damage, read_sample
 
+LOG = logging.getLogger(__name__)
 BUDGET = 0.001  # share of a dataset's samples that may be damaged; at least one may, unless strict
 
 
@@ -70,28 +72,25 @@ class PlanSampler(Sampler[MicroSpec]):
 
 
 class PackReader(TorchDataset[Batch]):
-    """Map-style: a MicroSpec in, a batch out. Runs in the workers."""
+    """Map-style: a MicroSpec in, a batch out. Runs in the workers, and holds no index."""
 
     def __init__(self, plan: Plan, layout: VisualLayout) -> None:
-        self.datasets, self.layout = plan.datasets, layout
+        self.tars, self.layout = tuple(dataset.tars for dataset in plan.datasets), layout
         self.sequence_length = plan.settings.sequence_length
 
     def __getitem__(self, spec: MicroSpec) -> Batch:
         samples = [[self._read(draw) for draw in pack.draws] for pack in spec.packs]
         return collate(self.layout, spec.packs, samples, self.sequence_length, spec.divisor, spec.cursor)
 
-    def _read(self, draw: Draw) -> tuple[StoredSample, list[Pixels]] | Damage:
-        sample = read_sample(self.datasets, self.layout, draw)
+    def _read(self, draw: Draw) -> DecodedSample | Damage:
+        tars = self.tars[draw.dataset]
+        sample = read_sample(tars, draw)
         if isinstance(sample, Damage):
             return sample
         try:
-            return sample, sample_crops(self.layout, sample)
-        except ReadError as error:
-            # The checksum held, so the file is as it was built: an image in it is wrong.
-            dataset = self.datasets[draw.dataset]
-            shard = dataset.index.shards[draw.shard].name
-            offset = int(dataset.sidecars[draw.shard][draw.row]["offset"])
-            return Damage(dataset=dataset.name, shard=shard, row=draw.row, offset=offset, reason=str(error))
+            return decode_sample(self.layout, draw, sample)
+        except ReadError as error:  # the checksum held, so it was built wrong: reading it again would not help
+            return damage(tars, draw, sample.key, str(error))
 
 
 class Quarantine:
@@ -107,10 +106,13 @@ class Quarantine:
         Raises:
             QuarantineError: more than a dataset's budget.
         """
-        self.seen.update({(d.dataset, d.shard, d.row): d for d in damages})
+        for found in damages:
+            if (place := (found.dataset, found.shard, found.row)) not in self.seen:
+                self.seen[place] = found
+                LOG.warning("masked: %s", found)
         for name, count in Counter(dataset for dataset, _, _ in self.seen).items():
             if count > self.allowed[name]:
-                listed = "\n  ".join(str(damage) for damage in self.seen.values() if damage.dataset == name)
+                listed = "\n  ".join(str(seen) for seen in self.seen.values() if seen.dataset == name)
                 raise QuarantineError(
                     f"{count} damaged samples in {name}, {self.allowed[name]} allowed:\n  {listed}\n"
                     "check the shards with tools/verify_shards.py and fetch or build them again"
@@ -132,10 +134,11 @@ def make_loader(
     workers: int = 0,
     prefetch: int = 2,
     strict: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This rank's micro-batches from `cursor` on, without end; `micro_steps` of them make one step.
 
-    The ranks of a sequence-parallel group pass the same `dp_rank`. `prefetch` counts micro-batches per worker.
+    The ranks of a sequence-parallel group pass the same `dp_rank`. `prefetch` counts micro-batches per worker. The
+    workers end when the generator is closed.
 
     Raises:
         ValueError: the ranks cannot share a step's packs equally.
@@ -149,10 +152,11 @@ def make_loader(
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=_quiet_worker,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # workers are given a seed; without this it is drawn from torch's global generator
     )
     quarantine = Quarantine({dataset.name: len(dataset) for dataset in plan.datasets}, strict)
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Generator[Batch, None, None]:
         for batch in loader:
             quarantine.add(batch.masked)
             yield batch

@@ -2,8 +2,8 @@
 
 A video is decoded in a child process with a deadline, since decoders can hang while they hold the interpreter; a
 child that is late is killed. decord comes first, PyAV takes the files that decord cannot be trusted with: those that
-it fails to open, whose frame count it gets wrong, and those that do not start at time 0 (an edit list), for which
-decord returns wrong frames without an error.
+it fails to read, whose frames it miscounts, and those that do not start at time 0 or that hide packets (an edit list),
+for which decord returns wrong frames without an error.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import struct
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from shards.schema import ImageRef, VideoRef
 Pixels = npt.NDArray[np.uint8]
 MAX_PIXELS = 200_000_000  # of one image
 DEADLINE = 120.0  # seconds for one video
+ROUNDING = 1e-3  # seconds; decoders give frame times in float32
+MISSING_TAIL = 1.0  # seconds after the last frame for which it may stand; beyond them the file is cut short
 
 
 class MediaError(ValueError):
@@ -74,7 +77,9 @@ def load_image(ref: ImageRef) -> Pixels:
                 return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError:
         raise MediaError(f"{where}: no such image") from None
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except MediaError:
+        raise
+    except (OSError, EOFError, SyntaxError, ValueError, struct.error, PIL.Image.DecompressionBombError) as error:
         raise MediaError(f"{where}: not a readable image ({error})") from None
 
 
@@ -108,10 +113,10 @@ def probe_video(ref: VideoRef, deadline: float = DEADLINE) -> VideoInfo:
 
 
 def read_frames(ref: VideoRef, times: Sequence[float], deadline: float = DEADLINE) -> Frames:
-    """The frames shown at `times`, seconds from the start of the clip.
+    """The frames shown at `times`, seconds from the start of the clip: for each the last one that begins no later.
 
     Raises:
-        MediaError: missing, damaged, or not decoded within `deadline` seconds.
+        MediaError: missing, damaged, shorter than it says, or not decoded within `deadline` seconds.
     """
     frames: Frames = _in_child(_read, deadline, ref, tuple(times))
     return frames
@@ -148,32 +153,38 @@ def _read(ref: VideoRef, times: tuple[float, ...]) -> Frames:
     import decord
 
     wanted = np.asarray(times, np.float64) + (ref.start or 0.0)
-    if _trustworthy(ref.path):
+    count = _countable(ref.path)
+    if count is not None:
         try:
-            return Frames(pixels=_read_decord(ref.path, wanted), decoder="decord")
+            return Frames(pixels=_read_decord(ref.path, wanted, count), decoder="decord")
         except (decord.DECORDError, RuntimeError, ValueError):
             pass  # PyAV decides whether the file is readable, and its error is the one that is told
     return Frames(pixels=_read_pyav(ref.path, wanted), decoder="pyav")
 
 
-def _trustworthy(path: str) -> bool:
-    """Whether decord's frame numbers can be believed: the stream starts at 0 and is not AV1."""
+def _countable(path: str) -> int | None:
+    """Number of frames if decord's numbering can be believed: from 0, nothing hidden, and not AV1."""
     import av
 
     with av.open(path) as container:
         stream = container.streams.video[0]
-        first = next((packet.pts for packet in container.demux(stream) if packet.pts is not None), None)
-        return first == 0 and not stream.start_time and stream.codec_context.name not in {"av1", "libdav1d"}
+        packets = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.pts is not None]
+        hidden = any(discard for _, discard in packets)
+        first = min((pts for pts, _ in packets), default=None)
+        if first != 0 or hidden or stream.start_time or stream.codec_context.name in {"av1", "libdav1d"}:
+            return None
+        return len(packets)
 
 
-def _read_decord(path: str, wanted: npt.NDArray[np.float64]) -> Pixels:
+def _read_decord(path: str, wanted: npt.NDArray[np.float64], count: int) -> Pixels:
     import decord
 
     reader = decord.VideoReader(path, num_threads=1)
-    ends = reader.get_frame_timestamp(np.arange(len(reader)))[:, 1]
-    if not (np.diff(ends) > 0).all():
-        raise MediaError(f"{path}: frame times do not rise")
-    numbers = np.minimum(np.searchsorted(ends, wanted, side="right"), len(reader) - 1)
+    starts = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
+    if len(reader) != count or not (np.diff(starts) > 0).all():
+        raise MediaError(f"{path}: decord counts {len(reader)} frames, the file {count}, or their times do not rise")
+    _check_end(path, float(starts[-1]), wanted)
+    numbers = np.maximum(np.searchsorted(starts, wanted + ROUNDING, side="right") - 1, 0)
     pixels: Pixels = reader.get_batch(numbers).asnumpy()
     return pixels
 
@@ -184,24 +195,34 @@ def _read_pyav(path: str, wanted: npt.NDArray[np.float64]) -> Pixels:
 
     order = np.argsort(wanted, kind="stable")
     chosen: list[Pixels] = []
-    previous, start = None, None
+    previous, start, begins = None, 0.0, 0.0
     with av.open(path) as container:
         for frame in container.decode(container.streams.video[0]):
             if frame.time is None:
                 continue
-            start = frame.time if start is None else start
-            while previous is not None and len(chosen) < len(order) and wanted[order[len(chosen)]] < frame.time - start:
-                chosen.append(previous.to_ndarray(format="rgb24"))
+            start = frame.time if previous is None else start
+            begins = frame.time - start
+            due = np.searchsorted(wanted[order], begins - ROUNDING)  # times before this frame
+            if previous is not None and len(chosen) < due:
+                chosen += [previous.to_ndarray(format="rgb24")] * int(due - len(chosen))
             previous = frame
             if len(chosen) == len(order):
                 break
     if previous is None:
         raise MediaError(f"{path}: no frame could be decoded")
-    last = previous.to_ndarray(format="rgb24")
-    chosen += [last] * (len(order) - len(chosen))
-    result = np.empty((len(order), *last.shape), np.uint8)
+    if len(chosen) < len(order):
+        _check_end(path, begins, wanted)
+        chosen += [previous.to_ndarray(format="rgb24")] * (len(order) - len(chosen))
+    result = np.empty((len(order), *chosen[0].shape), np.uint8)
     result[order] = chosen
     return result
+
+
+def _check_end(path: str, last: float, wanted: npt.NDArray[np.float64]) -> None:
+    if wanted.max() > last + MISSING_TAIL:
+        raise MediaError(
+            f"{path}: the last frame lies at {last:.2f} s, one at {wanted.max():.2f} s is wanted: cut short"
+        )
 
 
 # --- the child process -----------------------------------------------------------------------------------------------

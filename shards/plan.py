@@ -211,10 +211,9 @@ def _draws_of(number: int, dataset: Dataset, ordinals: Array, epochs: Array) -> 
 def _check_lengths(dataset: Dataset, settings: PlanSettings) -> None:
     limits = {"num_tokens": settings.sequence_length, "num_crops": settings.max_crops}
     for field, limit in limits.items():
-        longest = [rows[field].max(axis=1) for rows in dataset.sidecars if len(rows)]
-        above = sum(int(np.count_nonzero(values > limit)) for values in longest)
-        if above:
-            most = max(int(values.max()) for values in longest)
+        most = max((int(rows[field].max(initial=0)) for rows in dataset.sidecars), default=0)
+        if most > limit:
+            above = sum(int(np.count_nonzero((rows[field] > limit).any(axis=1))) for rows in dataset.sidecars)
             raise PlanError(
                 f"dataset {dataset.name}: {above} of {len(dataset)} samples have more than {limit} {field[4:]} "
                 f"(at most {most}); raise the recipe's limit, or build the shards for this one"

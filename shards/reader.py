@@ -10,20 +10,20 @@ import io
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from shards.dataset import Dataset
-from shards.format import TOKEN_DTYPE, FormatError, span_hash, tar_members
-from shards.layout import VisualLayout, expanded_length, sample_visuals, visual_crops
+from shards.dataset import Tars
+from shards.format import KEY_PATTERN, TOKEN_DTYPE, FormatError, span_hash, tar_members
+from shards.layout import sample_visuals
 from shards.plan import Draw
 
 ATTEMPTS = 3
 PAUSE = 0.05  # seconds before the second attempt; doubles, with jitter
+JITTER = random.Random()  # of pauses alone: no data depends on it
 
 
 class ReadError(ValueError):
@@ -42,61 +42,62 @@ class StoredSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Damage:
-    """A sample that could not be read, and where it lies: what the quarantine list records."""
+    """A sample that could not be read, and where it lies: what the quarantine list records.
+
+    `key` is None where not even the first tar header can be believed.
+    """
 
     dataset: str
     shard: str
     row: int
+    key: str | None
     offset: int
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.dataset}/{self.shard}.tar, sample {self.row} at byte {self.offset}: {self.reason}"
+        return f"{self.dataset}/{self.shard}.tar, sample {self.row} ({self.key}) at byte {self.offset}: {self.reason}"
 
 
-def read_sample(datasets: Sequence[Dataset], layout: VisualLayout, draw: Draw) -> StoredSample | Damage:
-    """Read a draw, verified. Wrong bytes are read again before they count as damage."""
-    dataset = datasets[draw.dataset]
-    shard = dataset.index.shards[draw.shard].name
-    entry = dataset.sidecars[draw.shard][draw.row]
-    reason = ""
+def read_sample(tars: Tars, draw: Draw) -> StoredSample | Damage:
+    """Read a draw by one byte range, verified. Wrong bytes are read again before they count as damage."""
+    span, reason = b"", ""
     for attempt in range(ATTEMPTS):
         if attempt:
-            time.sleep(PAUSE * 2 ** (attempt - 1) * (1 + random.random()))  # jitter alone: no data order hangs on it
+            time.sleep(PAUSE * 2 ** (attempt - 1) * (1 + JITTER.random()))
         try:
-            span = dataset.storage.read(f"{shard}.tar", int(entry["offset"]), int(entry["span"]))
-            check_span(span, entry)
-            return parse_sample(span, draw.variant, _agrees(layout, draw))
+            span = tars.storage.read(f"{tars.shards[draw.shard]}.tar", draw.offset, draw.span)
+            check_span(span, draw)
+            return parse_sample(span, draw.variant)
         except (ReadError, FormatError, OSError) as error:
             reason = str(error)
-    return Damage(
-        dataset=dataset.name,
-        shard=shard,
-        row=draw.row,
-        offset=int(entry["offset"]),
-        reason=f"{reason} ({ATTEMPTS} reads)",
-    )
+    name = span[:100].split(b".")[0].decode("ascii", "replace")
+    return damage(tars, draw, name if KEY_PATTERN.fullmatch(name) else None, f"{reason} ({ATTEMPTS} reads)")
 
 
-def check_span(span: bytes, entry: npt.NDArray[np.void]) -> None:
-    """Compare a span with its row of the sidecar.
+def damage(tars: Tars, draw: Draw, key: str | None, reason: str) -> Damage:
+    """The record of a draw that cannot be used."""
+    shard = tars.shards[draw.shard]
+    return Damage(dataset=tars.name, shard=shard, row=draw.row, key=key, offset=draw.offset, reason=reason)
+
+
+def check_span(span: bytes, draw: Draw) -> None:
+    """Compare a span with what the index says of it.
 
     Raises:
         ReadError: fewer bytes, or other ones.
     """
-    if len(span) != entry["span"]:
-        raise ReadError(f"{len(span)} bytes, expected {entry['span']}: the file is cut short")
+    if len(span) != draw.span:
+        raise ReadError(f"{len(span)} bytes, expected {draw.span}: the file is cut short")
     found = span_hash(span)
-    if found != entry["xxh64"]:
-        raise ReadError(f"checksum {found:016x}, expected {int(entry['xxh64']):016x}")
+    if found != draw.xxh64:
+        raise ReadError(f"checksum {found:016x}, expected {draw.xxh64:016x}")
 
 
-def parse_sample(
-    span: bytes, variant: int, check: Callable[[npt.NDArray[np.void], list[dict[str, Any]]], None] | None = None
-) -> StoredSample:
-    """The members of a verified span as a sample; `check` may compare lengths and raise `ReadError`.
+def parse_sample(span: bytes, variant: int) -> StoredSample:
+    """The members of a verified span as a sample.
 
     Raises:
+        FormatError: no plain tar.
         ReadError: members of several keys, a member missing, or a member that does not parse.
     """
     members = tar_members(span)
@@ -104,31 +105,14 @@ def parse_sample(
     if len(keys) != 1:
         raise ReadError(f"members of {len(keys)} samples where one was expected")
     key = keys.pop()
-    fields = {name.split(".", 1)[1]: data for name, data in members.items()}
     try:
+        fields = {name.split(".", 1)[1]: data for name, data in members.items()}
         record = json.loads(fields["json"])
         tokens = np.lib.format.read_array(io.BytesIO(fields[f"tokens{variant}.npy"]), allow_pickle=False)
         visuals = sample_visuals(record, variant)
         images = {int(name[:-4]): data for name, data in fields.items() if name.endswith(".jpg")}
-    except (KeyError, IndexError, ValueError) as error:
-        raise ReadError(f"sample {key}: {type(error).__name__}: {error}") from None
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ReadError(f"{type(error).__name__}: {error}") from None
     if tokens.dtype != TOKEN_DTYPE or tokens.ndim != 1:
-        raise ReadError(f"sample {key}: tokens of dtype {tokens.dtype} and {tokens.ndim} dimensions")
-    if check is not None:
-        check(tokens, visuals)
+        raise ReadError(f"tokens of dtype {tokens.dtype} and {tokens.ndim} dimensions")
     return StoredSample(key=key, tokens=tokens, visuals=visuals, images=images)
-
-
-def _agrees(layout: VisualLayout, draw: Draw) -> Callable[[npt.NDArray[np.void], list[dict[str, Any]]], None]:
-    """Lengths in the sample must be those that the plan packed by."""
-
-    def check(tokens: npt.NDArray[np.void], visuals: list[dict[str, Any]]) -> None:
-        length = expanded_length(layout, tokens, visuals)
-        crops = sum(visual_crops(visual) for visual in visuals)
-        if (length, crops) != (draw.num_tokens, draw.num_crops):
-            raise ReadError(
-                f"{length} tokens and {crops} crops, the index says {draw.num_tokens} and {draw.num_crops}; "
-                "rebuild the sidecar or the dataset"
-            )
-
-    return check

@@ -6,11 +6,13 @@ relative, with "/" between parts, and never leave the root.
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import shutil
 import uuid
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import IO, Protocol
 
 
 class Storage(Protocol):
@@ -68,25 +70,22 @@ class LocalStorage:
 
     def write(self, name: str, data: bytes) -> None:
         """See `Storage.write`."""
-        target = self.path(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        _replace(self.path(name), io.BytesIO(data))
 
     def publish(self, path: Path, name: str) -> None:
         """See `Storage.publish`."""
         target = self.path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        shutil.move(path, target)
+        try:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(path, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            with open(path, "rb") as file:  # another file system: bytes are copied beside the target first
+                _replace(target, file)
+            path.unlink()
 
     def size(self, name: str) -> int | None:
         """See `Storage.size`."""
@@ -100,6 +99,20 @@ class LocalStorage:
         root = Path(self.root)
         names = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
         return sorted(name for name in names if name.endswith(suffix))
+
+
+def _replace(target: Path, source: IO[bytes]) -> None:
+    """Give `target` the bytes of `source` in one step, from a temporary file in the same folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            shutil.copyfileobj(source, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def open_storage(url: str | Path) -> Storage:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from shards.format import (
     BLOCK,
     INDEX_NAME,
     KEY_PATTERN,
+    REJECTS_NAME,
     TOKEN_DTYPE,
     DatasetIndex,
     FormatError,
@@ -70,20 +72,29 @@ def verify_dataset(folder: Path) -> Iterator[Finding | ShardInfo]:
         yield Finding(dataset=name, problem=f"unusable {INDEX_NAME}: {error}")
         return
     seen: dict[str, str] = {}
+    sums: Counter[str] = Counter()
     for shard in index.shards:
-        for finding in _verify_shard(storage, index, shard, layout, seen):
+        for finding in _verify_shard(storage, index, shard, layout, seen, sums):
             yield Finding(dataset=name, shard=f"{shard.name}.tar", **finding)
         yield shard
     listed = {shard.name for shard in index.shards}
     for extra in sorted({n[:-4] for n in storage.list(".tar")} - listed):
         yield Finding(dataset=name, shard=f"{extra}.tar", problem="not in the index")
-    if len(seen) != index.totals.samples:
-        yield Finding(dataset=name, problem=f"{len(seen)} samples, the index says {index.totals.samples}")
+    sums["rejects"] = storage.read(REJECTS_NAME).count(b"\n") if storage.size(REJECTS_NAME) else 0
+    for total, value in index.totals.model_dump().items():
+        if sums[total] != value:
+            yield Finding(dataset=name, problem=f"{sums[total]} {total}, the index says {value}")
 
 
 def _verify_shard(
-    storage: Storage, index: DatasetIndex, shard: ShardInfo, layout: VisualLayout, seen: dict[str, str]
+    storage: Storage,
+    index: DatasetIndex,
+    shard: ShardInfo,
+    layout: VisualLayout,
+    seen: dict[str, str],
+    sums: Counter[str],
 ) -> Iterator[dict[str, Any]]:
+    """Problems of a shard; its keys are added to `seen`, its counts to `sums`."""
     try:
         data, sidecar = storage.read(f"{shard.name}.tar"), storage.read(f"{shard.name}.idx.npy")
     except FileNotFoundError as error:
@@ -94,17 +105,26 @@ def _verify_shard(
     if hashlib.sha256(sidecar).hexdigest() != shard.index_sha256:
         yield {"problem": "the sidecar has another sha256 than the index says"}
         return
-    rows = np.load(io.BytesIO(sidecar), allow_pickle=False)
-    check_sidecar(rows, shard, index.num_variants, f"{shard.name}.idx.npy")
+    try:
+        rows = np.load(io.BytesIO(sidecar), allow_pickle=False)
+        check_sidecar(rows, shard, index.num_variants, f"{shard.name}.idx.npy")
+    except ValueError as error:
+        yield {"problem": f"unusable sidecar: {error}"}
+        return
+    sums.update(samples=len(rows), bytes=len(data), frames=int(rows["num_frames"].sum()))
+    sums.update(tokens=int(rows["num_tokens"][:, 0].sum()), crops=int(rows["num_crops"][:, 0].sum()))
     end = 0
     for row in rows:
         offset, span = int(row["offset"]), int(row["span"])
         if offset != end:
             yield {"problem": f"sample at byte {offset}, but the one before ends at {end}", "offset": offset}
         end = offset + span
-        for problem, key in _verify_sample(data[offset:end], row, index.num_variants, layout):
-            yield {"problem": problem, "key": key, "offset": offset}
         key = _key(data[offset : offset + BLOCK])
+        try:
+            sums["annotations"] += _verify_sample(data[offset:end], key, row, index.num_variants, layout)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            problem = str(error) if isinstance(error, FormatError) else f"{type(error).__name__}: {error}"
+            yield {"problem": problem, "key": key, "offset": offset}
         if key in seen:
             yield {"problem": f"key occurs twice, first in {seen[key]}", "key": key, "offset": offset}
         seen[key] = f"{shard.name}.tar"
@@ -112,48 +132,43 @@ def _verify_shard(
         yield {"problem": "bytes after the last sample", "offset": end}
 
 
-def _verify_sample(
-    span: bytes, row: npt.NDArray[np.void], num_variants: int, layout: VisualLayout
-) -> Iterator[tuple[str, str]]:
-    key = _key(span[:BLOCK])
+def _verify_sample(span: bytes, key: str, row: npt.NDArray[np.void], num_variants: int, layout: VisualLayout) -> int:
+    """Raise what is wrong with a sample's bytes or content; returns its number of annotations."""
     if len(span) != row["span"]:
-        yield f"cut short: {len(span)} of {int(row['span'])} bytes", key
-        return
+        raise FormatError(f"cut short: {len(span)} of {int(row['span'])} bytes")
     if span_hash(span) != row["xxh64"]:
-        yield f"checksum {span_hash(span):016x}, the sidecar says {int(row['xxh64']):016x}", key
-        return
-    try:
-        members = tar_members(span)
-        if {name.split(".", 1)[0] for name in members} != {key} or not KEY_PATTERN.fullmatch(key):
-            raise ValueError(f"members of other samples: {', '.join(sorted(members))[:200]}")
-        if key_hash(key) != row["key_hash"]:
-            raise ValueError("the sidecar's key_hash is another key's")
-        _verify_content({n.split(".", 1)[1]: d for n, d in members.items()}, row, num_variants, layout)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        yield f"{type(error).__name__}: {error}", key
+        raise FormatError(f"checksum {span_hash(span):016x}, the sidecar says {int(row['xxh64']):016x}")
+    members = tar_members(span)
+    if {name.split(".", 1)[0] for name in members} != {key} or not KEY_PATTERN.fullmatch(key):
+        raise FormatError(f"members of other samples: {', '.join(sorted(members))[:200]}")
+    if key_hash(key) != row["key_hash"]:
+        raise FormatError("the sidecar's key_hash is another key's")
+    return _verify_content({n.split(".", 1)[1]: d for n, d in members.items()}, row, num_variants, layout)
 
 
-def _verify_content(
-    files: dict[str, bytes], row: npt.NDArray[np.void], num_variants: int, layout: VisualLayout
-) -> None:
-    """Raise ValueError, KeyError or IndexError where files and sidecar row disagree."""
+def _verify_content(files: dict[str, bytes], row: npt.NDArray[np.void], num_variants: int, layout: VisualLayout) -> int:
+    """Raise where a sample's files and its sidecar row disagree; returns its number of annotations."""
     record = json.loads(files["json"])
     images = {int(n[:-4]): media.decode_jpeg(d).shape for n, d in files.items() if n.endswith(".jpg")}
     expected = {"json", *(f"tokens{k}.npy" for k in range(num_variants)), *(f"{i:03d}.jpg" for i in range(len(images)))}
     if set(files) != expected:
-        raise ValueError(f"members {sorted(set(files) ^ expected)} are missing or unexpected")
+        raise FormatError(f"members {sorted(set(files) ^ expected)} are missing or unexpected")
     size = layout.crop_size
     for visual in record["visuals"]:
         if images[visual["view"]] != (size, size, 3):
-            raise ValueError(f"image {visual['view']} is {images[visual['view']]}, wanted {size} x {size}")
+            raise FormatError(f"image {visual['view']} is {images[visual['view']]}, wanted {size} x {size}")
         if visual["kind"] == "image" and images[visual["canvas"]][:2] != layout.canvas_size(tuple(visual["tiling"])):
-            raise ValueError(
+            raise FormatError(
                 f"image {visual['canvas']} is {images[visual['canvas']]}, not of tiling {visual['tiling']}"
             )
+    num_frames = sum(visual["kind"] == "frame" for visual in record["visuals"])
+    if num_frames != row["num_frames"]:
+        raise FormatError(f"{num_frames} frames, the sidecar says {row['num_frames']}")
+    annotations = 0
     for k in range(num_variants):
         tokens = np.load(io.BytesIO(files[f"tokens{k}.npy"]), allow_pickle=False)
         if tokens.dtype != TOKEN_DTYPE:
-            raise ValueError(f"variant {k}: tokens of dtype {tokens.dtype}")
+            raise FormatError(f"variant {k}: tokens of dtype {tokens.dtype}")
         visuals = sample_visuals(record, k)
         expanded = expand(layout, tokens, visuals)
         found = {
@@ -165,7 +180,9 @@ def _verify_content(
             f"{name} {value}, the sidecar says {row[name][k]}" for name, value in found.items() if value != row[name][k]
         ]
         if wrong:
-            raise ValueError(f"variant {k}: {'; '.join(wrong)}")
+            raise FormatError(f"variant {k}: {'; '.join(wrong)}")
+        annotations = annotations if k else int(tokens["branch"][-1])
+    return annotations
 
 
 def _key(header: bytes) -> str:

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import webdataset
 
-from shards.format import KEY_PATTERN, TOKEN_DTYPE, ShardInfo, canonical_json, index_dtype, key_hash, span_hash
+from shards.format import BLOCK, KEY_PATTERN, TOKEN_DTYPE, ShardInfo, canonical_json, index_dtype, key_hash, span_hash
 from shards.layout import VisualLayout, expanded_length, sample_visuals, visual_crops
 from shards.schema import Sample
 
-BLOCK = 512
+OWNER = "nanomolmo2"  # in every header, whoever builds
 
 
 class WriteError(ValueError):
@@ -44,10 +43,10 @@ def index_row(layout: VisualLayout, sample: Sample) -> npt.NDArray[np.void]:
     """The sidecar row of a sample, its place in the tar still 0; scalar of `index_dtype`."""
     row = np.zeros((), index_dtype(len(sample.variants)))
     row["key_hash"] = key_hash(sample.key)
+    row["num_frames"] = sum(visual["kind"] == "frame" for visual in sample.record["visuals"])
     for k, tokens in enumerate(sample.variants):
         visuals = sample_visuals(sample.record, k)
         row["num_crops"][k] = sum(visual_crops(visual) for visual in visuals)
-        row["num_frames"] = sum(visual["kind"] == "frame" for visual in visuals)
         row["num_tokens"][k] = expanded_length(layout, tokens, visuals)
         row["loss_weight"][k] = np.sum(tokens["weight"], dtype=np.float64)
     return row
@@ -66,9 +65,9 @@ def check_sample(sample: Sample, num_variants: int) -> None:
 
 
 def write_shard(
-    path: Path, samples: Iterable[Sample], layout: VisualLayout, num_variants: int
+    path: Path, name: str, samples: Iterable[Sample], layout: VisualLayout, num_variants: int
 ) -> tuple[ShardInfo, npt.NDArray[np.void]]:
-    """Write `path` (NNNNNN.tar, or a temporary name that begins so).
+    """Write the tar of shard `name` (six digits) to `path`, any temporary place.
 
     Returns:
         The shard's entry in the index, and the rows of its sidecar; the sidecar itself is the caller's to write.
@@ -76,16 +75,20 @@ def write_shard(
     Raises:
         WriteError: see `check_sample`, or a key that occurs twice.
     """
+    import webdataset  # here, because it imports torch: the processes that only decode do without
+
     rows: list[npt.NDArray[np.void]] = []
     seen: set[str] = set()
-    with open(path, "wb") as file:
-        # Values are bytes already, hence no encoder. Offsets are the tar stream's own: it buffers before the file.
-        writer = webdataset.TarWriter(file, mtime=0, user="nanomolmo2", group="nanomolmo2", encoder=False)
+    # Values are bytes already, hence no encoder. Offsets are the tar stream's own: it buffers before the file.
+    with (
+        open(path, "wb") as file,
+        webdataset.TarWriter(file, mtime=0, user=OWNER, group=OWNER, encoder=False) as writer,
+    ):
         tar = writer.tarstream
         for sample in samples:
             check_sample(sample, num_variants)
             if sample.key in seen:
-                raise WriteError(f"key {sample.key} occurs twice in {path.name}")
+                raise WriteError(f"key {sample.key} occurs twice in shard {name}")
             seen.add(sample.key)
             row = index_row(layout, sample)
             row["offset"] = tar.offset
@@ -94,7 +97,6 @@ def write_shard(
             row["span"] = tar.offset - int(row["offset"])
             assert row["span"] % BLOCK == 0
             rows.append(row)
-        writer.close()
     table = np.stack(rows) if rows else np.zeros(0, index_dtype(num_variants))
     with open(path, "rb") as file:
         for row in table:
@@ -103,7 +105,7 @@ def write_shard(
         file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     info = ShardInfo(
-        name=path.name[:6],
+        name=name,
         bytes=path.stat().st_size,
         sha256=sha256,
         samples=len(table),

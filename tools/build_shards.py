@@ -67,7 +67,7 @@ def main() -> None:
         totals = index.totals
         print(
             f"{args.stage}/{row.name}: {totals.samples} samples, {totals.tokens:,} tokens, {totals.crops} crops, "
-            f"{totals.bytes / 1e6:.1f} MB in {len(index.shards)} shards, {totals.rejects} rejected, "
+            f"{totals.bytes / 1e6:.1f} MB in {len(index.shards)} shards, {totals.rejects} left out, "
             f"{time.perf_counter() - since:.1f} s"
         )
 

@@ -1,7 +1,9 @@
 """Recompute everything that shards claim: hashes, counts, members, lengths, images. Exit code 1 on any damage.
 
-python tools/verify_shards.py data/shards
-python tools/verify_shards.py data/shards/sft/demo-chat data/shards/long
+    python tools/verify_shards.py data/shards
+    python tools/verify_shards.py data/shards/sft/demo-chat data/shards/long
+
+A folder may be one dataset or hold many.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ column means is the converter's business; how the sets are mixed is the recipe's
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +52,15 @@ class Row(pydantic.BaseModel, extra="forbid", frozen=True):
     loss_weight: dict[Stage, float] = {}
     media: str | None = None
 
+    @property
+    def used_columns(self) -> list[str]:
+        """Every column that is read, sorted."""
+        return sorted({*self.columns.values(), *([self.group_by] if self.group_by else [])})
+
+    def build_settings(self) -> dict[str, Any]:
+        """What the samples depend on: all but the words about the row."""
+        return self.model_dump(mode="json", exclude={"like", "source", "stages"})
+
     @pydantic.model_validator(mode="after")
     def _splits(self) -> Row:
         for stage in self.stages:
@@ -64,11 +74,15 @@ class StageSettings(pydantic.BaseModel, extra="forbid", frozen=True):
 
     num_variants: int = pydantic.Field(ge=1, le=64)
     examples_per_shard: int = pydantic.Field(gt=0)
-    limits: dict[str, float]
+    limits: Limits
 
-    def to_limits(self) -> Limits:
-        """The limits as the processor takes them."""
-        return Limits(**{k: v if k == "fps" else int(v) for k, v in self.limits.items()})  # type: ignore[arg-type]
+    @pydantic.field_validator("limits", mode="before")
+    @classmethod
+    def _no_other_limits(cls, value: Any) -> Any:
+        unknown = sorted(set(value) - {field.name for field in fields(Limits)}) if isinstance(value, dict) else []
+        if unknown:
+            raise ValueError(f"unknown: {', '.join(unknown)}")
+        return value
 
 
 class Catalog(pydantic.BaseModel, extra="forbid", frozen=True):

@@ -1,20 +1,21 @@
 """Converters: pure functions from the rows of one example to `Example`s, parametrised by a catalog row.
 
-A converter gets the rows of one group (one row, if the catalog row has no `group_by`) and yields any number of
-examples. It reads no file but an image's header, and draws only from `rng_of(key)`.
+A converter gets the rows of one group (one row, if the catalog row has no `group_by`) and yields examples, and an
+`Omitted` for everything that it leaves out by the catalog's rules. What is wrong with a group it raises as a
+`RejectedError`. It reads no file but an image's header, and draws only from `rng_of(key)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from shards.convert.common import Group
+from shards.convert.common import Group, Omitted
 from shards.convert.images import image_caption, image_points, image_qa
 from shards.convert.text import chat
 from shards.convert.videos import video_caption, video_choice, video_points, video_track
 from shards.schema import Example
 
-Converter = Callable[[Group], Iterator[Example]]
+Converter = Callable[[Group], Iterator[Example | Omitted]]
 
 CONVERTERS: dict[str, Converter] = {
     converter.__name__: converter

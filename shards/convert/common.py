@@ -15,6 +15,14 @@ from shards.sources.media_files import MediaFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Omitted:
+    """A row or an annotation that the catalog leaves out on purpose: recorded, but no fault."""
+
+    source: Source
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """The rows of one image or video (or a single row), where they come from, and what the catalog says of them."""
 
@@ -39,6 +47,10 @@ class Group:
         if name not in self.row.options:
             raise ValueError(f"catalog row {self.row.name}: converter {self.row.converter} needs options.{name}")
         return self.row.options[name]
+
+    def omit(self, reason: str, index: int = 0) -> Omitted:
+        """Row `index`, or something in it, left out for `reason`."""
+        return Omitted(source=self.sources[index], reason=reason)
 
     def example(
         self,
@@ -88,7 +100,7 @@ def to_fractions(points: list[tuple[float, float]], scale: tuple[float, float]) 
 
 
 def packed_points(annotations: Sequence[Points], most: int) -> Iterator[list[Points]]:
-    """Annotations in runs of at most `most` points together; one with more alone is left out by the caller."""
+    """Annotations in runs of at most `most` points together; the caller has left out those with more alone."""
     run: list[Points] = []
     for annotation in annotations:
         if run and sum(a.count for a in run) + annotation.count > most:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import PIL.Image
 
-from shards.convert.common import Group, at_least_one, packed_points, text_of, to_fractions, xy_pairs
+from shards.convert.common import Group, Omitted, at_least_one, packed_points, text_of, to_fractions, xy_pairs
 from shards.schema import Annotation, Example, ImageRef, PointGroup, Points, RejectedError, Text
 
 
-def image_caption(group: Group) -> Iterator[Example]:
+def image_caption(group: Group) -> Iterator[Example | Omitted]:
     """One image with a long caption and, in `options.transcript_stages`, what speakers said about it."""
     annotations: list[Annotation] = []
     if caption := text_of(group.get("caption")):
@@ -23,7 +23,7 @@ def image_caption(group: Group) -> Iterator[Example]:
     yield group.example(annotations, images=[group.media.image(group.get("image"))])
 
 
-def image_qa(group: Group) -> Iterator[Example]:
+def image_qa(group: Group) -> Iterator[Example | Omitted]:
     """One image (embedded, URL or path), or a list of them, with pairs of question and answer."""
     value = group.get("image")
     images = [group.media.image(v) for v in (value if isinstance(value, list) else [value])]
@@ -31,16 +31,16 @@ def image_qa(group: Group) -> Iterator[Example]:
     questions, answers = pairs.get("question") or (), pairs.get("answer") or ()
     if len(questions) != len(answers):
         raise RejectedError(f"{len(questions)} questions and {len(answers)} answers")
-    style = str(group.option("style"))
-    annotations = [
-        Text(style=style, question=text_of(question), answer=text_of(answer))
-        for question, answer in zip(questions, answers, strict=True)
-        if text_of(question) and text_of(answer)
-    ]
+    style, annotations = str(group.option("style")), []
+    for question, answer in zip(map(text_of, questions), map(text_of, answers), strict=True):
+        if question and answer:
+            annotations.append(Text(style=style, question=question, answer=answer))
+        else:
+            yield group.omit("an empty question or answer")
     yield group.example(at_least_one(annotations, "no question with an answer"), images=images)
 
 
-def image_points(group: Group) -> Iterator[Example]:
+def image_points(group: Group) -> Iterator[Example | Omitted]:
     """One image with labels and their points, an example for each of `options.styles`.
 
     `options.scale` says what coordinates are: "percent", "pixel", "unit" (0 - 1) or "thousand" (0 - 1000). Labels of
@@ -54,12 +54,14 @@ def image_points(group: Group) -> Iterator[Example]:
     labels = []
     for index in range(len(group.values)):
         points = to_fractions(xy_pairs(group.get("points", index)), scale)
-        found = (PointGroup(at=1, points=points),) if points else ()
-        labels.append(Points(style="", label=text_of(group.get("label", index)), groups=found))
-    kept = [points for points in labels if points.label and points.count <= most]
-    at_least_one(kept, f"no label with at most {most} points")
+        label = text_of(group.get("label", index))
+        if label and len(points) <= most:
+            found = (PointGroup(at=1, points=points),) if points else ()
+            labels.append(Points(style="", label=label, groups=found))
+        else:
+            yield group.omit(f"more than {most} points: {len(points)}" if label else "no label", index)
     for style in group.option("styles") if group.stage != "eval" else group.option("styles")[:1]:
-        for number, run in enumerate(packed_points(kept, most)):
+        for number, run in enumerate(packed_points(labels, most)):
             named = [Points(style=style, label=p.label, groups=p.groups) for p in run]
             yield group.example(named, images=[image], suffix=f"-{style}-{number}")
 

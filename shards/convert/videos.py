@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shards.convert.common import Group, at_least_one, packed_points, rng_of, text_of, to_fractions, xy_pairs
+from shards.convert.common import Group, Omitted, at_least_one, packed_points, rng_of, text_of, to_fractions, xy_pairs
 from shards.schema import (
     Annotation,
     Choice,
     Example,
-    FilteredError,
     PointGroup,
     Points,
     RejectedError,
@@ -19,10 +18,11 @@ from shards.schema import (
 )
 
 
-def video_caption(group: Group) -> Iterator[Example]:
+def video_caption(group: Group) -> Iterator[Example | Omitted]:
     """One video with captions of several styles; a field whose name begins with "video_" is a style."""
     if (score := group.get("score")) is not None and score < group.option("min_score"):
-        raise FilteredError(f"annotation score {score} is below {group.option('min_score')}")
+        yield group.omit(f"annotation score below {group.option('min_score')}: {score}")
+        return
     styles = [field for field in group.row.columns if field.startswith("video_")]
     captions = {style: text_of(group.get(style)) for style in styles}
     annotations = [Text(style=style, answer=caption) for style, caption in captions.items() if caption]
@@ -30,7 +30,7 @@ def video_caption(group: Group) -> Iterator[Example]:
     yield group.example(annotations, video=group.media.video(str(group.get("video"))))
 
 
-def video_choice(group: Group) -> Iterator[Example]:
+def video_choice(group: Group) -> Iterator[Example | Omitted]:
     """One video with multiple-choice questions, given as the right answer and the wrong ones."""
     annotations: list[Annotation] = []
     for index in range(len(group.values)):
@@ -40,11 +40,13 @@ def video_choice(group: Group) -> Iterator[Example]:
             place = int(rng_of(f"{group.row.name}/{group.key}/{index}", "option").integers(len(wrong) + 1))
             options = (*wrong[:place], answer, *wrong[place:])
             annotations.append(Choice(style="video_multiple_choice", question=question, options=options, answer=place))
+        else:
+            yield group.omit("not a question with a right and a wrong answer", index)
     at_least_one(annotations, "no question with right and wrong answers")
     yield group.example(annotations, video=group.media.video(str(group.get("video"))))
 
 
-def video_points(group: Group) -> Iterator[Example]:
+def video_points(group: Group) -> Iterator[Example | Omitted]:
     """One video with labels pointed at in some of its frames, percent; each label gets one of `options.styles`.
 
     All rows of a clip make one example; rows of other clips of the same video make others.
@@ -53,6 +55,7 @@ def video_points(group: Group) -> Iterator[Example]:
     clips: dict[tuple[float | None, float | None], list[Points]] = {}
     for index in range(len(group.values)):
         if group.get("unsure", index):
+            yield group.omit("the annotator was unsure", index)
             continue
         start, end = group.get("start", index), group.get("end", index)
         style = styles[int(rng_of(f"{group.row.name}/{group.key}/{index}", "style").integers(len(styles)))]
@@ -64,8 +67,8 @@ def video_points(group: Group) -> Iterator[Example]:
         )
         if points.label and points.count <= most:
             clips.setdefault((start, end), []).append(points)
-    if not clips:
-        raise FilteredError(f"no label with at most {most} points of which the annotator was sure")
+        else:
+            yield group.omit(f"more than {most} points: {points.count}" if points.label else "no label", index)
     for number, ((start, end), labels) in enumerate(clips.items()):
         video = group.media.video(str(group.get("video")), start, end)
         for part, run in enumerate(packed_points(labels, most)):
@@ -83,7 +86,7 @@ def _point_groups(group: Group, index: int, start: float) -> tuple[PointGroup, .
     return tuple(sorted((g for g in found if g.points), key=lambda g: g.at))
 
 
-def video_track(group: Group) -> Iterator[Example]:
+def video_track(group: Group) -> Iterator[Example | Omitted]:
     """One video with objects followed through its frames, pixels of `width` x `height`; occluded ones are left out."""
     scale = (float(group.get("width")), float(group.get("height")))
     frames = []

@@ -7,7 +7,9 @@ downloads are bounded in size and time, checked against the row's hash, and kept
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -17,8 +19,8 @@ from urllib.parse import unquote, urlsplit
 
 from shards.schema import ImageRef, RejectedError, VideoRef
 
-MAX_BYTES = 64 << 20
-TIMEOUT = 60.0
+MAX_BYTES = 64 << 20  # of one download
+MAX_SECONDS = 60.0  # for one download
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +40,9 @@ class MediaFiles:
             return ImageRef(data=value["bytes"])
         if not isinstance(value, str) or not value:
             raise RejectedError(f"media: no image in the row ({type(value).__name__})")
-        path = self._fetch(value) if "://" in value else self._below(self._named(value))
+        path = self._fetch(value, sha256) if "://" in value else self._below(self._named(value))
         if sha256 is not None:
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
-            if found != sha256:
-                raise RejectedError(f"media: {value} has sha256 {found[:16]}…, the row says {sha256[:16]}…")
+            _check_hash(value, path.read_bytes(), sha256)
         return ImageRef(path=str(path))
 
     def video(self, value: str, start: float | None = None, end: float | None = None) -> VideoRef:
@@ -64,7 +64,7 @@ class MediaFiles:
             raise RejectedError(f"media: {path} does not exist")
         return resolved
 
-    def _fetch(self, url: str) -> Path:
+    def _fetch(self, url: str, sha256: str | None) -> Path:
         parts = urlsplit(url)
         if parts.scheme == "file":
             return self._below(Path(unquote(parts.path)))
@@ -73,6 +73,8 @@ class MediaFiles:
         kept = self.root / "media" / hashlib.sha256(url.encode()).hexdigest()
         if not kept.exists():
             data = _download(url)
+            if sha256 is not None:
+                _check_hash(url, data, sha256)  # before it is kept: a later try may get the right bytes
             kept.parent.mkdir(parents=True, exist_ok=True)
             temporary = kept.with_suffix(f".{os.getpid()}.tmp")
             temporary.write_bytes(data)
@@ -80,12 +82,24 @@ class MediaFiles:
         return kept
 
 
+def _check_hash(where: str, data: bytes, sha256: str) -> None:
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise RejectedError(f"media: another sha256 than the row says: {where} has {found[:16]}, not {sha256[:16]}")
+
+
 def _download(url: str) -> bytes:
+    data, end = bytearray(), time.monotonic() + MAX_SECONDS
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-            data: bytes = response.read(MAX_BYTES + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise RejectedError(f"media: {url}: {error}") from None
-    if len(data) > MAX_BYTES:
-        raise RejectedError(f"media: {url}: more than {MAX_BYTES} bytes")
-    return data
+        with urllib.request.urlopen(url, timeout=MAX_SECONDS) as response:
+            while chunk := response.read1(1 << 20):
+                data += chunk
+                if len(data) > MAX_BYTES:
+                    raise RejectedError(f"media: larger than {MAX_BYTES} bytes: {url}")
+                if time.monotonic() > end:
+                    raise RejectedError(f"media: not fetched within {MAX_SECONDS:.0f} s: {url}")
+            if response.length:  # what the server promised and did not send
+                raise RejectedError(f"media: the connection broke after {len(data)} bytes: {url}")
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        raise RejectedError(f"media: {error}: {url}") from None
+    return bytes(data)

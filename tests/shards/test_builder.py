@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -10,14 +12,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 from build_cases import build, catalog, tree
 
-from shards.builder import BuildError, group_rows
+from shards.builder import BuildError
+from shards.catalog import Stage
 from shards.format import TOKEN_DTYPE
 from shards.sources.parquet import SourceError, open_table
 
@@ -30,9 +36,9 @@ def test_one_and_three_workers_give_equal_bytes(raw: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("stage", ["pretraining", "sft", "long", "eval"])
-def test_every_dataset_of_every_stage_builds(raw: Path, tmp_path: Path, stage: str) -> None:
-    for row in catalog(stage).select(stage):  # type: ignore[arg-type]
-        index = build(raw, tmp_path, row.name, stage)  # type: ignore[arg-type]
+def test_every_dataset_of_every_stage_builds(raw: Path, tmp_path: Path, stage: Stage) -> None:
+    for row in catalog(stage).select(stage):
+        index = build(raw, tmp_path, row.name, stage)
         assert index.totals.samples > 0
         assert index.totals.tokens > index.totals.samples
 
@@ -59,6 +65,32 @@ def test_killed_builds_continue_to_equal_bytes(raw: Path, tmp_path: Path) -> Non
     assert tree(out) == tree(tmp_path / "whole")
 
 
+def test_workers_end_with_a_killed_build(raw: Path, tmp_path: Path) -> None:
+    """A pool's workers outlive a main process that is killed; ours must not go on writing."""
+    script = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[3])\n"
+        "if __name__ == '__main__':\n"
+        "    from build_cases import build\n"
+        "    build(Path(sys.argv[1]), Path(sys.argv[2]), 'demo-video-qa', workers=2)"
+    )
+    (tmp_path / "main.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "main.py"), str(raw), str(tmp_path / "out"), str(Path(__file__).parent)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    folder, deadline = tmp_path / "out" / "demo-video-qa", time.monotonic() + 120
+    while not list(folder.glob(".*.tar.*.tmp")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    build(raw, tmp_path / "out", "demo-video-qa")
+    build(raw, tmp_path / "whole", "demo-video-qa")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves its files to the collector
 def test_plain_webdataset_reads_what_was_stored(raw: Path, tmp_path: Path) -> None:
     index = build(raw, tmp_path, "demo-count")
     names = [str(tmp_path / "demo-count" / f"{shard.name}.tar") for shard in index.shards]
@@ -77,7 +109,7 @@ def test_other_settings_are_refused_by_name(raw: Path, tmp_path: Path) -> None:
     build(raw, tmp_path, "demo-chat")
     settings = catalog("sft").stages["sft"]
     changed = settings.model_copy(update={"num_variants": 2})
-    with pytest.raises(BuildError, match=r"other settings \(settings differ\).*--overwrite"):
+    with pytest.raises(BuildError, match=r"other settings: settings.num_variants was 4, is 2; .*--overwrite"):
         build(raw, tmp_path, "demo-chat", settings=changed)
     assert build(raw, tmp_path, "demo-chat", settings=changed, overwrite=True).num_variants == 2
 
@@ -89,17 +121,102 @@ def test_rejects_are_recorded_and_bounded(raw: Path, tmp_path: Path) -> None:
     videos = sorted((broken / "demo-video-track" / "videos").iterdir())
     data = videos[0].read_bytes()
     videos[0].unlink()
-    with pytest.raises(BuildError, match=r"1 of \d+ examples rejected, 5.0% are allowed"):
+    with pytest.raises(BuildError, match=r"1 rejects in \d+ groups of rows, 5.0% allowed"):
         build(broken, tmp_path, "demo-video-track")
     folder = tmp_path / "demo-video-track"
-    (reject,) = [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
+    (reject,) = rejects(folder)
     assert reject["file"] == "data/train-00000-of-00001.parquet"
     assert reject["row"] == 0
     assert "does not exist" in reject["reason"]
     assert not (folder / "index.json").exists()
     index = build(broken, tmp_path, "demo-video-track", reject_budget=0.5)
-    assert index.totals.rejects == 1
+    assert (index.totals.rejects, index.totals.samples) == (1, len(videos) - 1)
+    (folder / "000000.part.json").unlink()
     videos[0].write_bytes(data)
+    assert build(broken, tmp_path, "demo-video-track").totals.samples == len(videos)
+    assert (folder / "rejects.jsonl").read_bytes() == b""
+
+
+def rejects(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
+
+
+def test_a_row_that_the_converter_cannot_take_is_one_reject(raw: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "raw"
+    shutil.copytree(raw, mine)
+    file = mine / "demo-video-track" / "data" / "train-00000-of-00001.parquet"
+    rows = pq.read_table(file).to_pylist()
+    rows[2]["width"] = None
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(file)), file)
+    index = build(mine, tmp_path, "demo-video-track", reject_budget=0.5)
+    assert index.totals.samples == len(rows) - 1
+    (reject,) = rejects(tmp_path / "demo-video-track")
+    assert (reject["row"], reject["key"], reject["omitted"]) == (2, "demo-video-track-00000002", False)
+    assert reject["reason"].startswith("video_track failed on the row's values: TypeError: float()")
+
+
+def test_a_reject_does_not_cost_its_siblings(raw: Path, tmp_path: Path) -> None:
+    """A row of demo-count is two examples; where the processor refuses one, the other is still made."""
+    whole = build(raw, tmp_path / "whole", "demo-count").totals
+    settings = catalog("sft").stages["sft"]
+    tight = settings.model_copy(update={"limits": dataclasses.replace(settings.limits, sequence_length=100)})
+    made = build(raw, tmp_path / "tight", "demo-count", settings=tight, reject_budget=2.0).totals
+    lost = {reject["key"] for reject in rejects(tmp_path / "tight" / "demo-count")}
+    assert len(lost) + made.samples == whole.samples
+    assert made.rejects == len(lost)
+    partners = {key.replace("point_count", "pointing") for key in lost if "point_count" in key}
+    assert 0 < len(partners - lost)
+
+
+def test_a_dataset_without_samples_is_an_error(raw: Path, tmp_path: Path) -> None:
+    options = {"style": "text_sft", "drop_categories": ["math", "chat", "demo", "digits"], "max_first_tokens": -1}
+    with pytest.raises(BuildError, match=r"no sample was made; .*rejects\.jsonl says why"):
+        build(raw, tmp_path, "demo-chat", row={"options": options})
+    assert all(reject["omitted"] for reject in rejects(tmp_path / "demo-chat"))
+    with pytest.raises(BuildError, match=r"no converter 'poem'; the catalog may name chat, image_caption"):
+        build(raw, tmp_path, "demo-chat", row={"converter": "poem"})
+
+
+def test_a_build_that_cannot_stay_in_budget_stops_early(raw: Path, tmp_path: Path) -> None:
+    """The URLs of a copied folder lead out of it, so every row is wrong: the build ends before its last shard."""
+    broken = tmp_path / "raw"
+    shutil.copytree(raw, broken)
+    with pytest.raises(BuildError, match=r"rejects in 90 groups of rows(.|\n)*lies outside"):
+        build(broken, tmp_path, "demo-cap", workers=2)
+    tars = list((tmp_path / "demo-cap").glob("*.tar"))
+    assert 0 < len(tars) < 12
+
+
+def test_two_builds_do_not_share_a_folder(raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "demo-chat").mkdir()
+    with open(tmp_path / "demo-chat" / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BuildError, match="another build is at work there"):
+            build(raw, tmp_path, "demo-chat")
+    assert build(raw, tmp_path, "demo-chat").totals.samples > 0
+
+
+def test_changed_or_damaged_files_are_noticed(raw: Path, tmp_path: Path) -> None:
+    """A cut shard is built again, a strange file is left alone, other raw rows are another build."""
+    mine = tmp_path / "raw"
+    shutil.copytree(raw, mine)
+    out = tmp_path / "out" / "demo-chat"
+    build(mine, tmp_path / "out", "demo-chat")
+    before = tree(out)
+    (out / "000001.tar").write_bytes(before["000001.tar"][:-512])
+    (out / "000002.part.json").write_text("{")
+    build(mine, tmp_path / "out", "demo-chat")
+    assert tree(out) == before
+    file = mine / "demo-chat" / "data" / "train-00000-of-00001.parquet"
+    rows = pq.read_table(file)
+    pq.write_table(rows.take(list(range(len(rows)))[::-1]), file)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(BuildError, match=r"other settings: files.data/train-00000-of-00001.parquet was"):
+        build(mine, tmp_path / "out", "demo-chat")
+    assert tree(out) == before | {"notes.txt": b"mine"}
+    build(mine, tmp_path / "out", "demo-chat", overwrite=True)
+    assert tree(out) != before
+    assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_unreadable_videos_are_rejected_with_their_name(raw: Path, tmp_path: Path) -> None:
@@ -129,31 +246,38 @@ def test_a_full_disk_ends_in_one_message(raw: Path, tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr("shards.storage.os.replace", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(BuildError, match=r"the disk is full; make room; the same command continues"):
             build(raw, tmp_path, "demo-chat")  # the mark of the build itself cannot be written
-    build_marker = tmp_path / "demo-chat"
-    build(raw, tmp_path, "demo-cap")
-    shutil.rmtree(tmp_path / "demo-cap")
-    with monkeypatch.context() as patch:
-        patch.setattr("shards.builder.write_shard", full)
-        with pytest.raises(BuildError, match=r"disk is full; make room and start again"):
-            build(raw, tmp_path, "demo-cap")
-    assert not (tmp_path / "demo-cap" / "index.json").exists()
-    assert not list((tmp_path / "demo-cap").glob("*.tmp"))
-    assert not (build_marker / "index.json").exists()
-    assert build(raw, tmp_path, "demo-cap").totals.samples > 0
+    assert [path.name for path in (tmp_path / "demo-chat").iterdir()] == [".lock"]
+    assert build(raw, tmp_path, "demo-chat").totals.samples > 0
+
+
+def test_a_disk_that_fills_inside_a_shard_keeps_the_shards_before(raw: Path, tmp_path: Path) -> None:
+    """A real limit: no file may grow beyond 40 kB, so a tar with images fails inside its write."""
+    build(raw, tmp_path / "whole", "demo-cap")
+    script = (
+        "import resource, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[3])\n"
+        "from build_cases import build\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))\n"
+        "build(Path(sys.argv[1]), Path(sys.argv[2]), 'demo-cap')"
+    )
+    command = [sys.executable, "-c", script, str(raw), str(tmp_path / "out"), str(Path(__file__).parent)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert "BuildError: sft/demo-cap: [Errno 27] File too large; the same command continues" in run.stderr
+    folder = tmp_path / "out" / "demo-cap"
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "build.json"]
+    build(raw, tmp_path / "out", "demo-cap")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 def test_groups_keep_the_order_of_first_appearance(raw: Path) -> None:
     table = open_table(raw / "demo-points", "data/train-*.parquet", ["image_url"])
-    groups = group_rows(table, "image_url")
+    groups = table.groups("image_url")
     assert [numbers[0] for numbers in groups] == sorted(numbers[0] for numbers in groups)
     assert sorted(number for numbers in groups for number in numbers) == list(range(len(table)))
 
 
 def test_rows_are_read_in_the_order_asked_for(tmp_path: Path) -> None:
-    import pyarrow as pa
-
     for number in range(2):
         values = list(range(number * 10, number * 10 + 10))
         pq.write_table(pa.table({"x": values}), tmp_path / f"{number}.parquet", row_group_size=3)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -12,19 +16,30 @@ import pytest
 
 from shards.catalog import CatalogError, Stage, load_catalog
 from shards.convert import CONVERTERS
-from shards.convert.common import Group, packed_points, to_fractions, xy_pairs
-from shards.schema import Chat, Choice, Example, FilteredError, Points, RejectedError, Source, Text, Tracks
+from shards.convert.common import Group, Omitted, packed_points, to_fractions, xy_pairs
+from shards.schema import Chat, Choice, Example, Points, RejectedError, Source, Text, Tracks
 from shards.sources.media_files import MediaFiles
 
 
-def convert(root: Path, name: str, rows: list[dict[str, Any]], stage: Stage = "sft", **options: Any) -> list[Example]:
-    """Examples of one group of rows under the demo catalog's row, with some of its options replaced."""
+def converted(
+    root: Path, name: str, rows: list[dict[str, Any]], stage: Stage = "sft", **options: Any
+) -> list[Example | Omitted]:
+    """What a group of rows becomes under the demo catalog's row, with some of its options replaced."""
     (row,) = load_catalog("demo").select(stage, [name])
     row = row.model_copy(update={"options": {**row.options, **options}})
     sources = tuple(Source(file="train.parquet", row=number) for number in range(len(rows)))
     media = MediaFiles(root=root, template=row.media)
     group = Group(row=row, stage=stage, media=media, key=f"{name}-1", sources=sources, values=tuple(rows))
     return list(CONVERTERS[row.converter](group))
+
+
+def convert(*arguments: Any, **options: Any) -> list[Example]:
+    return [item for item in converted(*arguments, **options) if isinstance(item, Example)]
+
+
+def omitted(*arguments: Any, **options: Any) -> list[tuple[int, str]]:
+    """Row and reason of what was left out."""
+    return [(o.source.row, o.reason) for o in converted(*arguments, **options) if isinstance(o, Omitted)]
 
 
 def picture(root: Path, width: int = 60, height: int = 40) -> str:
@@ -78,6 +93,8 @@ def test_labels_are_packed_by_their_points(tmp_path: Path) -> None:
     rows = [{**row, "points": [{"x": i, "y": i} for i in range(n)]} for n in (3, 4, 9, 0, 2)]
     examples = convert(tmp_path, "demo-points", rows, max_points=6, styles=["pointing"])
     assert [[a.count for a in e.annotations if isinstance(a, Points)] for e in examples] == [[3], [4, 0, 2]]
+    assert omitted(tmp_path, "demo-points", rows, max_points=6) == [(2, "more than 6 points: 9")]
+    assert omitted(tmp_path, "demo-points", [{**rows[0], "label": None}]) == [(0, "no label")]
     assert list(packed_points([], 6)) == []
 
 
@@ -102,6 +119,7 @@ def test_questions_on_one_and_several_images(tmp_path: Path) -> None:
     pairs = {"question": ["Which?", "Empty?"], "answer": ["3", " "]}
     (one,) = convert(tmp_path, "demo-image-qa", [{"image": embedded, "qa_pairs": pairs}])
     assert one.annotations == (Text(style="user_qa", question="Which?", answer="3"),)
+    assert omitted(tmp_path, "demo-image-qa", [{"image": embedded, "qa_pairs": pairs}])[0][1].startswith("an empty")
     assert one.images[0].data == embedded["bytes"]
     urls = [picture(tmp_path)] * 2
     (several,) = convert(tmp_path, "demo-multi-image-qa", [{"image_urls": urls, "qa_pairs": pairs}])
@@ -137,14 +155,18 @@ def test_video_points_are_relative_to_the_clip(tmp_path: Path) -> None:
         "clip_start": 10.0,
         "clip_end": 20.0,
     }
-    (example,) = convert(tmp_path, "demo-video-point", [row, {**row, "annotator_unsure": True}])
+    rows = [row, {**row, "annotator_unsure": True}]
+    (example,) = convert(tmp_path, "demo-video-point", rows)
+    assert omitted(tmp_path, "demo-video-point", rows) == [(1, "the annotator was unsure")]
     (annotation,) = example.annotations
     assert isinstance(annotation, Points)
     assert [(g.at, g.points) for g in annotation.groups] == [(2.5, ((0.5, 0.25),))]
     assert example.video is not None
     assert (example.video.start, example.video.end) == (10.0, 20.0)
-    with pytest.raises(FilteredError):
-        convert(tmp_path, "demo-video-point", [{**row, "annotator_unsure": True}])
+    with pytest.raises(RejectedError, match="1 timestamps and 2 frames"):
+        convert(tmp_path, "demo-video-point", [{**row, "two_fps_timestamps": [11.0]}])
+    other = {**row, "clip_start": 30.0, "clip_end": 40.0}
+    assert [e.key[-3:] for e in convert(tmp_path, "demo-video-point", [row, other, row])] == ["0-0", "1-0"]
 
 
 def test_tracks_leave_out_occluded_objects(tmp_path: Path) -> None:
@@ -169,8 +191,10 @@ def test_captions_below_the_score_are_filtered(tmp_path: Path) -> None:
     row["video_frame_merged_caption"] = "b"
     (example,) = convert(tmp_path, "demo-video-cap", [row], "long")
     assert [a.style for a in example.annotations] == ["video_short_caption", "video_long_caption"]
-    with pytest.raises(FilteredError, match="score 2"):
-        convert(tmp_path, "demo-video-cap", [{**row, "annotation_score": 2}], "long")
+    low = [{**row, "annotation_score": 2}]
+    assert converted(tmp_path, "demo-video-cap", low, "long") == [
+        Omitted(source=Source(file="train.parquet", row=0), reason="annotation score below 3: 2")
+    ]
 
 
 def test_chat_filters(tmp_path: Path) -> None:
@@ -186,8 +210,8 @@ def test_chat_filters(tmp_path: Path) -> None:
     assert isinstance(chat, Chat)
     assert [turn.role for turn in chat.turns] == ["user", "assistant"]
     for change in ({"category": "code"}, {"first_message_qwen3_tokens": 9999}, {"has_special_token": True}):
-        with pytest.raises(FilteredError):
-            convert(tmp_path, "demo-chat", [{**row, **change}])
+        assert convert(tmp_path, "demo-chat", [{**row, **change}]) == []
+        assert len(omitted(tmp_path, "demo-chat", [{**row, **change}])) == 1
 
 
 @pytest.mark.parametrize(
@@ -206,6 +230,59 @@ def test_media_stay_below_their_folder(tmp_path: Path, value: Any, match: str) -
         MediaFiles(root=tmp_path).image(value)
 
 
+class Handler(http.server.BaseHTTPRequestHandler):
+    """/good answers "good", /drip never ends, /cut promises more than it sends, /big sends a megabyte."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(404 if self.path == "/none" else 200)
+        body = {"/good": b"good", "/cut": b"half", "/big": bytes(1 << 20)}.get(self.path, b"")
+        if self.path != "/drip":
+            self.send_header("Content-Length", str(len(body) * (2 if self.path == "/cut" else 1)))
+        self.end_headers()
+        self.wfile.write(body)
+        while self.path == "/drip":
+            try:
+                self.wfile.write(b".")
+            except OSError:
+                return
+            time.sleep(0.02)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.daemon_threads = True
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_downloads_are_kept_checked_and_bounded(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    media = MediaFiles(root=tmp_path)
+    right = hashlib.sha256(b"good").hexdigest()
+    with pytest.raises(RejectedError, match="another sha256"):
+        media.image(f"{server}/good", "0" * 64)
+    assert not (tmp_path / "media").exists()  # a wrong answer is not kept
+    Handler.asked.clear()
+    for _ in range(2):
+        path = media.image(f"{server}/good", right).path
+        assert path is not None
+        assert Path(path).read_bytes() == b"good"
+    assert Handler.asked == ["/good"]
+    monkeypatch.setattr("shards.sources.media_files.MAX_SECONDS", 0.3)
+    monkeypatch.setattr("shards.sources.media_files.MAX_BYTES", 1000)
+    for name, match in (("drip", "not fetched within"), ("cut", "broke after 4"), ("big", "larger"), ("none", "404")):
+        with pytest.raises(RejectedError, match=match):
+            media.image(f"{server}/{name}")
+    assert len(list((tmp_path / "media").iterdir())) == 1
+
+
 def test_points_in_all_their_shapes() -> None:
     assert xy_pairs({"x": [1, 2], "y": [3, 4]}) == xy_pairs([{"x": 1, "y": 3}, {"x": 2, "y": 4}]) == [(1, 3), (2, 4)]
     assert xy_pairs([[1, 3]]) == [(1, 3)]
@@ -218,6 +295,10 @@ def test_catalog_errors_are_told(tmp_path: Path) -> None:
         load_catalog("nothing")
     (tmp_path / "c.yaml").write_text("preset: tiny\ntokenizer: t\nstages: {}\nrows: [{name: A, colour: 1}]\n")
     with pytest.raises(CatalogError, match=r"colour"):
+        load_catalog(str(tmp_path / "c.yaml"))
+    stage = "{num_variants: 1, examples_per_shard: 1, limits: {sequence_length: 9, max_crops: 1, max_frame: 3}}"
+    (tmp_path / "c.yaml").write_text(f"preset: tiny\ntokenizer: t\nstages: {{sft: {stage}}}\nrows: []\n")
+    with pytest.raises(CatalogError, match=r"unknown: max_frame"):
         load_catalog(str(tmp_path / "c.yaml"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -35,6 +36,16 @@ def numbers(pixels: np.ndarray) -> list[float]:
     return [round(float(frame.mean()) * SECONDS * FPS / 255, 1) for frame in pixels]
 
 
+def copy_packets(source: Path, target: Path, keep: slice, shift: int = 0, **options: Any) -> Path:
+    """Remux some packets without encoding, as `ffmpeg -c copy` does."""
+    with av.open(str(source)) as read, av.open(str(target), "w", **options) as write:
+        stream = write.add_stream_from_template(read.streams.video[0])
+        for packet in [p for p in read.demux(read.streams.video[0]) if p.dts is not None][keep]:
+            packet.stream, packet.pts, packet.dts = stream, packet.pts + shift, packet.dts + shift
+            write.mux(packet)
+    return target
+
+
 @pytest.mark.parametrize(("codec", "name"), [("libx264", "a.mp4"), ("libvpx-vp9", "b.webm"), ("libsvtav1", "c.mp4")])
 def test_frames_are_those_shown_at_the_times(tmp_path: Path, codec: str, name: str) -> None:
     ref = VideoRef(path=str(make_video(tmp_path / name, codec)))
@@ -42,9 +53,10 @@ def test_frames_are_those_shown_at_the_times(tmp_path: Path, codec: str, name: s
     assert info.duration == pytest.approx(3.0, abs=0.05)
     assert info.fps == pytest.approx(30)
     assert (info.width, info.height) == (64, 64)
-    frames = read_frames(ref, [0.01, 1.51, 0.51, 5.0])  # any order; past the end means the last frame
+    frames = read_frames(ref, [0.0, 1.5, 0.5, 3.0])  # any order; the end means the last frame
+    assert frames.decoder == ("pyav" if codec == "libsvtav1" else "decord")
     assert numbers(frames.pixels) == pytest.approx([0, 45, 15, 89], abs=1.5)
-    clip = read_frames(VideoRef(path=ref.path, start=1.0, end=2.0), [0.01, 0.51])
+    clip = read_frames(VideoRef(path=ref.path, start=1.0, end=2.0), [0.0, 0.5])
     assert numbers(clip.pixels) == pytest.approx([30, 45], abs=1.5)
     assert probe_video(VideoRef(path=ref.path, start=1.0, end=2.0)).duration == pytest.approx(1.0)
 
@@ -54,6 +66,37 @@ def test_sizes_that_decord_cannot_copy_go_to_pyav(tmp_path: Path) -> None:
     frames = read_frames(VideoRef(path=str(make_video(tmp_path / "a.mp4", "libx264", size=48))), [0.01, 1.01])
     assert frames.pixels.shape == (2, 48, 48, 3)
     assert numbers(frames.pixels) == pytest.approx([0, 30], abs=1.5)
+
+
+def test_decoders_agree_on_every_frame(tmp_path: Path) -> None:
+    ref = VideoRef(path=str(make_video(tmp_path / "a.mp4", "libx264")))
+    times = np.arange(0, 3, 1 / 60)
+    count = media._countable(ref.path)
+    assert count == SECONDS * FPS
+    ours = media._read_decord(ref.path, times, count)
+    assert (ours == media._read_pyav(ref.path, times)).all()
+    assert numbers(ours[::2]) == pytest.approx(range(90), abs=1.5)
+
+
+def test_videos_that_do_not_begin_at_zero_go_to_pyav(tmp_path: Path) -> None:
+    """decord numbers the frames of a cut clip wrongly, without an error."""
+    whole = make_video(tmp_path / "a.mp4", "libx264")
+    later = copy_packets(whole, tmp_path / "later.mkv", slice(None), shift=int(90000 / 30 * 30))
+    frames = read_frames(VideoRef(path=str(later)), [0.0, 1.0])
+    assert frames.decoder == "pyav"
+    assert numbers(frames.pixels) == pytest.approx([0, 30], abs=1.5)
+
+
+def test_a_video_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    """Its header is whole, so it opens; repeating its last frame to the end would pass unseen."""
+    whole = make_video(tmp_path / "a.mp4", "libx264", size=256)
+    fast = copy_packets(whole, tmp_path / "fast.mp4", slice(None), options={"movflags": "faststart"})
+    fast.write_bytes(fast.read_bytes()[: int(fast.stat().st_size * 0.5)])
+    assert probe_video(VideoRef(path=str(fast))).duration == pytest.approx(3.0, abs=0.1)
+    with pytest.raises(MediaError, match=r"fast\.mp4"):
+        read_frames(VideoRef(path=str(fast)), [0.0, 3.0])
+    with pytest.raises(MediaError, match="cut short"):
+        read_frames(VideoRef(path=str(whole)), [0.0, 9.0])
 
 
 def test_unreadable_videos_are_named(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The five verbs on a local directory, and names that try to leave it."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         storage.write("index.json", b"new")
     assert storage.read("index.json") == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["index.json"]
+
+
+def test_publishing_from_another_file_system_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """os.replace works inside one file system only; then the bytes are copied beside the target first."""
+    storage, real, seen = open_storage(tmp_path / "root"), os.replace, []
+
+    def replace(source: Path, target: Path) -> None:
+        seen.append((source.parent, target.exists()))
+        if source.parent != target.parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        real(source, target)
+
+    monkeypatch.setattr("os.replace", replace)
+    (tmp_path / "made").write_bytes(b"whole")
+    storage.publish(tmp_path / "made", "a.tar")
+    assert storage.read("a.tar") == b"whole"
+    assert seen == [(tmp_path, False), (tmp_path / "root", False)]
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["a.tar"]
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", ""])

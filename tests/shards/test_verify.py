@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -9,12 +10,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import webdataset as wds
 from build_cases import build
 
+from shards.format import span_hash, tar_members
+from shards.media import encode_jpeg
 from shards.verify import Finding, find_datasets, verify_dataset
+from shards.writer import npy_bytes
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +78,6 @@ def test_damage_is_found_and_named(whole: Path, tmp_path: Path, kind: str) -> No
 
 def test_lengths_that_lie_are_found(whole: Path, tmp_path: Path) -> None:
     """Hashes all agree, but the sidecar promises another number of tokens."""
-    import hashlib
-
     folder = tmp_path / "demo-chat"
     shutil.copytree(whole / "demo-chat", folder)
     rows = np.load(folder / "000000.idx.npy")
@@ -81,9 +85,80 @@ def test_lengths_that_lie_are_found(whole: Path, tmp_path: Path) -> None:
     np.save(folder / "000000.idx.npy", rows)
     index = json.loads((folder / "index.json").read_text())
     index["shards"][0]["index_sha256"] = hashlib.sha256((folder / "000000.idx.npy").read_bytes()).hexdigest()
+    index["totals"]["crops"] += 1
     (folder / "index.json").write_text(json.dumps(index))
-    (line,) = findings(tmp_path)
-    assert "variant 1: num_tokens" in line
+    first, *rest = findings(tmp_path)
+    assert "variant 1: num_tokens" in first
+    assert len(rest) == 2
+    assert re.search(r"\d+ annotations, the index says \d+", rest[0])  # the sample above counts for none
+    assert "0 crops, the index says 1" in rest[1]
+
+
+def rewritten(folder: Path, shard: str, samples: list[dict[str, Any]], rows: np.ndarray) -> None:
+    """Write other samples in place of a shard, with all hashes of tar, sidecar and index true."""
+    with open(folder / f"{shard}.tar", "wb") as file, wds.TarWriter(file, mtime=0, encoder=False) as writer:
+        for row, sample in zip(rows, samples, strict=True):
+            row["offset"] = writer.tarstream.offset
+            writer.write(sample)
+            row["span"] = writer.tarstream.offset - int(row["offset"])
+    data = (folder / f"{shard}.tar").read_bytes()
+    for row in rows:
+        row["xxh64"] = span_hash(data[row["offset"] : row["offset"] + row["span"]])
+    np.save(folder / f"{shard}.idx.npy", rows)
+    index = json.loads((folder / "index.json").read_text())
+    (entry,) = [entry for entry in index["shards"] if entry["name"] == shard]
+    entry["bytes"], entry["sha256"] = len(data), hashlib.sha256(data).hexdigest()
+    entry["index_sha256"] = hashlib.sha256((folder / f"{shard}.idx.npy").read_bytes()).hexdigest()
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def other_key(sample: dict[str, Any]) -> None:
+    sample["__key__"] = "demo-cap-99999999"
+
+
+CONTENTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "not a JPEG": (lambda s: s.update({"000.jpg": b"\xff\xd8 no"}), "ValueError"),
+    "image of another size": (
+        lambda s: s.update({"000.jpg": encode_jpeg(np.zeros((9, 9, 3), np.uint8))}),
+        "image 0 is",
+    ),
+    "a member missing": (lambda s: s.pop("tokens2.npy"), "tokens2.npy"),
+    "a member too many": (lambda s: s.update({"extra.txt": b"x"}), "extra.txt"),
+    "not JSON": (lambda s: s.update({"json": b"{"}), "JSONDecodeError"),
+    "tokens of another dtype": (lambda s: s.update({"tokens0.npy": npy_bytes(np.arange(3))}), "dtype int64"),
+    "another key": (other_key, "key_hash is another key's"),
+}
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_content_that_is_wrong_under_true_hashes_is_found(whole: Path, tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "demo-cap"
+    shutil.copytree(whole / "demo-cap", folder)
+    rows, data = np.load(folder / "000001.idx.npy"), (folder / "000001.tar").read_bytes()
+    samples = []
+    for row in rows:
+        members = tar_members(data[row["offset"] : row["offset"] + row["span"]])
+        key = next(iter(members)).split(".")[0]
+        samples.append({"__key__": key, **{name.split(".", 1)[1]: value for name, value in members.items()}})
+    rewritten(folder, "000001", samples, rows)
+    assert [line for line in findings(tmp_path) if "bytes, the index says" not in line] == []
+    change, match = CONTENTS[kind]
+    change(samples[3])
+    rewritten(folder, "000001", samples, rows)
+    found = [line for line in findings(tmp_path) if "000001.tar" in line]
+    assert len(found) == 1
+    assert re.search(match, found[0])
+
+
+def test_a_key_that_occurs_twice_is_found(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "demo-cap"
+    shutil.copytree(whole / "demo-cap", folder)
+    for suffix in ("tar", "idx.npy"):
+        shutil.copy(folder / f"000000.{suffix}", folder / f"000001.{suffix}")
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][1] = index["shards"][0] | {"name": "000001"}
+    (folder / "index.json").write_text(json.dumps(index))
+    assert sum("key occurs twice, first in 000000.tar" in line for line in findings(tmp_path)) == 8
 
 
 def test_the_command_exits_with_1_on_damage(whole: Path, tmp_path: Path) -> None:
