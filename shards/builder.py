@@ -17,7 +17,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -96,6 +96,17 @@ class Part:
 # --- in the main process ---------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def worker_pool(make_processor: ProcessorFactory, workers: int) -> Iterator[Executor | None]:
+    """Processes for `build_dataset`, for any number of datasets of one stage; None for a single worker."""
+    if workers <= 1:
+        yield None
+        return
+    context = multiprocessing.get_context("spawn")  # fork would copy locks of the decoders' and of arrow's threads
+    with ProcessPoolExecutor(workers, context, _start_worker, (make_processor,)) as pool:
+        yield pool
+
+
 def build_dataset(
     row: Row,
     stage: Stage,
@@ -104,7 +115,7 @@ def build_dataset(
     *,
     raw: Path,
     out: Path,
-    workers: int = 1,
+    pool: Executor | None = None,
     overwrite: bool = False,
     reject_budget: float = REJECT_BUDGET,
 ) -> DatasetIndex:
@@ -114,10 +125,10 @@ def build_dataset(
         row: the dataset.
         stage: the stage it is built for.
         settings: limits, variants, examples per shard.
-        make_processor: called in every worker.
+        make_processor: makes this process's processor; `pool` has its own.
         raw: the dataset's folder of raw files.
         out: the folder of shards; nothing in it may belong to another build unless `overwrite`.
-        workers: processes.
+        pool: a `worker_pool` made with the same `make_processor`; without one, this process does the work.
         overwrite: throw away what another build left there.
         reject_budget: the most rejects, as a share of the groups of rows.
 
@@ -155,7 +166,7 @@ def build_dataset(
             for number, first in enumerate(range(0, len(groups), size))
         ]
         parts: dict[str, Part] = {}
-        with closing(_run(tasks, storage, make_processor, workers, label)) as running:
+        with closing(_run(tasks, storage, processor, pool, label)) as running:
             for task, part in running:
                 parts[task.name] = part
                 _check_budget(storage, parts, len(groups), reject_budget)
@@ -226,7 +237,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def _run(
-    tasks: list[Task], storage: LocalStorage, make_processor: ProcessorFactory, workers: int, label: str
+    tasks: list[Task], storage: LocalStorage, processor: Processor, pool: Executor | None, label: str
 ) -> Generator[tuple[Task, Part]]:
     """The parts of all tasks, those of finished shards first, the others when they are built."""
     done = [(task, part) for task in tasks if (part := _finished(task, storage)) is not None]
@@ -237,27 +248,23 @@ def _run(
         storage.path(INDEX_NAME).unlink(missing_ok=True)
     total, initial = sum(len(task.groups) for task in tasks), sum(len(task.groups) for task, _ in done)
     with tqdm(total=total, initial=initial, desc=label, unit="ex", mininterval=0.5) as bar:
-        for task, part in _build_all(waiting, make_processor, workers):
+        for task, part in _build_all(waiting, processor, pool):
             bar.update(len(task.groups))
             yield task, part
 
 
-def _build_all(tasks: list[Task], make_processor: ProcessorFactory, workers: int) -> Iterator[tuple[Task, Part]]:
-    if workers <= 1 or len(tasks) <= 1:
-        processor = make_processor() if tasks else None
+def _build_all(tasks: list[Task], processor: Processor, pool: Executor | None) -> Iterator[tuple[Task, Part]]:
+    if pool is None:
         for task in tasks:
-            assert processor is not None
             yield task, _build_shard(task, processor)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (make_processor,)) as pool:
-        futures = {pool.submit(_build_in_worker, task): task for task in tasks}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # the shards in work are finished, no further ones begun
-            raise
+    futures = {pool.submit(_build_in_worker, task): task for task in tasks}
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        for future in futures:
+            future.cancel()  # after an error no further shard is begun; those in work are finished
 
 
 def _finished(task: Task, storage: LocalStorage) -> Part | None:

@@ -98,12 +98,12 @@ def write_shard(
             assert row["span"] % BLOCK == 0
             rows.append(row)
     table = np.stack(rows) if rows else np.zeros(0, index_dtype(num_variants))
-    with open(path, "rb") as file:
+    with open(path, "rb") as written:
         for row in table:
-            file.seek(int(row["offset"]))
-            row["xxh64"] = span_hash(file.read(int(row["span"])))
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            written.seek(int(row["offset"]))
+            row["xxh64"] = span_hash(written.read(int(row["span"])))
+        written.seek(0)
+        sha256 = hashlib.file_digest(written, "sha256").hexdigest()
     info = ShardInfo(
         name=name,
         bytes=path.stat().st_size,

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from molmo2.config import data_path
 from molmo2.processing import ProcessorSettings, build_processor
-from shards.builder import REJECT_BUDGET, build_dataset
+from shards.builder import REJECT_BUDGET, build_dataset, worker_pool
 from shards.catalog import STAGES, load_catalog
+from shards.format import DatasetIndex
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,25 +52,31 @@ def main() -> None:
             num_variants=settings.num_variants,
         ),
     )
-    for row in catalog.select(args.stage, args.datasets):
-        since = time.perf_counter()
-        index = build_dataset(
-            row,
-            args.stage,
-            settings,
-            make_processor,
-            raw=args.raw / row.name,
-            out=args.out / args.stage / row.name,
-            workers=args.workers,
-            overwrite=args.overwrite,
-            reject_budget=args.reject_budget,
-        )
-        totals = index.totals
-        print(
-            f"{args.stage}/{row.name}: {totals.samples} samples, {totals.tokens:,} tokens, {totals.crops} crops, "
-            f"{totals.bytes / 1e6:.1f} MB in {len(index.shards)} shards, {totals.rejects} left out, "
-            f"{time.perf_counter() - since:.1f} s"
-        )
+    rows = catalog.select(args.stage, args.datasets)
+    with worker_pool(make_processor, args.workers) as pool:
+        for row in rows:
+            since = time.perf_counter()
+            index = build_dataset(
+                row,
+                args.stage,
+                settings,
+                make_processor,
+                raw=args.raw / row.name,
+                out=args.out / args.stage / row.name,
+                pool=pool,
+                overwrite=args.overwrite,
+                reject_budget=args.reject_budget,
+            )
+            report(index, time.perf_counter() - since)
+
+
+def report(index: DatasetIndex, seconds: float) -> None:
+    """Print one line on a finished dataset."""
+    totals = index.totals
+    print(
+        f"{index.stage}/{index.dataset}: {totals.samples} samples, {totals.tokens:,} tokens, {totals.crops} crops, "
+        f"{totals.bytes / 1e6:.1f} MB in {len(index.shards)} shards, {totals.rejects} left out, {seconds:.1f} s"
+    )
 
 
 if __name__ == "__main__":

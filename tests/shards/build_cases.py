@@ -10,7 +10,7 @@ from typing import Any
 from molmo2.demo.sets import SETS, make_set, texts
 from molmo2.processing import ProcessorSettings, build_processor
 from molmo2.processing.tokenizer import train_demo_tokenizer
-from shards.builder import ProcessorFactory, build_dataset
+from shards.builder import ProcessorFactory, build_dataset, worker_pool
 from shards.catalog import Catalog, Stage, load_catalog
 from shards.format import DatasetIndex
 
@@ -46,7 +46,8 @@ def build(raw: Path, out: Path, name: str, stage: Stage = "sft", **options: Any)
     settings = options.pop("settings", rows.stages[stage])
     row = row.model_copy(update=options.pop("row", {}))
     make = factory(raw, stage, settings.num_variants)
-    return build_dataset(row, stage, settings, make, raw=raw / name, out=out / name, **options)
+    with worker_pool(make, options.pop("workers", 1)) as pool:
+        return build_dataset(row, stage, settings, make, raw=raw / name, out=out / name, pool=pool, **options)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
