@@ -33,7 +33,7 @@ class FormatError(ValueError):
 
 
 def index_dtype(num_variants: int) -> np.dtype[np.void]:
-    """Row of `NNNNNN.idx.npy`: one per sample, 36 + 10 K - 8 bytes.
+    """Row of `NNNNNN.idx.npy`: one per sample, 26 + 10 K bytes.
 
     offset, span: the sample's byte range in the tar (first header to last padding block); xxh64: xxh3-64 of that
     span; key_hash: `key_hash(key)`; per variant: num_crops (ViT inputs), num_frames, num_tokens (expanded input

@@ -95,7 +95,7 @@ def test_paths_in_the_documents_exist() -> None:
         named = re.findall(
             r"\b(?:shards|molmo2|tools|recipes|tests|docs|benchmarks)/[\w./-]*\w\.(?:py|md|yaml)\b", text
         )
-        links = [link for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text)]
+        links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
         missing += [f"{document.name}: {name}" for name in named if not (ROOT / name).exists()]
         missing += [f"{document.name}: {link}" for link in links if not (document.parent / link).exists()]
     assert not missing

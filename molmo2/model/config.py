@@ -186,12 +186,12 @@ _OLMO3 = TextConfig(
 
 _TINY = ModelConfig(
     name="tiny",
-    vit=VitConfig(hidden_size=64, intermediate_size=192, num_layers=4, num_heads=4, feature_layers=(3, 1)),
-    connector=ConnectorConfig(hidden_size=64, num_heads=4, intermediate_size=256),
+    vit=VitConfig(hidden_size=128, intermediate_size=128, num_layers=2, num_heads=4, feature_layers=(1, 0)),
+    connector=ConnectorConfig(hidden_size=128, num_heads=4, intermediate_size=512),
     text=TextConfig(
         hidden_size=128,
-        intermediate_size=384,
-        num_layers=4,
+        intermediate_size=256,
+        num_layers=3,
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,

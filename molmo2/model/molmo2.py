@@ -42,15 +42,21 @@ class Molmo2(nn.Module):
         return model
 
     @torch.no_grad()
-    def init_weights(self, seed: int = 0, std: float = 0.02) -> Molmo2:
-        """Start from nothing: normal weights, zero biases, norms one. Equal on every rank and device."""
+    def init_weights(self, seed: int = 0) -> Molmo2:
+        """Start from nothing: activations of about unit size, zero biases, norms one. Equal on every rank and device.
+
+        A fixed std of 0.02 is right for wide models alone: at the width of `tiny` the gradients of the vision
+        transformer then vanish below Adam's epsilon. Only the head keeps it, so that training starts from even odds.
+        """
         generator = torch.Generator().manual_seed(seed)
+        stds = {"vit.positions": 0.2, "text.embedding.base": 0.5, "text.embedding.added": 0.5, "lm_head.weight": 0.02}
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
             elif "norm" in name:
                 parameter.fill_(1)
             else:
+                std = stds.get(name, parameter.shape[-1] ** -0.5)
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
         return self
 

@@ -1,0 +1,262 @@
+"""The image and text sets of the demo: what one example of each is, in the columns of the dataset it imitates.
+
+Every function makes the rows of one picture (or conversation) from a generator and a pool of digits; it reads and
+writes no file. Which digits it used is returned beside the rows, so that the split can be checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from molmo2.demo.digits import Generator, Pixels, Placed, Pool, draw, jpeg, place_word, png, scatter
+
+CELL = 16  # pixels of a digit's cell where several share a picture
+SHAPES = ((48, 48), (48, 48), (48, 80), (80, 48), (80, 80))  # height, width; whole cells, whole tilings
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+_STRING, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
+_POINT = pa.struct([("x", _FLOAT), ("y", _FLOAT)])
+_BOX = pa.struct([(name, _FLOAT) for name in ("x0", "y0", "x1", "y1")])
+_QA = pa.struct([("question", pa.list_(_STRING)), ("answer", pa.list_(_STRING))])
+
+CAP_SCHEMA = pa.schema([("image_url", _STRING), ("caption", _STRING), ("transcripts", pa.list_(_STRING))])
+POINTS_SCHEMA = pa.schema(
+    [
+        ("image_url", _STRING),
+        ("image_sha256", _STRING),
+        ("points", pa.list_(_POINT)),
+        ("count", _INT),
+        ("label", _STRING),
+        ("collection_method", _STRING),
+    ]
+)
+POINTS_TEST_SCHEMA = POINTS_SCHEMA.append(pa.field("boxes", pa.list_(_BOX)))  # what a point must hit, percent
+COUNT_SCHEMA = pa.schema(
+    [
+        ("image_url", _STRING),
+        ("image_sha256", _STRING),
+        ("count", pa.int32()),
+        ("points", pa.struct([("x", pa.list_(pa.float32())), ("y", pa.list_(pa.float32()))])),
+        ("label", _STRING),
+    ]
+)
+IMAGE_QA_SCHEMA = pa.schema(
+    [
+        ("id", _STRING),
+        ("image", pa.struct([("bytes", pa.binary()), ("path", _STRING)])),
+        ("qa_pairs", _QA),
+    ]
+)
+MULTI_IMAGE_SCHEMA = pa.schema([("image_urls", pa.list_(_STRING)), ("qa_pairs", _QA)])
+CHAT_SCHEMA = pa.schema(
+    [
+        ("id", _STRING),
+        ("messages", pa.list_(pa.struct([("role", _STRING), ("content", _STRING)]))),
+        ("source", _STRING),
+        ("category", _STRING),
+        ("first_message_qwen3_tokens", _INT),
+        ("empty_messages", pa.bool_()),
+        ("has_special_token", pa.bool_()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """One example: rows of the parquet file, media files by path below the dataset's root, digits used.
+
+    A row refers to a file as `file:PATH`, which the writer turns into a URL.
+    """
+
+    rows: list[dict[str, Any]]
+    digits: Sequence[int]
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+def one_of(rng: Generator, options: Sequence[Any]) -> Any:
+    """A random element."""
+    return options[int(rng.integers(len(options)))]
+
+
+def portrait(rng: Generator, pool: Pool) -> tuple[Pixels, Placed]:
+    """The smallest picture with one digit in one of its nine cells."""
+    shape = SHAPES[0]
+    (digit,) = scatter(rng, pool, shape, CELL, [list(range(10))])
+    return draw(shape, [digit], int(rng.integers(30)), int(rng.integers(210, 256))), digit
+
+
+def group(rng: Generator, pool: Pool, count: int, distinct: bool = False) -> tuple[Pixels, list[Placed]]:
+    """A picture with `count` digits of one cell each; `distinct`: no two of the same class."""
+    shape = one_of(rng, SHAPES)
+    classes = [[int(c)] for c in rng.permutation(10)[:count]] if distinct else [list(range(10))] * count
+    placed = scatter(rng, pool, shape, CELL, classes)
+    return draw(shape, placed, int(rng.integers(30)), int(rng.integers(210, 256))), placed
+
+
+def _numbers(placed: Sequence[Placed]) -> list[int]:
+    return [digit.number for digit in placed]
+
+
+def _where(digit: Placed, picture: Pixels) -> str:
+    height, width = picture.shape[:2]
+    return place_word(digit.center[0] / width, digit.center[1] / height)
+
+
+def caption(rng: Generator, pool: Pool, name: str) -> Made:
+    """PixMo-Cap: a picture with one digit, a caption and what two speakers said about it.
+
+    Short on purpose: the fewer words a caption spends on what is always the same, the sooner a model that knows
+    nothing looks at the picture.
+    """
+    picture, digit = portrait(rng, pool)
+    text = f"Digit {digit.label} at the {_where(digit, picture)}."
+    transcripts = [f"I see {digit.label}.", f"{NUMBER_WORDS[digit.label]}."]
+    path = f"images/{name}.png"
+    row = {"image_url": f"file:{path}", "caption": text, "transcripts": transcripts}
+    return Made(rows=[row], digits=[digit.number], files={path: png(picture)})
+
+
+def _point_rows(picture: Pixels, path: str, wanted: Sequence[tuple[str, list[Placed]]]) -> list[dict[str, Any]]:
+    """A row for each label with the digits that it names."""
+    height, width = picture.shape[:2]
+    sha256 = hashlib.sha256(png(picture)).hexdigest()
+    return [
+        {
+            "image_url": f"file:{path}",
+            "image_sha256": sha256,
+            "points": [{"x": 100 * d.center[0] / width, "y": 100 * d.center[1] / height} for d in found],
+            "count": len(found),
+            "label": label,
+            "collection_method": "counting" if label == "digits" else "pointing",
+        }
+        for label, found in wanted
+    ]
+
+
+def points(rng: Generator, pool: Pool, name: str) -> Made:
+    """PixMo-Points: a row for each digit, all of different classes, and sometimes one for all of them; percent."""
+    picture, placed = group(rng, pool, int(rng.integers(1, 5)), distinct=True)
+    chosen = rng.permutation([digit.label for digit in placed])
+    wanted = [(f"digit {c}", [digit for digit in placed if digit.label == c]) for c in chosen]
+    if rng.random() < 0.3:
+        wanted.append(("digits", placed))
+    path = f"images/{name}.png"
+    rows = _point_rows(picture, path, wanted)
+    return Made(rows=rows, digits=_numbers(placed), files={path: png(picture)})
+
+
+def points_test(rng: Generator, pool: Pool, name: str) -> Made:
+    """Two to four digits of different classes, one of which is asked for, with its box in percent."""
+    picture, placed = group(rng, pool, int(rng.integers(2, 5)), distinct=True)
+    height, width = picture.shape[:2]
+    digit = one_of(rng, placed)
+    path = f"images/{name}.png"
+    rows = _point_rows(picture, path, [(f"digit {digit.label}", [digit])])
+    x0, y0, x1, y1 = digit.box
+    box = {"x0": 100 * x0 / width, "y0": 100 * y0 / height, "x1": 100 * x1 / width, "y1": 100 * y1 / height}
+    rows[0]["boxes"] = [box]
+    return Made(rows=rows, digits=_numbers(placed), files={path: png(picture)})
+
+
+def count(rng: Generator, pool: Pool, name: str) -> Made:
+    """PixMo-Count: a picture with one to six digits, all of them pointed at; pixels."""
+    picture, placed = group(rng, pool, int(rng.integers(1, 7)))
+    data = png(picture)
+    path = f"images/{name}.png"
+    row = {
+        "image_url": f"file:{path}",
+        "image_sha256": hashlib.sha256(data).hexdigest(),
+        "count": len(placed),
+        "points": {"x": [d.center[0] for d in placed], "y": [d.center[1] for d in placed]},
+        "label": "digits",
+    }
+    return Made(rows=[row], digits=_numbers(placed), files={path: data})
+
+
+WHICH = "Which digit is this?"
+
+
+def image_qa(rng: Generator, pool: Pool, name: str) -> Made:
+    """A picture (embedded JPEG) of one digit with three questions; the first one asks which digit it is."""
+    picture, digit = portrait(rng, pool)
+    others = [
+        ("Is the digit even or odd?", "even" if digit.label % 2 == 0 else "odd"),
+        ("Where is the digit?", _where(digit, picture)),
+        ("Which digit comes next?", str((digit.label + 1) % 10)),
+        ("What is the digit as a word?", NUMBER_WORDS[digit.label]),
+    ]
+    pairs = [(WHICH, str(digit.label))] + [others[i] for i in rng.permutation(len(others))[:2]]
+    row = {
+        "id": name,
+        "image": {"bytes": jpeg(picture), "path": f"{name}.jpg"},
+        "qa_pairs": {"question": [q for q, _ in pairs], "answer": [a for _, a in pairs]},
+    }
+    return Made(rows=[row], digits=[digit.number])
+
+
+def image_qa_test(rng: Generator, pool: Pool, name: str) -> Made:
+    """As `image_qa`, with the first question alone: chance is one in ten."""
+    made = image_qa(rng, pool, name)
+    row = made.rows[0]
+    row["qa_pairs"] = {key: values[:1] for key, values in row["qa_pairs"].items()}
+    return made
+
+
+def multi_image_qa(rng: Generator, pool: Pool, name: str) -> Made:
+    """Molmo2-MultiImageQA: two or three pictures of one digit each, two questions across them."""
+    pairs = [portrait(rng, pool) for _ in range(int(rng.integers(2, 4)))]
+    labels = [digit.label for _, digit in pairs]
+    paths = [f"images/{name}-{i}.png" for i in range(len(pairs))]
+    asked = int(rng.integers(len(pairs)))
+    questions = [
+        (f"Which digit is in image {asked + 1}?", str(labels[asked])),
+        ("Which digits are shown, in order?", " ".join(map(str, labels))),
+        ("What is the largest digit in these images?", str(max(labels))),
+    ]
+    chosen = [questions[i] for i in rng.permutation(len(questions))[:2]]
+    row = {
+        "image_urls": [f"file:{path}" for path in paths],
+        "qa_pairs": {"question": [q for q, _ in chosen], "answer": [a for _, a in chosen]},
+    }
+    files = {path: png(picture) for path, (picture, _) in zip(paths, pairs, strict=True)}
+    return Made(rows=[row], digits=[digit.number for _, digit in pairs], files=files)
+
+
+def _chat_turn(rng: Generator) -> tuple[str, str]:
+    a, b = int(rng.integers(1, 10)), int(rng.integers(10))
+    if a == b:
+        b = (b + 1) % 10
+    return one_of(
+        rng,
+        (
+            (f"Which digit comes after {a - 1}?", f"{a}"),
+            (f"Which digit comes before {a}?", f"{a - 1}"),
+            (f"Is {a} even or odd?", "even" if a % 2 == 0 else "odd"),
+            (f"Write {a} as a word.", NUMBER_WORDS[a]),
+            (f"Which is larger, {a} or {b}?", f"{max(a, b)}"),
+            (f"Count from {min(a, b)} to {max(a, b)}.", " ".join(map(str, range(min(a, b), max(a, b) + 1)))),
+        ),
+    )
+
+
+def chat(rng: Generator, pool: Pool, name: str) -> Made:
+    """Tulu-like conversations of one to three turns; some rows carry the flags that the converter must drop."""
+    turns = [_chat_turn(rng) for _ in range(int(rng.integers(1, 4)))]
+    messages = [
+        {"role": role, "content": t} for turn in turns for role, t in zip(("user", "assistant"), turn, strict=True)
+    ]
+    row = {
+        "id": name,
+        "messages": messages,
+        "source": "digits",
+        "category": "code" if rng.random() < 0.02 else "math",
+        "first_message_qwen3_tokens": len(turns[0][0].split()) * 2,
+        "empty_messages": False,
+        "has_special_token": bool(rng.random() < 0.02),
+    }
+    return Made(rows=[row], digits=())

@@ -1,0 +1,166 @@
+"""The ten sets of the demo by name, and the making of one split of one set on disk.
+
+raw/<set>/data/<split>-00000-of-00001.parquet    rows in the layout of the imitated dataset
+raw/<set>/images, raw/<set>/videos               media files
+raw/<set>/made.json                              written last: settings, digits used, so that "complete" is known
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from molmo2.demo import images, videos
+from molmo2.demo.digits import Generator, Pool, generator, load_pool
+from molmo2.demo.images import Made
+
+VERSION = 1  # raise it when the drawing changes: data of another version are made anew
+Maker = Callable[[Generator, Pool, str], Made]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoSet:
+    """One set: examples (pictures, clips, conversations) per split, columns, makers."""
+
+    name: str
+    schema: pa.Schema
+    make: Maker
+    train: int
+    validation: int = 0
+    make_validation: Maker | None = None
+    schema_validation: pa.Schema | None = None
+
+    def size(self, split: str, scale: float) -> int:
+        """Number of examples of a split, at least four if it has any."""
+        full = self.train if split == "train" else self.validation
+        return max(4, round(full * scale)) if full else 0
+
+    def maker(self, split: str) -> Maker:
+        """What makes an example of `split`."""
+        return self.make_validation if split == "validation" and self.make_validation else self.make
+
+    def columns(self, split: str) -> pa.Schema:
+        """Columns of the parquet file of `split`."""
+        return self.schema_validation if split == "validation" and self.schema_validation else self.schema
+
+
+SETS = (
+    DemoSet(name="demo-cap", schema=images.CAP_SCHEMA, make=images.caption, train=3000),
+    DemoSet(
+        name="demo-points",
+        schema=images.POINTS_SCHEMA,
+        schema_validation=images.POINTS_TEST_SCHEMA,
+        make=images.points,
+        make_validation=images.points_test,
+        train=2500,
+        validation=200,
+    ),
+    DemoSet(name="demo-count", schema=images.COUNT_SCHEMA, make=images.count, train=2500, validation=200),
+    DemoSet(
+        name="demo-image-qa",
+        schema=images.IMAGE_QA_SCHEMA,
+        make=images.image_qa,
+        train=3000,
+        validation=350,
+        make_validation=images.image_qa_test,
+    ),
+    DemoSet(name="demo-multi-image-qa", schema=images.MULTI_IMAGE_SCHEMA, make=images.multi_image_qa, train=800),
+    DemoSet(name="demo-chat", schema=images.CHAT_SCHEMA, make=images.chat, train=800),
+    DemoSet(name="demo-video-cap", schema=videos.CAP_SCHEMA, make=videos.caption, train=250),
+    DemoSet(name="demo-video-qa", schema=videos.QA_SCHEMA, make=videos.qa, train=800, validation=150),
+    DemoSet(name="demo-video-point", schema=videos.POINT_SCHEMA, make=videos.point, train=250),
+    DemoSet(name="demo-video-track", schema=videos.TRACK_SCHEMA, make=videos.track, train=200),
+)
+SPLITS = ("train", "validation")
+
+
+def make_example(demo: DemoSet, split: str, number: int, pool: Pool, seed: int) -> Made:
+    """Example `number` of a split; depends on nothing but its arguments."""
+    name = f"{'v' if split == 'validation' else ''}{number:05d}"
+    return demo.maker(split)(generator(VERSION, seed, demo.name, split, number), pool, name)
+
+
+def _resolve(value: Any, root: Path) -> Any:
+    """Replace the makers' `file:PATH` by a file:// URL below `root`."""
+    if isinstance(value, str) and value.startswith("file:"):
+        return (root / value.removeprefix("file:")).as_uri()
+    return [_resolve(item, root) for item in value] if isinstance(value, list) else value
+
+
+def write_split(demo: DemoSet, split: str, made: Iterable[Made], root: Path) -> list[int]:
+    """Write media and parquet of one split below `root`; returns the digits used, sorted."""
+    rows: list[dict[str, Any]] = []
+    digits: set[int] = set()
+    for folder in ("images", "videos", "data"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for example in made:
+        for path, data in example.files.items():
+            (root / path).write_bytes(data)
+        rows += [{key: _resolve(value, root) for key, value in row.items()} for row in example.rows]
+        digits.update(example.digits)
+    target = root / "data" / f"{split}-00000-of-00001.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, demo.columns(split)), target.with_suffix(".tmp"))
+    os.replace(target.with_suffix(".tmp"), target)
+    return sorted(digits)
+
+
+def settings(demo: DemoSet, seed: int, scale: float, root: Path) -> dict[str, Any]:
+    """What the bytes of a set depend on; equal settings in `made.json` mean that nothing is to do."""
+    sizes = {split: demo.size(split, scale) for split in SPLITS}
+    return {"version": VERSION, "seed": seed, "sizes": sizes, "root": str(root)}
+
+
+def is_complete(demo: DemoSet, raw: Path, seed: int, scale: float) -> bool:
+    """Whether `raw` holds the whole set made with these settings."""
+    root = raw.resolve() / demo.name
+    try:
+        mark = json.loads((root / "made.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return bool(mark["settings"] == settings(demo, seed, scale, root))
+
+
+def make_set(
+    demo: DemoSet, raw: Path, seed: int, scale: float, progress: Callable[[Iterable[Made], int], Iterator[Made]]
+) -> None:
+    """Make a set below `raw`, both splits, and mark it as complete. `progress` wraps the examples of a split."""
+    root = raw.resolve() / demo.name
+    (root / "made.json").unlink(missing_ok=True)
+    used = {}
+    for split in SPLITS:
+        size = demo.size(split, scale)
+        if size:
+            pool = load_pool(split)
+            made = (make_example(demo, split, number, pool, seed) for number in range(size))
+            used[split] = write_split(demo, split, progress(made, size), root)
+    mark = {"settings": settings(demo, seed, scale, root), "digits": used}
+    (root / "made.tmp").write_text(json.dumps(mark) + "\n")
+    os.replace(root / "made.tmp", root / "made.json")
+
+
+def texts(raw: Path) -> Iterator[str]:
+    """Every string in the training splits, for the tokenizer; URLs, ids and hashes are left out."""
+    for demo in SETS:
+        table = pq.read_table(raw / demo.name / "data" / "train-00000-of-00001.parquet")
+        skipped = {"image_url", "image_urls", "image_sha256", "id", "video_id", "video", "image", "mask_id", "source"}
+        for name in table.column_names:
+            if name not in skipped:
+                yield from _strings(table[name].to_pylist())
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _strings(item)

@@ -1,0 +1,181 @@
+import json
+
+import pytest
+
+from molmo2.demo.sets import SETS, make_set, texts
+from molmo2.eval.benchmarks import SUITES
+from molmo2.eval.metrics import (
+    choice_of,
+    count_exact,
+    exact_match,
+    hits,
+    multiple_choice,
+    points_in_boxes,
+    read_count,
+)
+from molmo2.eval.report import Stage, averaged, curve, read_stage, render
+from molmo2.eval.runner import evaluate, questions
+from molmo2.model.config import PRESETS
+from molmo2.model.molmo2 import Molmo2
+from molmo2.processing import ProcessorSettings, build_processor
+from molmo2.processing.tokenizer import train_demo_tokenizer
+from shards.catalog import load_catalog
+from shards.schema import Choice, PointGroup, Points, Text
+
+DIGITS = Points(style="point_count", label="digits", groups=(PointGroup(at=1, points=((0.1, 0.2), (0.5, 0.5))),))
+
+
+def test_exact_match_ignores_case_space_and_full_stop():
+    asked = Text(style="user_qa", question="Where?", answer="top left")
+    assert exact_match(" Top  left.", asked, {}).value == 1
+    assert exact_match("left", asked, {}).value == 0
+    assert exact_match("", asked, {}).value == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ('Counting the <points coords="1 1 100 200 2 500 500">digits</points> shows a total of 2.', 2),
+        ("There are none.", 0),
+        ("6", 6),
+        ("There are 3 of them, 12 in all.", 12),
+        ('<points coords="1 1 100 200 2 500', None),
+        ('Counting the <points coords="1 1 100 200', None),
+        ("many", None),
+    ],
+)
+def test_read_count(text, count):
+    assert read_count(text) == count
+
+
+def test_count_needs_the_number_that_is_there():
+    right = 'Counting the <points coords="1 1 100 200">digits</points> shows a total of 2.'
+    assert count_exact(right, DIGITS, {}).value == 1
+    assert count_exact(right.replace("of 2", "of 3"), DIGITS, {}).value == 0
+
+
+def test_choice_by_label_or_by_text():
+    options = ("7", "0", "8", "left")
+    assert choice_of("B. 0", options) == 1
+    assert choice_of("(c) 8", options) == 2
+    assert choice_of("D", options) == 3
+    assert choice_of("8", options) == 2
+    assert choice_of("left", options) == 3
+    assert choice_of("E. 9", options) is None
+    assert choice_of("", options) is None
+    assert choice_of("a", ("a", "b")) == 0
+    asked = Choice(style="video_multiple_choice", question="?", options=options, answer=1)
+    score = multiple_choice("B. 0", asked, {})
+    assert (score.value, score.chance) == (1, 0.25)
+
+
+def test_hits_gives_every_box_a_point_of_its_own():
+    left, right, both = (0, 0, 10, 10), (8, 0, 20, 10), (9, 5)
+    assert hits([both], [left, right]) == 1
+    assert hits([both, (1, 1)], [left, right]) == 2
+    assert hits([(1, 1), both], [left, right]) == 2
+    assert hits([(1, 1), (2, 2)], [left, right]) == 1
+    assert hits([(50, 50)], [left]) == 0
+    assert hits([], [left]) == 0
+
+
+def test_points_in_boxes_counts_misses_and_extras():
+    row = {"boxes": [{"x0": 0, "y0": 0, "x1": 20, "y1": 50}]}
+    one = '<points coords="1 1 100 200">digit 3</points>'
+    assert points_in_boxes(one, DIGITS, row).value == 1
+    assert points_in_boxes(one, DIGITS, row).chance == pytest.approx(0.1)
+    assert points_in_boxes('<points coords="1 1 100 200 2 900 900">x</points>', DIGITS, row).value == 0.5
+    assert points_in_boxes('<points coords="1 1 900 200">x</points>', DIGITS, row).value == 0
+    assert points_in_boxes("there", DIGITS, row).value == 0
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Raw data of a few examples a set, and their tokenizer."""
+    raw = tmp_path_factory.mktemp("eval") / "raw"
+    for one in SETS:
+        make_set(one, raw, seed=0, scale=0.004, progress=lambda made, total: iter(made))
+    train_demo_tokenizer(texts(raw), raw / "tokenizer", PRESETS["tiny"].text.vocab_size)
+    settings = ProcessorSettings(preset="tiny", tokenizer_dir=str(raw / "tokenizer"), stage="eval", num_variants=1)
+    return raw, build_processor(settings)
+
+
+def test_every_benchmark_asks_held_out_rows_in_one_form(demo):
+    raw, _ = demo
+    suite = SUITES["demo"]
+    catalog = load_catalog(suite.catalog)
+    for benchmark in suite.benchmarks:
+        (row,) = catalog.select("eval", [benchmark.dataset])
+        found = questions(row, raw, benchmark.columns)
+        assert len(found) >= 4
+        assert all(question.example.source.file == "data/validation-00000-of-00001.parquet" for question in found)
+        assert len(questions(row, raw, benchmark.columns, limit=3)) == 3
+
+
+def test_evaluation_asks_everything_and_scores_it(demo):
+    """An untrained model: the answers are noise, the figures must be in range, batches must not change them."""
+    raw, processor = demo
+    suite = SUITES["demo"]
+    catalog = load_catalog(suite.catalog)
+    model = Molmo2(PRESETS["tiny"]).init_weights(0)
+    results = evaluate(suite, catalog, raw, model, processor, limit=3)
+    assert [result["name"] for result in results] == ["image QA", "counting", "pointing", "video QA"]
+    for result in results:
+        assert result["num_questions"] == 3
+        assert 0 <= result["score"] <= 1
+        assert 0 < result["chance"] < 0.5
+        assert all(answer["picture"].startswith("data:image/png;base64,") for answer in result["answers"])
+    alone = evaluate(suite, catalog, raw, model, processor, limit=1)
+    for one, many in zip(alone, results, strict=True):
+        assert one["answers"][0] == many["answers"][0]
+
+
+def test_a_model_that_copies_the_reference_scores_full(demo):
+    """Reference answers through the metrics: what the processor writes is what the metrics read."""
+    raw, processor = demo
+    suite = SUITES["demo"]
+    catalog = load_catalog(suite.catalog)
+    limits = catalog.stages["eval"].limits
+    for benchmark in suite.benchmarks:
+        (row,) = catalog.select("eval", [benchmark.dataset])
+        for question in questions(row, raw, benchmark.columns):
+            record = processor(question.example, limits).record
+            said = [m for m in record["variants"][0]["messages"] if m["branch"] == question.number + 1]
+            text = said[-1]["content"]
+            assert benchmark.metric(text, question.asked, question.row).value == 1, (benchmark.name, text)
+            assert len(processor.tokenizer.encode(text)) < benchmark.max_new_tokens
+
+
+def test_curve_averages_long_logs():
+    assert averaged([1.0, 2.0, 3.0], most=300) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert averaged([1.0, 3.0, 5.0, 7.0, 9.0], most=2) == [(2, 3.0), (4.5, 8.0)]
+    assert curve([1.0]) == ""
+    assert curve([2.0, 1.0]).count("<polyline") == 1
+
+
+def test_report_holds_everything_and_escapes_text(tmp_path):
+    run = tmp_path / "demo-stage1"
+    run.mkdir()
+    summary = {
+        "name": "demo-stage1",
+        "stage": "pretraining",
+        "steps": 3,
+        "tokens": 1234,
+        "loss_first": 6.2,
+        "loss_last": 1.5,
+        "fill": 0.97,
+        "seconds": 12.0,
+    }
+    with pytest.raises(ValueError, match="not finished"):
+        read_stage(run)
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "log.jsonl").write_text("".join(json.dumps({"step": i, "loss": 6.0 / i}) + "\n" for i in (1, 2, 3)))
+    stage = read_stage(run)
+    assert stage == Stage(summary=summary, losses=[6.0, 3.0, 2.0])
+    answer = {"prompt": "Which <digit>?", "prediction": "<b>7", "score": 1.0, "picture": None, "key": "a"}
+    result = {"name": "image QA", "metric": "exact_match", "num_questions": 1, "score": 1.0, "chance": None}
+    evaluation = {"run": "demo-stage1", "step": 3, "results": [{**result, "answers": [answer]}]}
+    page = render("Demo", [stage], evaluation, {"exported model": "x/y"})
+    assert "Which &lt;digit&gt;?" in page and "&lt;b&gt;7" in page
+    assert "1,234" in page and "<polyline" in page and "x/y" in page
+    assert "http" not in page.replace("http-equiv", "")
