@@ -16,7 +16,7 @@ import pyarrow as pa
 from molmo2.demo.digits import Generator, Pixels, Placed, Pool, draw, jpeg, place_word, png, scatter
 
 CELL = 16  # pixels of a digit's cell where several share a picture
-SHAPES = ((48, 48), (48, 48), (48, 80), (80, 48), (80, 80))  # height, width; whole cells, whole tilings
+SHAPES = (*((48, 48),) * 6, (48, 80), (80, 48))  # height, width; whole cells, whole tilings
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 _STRING, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()

@@ -21,7 +21,7 @@ from molmo2.demo import images, videos
 from molmo2.demo.digits import Generator, Pool, generator, load_pool
 from molmo2.demo.images import Made
 
-VERSION = 1  # raise it when the drawing changes: data of another version are made anew
+VERSION = 2  # raise it when the drawing changes: data of another version are made anew
 Maker = Callable[[Generator, Pool, str], Made]
 
 
@@ -74,7 +74,7 @@ SETS = (
     DemoSet(name="demo-multi-image-qa", schema=images.MULTI_IMAGE_SCHEMA, make=images.multi_image_qa, train=800),
     DemoSet(name="demo-chat", schema=images.CHAT_SCHEMA, make=images.chat, train=800),
     DemoSet(name="demo-video-cap", schema=videos.CAP_SCHEMA, make=videos.caption, train=250),
-    DemoSet(name="demo-video-qa", schema=videos.QA_SCHEMA, make=videos.qa, train=800, validation=150),
+    DemoSet(name="demo-video-qa", schema=videos.QA_SCHEMA, make=videos.qa, train=1200, validation=150),
     DemoSet(name="demo-video-point", schema=videos.POINT_SCHEMA, make=videos.point, train=250),
     DemoSet(name="demo-video-track", schema=videos.TRACK_SCHEMA, make=videos.track, train=200),
 )

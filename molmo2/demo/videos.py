@@ -83,7 +83,7 @@ TRACK_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Actor:
-    """A digit that is visible from `start` to `end` (seconds) and moves evenly over the whole clip.
+    """A digit that is visible from `start` to `end` (seconds), rests, crosses the frame in mid-clip, and rests again.
 
     `path`: top left corner in pixels at the first and at the last moment of the clip, ((x, y), (x, y)).
     """
@@ -96,6 +96,7 @@ class Actor:
     def corner(self, part: float) -> tuple[float, float]:
         """Top left corner when `part` (0-1) of the clip is over."""
         (x0, y0), (x1, y1) = self.path
+        part = min(max((part - 0.4) / 0.2, 0.0), 1.0)
         return x0 + (x1 - x0) * part, y0 + (y1 - y0) * part
 
     def center(self, part: float) -> tuple[float, float]:
@@ -167,10 +168,10 @@ def _length(rng: Generator, shortest: float, longest: float, rates: Sequence[int
 
 
 def _actor(rng: Generator, pool: Pool, size: int, direction: str | None, span: tuple[float, float]) -> Actor:
-    """A digit that crosses the frame in `direction`, or rests when None."""
+    """A digit in a corner of the frame that crosses it in `direction`, or rests when None."""
     number, label, scan = pick(rng, pool)
     room_x, room_y = WIDTH - size, HEIGHT - size
-    x, y = (CELL * int(rng.integers(room // CELL + 1)) for room in (room_x, room_y))
+    x, y = (room * int(rng.integers(2)) for room in (room_x, room_y))
     begin = end = (x, y)
     if direction is not None:
         dx, dy = DIRECTIONS[direction]

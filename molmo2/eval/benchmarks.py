@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from molmo2.eval.metrics import Metric, count_exact, exact_match, multiple_choice, points_in_boxes
+from molmo2.eval.metrics import Metric, count_exact, exact_match, points_in_boxes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,13 @@ SUITES = {
                 max_new_tokens=80,
                 columns=("boxes",),
             ),
-            Benchmark(name="video QA", dataset="demo-video-qa", metric=multiple_choice, target=0.7),
+            Benchmark(
+                name="video QA",
+                dataset="demo-video-qa",
+                metric=exact_match,
+                chance=(1 / 10 + 1 / 4) / 2,  # which digit, and in which of four directions it moves
+                target=0.7,
+            ),
         ),
     )
 }

@@ -31,15 +31,24 @@ def video_caption(group: Group) -> Iterator[Example | Omitted]:
 
 
 def video_choice(group: Group) -> Iterator[Example | Omitted]:
-    """One video with multiple-choice questions, given as the right answer and the wrong ones."""
+    """One video with multiple-choice questions, given as the right answer and the wrong ones.
+
+    With `options.open_style` every question is asked openly too, in that style; stage "eval" then asks it so alone.
+    """
     annotations: list[Annotation] = []
+    open_style = group.row.options.get("open_style")
     for index in range(len(group.values)):
         answer, question = text_of(group.get("answer", index)), text_of(group.get("question", index))
         wrong = [text for value in group.get("negatives", index) or () if (text := text_of(value)) and text != answer]
         if answer and question and wrong:
             place = int(rng_of(f"{group.row.name}/{group.key}/{index}", "option").integers(len(wrong) + 1))
             options = (*wrong[:place], answer, *wrong[place:])
-            annotations.append(Choice(style="video_multiple_choice", question=question, options=options, answer=place))
+            if open_style is not None:
+                annotations.append(Text(style=str(open_style), question=question, answer=answer))
+            if open_style is None or group.stage != "eval":
+                annotations.append(
+                    Choice(style="video_multiple_choice", question=question, options=options, answer=place)
+                )
         else:
             yield group.omit("not a question with a right and a wrong answer", index)
     at_least_one(annotations, "no question with right and wrong answers")
