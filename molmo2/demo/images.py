@@ -45,6 +45,7 @@ COUNT_SCHEMA = pa.schema(
         ("label", _STRING),
     ]
 )
+COUNT_TEST_SCHEMA = COUNT_SCHEMA.append(pa.field("boxes", pa.list_(_BOX)))  # percent: what a point must hit
 IMAGE_QA_SCHEMA = pa.schema(
     [
         ("id", _STRING),
@@ -138,9 +139,15 @@ def _point_rows(picture: Pixels, path: str, wanted: Sequence[tuple[str, list[Pla
     ]
 
 
+def _box(digit: Placed, picture: Pixels) -> dict[str, float]:
+    height, width = picture.shape[:2]
+    x0, y0, x1, y1 = digit.box
+    return {"x0": 100 * x0 / width, "y0": 100 * y0 / height, "x1": 100 * x1 / width, "y1": 100 * y1 / height}
+
+
 def points(rng: Generator, pool: Pool, name: str) -> Made:
     """PixMo-Points: a row for each digit, all of different classes, and sometimes one for all of them; percent."""
-    picture, placed = group(rng, pool, int(rng.integers(1, 5)), distinct=True)
+    picture, placed = group(rng, pool, int(rng.integers(1, 4)), distinct=True)
     chosen = rng.permutation([digit.label for digit in placed])
     wanted = [(f"digit {c}", [digit for digit in placed if digit.label == c]) for c in chosen]
     if rng.random() < 0.3:
@@ -151,21 +158,16 @@ def points(rng: Generator, pool: Pool, name: str) -> Made:
 
 
 def points_test(rng: Generator, pool: Pool, name: str) -> Made:
-    """Two to four digits of different classes, one of which is asked for, with its box in percent."""
-    picture, placed = group(rng, pool, int(rng.integers(2, 5)), distinct=True)
-    height, width = picture.shape[:2]
+    """One to three digits of different classes, one of which is asked for, with its box in percent."""
+    picture, placed = group(rng, pool, int(rng.integers(1, 4)), distinct=True)
     digit = one_of(rng, placed)
     path = f"images/{name}.png"
     rows = _point_rows(picture, path, [(f"digit {digit.label}", [digit])])
-    x0, y0, x1, y1 = digit.box
-    box = {"x0": 100 * x0 / width, "y0": 100 * y0 / height, "x1": 100 * x1 / width, "y1": 100 * y1 / height}
-    rows[0]["boxes"] = [box]
+    rows[0]["boxes"] = [_box(digit, picture)]
     return Made(rows=rows, digits=_numbers(placed), files={path: png(picture)})
 
 
-def count(rng: Generator, pool: Pool, name: str) -> Made:
-    """PixMo-Count: a picture with one to six digits, all of them pointed at; pixels."""
-    picture, placed = group(rng, pool, int(rng.integers(1, 7)))
+def _count(picture: Pixels, placed: Sequence[Placed], name: str) -> Made:
     data = png(picture)
     path = f"images/{name}.png"
     row = {
@@ -176,6 +178,19 @@ def count(rng: Generator, pool: Pool, name: str) -> Made:
         "label": "digits",
     }
     return Made(rows=[row], digits=_numbers(placed), files={path: data})
+
+
+def count(rng: Generator, pool: Pool, name: str) -> Made:
+    """PixMo-Count: a picture with one to six digits, all of them pointed at; pixels."""
+    return _count(*group(rng, pool, int(rng.integers(1, 7))), name)
+
+
+def count_test(rng: Generator, pool: Pool, name: str) -> Made:
+    """As `count`, with the digits' boxes."""
+    picture, placed = group(rng, pool, int(rng.integers(1, 7)))
+    made = _count(picture, placed, name)
+    made.rows[0]["boxes"] = [_box(digit, picture) for digit in placed]
+    return made
 
 
 WHICH = "Which digit is this?"

@@ -21,7 +21,7 @@ from molmo2.demo import images, videos
 from molmo2.demo.digits import Generator, Pool, generator, load_pool
 from molmo2.demo.images import Made
 
-VERSION = 2  # raise it when the drawing changes: data of another version are made anew
+VERSION = 3  # raise it when the drawing changes: data of another version are made anew
 Maker = Callable[[Generator, Pool, str], Made]
 
 
@@ -62,7 +62,15 @@ SETS = (
         train=2500,
         validation=200,
     ),
-    DemoSet(name="demo-count", schema=images.COUNT_SCHEMA, make=images.count, train=2500, validation=200),
+    DemoSet(
+        name="demo-count",
+        schema=images.COUNT_SCHEMA,
+        schema_validation=images.COUNT_TEST_SCHEMA,
+        make=images.count,
+        make_validation=images.count_test,
+        train=2500,
+        validation=200,
+    ),
     DemoSet(
         name="demo-image-qa",
         schema=images.IMAGE_QA_SCHEMA,

@@ -52,7 +52,14 @@ SUITES = {
                 max_new_tokens=112,
             ),
             Benchmark(
-                name="pointing",
+                name="pointing at all",  # in the answers that count one to six digits
+                dataset="demo-count",
+                metric=points_in_boxes,
+                max_new_tokens=112,
+                columns=("boxes",),
+            ),
+            Benchmark(
+                name="pointing",  # at the one digit, of up to three, that the question names
                 dataset="demo-points",
                 metric=points_in_boxes,
                 target=0.6,
