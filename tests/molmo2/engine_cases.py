@@ -49,7 +49,7 @@ MIXTURE: dict[str, Any] = {"groups": {"all": {"rate": 1, "datasets": {"toy": Non
 
 
 def model(config: ModelConfig = CONFIG) -> Molmo2:
-    return Molmo2(config).init_weights(7, std=0.2)
+    return Molmo2(config).init_weights(7)
 
 
 def batch(seed: int, visuals: int, length: int = 48, divisor: float = 10.0, weightless: bool = False) -> Batch:

@@ -83,7 +83,7 @@ def test_four_coordinate_conventions_become_one(tmp_path: Path, scale: str, give
     assert annotation.groups[0].points == ((0.25, 0.5), (0.0, 1.0))
     assert [e.annotations[0].style for e in (point, count)] == ["pointing", "point_count"]
     assert point.key != count.key
-    assert point.loss_weight == 0.2
+    assert point.loss_weight == 1.0
     with pytest.raises(RejectedError, match="sha256"):
         convert(tmp_path, "demo-points", [{**row, "image_sha256": "0" * 64}])
 
@@ -136,7 +136,14 @@ def test_choices_put_the_answer_at_a_seeded_place(tmp_path: Path) -> None:
     (again,) = convert(tmp_path, "demo-video-qa", rows)
     assert example == again
     places = set()
+    assert [a for a in example.annotations if isinstance(a, Text)] == [
+        Text(style="video_short_answer", question=row["Question"], answer="3") for row in rows
+    ]
+    (asked,) = convert(tmp_path, "demo-video-qa", rows[:1], "eval")
+    assert [type(annotation) for annotation in asked.annotations] == [Text]
     for annotation in example.annotations:
+        if isinstance(annotation, Text):
+            continue
         assert isinstance(annotation, Choice)
         assert annotation.options[annotation.answer] == "3"
         assert sorted(annotation.options) == ["1", "3", "7"]
