@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from molmo2.config import data_path, load_recipe
-from molmo2.eval.report import Stage, read_stage, render
+from molmo2.eval.report import Stage, percent, read_stage, render
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "demo"
 
@@ -64,7 +64,7 @@ def main() -> None:
     for name in ("score", "chance", "target"):
         table.add_column(name, justify="right")
     for result in evaluation["results"]:
-        table.add_row(result["name"], *(f"{result[key]:.1%}" for key in ("score", "chance", "target")))
+        table.add_row(result["name"], *(percent(result[key]) for key in ("score", "chance", "target")))
     console = Console()
     console.print(stages_table(stages))
     console.print(table)

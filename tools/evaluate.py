@@ -23,6 +23,7 @@ from rich.table import Table
 from molmo2.checkpoint import load_weights, open_checkpoint
 from molmo2.config import data_path
 from molmo2.eval.benchmarks import SUITES
+from molmo2.eval.report import percent
 from molmo2.eval.runner import evaluate
 from molmo2.model.molmo2 import Molmo2
 from molmo2.processing import ProcessorSettings, build_processor
@@ -52,7 +53,7 @@ def results_table(title: str, results: list[dict[str, Any]]) -> Table:
     for name in ("questions", "score", "chance", "target"):
         table.add_column(name, justify="right")
     for result in results:
-        shown = ("-" if result[key] is None else f"{result[key]:.1%}" for key in ("score", "chance", "target"))
+        shown = (percent(result[key]) for key in ("score", "chance", "target"))
         table.add_row(result["name"], result["metric"], str(result["num_questions"]), *shown)
     return table
 

@@ -39,6 +39,11 @@ def read_stage(run_dir: Path) -> Stage:
     return Stage(summary=summary, losses=losses)
 
 
+def percent(share: float | None) -> str:
+    """A share as a table shows it; a dash where there is none."""
+    return "-" if share is None else f"{share:.1%}"
+
+
 def averaged(values: Sequence[float], most: int = MOST_POINTS) -> list[tuple[float, float]]:
     """(step, mean) of runs of equal length, at most `most` of them; steps count from 1."""
     size = max(1, -(-len(values) // most))

@@ -1,4 +1,8 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -179,3 +183,31 @@ def test_report_holds_everything_and_escapes_text(tmp_path):
     assert "Which &lt;digit&gt;?" in page and "&lt;b&gt;7" in page
     assert "1,234" in page and "<polyline" in page and "x/y" in page
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_demo_report_shows_benchmarks_without_a_target(tmp_path):
+    """The tool as `make demo` runs it, on the files that training and evaluation leave."""
+    for stage in (1, 2, 3):
+        run = tmp_path / "runs" / f"demo-stage{stage}"
+        run.mkdir(parents=True)
+        summary = {"name": run.name, "stage": "sft", "steps": 2, "tokens": 10, "fill": 1.0, "seconds": 3.0}
+        (run / "summary.json").write_text(json.dumps({**summary, "loss_first": 2.0, "loss_last": 1.0}))
+        (run / "log.jsonl").write_text("".join(json.dumps({"step": s, "loss": 2.0 / s}) + "\n" for s in (1, 2)))
+    result = {"name": "pointing at all", "metric": "points_in_boxes", "num_questions": 1, "score": 0.5}
+    result |= {"chance": None, "target": None, "answers": []}
+    evaluation = {
+        "run": "demo-stage3",
+        "checkpoint": "here",
+        "benchmarks": "demo",
+        "step": 2,
+        "seconds": 1.0,
+        "results": [result],
+    }
+    (tmp_path / "runs" / "demo-stage3" / "evaluation-demo.json").write_text(json.dumps(evaluation))
+    tool = Path(__file__).parents[2] / "tools" / "demo_report.py"
+    environment = {**os.environ, "MOLMO2_DATA": str(tmp_path)}
+    run = subprocess.run([sys.executable, tool], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert "pointing at all" in run.stdout
+    assert "50.0%" in run.stdout
+    assert (tmp_path / "runs" / "demo-report.html").is_file()
