@@ -21,6 +21,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from yaml import YAMLError
 
 from shards.mixture import MixtureSpec
+from shards.plan import PlanSettings
 
 COMPONENTS = ("vit", "connector", "llm")
 Fraction = typing.Annotated[float, Field(ge=0, le=1)]
@@ -124,6 +125,23 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
                 f"train.micro_batch {self.train.micro_batch}"
             )
         return self
+
+    @property
+    def plan_settings(self) -> PlanSettings:
+        """What the order of batches depends on."""
+        data = self.data
+        return PlanSettings(
+            sequence_length=data.sequence_length,
+            max_crops=data.max_crops,
+            packs_per_step=self.train.packs_per_step,
+            window=data.window,
+            seed=data.seed,
+        )
+
+    @property
+    def roots(self) -> list[str]:
+        """The folders of datasets, as paths."""
+        return [str(data_path(root)) for root in self.data.roots]
 
     @property
     def run_dir(self) -> Path:

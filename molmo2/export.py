@@ -25,7 +25,7 @@ from molmo2.model.generate import PromptTensors
 from molmo2.model.mask import TRUNK
 from molmo2.model.molmo2 import Molmo2
 from molmo2.processing import Processor, Tokenizer
-from shards.layout import VisualLayout, VisualTokens
+from molmo2.processing.processor import visual_layout
 from shards.schema import Example, ImageRef, Limits, Source, Text
 
 MARK = "export.json"  # where the weights come from and what the check measured; marks a directory as an export
@@ -187,18 +187,6 @@ def check(
     if not max(differences.values()) <= TOLERANCE:
         raise ExportError(f"{directory}: logits in transformers differ from ours: {differences}, allowed {TOLERANCE}")
     return differences
-
-
-def visual_layout(config: ModelConfig) -> VisualLayout:
-    """The geometry of a model's vision input as the data side knows it."""
-    return VisualLayout(
-        tokens=VisualTokens.after(config.text.vocab_size),
-        crop_size=config.crop_size,
-        patch_size=config.patch_size,
-        overlap_margin=config.overlap_margin,
-        image_pool=config.image_pool,
-        video_pool=config.video_pool,
-    )
 
 
 def all_logits(model: Molmo2, prompt: PromptTensors) -> Tensor:

@@ -41,7 +41,7 @@ from molmo2.processing.processor import ProcessorSettings, build_processor
 from shards.collate import PAD_SEGMENT, Batch
 from shards.layout import VisualLayout
 from shards.loader import QuarantineError, make_loader, micro_steps
-from shards.plan import Cursor, Plan, PlanError, PlanSettings, open_plan
+from shards.plan import Cursor, Plan, PlanError, open_plan
 
 QUARANTINE_NAME = "quarantine.jsonl"
 SUMMARY_NAME = "summary.json"
@@ -114,17 +114,9 @@ def prepare(recipe: Recipe, mesh: Mesh, device: torch.device) -> Run:
     """Check everything that can be known before a model is built: tokenizer, shards, processor."""
     if recipe.logging.wandb and not importlib.util.find_spec("wandb"):
         raise ValueError("logging.wandb is set, but wandb is not installed; pip install wandb, or set it to null")
-    data = recipe.data
     tokenizer = str(data_path(recipe.tokenizer))
     processor = build_processor(ProcessorSettings(preset=recipe.model, tokenizer_dir=tokenizer, stage=recipe.stage))
-    settings = PlanSettings(
-        sequence_length=data.sequence_length,
-        max_crops=data.max_crops,
-        packs_per_step=recipe.train.packs_per_step,
-        window=data.window,
-        seed=data.seed,
-    )
-    plan = open_plan([str(data_path(root)) for root in data.roots], data.mixture, settings, processor.settings)
+    plan = open_plan(recipe.roots, recipe.data.mixture, recipe.plan_settings, processor.settings)
     return Run(
         recipe=recipe,
         mesh=mesh,

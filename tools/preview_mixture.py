@@ -16,9 +16,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from molmo2.config import Recipe, RecipeError, data_path, load_recipe
+from molmo2.config import Recipe, RecipeError, load_recipe
 from shards.mixture import SCALE
-from shards.plan import Cursor, Plan, PlanSettings, open_plan
+from shards.plan import Cursor, Plan, open_plan
 
 
 @dataclass(slots=True)
@@ -95,15 +95,7 @@ def summary(recipe: Recipe, drawn: Drawn) -> list[str]:
 
 def preview(recipe: Recipe, num_steps: int) -> list[str]:
     """The lines to print."""
-    data = recipe.data
-    settings = PlanSettings(
-        sequence_length=data.sequence_length,
-        max_crops=data.max_crops,
-        packs_per_step=recipe.train.packs_per_step,
-        window=data.window,
-        seed=data.seed,
-    )
-    plan = open_plan([str(data_path(root)) for root in data.roots], data.mixture, settings)
+    plan = open_plan(recipe.roots, recipe.data.mixture, recipe.plan_settings)
     drawn = draw_steps(plan, min(num_steps, recipe.train.steps))
     return [*table(recipe, plan, drawn), "", *summary(recipe, drawn)]
 

@@ -88,12 +88,6 @@ def questions(row: Row, raw: Path, columns: Sequence[str] = (), limit: int | Non
     return found[:limit]
 
 
-def _tensors(prompt: Prompt, device: torch.device) -> PromptTensors:
-    arrays = (prompt.input_ids, prompt.is_visual, prompt.pixels, prompt.pooling)
-    ids, visual, pixels, pooling = (torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays)
-    return PromptTensors(input_ids=ids, is_visual=visual, pixels=pixels, pooling=pooling)
-
-
 def ask(
     model: Molmo2,
     processor: Processor,
@@ -111,7 +105,7 @@ def ask(
     texts = [""] * len(asked)
     batches = [order[first : first + BATCH_SIZE] for first in range(0, len(order), BATCH_SIZE)]
     for batch in tqdm(batches, desc=f"{benchmark.name}: answers", unit="batch", leave=False):
-        inputs = [_tensors(prompts[i], device) for i in batch]
+        inputs = [PromptTensors.of(prompts[i], device) for i in batch]
         rows = generate(model, inputs, benchmark.max_new_tokens, processor.tokenizer.eos)
         for i, ids in zip(batch, rows, strict=True):
             texts[i] = processor.tokenizer.decode(ids)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from molmo2.model.config import PRESETS, ModelConfig
 from molmo2.processing import chat, text, video, visuals
 from molmo2.processing.chat import Branch
 from molmo2.processing.images import Pixels
@@ -22,7 +23,7 @@ from molmo2.processing.tokenizer import Tokenizer
 from molmo2.processing.visuals import Clip, Opened, Plan
 from shards import layout as geometry
 from shards.format import digest
-from shards.layout import VisualLayout
+from shards.layout import VisualLayout, VisualTokens
 from shards.schema import Annotation, Example, Limits, Points, RejectedError, Sample, Tracks
 
 STAGE_MODES = {"pretraining": "pretraining", "sft": "sft", "long": "sft", "eval": "eval"}
@@ -75,29 +76,31 @@ class _Fitted:
     notes: list[dict[str, Any]]
 
 
-def build_processor(settings: ProcessorSettings) -> Processor:
-    """The processor of a model preset and stage.
-
-    Raises:
-        ValueError: an unknown preset or stage, or a tokenizer that does not fit the preset (`TokenizerError`).
-    """
-    from molmo2.model.config import PRESETS
-
-    if settings.preset not in PRESETS:
-        raise ValueError(f"unknown model preset {settings.preset!r}; known: {', '.join(sorted(PRESETS))}")
-    if settings.stage not in STAGE_MODES:
-        raise ValueError(f"unknown stage {settings.stage!r}; known: {', '.join(STAGE_MODES)}")
-    config = PRESETS[settings.preset]
-    tokenizer = Tokenizer(settings.tokenizer_dir, config.text.vocab_size)
-    layout = VisualLayout(
-        tokens=tokenizer.visual,
+def visual_layout(config: ModelConfig) -> VisualLayout:
+    """The geometry of a model's vision input as the data side knows it."""
+    return VisualLayout(
+        tokens=VisualTokens.after(config.text.vocab_size),
         crop_size=config.crop_size,
         patch_size=config.patch_size,
         overlap_margin=config.overlap_margin,
         image_pool=config.image_pool,
         video_pool=config.video_pool,
     )
-    return Processor(layout, tokenizer, STAGE_MODES[settings.stage], settings.num_variants)
+
+
+def build_processor(settings: ProcessorSettings) -> Processor:
+    """The processor of a model preset and stage.
+
+    Raises:
+        ValueError: an unknown preset or stage, or a tokenizer that does not fit the preset (`TokenizerError`).
+    """
+    if settings.preset not in PRESETS:
+        raise ValueError(f"unknown model preset {settings.preset!r}; known: {', '.join(sorted(PRESETS))}")
+    if settings.stage not in STAGE_MODES:
+        raise ValueError(f"unknown stage {settings.stage!r}; known: {', '.join(STAGE_MODES)}")
+    config = PRESETS[settings.preset]
+    tokenizer = Tokenizer(settings.tokenizer_dir, config.text.vocab_size)
+    return Processor(visual_layout(config), tokenizer, STAGE_MODES[settings.stage], settings.num_variants)
 
 
 def draws(dataset: str, key: str, variant: int) -> np.random.Generator:

@@ -26,6 +26,7 @@ from molmo2.model.generate import PromptTensors, generate
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.text import rope_frequencies
 from molmo2.processing import Processor, Tokenizer, TokenizerError, chat, images, video
+from molmo2.processing.processor import visual_layout
 from shards import layout as geometry
 
 QUESTION = "What is this?"
@@ -74,7 +75,7 @@ def clip(config: ModelConfig, frames: np.ndarray) -> tuple[PromptTensors, dict[s
     from transformers.video_utils import VideoMetadata
 
     tokenizer = Tokenizer(tokenizer_dir(), config.text.vocab_size)
-    layout = export.visual_layout(config)
+    layout = visual_layout(config)
     visuals = [{"kind": "frame", "time": i / 2} for i in range(len(frames))]
     trunk = [tokenizer.bos]
     for i, visual in enumerate(visuals):
@@ -97,7 +98,7 @@ def test_transformers_generates_our_tokens(config: ModelConfig, tmp_path: Path) 
     model = noisy(config)
     theirs, preprocess = reload(exported(model, tmp_path / "out"))
     picture, frames = noise(100, 170), np.stack([noise(50, 70, seed) for seed in range(5)])
-    processor = Processor(export.visual_layout(config), Tokenizer(tokenizer_dir(), 320), "eval", 1)
+    processor = Processor(visual_layout(config), Tokenizer(tokenizer_dir(), 320), "eval", 1)
     video_prompt, video_inputs = clip(config, frames)
     prompts = [
         export.ask(processor, QUESTION, [], 4096),

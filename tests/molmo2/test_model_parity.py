@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_models import CONFIGS, pair
 
-from molmo2.export import visual_layout
 from molmo2.hub import from_foreign
 from molmo2.model.config import ModelConfig
 from molmo2.model.mask import PAD_SEGMENT, TRUNK, allowed
+from molmo2.processing.processor import visual_layout
 from shards import layout as geometry
 
 TOLERANCE = 1e-5

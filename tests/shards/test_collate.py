@@ -158,3 +158,12 @@ def test_to_moves_every_tensor(dataset: Dataset) -> None:
     tensors = [value for name in Batch.__slots__ if isinstance(value := getattr(batch, name), torch.Tensor)]
     assert len(tensors) == 10
     assert all(tensor.device.type == "meta" for tensor in tensors)
+
+
+def test_segment_numbers_are_the_models() -> None:
+    """The model imports nothing of the data plane, so both state them."""
+    import molmo2.model.mask as mask
+    import shards.collate as collate_module
+
+    for name in ("MEMBER", "TRUNK", "PAD_SEGMENT"):
+        assert getattr(mask, name) == getattr(collate_module, name)
