@@ -140,8 +140,8 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
 
     @property
     def roots(self) -> list[str]:
-        """The folders of datasets, as paths."""
-        return [str(data_path(root)) for root in self.data.roots]
+        """The folders of datasets, as paths and URLs."""
+        return [root if "://" in root else str(data_path(root)) for root in self.data.roots]
 
     @property
     def run_dir(self) -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,13 +60,22 @@ class Dataset:
         return shard, row, found
 
 
+def cache_dir() -> Path:
+    """Where sidecars from a bucket are kept, by their hash: `$XDG_CACHE_HOME/nanomolmo2` (default `~/.cache`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nanomolmo2")
+
+
 def _load_sidecar(storage: Storage, shard: ShardInfo, num_variants: int) -> Array:
-    """Verified, and memory-mapped where the file is local.
+    """Verified and memory-mapped; one from a bucket is first copied to the disk, once.
 
     The header is compared, not parsed: numpy parses it with `ast`, which fails now and then in threads (CPython 3.11).
     """
     name, dtype = f"{shard.name}.idx.npy", index_dtype(num_variants)
-    data = storage.read(name)
+    if isinstance(storage, LocalStorage):
+        local, data = storage, storage.read(name)
+    else:
+        local, data = _fetch_sidecar(storage, shard)
+        name = f"{shard.index_sha256}.npy"
     found = hashlib.sha256(data).hexdigest()
     if found != shard.index_sha256:
         raise ValueError(f"sha256 {found[:16]}..., index.json says {shard.index_sha256[:16]}...")
@@ -72,10 +83,22 @@ def _load_sidecar(storage: Storage, shard: ShardInfo, num_variants: int) -> Arra
     count, rest = divmod(len(data) - start, dtype.itemsize)
     if rest or repr(np.lib.format.dtype_to_descr(dtype)).encode() not in data[:start]:
         raise ValueError(f"these are not the rows of {num_variants} variants")
-    if isinstance(storage, LocalStorage):
-        # A plain array over the map: looking up rows of numpy's own memmap class costs several times more.
-        return np.asarray(np.memmap(storage.path(name), dtype, "r", start, (count,)))
-    return np.frombuffer(data, dtype, count, start)
+    # A plain array over the map: looking up rows of numpy's own memmap class costs several times more.
+    return np.asarray(np.memmap(local.path(name), dtype, "r", start, (count,)))
+
+
+def _fetch_sidecar(storage: Storage, shard: ShardInfo) -> tuple[LocalStorage, bytes]:
+    """The cache and a sidecar's bytes, which are then in it if they are the right ones."""
+    cache, name = LocalStorage(cache_dir()), f"{shard.index_sha256}.npy"
+    try:
+        data = cache.read(name)
+    except FileNotFoundError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        data = storage.read(f"{shard.name}.idx.npy")
+        if hashlib.sha256(data).hexdigest() == shard.index_sha256:
+            cache.write(name, data)
+    return cache, data
 
 
 def open_dataset(root: str, name: str) -> Dataset:

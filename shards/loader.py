@@ -9,9 +9,12 @@ The number of workers and their prefetch never change the order: the sampler fix
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 from collections import Counter
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -22,8 +25,10 @@ from shards.collate import Batch, DecodedSample, collate, decode_sample
 from shards.layout import VisualLayout
 from shards.plan import Cursor, Draw, PackSpec, Plan
 from shards.reader import Damage, ReadError, damage, read_sample
+from shards.storage import LocalStorage
 
 LOG = logging.getLogger(__name__)
+READS_AT_ONCE = 16  # of one worker, from a bucket
 BUDGET = 0.001  # share of a dataset's samples that may be damaged; at least one may, unless strict
 
 
@@ -71,6 +76,12 @@ class PlanSampler(Sampler[MicroSpec]):
             cursor = step.cursor
 
 
+@functools.lru_cache(maxsize=1)
+def _threads(pid: int) -> ThreadPoolExecutor:
+    """This process's threads for reading: they do not survive a fork."""
+    return ThreadPoolExecutor(READS_AT_ONCE, "read")
+
+
 class PackReader(TorchDataset[Batch]):
     """Map-style: a MicroSpec in, a batch out. Runs in the workers, and holds no index."""
 
@@ -79,7 +90,11 @@ class PackReader(TorchDataset[Batch]):
         self.sequence_length = plan.settings.sequence_length
 
     def __getitem__(self, spec: MicroSpec) -> Batch:
-        samples = [[self._read(draw) for draw in pack.draws] for pack in spec.packs]
+        draws = [draw for pack in spec.packs for draw in pack.draws]
+        # A local read is over before a thread would begin it; a bucket answers many at once.
+        remote = any(not isinstance(self.tars[draw.dataset].storage, LocalStorage) for draw in draws)
+        found = iter(_threads(os.getpid()).map(self._read, draws) if remote else map(self._read, draws))
+        samples = [[next(found) for _ in pack.draws] for pack in spec.packs]
         return collate(self.layout, spec.packs, samples, self.sequence_length, spec.divisor, spec.cursor)
 
     def _read(self, draw: Draw) -> DecodedSample | Damage:

@@ -20,6 +20,7 @@ from shards.dataset import Tars
 from shards.format import KEY_PATTERN, TOKEN_DTYPE, FormatError, span_hash, tar_members
 from shards.layout import sample_visuals
 from shards.plan import Draw
+from shards.storage import UnavailableError
 
 ATTEMPTS = 3
 PAUSE = 0.05  # seconds before the second attempt; doubles, with jitter
@@ -59,7 +60,11 @@ class Damage:
 
 
 def read_sample(tars: Tars, draw: Draw) -> StoredSample | Damage:
-    """Read a draw by one byte range, verified. Wrong bytes are read again before they count as damage."""
+    """Read a draw by one byte range, verified. Wrong bytes are read again before they count as damage.
+
+    Raises:
+        UnavailableError: the store does not answer, which says nothing about the sample.
+    """
     span, reason = b"", ""
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -68,6 +73,8 @@ def read_sample(tars: Tars, draw: Draw) -> StoredSample | Damage:
             span = tars.storage.read(f"{tars.shards[draw.shard]}.tar", draw.offset, draw.span)
             check_span(span, draw)
             return parse_sample(span, draw.variant)
+        except UnavailableError:
+            raise
         except (ReadError, FormatError, OSError) as error:
             reason = str(error)
     name = span[:100].split(b".")[0].decode("ascii", "replace")

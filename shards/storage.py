@@ -1,7 +1,7 @@
 """Five verbs over a place where files lie: read, write, publish, size, list.
 
-Local directories only; another kind of place needs the same five methods and a line in `open_storage`. Names are
-relative, with "/" between parts, and never leave the root.
+Local directories here, buckets in `shards.s3`; another kind of place needs the same five methods and a line in
+`open_storage`. Names are relative, with "/" between parts, and never leave the root.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ import shutil
 import uuid
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
+
+
+class UnavailableError(OSError):
+    """A store that gave no answer within its deadline. Says nothing about the data: this is no damage."""
 
 
 class Storage(Protocol):
@@ -119,11 +123,17 @@ def open_storage(url: str | Path) -> Storage:
     """The storage behind a URL or a path.
 
     Raises:
-        ValueError: a scheme that is not supported.
+        ValueError: a scheme that is not supported, or one whose packages are not installed.
     """
     text = str(url)
+    if text.startswith("s3://"):
+        try:
+            from shards.s3 import S3Storage
+        except ImportError as error:
+            raise ValueError(f"{text}: {error}; buckets need the extra: pip install -e '.[s3]'") from None
+        return S3Storage(text)
     if text.startswith("file://"):
         text = text.removeprefix("file://")
     elif "://" in text:
-        raise ValueError(f"{text}: unsupported scheme; give a local directory or a file:// URL")
+        raise ValueError(f"{text}: unsupported scheme; give a local directory, a file:// or an s3:// URL")
     return LocalStorage(text)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import posixpath
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,15 +53,15 @@ class Finding:
         return f"{' / '.join(part for part in place if part)}: {self.problem}"
 
 
-def find_datasets(root: Path) -> list[Path]:
-    """Every folder at or below `root` that holds shards or an index."""
-    marks = {path.parent for pattern in (INDEX_NAME, "*.tar", "build.json") for path in root.rglob(pattern)}
-    return sorted(marks)
+def find_datasets(root: str) -> list[str]:
+    """Every folder at or below `root`, a path or a URL, that holds shards or an index."""
+    marks = [name for suffix in (INDEX_NAME, ".tar", "build.json") for name in open_storage(root).list(suffix)]
+    return sorted({posixpath.join(root.rstrip("/"), posixpath.dirname(name)).rstrip("/") for name in marks})
 
 
-def verify_dataset(folder: Path) -> Iterator[Finding | ShardInfo]:
-    """Findings of a dataset, and each shard when it has been read, for a progress bar."""
-    storage, name = open_storage(folder), folder.name
+def verify_dataset(folder: str) -> Iterator[Finding | ShardInfo]:
+    """Findings of a dataset, and each shard when it has been read, for a progress bar. `folder`: a path or a URL."""
+    storage, name = open_storage(folder), posixpath.basename(folder.rstrip("/"))
     try:
         index = parse_index(storage.read(INDEX_NAME), f"{folder}/{INDEX_NAME}")
         layout = VisualLayout.from_json(index.processor["layout"])

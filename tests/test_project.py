@@ -11,7 +11,7 @@ import pytest
 import shards
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAVES = {"schema", "format", "layout", "storage", "media"}
+LEAVES = {"schema", "format", "layout", "storage", "s3", "media"}
 BUILD = {"catalog", "sources", "convert", "writer", "builder", "verify"}
 STREAM = {"dataset", "mixture", "order", "packing", "plan", "reader", "collate", "loader"}
 

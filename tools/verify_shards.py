@@ -2,15 +2,15 @@
 
     python tools/verify_shards.py data/shards
     python tools/verify_shards.py data/shards/sft/demo-chat data/shards/long
+    python tools/verify_shards.py s3://bucket/shards/sft
 
-A folder may be one dataset or hold many.
+A folder may be one dataset or hold many, on disk or in a bucket.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -19,10 +19,10 @@ from shards.storage import open_storage
 from shards.verify import Finding, find_datasets, verify_dataset
 
 
-def num_bytes(folder: Path) -> int:
+def num_bytes(folder: str) -> int:
     """Bytes of shards that a dataset's index lists; 0 where it cannot be read."""
     try:
-        return sum(shard.bytes for shard in parse_index(open_storage(folder).read(INDEX_NAME), str(folder)).shards)
+        return sum(shard.bytes for shard in parse_index(open_storage(folder).read(INDEX_NAME), folder).shards)
     except (FileNotFoundError, FormatError):
         return 0
 
@@ -30,12 +30,12 @@ def num_bytes(folder: Path) -> int:
 def main() -> int:
     """Verify every dataset below the folders given; print findings as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="datasets, or folders of datasets")
+    parser.add_argument("folders", nargs="+", help="datasets, or folders of datasets")
     folders = parser.parse_args().folders
     datasets = [dataset for folder in folders for dataset in find_datasets(folder)]
     if not datasets:
         sys.exit(
-            f"verify_shards: no shards at or below {', '.join(map(str, folders))}; build some, or correct the path"
+            f"verify_shards: no shards at or below {', '.join(folders)}; build some, or correct the path"
         )
     num_findings = num_shards = 0
     total = sum(map(num_bytes, datasets))
@@ -53,4 +53,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"verify_shards: {error}")

@@ -33,12 +33,15 @@ def whole(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def findings(folder: Path) -> list[str]:
     return [
-        str(found) for data in find_datasets(folder) for found in verify_dataset(data) if isinstance(found, Finding)
+        str(found)
+        for data in find_datasets(str(folder))
+        for found in verify_dataset(data)
+        if isinstance(found, Finding)
     ]
 
 
 def test_whole_datasets_have_no_finding(whole: Path) -> None:
-    assert len(find_datasets(whole)) == 2
+    assert len(find_datasets(str(whole))) == 2
     assert findings(whole) == []
 
 

