@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from molmo2.config import COMPONENTS, Recipe
 from molmo2.loss import rows_per_chunk, weighted_loss
+from molmo2.model.attention import masked_attention
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
-from molmo2.model.text import dense_attention
 from molmo2.optim import ComponentAdamW, parameter_groups
+from molmo2.parallel.loss_rows import share_loss_rows
 from molmo2.parallel.mesh import Mesh
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
@@ -47,7 +48,7 @@ class TrainingModule(nn.Module):
         self.z_loss = recipe.train.z_loss
         self.chunk_rows = rows_per_chunk(model.config.text.vocab_size)
         self.agree_on_chunks = recipe.train.zero_stage == 3
-        self.attend = ulysses(dense_attention, mesh, model.config.text.num_heads, model.config.text.num_kv_heads)
+        self.attend = ulysses(masked_attention, mesh, model.config.text.num_heads, model.config.text.num_kv_heads)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Forward of one micro-batch; every rank must call it together.
@@ -72,16 +73,8 @@ class TrainingModule(nn.Module):
         own = slice(mesh.sp_rank * length, (mesh.sp_rank + 1) * length)
         mask = AttentionMask(batch.segment_ids, batch.is_visual)
         hidden = model.decode(x[:, own], batch.position_ids[:, own], mask, attend=self.attend)
-        weights = batch.loss_weights[:, own]
-        sums = weighted_loss(
-            hidden,
-            batch.labels[:, own],
-            weights,
-            model.lm_head,
-            self.z_loss,
-            self.chunk_rows,
-            self._num_chunks(weights),
-        )
+        rows = share_loss_rows(hidden, batch.labels, batch.loss_weights, mesh)
+        sums = weighted_loss(*rows, model.lm_head, self.z_loss, self.chunk_rows, self._num_chunks(rows.weights))
         logged = torch.stack(sums) / batch.divisor
         return logged.sum() * mesh.world, logged.detach()
 

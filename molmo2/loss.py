@@ -41,9 +41,9 @@ def weighted_loss(
     """Sum the loss of the rows with weight > 0.
 
     Args:
-        hidden: [B, S, d], final-normed.
-        labels: [B, S] int64, already shifted.
-        weights: [B, S] float32.
+        hidden: [..., d], final-normed; one row or more.
+        labels: [...] int64, already shifted.
+        weights: [...] float32.
         head: rows [n, d] -> logits [n, vocabulary]; the module that owns the weight, so that its hooks fire.
         z_loss: factor of the z term.
         chunk_rows: rows whose logits exist at once; each chunk is computed again in backward.
@@ -53,7 +53,7 @@ def weighted_loss(
     Returns:
         The two sums; they are connected to `hidden` and to the head even when no row carries loss.
     """
-    rows, labels, weights = hidden.flatten(0, 1), labels.flatten(), weights.flatten()
+    rows, labels, weights = hidden.flatten(0, -2), labels.flatten(), weights.flatten()
     chunks = (weights > 0).nonzero().squeeze(1).split(chunk_rows)
     idle = torch.zeros(1, dtype=torch.int64, device=rows.device)
     sums = rows.new_zeros(2, dtype=torch.float32)

@@ -11,7 +11,9 @@ A padding token sees itself, so that no row of the softmax is empty.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ MEMBER = 100_000
 TRUNK = 10_000
 PAD_SEGMENT = 2**31 - 1
 
+Made = TypeVar("Made")
+
 
 @dataclass(slots=True)
 class AttentionMask:
@@ -27,13 +31,17 @@ class AttentionMask:
 
     segment_ids: Tensor
     is_visual: Tensor
-    _dense: Tensor | None = field(default=None, repr=False)
+    _made: dict[object, object] = field(default_factory=dict, repr=False)
+
+    def made(self, make: Callable[[Tensor, Tensor], Made]) -> Made:
+        """What `make` makes of the two vectors, made once for all layers."""
+        if make not in self._made:
+            self._made[make] = make(self.segment_ids, self.is_visual)
+        return self._made[make]  # type: ignore[return-value]
 
     def dense(self) -> Tensor:
-        """Bool [B, 1, S, S], True where the query (axis 2) sees the key (axis 3). Made once."""
-        if self._dense is None:
-            self._dense = allowed(self.segment_ids, self.is_visual)
-        return self._dense
+        """Bool [B, 1, S, S], True where the query (axis 2) sees the key (axis 3)."""
+        return self.made(allowed)
 
 
 @dataclass(slots=True)
@@ -47,12 +55,12 @@ class KeyMask:
         return self.valid[:, None, None, :]
 
 
-def allowed(segment_ids: Tensor, is_visual: Tensor) -> Tensor:
-    """The dense rule, bool [B, 1, S, S]; S x S, so for short rows and for tests."""
-    query, key = segment_ids[:, None, :, None], segment_ids[:, None, None, :]
+def allowed(segment_ids: Tensor, is_visual: Tensor, queries: slice = slice(None), keys: slice = slice(None)) -> Tensor:
+    """The rule written out for some queries and keys: bool [B, 1, queries, keys]."""
+    query, key = segment_ids[:, None, queries, None], segment_ids[:, None, None, keys]
     position = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    causal = position[None, :] <= position[:, None]
-    both_visual = is_visual[:, None, :, None] & is_visual[:, None, None, :]
+    query_position, key_position = position[queries, None], position[None, keys]
+    both_visual = is_visual[:, None, queries, None] & is_visual[:, None, None, keys]
     same_member = query // MEMBER == key // MEMBER
-    seen = (key != PAD_SEGMENT) & (query <= key) & (causal | (both_visual & same_member))
-    return seen | torch.eye(len(position), dtype=torch.bool, device=segment_ids.device)
+    seen = (key != PAD_SEGMENT) & (query <= key) & ((key_position <= query_position) | (both_visual & same_member))
+    return seen | (query_position == key_position)

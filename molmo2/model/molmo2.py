@@ -11,10 +11,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from molmo2.model.attention import masked_attention
 from molmo2.model.config import ModelConfig
 from molmo2.model.connector import Connector
 from molmo2.model.mask import AttentionMask
-from molmo2.model.text import Attend, Cache, Decoder, Mask, dense_attention
+from molmo2.model.text import Attend, Cache, Decoder, Mask
 from molmo2.model.vit import VisionTransformer
 
 
@@ -96,7 +97,7 @@ class Molmo2(nn.Module):
         x: Tensor,
         position_ids: Tensor,
         mask: Mask,
-        attend: Attend = dense_attention,
+        attend: Attend = masked_attention,
         cache: Cache | None = None,
     ) -> Tensor:
         """Embeddings [B, S, d] and positions int64 [B, S] to final-normed hidden states [B, S, d]."""

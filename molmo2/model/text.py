@@ -28,11 +28,6 @@ class Mask(Protocol):
 Attend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Attention with the mask written out. S x S: for short rows, generation and tests."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense(), enable_gqa=q.shape[1] != k.shape[1])
-
-
 class Cache:
     """Keys and values of every layer so far, [B, Hkv, tokens, D] each."""
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from molmo2.parallel.gather import all_gather
 from molmo2.parallel.mesh import Mesh
 
 Encode = Callable[[Tensor, Tensor], Tensor]
@@ -57,27 +56,6 @@ def split_visuals(crops: Sequence[int], tokens: Sequence[int], ranks: int) -> li
     return [Share(slice(a[0], b[0]), slice(a[1], b[1])) for a, b in itertools.pairwise(edges)]
 
 
-class _AllGather(torch.autograd.Function):
-    """Concatenate equal blocks of all ranks on dim 0. Backward sums the ranks' gradients of each block.
-
-    Sum is right because every rank uses the features for its own rows only, and the loss is a sum over ranks.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, mesh: Mesh) -> Tensor:
-        ctx.mesh = mesh
-        value = value.contiguous()
-        blocks = [torch.empty_like(value) for _ in range(mesh.sp)]
-        dist.all_gather(blocks, value, group=mesh.sp_group)
-        return torch.cat(blocks)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.mesh.sp_group)
-        return total.chunk(ctx.mesh.sp)[ctx.mesh.sp_rank], None
-
-
 def encode_shared(
     encode: Encode,
     pixels: Tensor,
@@ -116,7 +94,7 @@ def encode_shared(
     touch = features[:1].sum() * 0
     if mesh.sp_group is not None:
         block = max(1, *(share.num_tokens for share in shares))
-        features = _AllGather.apply(torch.nn.functional.pad(features, (0, 0, 0, block - len(features))), mesh)
+        features = all_gather(torch.nn.functional.pad(features, (0, 0, 0, block - len(features))), mesh)
         index = [rank * block + i for rank, share in enumerate(shares) for i in range(share.num_tokens)]
         features = features[torch.tensor(index, dtype=torch.int64, device=pixels.device)]
     return features[: len(pooling)], touch

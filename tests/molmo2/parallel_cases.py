@@ -1,10 +1,12 @@
-"""What the ranks of test_ulysses and test_vision_split do; many cases in one launch."""
+"""What the ranks of test_ulysses, test_vision_split and test_loss_rows do; many cases in one launch."""
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from molmo2.loss import weighted_loss
+from molmo2.parallel.loss_rows import share_loss_rows
 from molmo2.parallel.mesh import make_mesh
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
@@ -86,4 +88,44 @@ def vision(cases: list[tuple[list[int], list[int]]]) -> list[tuple[torch.Tensor,
         gradient = projection.grad.clone()
         dist.all_reduce(gradient)
         results.append((features.detach(), gradient))
+    return results
+
+
+ROW_LENGTH, WIDTH, WORDS = 12, 6, 20
+ROW_CASES = {  # which of the 12 columns of two rows carry loss
+    "all on the last rank": [(0, 11), (1, 11), (1, 10), (0, 10), (0, 9)],
+    "everywhere": [(row, column) for row in range(2) for column in range(ROW_LENGTH)],
+    "one row": [(1, 2)],
+    "none": [],
+}
+
+
+def row_inputs(places: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
+    """Hidden states [2, 12, d] and a head, both to be differentiated; labels, weights."""
+    generator = torch.Generator().manual_seed(len(places))
+    hidden = torch.randn(2, ROW_LENGTH, WIDTH, generator=generator)
+    head = torch.randn(WORDS, WIDTH, generator=generator)
+    labels = torch.randint(0, WORDS, (2, ROW_LENGTH), generator=generator)
+    weights = torch.zeros(2, ROW_LENGTH)
+    for row, column in places:
+        weights[row, column] = 0.5 + 0.25 * column
+    return hidden, head, labels, weights
+
+
+def loss_rows(
+    cases: dict[str, list[tuple[int, int]]],
+) -> dict[str, tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For each case: rows with weight that this rank got, its loss, and the gradients of its slice and of the head."""
+    mesh = make_mesh(dist.get_world_size())
+    results = {}
+    for name, places in cases.items():
+        hidden, head, labels, weights = row_inputs(places)
+        step = ROW_LENGTH // mesh.sp
+        slice_ = hidden[:, mesh.sp_rank * step : (mesh.sp_rank + 1) * step].clone().requires_grad_()
+        head.requires_grad_()
+        rows = share_loss_rows(slice_, labels, weights, mesh)
+        loss = sum(weighted_loss(*rows, lambda x, head=head: x @ head.T, 1e-4, chunk_rows=2))
+        loss.backward()
+        assert slice_.grad is not None and head.grad is not None
+        results[name] = (int((rows.weights > 0).sum()), loss.detach(), slice_.grad, head.grad)
     return results

@@ -1,0 +1,173 @@
+"""Attention with Molmo2's mask, without ever writing out S x S where rows are long.
+
+    dense   scaled dot product attention, the mask written out: short rows, generation, the measure of the others
+    tiled   the same over tiles of queries, each with its own piece of the mask, made again in backward: any device
+    flex    FlexAttention over blocks of 128 x 128, of which per-block statistics tell the empty and the full: CUDA
+
+All three take q [B, H, S, D], k and v [B, Hkv, S, D] with Hkv dividing H, and give [B, H, S, D]. `masked_attention`
+chooses. FlexAttention has no backward on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from molmo2.model.mask import MEMBER, PAD_SEGMENT, AttentionMask, allowed
+from molmo2.model.text import Mask
+
+DENSE_LENGTH = 4096  # rows up to here are cheap enough dense: 16 MiB of mask
+TILE = 512  # queries of a tile
+BLOCK = 128  # of FlexAttention's kernels
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attention with the mask written out."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense(), enable_gqa=q.shape[1] != k.shape[1])
+
+
+class Span(NamedTuple):
+    """A tile of queries and the keys that any of them may see: [start, stop) each."""
+
+    start: int
+    stop: int
+    first_key: int
+    last_key: int
+
+
+def key_spans(segment_ids: Tensor, is_visual: Tensor, tile: int = TILE) -> list[Span]:
+    """Tiles of queries with the span of keys outside which all of them are blind.
+
+    A query sees no key of an earlier pack member, and a later key only if both are visual and of one member. Exact at
+    both ends where members stand one after the other, as they do in packs. Sums over tiles, so the work of `tiled`
+    goes with the members' lengths squared, not with the row's.
+
+    Args:
+        segment_ids: int [B, S].
+        is_visual: bool [B, S].
+        tile: queries of a tile.
+    """
+    length = segment_ids.shape[1]
+    starts = range(0, length, tile)
+    member = segment_ids // MEMBER
+    valid = segment_ids != PAD_SEGMENT
+    positions = torch.arange(length, device=segment_ids.device)
+    bounds = []
+    for start in starts:
+        stop = min(start + tile, length)
+        own, real = member[:, start:stop], valid[:, start:stop]
+        lowest = own.masked_fill(~real, PAD_SEGMENT).amin(1, keepdim=True)
+        highest = own.masked_fill(~real, -1).amax(1, keepdim=True)
+        before = valid & (member >= lowest) & (positions < stop)
+        both = is_visual & valid & (member >= lowest) & (member <= highest)
+        first = torch.where(before, positions, length).amin()
+        last = torch.where(both, positions, -1).amax() * (is_visual[:, start:stop] & real).any()
+        bounds.append(torch.stack([first, last]))
+    found = torch.stack(bounds).tolist()  # one look at the device for all tiles
+    spans = []
+    for start, (first, last) in zip(starts, found, strict=True):
+        stop = min(start + tile, length)
+        spans.append(Span(start, stop, min(first, start), max(stop, last + 1)))
+    return spans
+
+
+def _tile_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, is_visual: Tensor, span: Span) -> Tensor:
+    """One tile: q [B, H, tile, D], k and v [B, Hkv, keys, D] of the span."""
+    queries, keys = slice(span.start, span.stop), slice(span.first_key, span.last_key)
+    mask = allowed(segment_ids, is_visual, queries, keys)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def tiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """Attention tile by tile: the largest piece of the mask is `TILE` x keys."""
+    outputs = []
+    for span in mask.made(key_spans):
+        keys = slice(span.first_key, span.last_key)
+        inputs = (q[:, :, span.start : span.stop], k[:, :, keys], v[:, :, keys], mask.segment_ids, mask.is_visual, span)
+        if torch.is_grad_enabled():  # without it every tile would keep its piece of the mask for backward
+            outputs.append(checkpoint(_tile_attention, *inputs, use_reentrant=False, preserve_rng_state=False))
+        else:
+            outputs.append(_tile_attention(*inputs))
+    return torch.cat(outputs, dim=2)
+
+
+def _blocks(values: Tensor, fill: Any) -> Tensor:
+    """[B, S] as [B, blocks, BLOCK], the last one filled up."""
+    missing = -values.shape[1] % BLOCK
+    return F.pad(values, (0, missing), value=fill).unflatten(1, (-1, BLOCK))
+
+
+def block_tables(segment_ids: Tensor, is_visual: Tensor) -> tuple[Tensor, Tensor]:
+    """Which blocks of 128 queries x 128 keys may hold an allowed pair, and which hold nothing else.
+
+    From the smallest and largest segment of every block, so that no S x S tensor is made. Where intervals leave it
+    open a block counts as mixed, which costs time and changes no result.
+
+    Returns:
+        `mixed` and `full`, bool [B, blocks, blocks]: query blocks by key blocks. The rest is empty.
+    """
+    segments = _blocks(segment_ids, PAD_SEGMENT)
+    valid = segments != PAD_SEGMENT
+    visual = _blocks(is_visual, False) & valid
+    low, high = segments.amin(2), segments.amax(2)  # padding counts as the highest
+    highest_valid = segments.masked_fill(~valid, -1).amax(2)
+    first_member = segments.masked_fill(~visual, PAD_SEGMENT).amin(2) // MEMBER  # of the visual tokens
+    last_member = segments.masked_fill(~visual, -1).amax(2) // MEMBER
+    number = torch.arange(low.shape[1], device=low.device)
+    earlier, same = number[None, :] < number[:, None], number[None, :] == number[:, None]
+
+    def pairs(relation: Callable[[Tensor, Tensor], Tensor], query: Tensor, key: Tensor) -> Tensor:
+        return relation(query[:, :, None], key[:, None, :])
+
+    some_vision = pairs(torch.le, first_member, last_member) & pairs(torch.ge, last_member, first_member)
+    one_member = visual.all(2) & (first_member == last_member)
+    all_vision = pairs(torch.logical_and, one_member, one_member) & pairs(torch.eq, first_member, first_member)
+    reaches = pairs(torch.le, low, highest_valid) & (earlier | same | some_vision)
+    full = valid.all(2)[:, None, :] & pairs(torch.le, high, low) & (earlier | all_vision)
+    return (reaches | same) & ~full, full
+
+
+def block_mask(segment_ids: Tensor, is_visual: Tensor) -> BlockMask:
+    """FlexAttention's form of the mask, from `segment_ids` int [B, S] and `is_visual` bool [B, S]."""
+    length = segment_ids.shape[1]
+    mixed, full = block_tables(segment_ids, is_visual)
+
+    def listed(table: Tensor) -> tuple[Tensor, Tensor]:
+        """Number of blocks in each row [B, 1, n], and their numbers first [B, 1, n, n]."""
+        order = table.int().argsort(dim=2, descending=True, stable=True).int()
+        return table.sum(2, dtype=torch.int32)[:, None], order[:, None]
+
+    def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        query_segment, key_segment = segment_ids[batch, query], segment_ids[batch, key]
+        both_visual = is_visual[batch, query] & is_visual[batch, key]
+        same_member = query_segment // MEMBER == key_segment // MEMBER
+        seen = (key_segment != PAD_SEGMENT) & (query_segment <= key_segment)
+        return (seen & ((key <= query) | (both_visual & same_member))) | (query == key)
+
+    return BlockMask.from_kv_blocks(
+        *listed(mixed), *listed(full), BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(length, length)
+    )
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """FlexAttention, compiled: uncompiled it would write S x S out."""
+    return _compiled_flex()(q, k, v, block_mask=mask.made(block_mask), enable_gqa=q.shape[1] != k.shape[1])
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attention by the backend that suits the device and the length."""
+    if not isinstance(mask, AttentionMask) or q.shape[2] <= DENSE_LENGTH:
+        return dense_attention(q, k, v, mask)
+    return flex(q, k, v, mask) if q.is_cuda else tiled_attention(q, k, v, mask)

@@ -1,0 +1,179 @@
+"""The backends of attention against the mask written out: values, gradients, and no block called empty that is not."""
+
+import pytest
+import torch
+
+from molmo2.model.attention import (
+    BLOCK,
+    Span,
+    block_tables,
+    dense_attention,
+    flex,
+    key_spans,
+    masked_attention,
+    tiled_attention,
+)
+from molmo2.model.mask import MEMBER, PAD_SEGMENT, TRUNK, AttentionMask, allowed
+
+Vectors = tuple[torch.Tensor, torch.Tensor]
+
+
+def member(number: int, trunk: str, branches: list[int]) -> tuple[list[int], list[bool]]:
+    """One pack member; in `trunk` "v" is a visual token and "t" a word."""
+    segments, visual = [number * MEMBER + TRUNK] * len(trunk), [kind == "v" for kind in trunk]
+    for branch, length in enumerate(branches, 1):
+        segments += [number * MEMBER + branch] * length
+        visual += [False] * length
+    return segments, visual
+
+
+def row(members: list[tuple[str, list[int]]], length: int) -> tuple[list[int], list[bool]]:
+    """Members one after the other, then padding."""
+    segments: list[int] = []
+    visual: list[bool] = []
+    for number, (trunk, branches) in enumerate(members):
+        more, seen = member(number, trunk, branches)
+        segments, visual = segments + more, visual + seen
+    assert len(segments) <= length
+    return segments + [PAD_SEGMENT] * (length - len(segments)), visual + [False] * (length - len(visual))
+
+
+def random_row(length: int, generator: torch.Generator) -> tuple[list[int], list[bool]]:
+    """Random members until the row is nearly full."""
+    draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731
+    members: list[tuple[str, list[int]]] = []
+    left = length
+    while left > 40:
+        kinds = ["t" * draw(1, 20), "tt" + ("v" * draw(5, 60) + "tt") * draw(1, 8), "v" * draw(1, 300)]
+        trunk = kinds[draw(0, 3)][: left // 2]
+        branches = [draw(1, 40) for _ in range(draw(1, 4))]
+        if len(trunk) + sum(branches) > left:
+            break
+        members.append((trunk, branches))
+        left -= len(trunk) + sum(branches)
+    return row(members, length)
+
+
+def vectors(*rows: tuple[list[int], list[bool]]) -> Vectors:
+    """Tensors [B, S] of some rows."""
+    return torch.tensor([r[0] for r in rows], dtype=torch.int32), torch.tensor([r[1] for r in rows])
+
+
+def layouts() -> dict[str, Vectors]:
+    """Named rows of the kinds that training meets, and random ones."""
+    video = "ttt" + "".join("tt" + "v" * 81 for _ in range(9))
+    found = {
+        "one video, one branch": vectors(row([(video, [60])], 896)),
+        "one video, many branches": vectors(row([(video, [15] * 6)], 896)),
+        "texts": vectors(row([("t", [n]) for n in (100, 30, 250, 90, 200)], 700)),
+        "images": vectors(row([("t" + "v" * 150 + "t", [20, 9]) for _ in range(4)], 768)),
+        "text, then images": vectors(row([("t", [200]), ("v" * 200, [30]), ("t" + "v" * 120, [40, 40])], 700)),
+        "padding alone": vectors(row([], 300)),
+    }
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        found[f"random {seed}"] = vectors(*(random_row(600 + 37 * seed, generator) for _ in range(1 + seed % 2)))
+    return found
+
+
+LAYOUTS = layouts()
+
+
+def inputs(segment_ids: torch.Tensor, num_heads: int = 4, num_kv_heads: int = 2, dim: int = 8) -> list[torch.Tensor]:
+    """q, k, v and the gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    batch, length = segment_ids.shape
+    shapes = [(batch, heads, length, dim) for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_tiles_equal_the_dense_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment_ids, is_visual = LAYOUTS[name]
+    *qkv, gradient = inputs(segment_ids)
+    results = []
+    for attend in (dense_attention, tiled_attention):
+        leaves = [tensor.clone().requires_grad_() for tensor in qkv]
+        out = attend(*leaves, AttentionMask(segment_ids, is_visual))
+        out.backward(gradient)
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+        with torch.no_grad():
+            torch.testing.assert_close(attend(*qkv, AttentionMask(segment_ids, is_visual)), out.detach())
+    for tiled, dense in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(tiled, dense, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("tile", [32, 100])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_spans_hold_every_allowed_key_and_no_more_than_they_must(name: str, tile: int) -> None:
+    segment_ids, is_visual = LAYOUTS[name]
+    dense = allowed(segment_ids, is_visual)[:, 0]
+    spans = key_spans(segment_ids, is_visual, tile)
+    assert [span.start for span in spans] == list(range(0, segment_ids.shape[1], tile))
+    for span in spans:
+        keys = dense[:, span.start : span.stop].any(dim=(0, 1)).nonzero()
+        assert span.first_key <= int(keys[0]) and int(keys[-1]) < span.last_key
+        if len(segment_ids) == 1:  # two rows share their spans
+            assert span.first_key == int(keys[0])
+            assert span.last_key <= max(int(keys[-1]) + 1, span.stop) or is_visual[:, span.start : span.stop].any()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_blocks_are_never_wrong(name: str) -> None:
+    segment_ids, is_visual = LAYOUTS[name]
+    mixed, full = block_tables(segment_ids, is_visual)
+    missing = -segment_ids.shape[1] % BLOCK
+    dense = torch.nn.functional.pad(allowed(segment_ids, is_visual)[:, 0], (0, missing, 0, missing))
+    tiles = dense.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).transpose(2, 3)
+    some = tiles.flatten(3).any(3)
+    every = tiles.flatten(3).all(3)
+    assert not (mixed & full).any()
+    assert not (some & ~mixed & ~full).any()  # a block that holds a pair is visited
+    assert not (full & ~every)[:, : dense.shape[1] // BLOCK - bool(missing)].any()  # but for queries behind the end
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_few_blocks_are_visited_in_vain(name: str) -> None:
+    segment_ids, is_visual = LAYOUTS[name]
+    mixed, full = block_tables(segment_ids, is_visual)
+    missing = -segment_ids.shape[1] % BLOCK
+    dense = torch.nn.functional.pad(allowed(segment_ids, is_visual)[:, 0], (0, missing, 0, missing))
+    some = dense.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).transpose(2, 3).flatten(3).any(3)
+    assert int((mixed | full).sum()) <= 1.25 * int(some.sum()) + len(segment_ids) * missing / BLOCK + 1
+
+
+def test_flex_attention_equals_the_dense_mask() -> None:
+    """The compiled kernel, which skips empty blocks and masks none of the full ones. Forward alone, as CPUs can."""
+    video = "ttt" + "".join("tt" + "v" * 81 for _ in range(9))
+    rows = [
+        row([(video, [60])], 896),
+        row([("t", [250]), ("v" * 300, [40, 40]), ("t", [190])], 896),
+        random_row(896, torch.Generator().manual_seed(5)),
+    ]
+    for each in rows:
+        segment_ids, is_visual = vectors(each)
+        q, k, v, _ = inputs(segment_ids, dim=32)
+        with torch.no_grad():
+            found = flex(q, k, v, AttentionMask(segment_ids, is_visual))
+            wanted = dense_attention(q, k, v, AttentionMask(segment_ids, is_visual))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
+
+
+def test_work_goes_with_the_members_not_with_the_row() -> None:
+    def keys(members: int) -> int:
+        segment_ids, is_visual = vectors(row([("t" + "v" * 200, [55]) for _ in range(members)], 256 * members))
+        return sum(span.last_key - span.first_key for span in key_spans(segment_ids, is_visual, 64))
+
+    assert keys(16) == 8 * keys(2)
+
+
+def test_long_rows_are_tiled_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    segment_ids, is_visual = LAYOUTS["images"]
+    q, k, v, _ = inputs(segment_ids)
+    mask = AttentionMask(segment_ids, is_visual)
+    short = masked_attention(q, k, v, mask)
+    monkeypatch.setattr("molmo2.model.attention.DENSE_LENGTH", 100)
+    mask = AttentionMask(segment_ids, is_visual)
+    long = masked_attention(q, k, v, mask)
+    torch.testing.assert_close(short, long, rtol=1e-5, atol=2e-6)
+    assert mask.made(key_spans)[0] == Span(0, 512, 0, mask.made(key_spans)[0].last_key)
