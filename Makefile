@@ -56,6 +56,7 @@ test: $(INSTALLED) lint types
 
 bench: $(INSTALLED)
 	python benchmarks/bench_plan.py
+	$(CPU) python benchmarks/bench_model.py
 
 clean-demo:
 	rm -rf $(MOLMO2_DATA)

@@ -1,0 +1,109 @@
+"""Floating-point operations of a forward pass, from sizes: for MFU, with the three components apart.
+
+Matrix products and attention only, two operations to a multiply-add, as `torch.utils.flop_counter` counts. Attention
+counts the pairs that the mask allows, whatever a kernel computes besides. The backward pass takes twice as much;
+recomputed activations are no useful work and are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from molmo2.model.config import ConnectorConfig, ModelConfig, TextConfig, VitConfig
+from molmo2.model.mask import MEMBER, PAD_SEGMENT, TRUNK
+
+TRAINING_FACTOR = 3  # forward and backward over forward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What a batch asks of the model.
+
+    Attributes:
+        num_crops: ViT inputs.
+        num_visual_tokens: rows of the pooling table.
+        pool_width: patches a row names, padding included.
+        num_tokens: tokens of the language model, padding included.
+        num_pairs: (query, key) pairs of tokens that the mask allows, see `attention_pairs`.
+        num_logits: tokens whose logits are computed.
+    """
+
+    num_crops: int
+    num_visual_tokens: int
+    pool_width: int
+    num_tokens: int
+    num_pairs: int
+    num_logits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Operations of each component; the head counts to the language model."""
+
+    vit: int
+    connector: int
+    llm: int
+
+    @property
+    def total(self) -> int:
+        """Operations of the whole model."""
+        return self.vit + self.connector + self.llm
+
+
+def forward_flops(config: ModelConfig, work: Workload) -> Flops:
+    """Operations of one forward pass over `work`."""
+    features = config.vit.hidden_size * len(config.vit.feature_layers)
+    connector = _connector_token(config.connector, features, work.pool_width, config.text.hidden_size)
+    return Flops(
+        vit=work.num_crops * _vit_crop(config.vit, config.patches_per_crop, config.patch_size),
+        connector=work.num_visual_tokens * connector,
+        llm=_llm(config.text, work),
+    )
+
+
+def attention_pairs(segment_ids: Tensor, is_visual: Tensor) -> int:
+    """Pairs that Molmo2's mask allows, without writing the mask out; padding's view of itself is not counted.
+
+    Holds for rows as the loader makes them: visual tokens in trunks only, a branch after its trunk.
+
+    Args:
+        segment_ids: int [B, S], see `molmo2.model.mask`.
+        is_visual: bool [B, S].
+    """
+    total = 0
+    for row, visual in zip(segment_ids.long(), is_visual, strict=True):
+        row, visual = row[row != PAD_SEGMENT], visual[row != PAD_SEGMENT]
+        total += int(sum(_causal(count) for count in row.unique(return_counts=True)[1]))
+        member, is_trunk = row // MEMBER, row % MEMBER == TRUNK
+        size = int(member.max()) + 1 if len(row) else 0
+        trunk, seeing = (torch.bincount(member[part], minlength=size) for part in (is_trunk, visual))
+        total += int((trunk * torch.bincount(member[~is_trunk], minlength=size)).sum())  # a branch sees its trunk
+        total += int((seeing * (seeing - 1) // 2).sum())  # visual tokens see later ones too
+    return total
+
+
+def _causal(count: Tensor) -> Tensor:
+    return count * (count + 1) // 2
+
+
+def _vit_crop(vit: VitConfig, patches: int, patch_size: int) -> int:
+    width = vit.hidden_size
+    embedding = 2 * patches * 3 * patch_size**2 * width
+    layer = 2 * patches * (4 * width**2 + 2 * width * vit.intermediate_size) + 4 * patches**2 * width
+    return embedding + vit.num_layers * layer
+
+
+def _connector_token(connector: ConnectorConfig, features: int, window: int, out: int) -> int:
+    width, inner = connector.hidden_size, connector.intermediate_size
+    pooling = 2 * (features * width * (1 + 2 * window) + width**2) + 4 * window * width
+    return pooling + 2 * inner * (2 * width + out)
+
+
+def _llm(text: TextConfig, work: Workload) -> int:
+    d, queries, keys = text.hidden_size, text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    token = 2 * (2 * d * queries + 2 * d * keys + 3 * d * text.intermediate_size)
+    layers = text.num_layers * (work.num_tokens * token + 4 * work.num_pairs * queries)
+    return layers + 2 * work.num_logits * d * text.vocab_size
