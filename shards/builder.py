@@ -26,9 +26,10 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from shards.catalog import Row, Stage, StageSettings, split_of
+from shards.catalog import Row, Stage, StageSettings
 from shards.convert import CONVERTERS
 from shards.convert.common import Group, Omitted
+from shards.convert.reading import convert, open_rows, read_groups
 from shards.format import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -41,8 +42,6 @@ from shards.format import (
 )
 from shards.layout import VisualLayout
 from shards.schema import Example, Limits, RejectedError, Sample, Source
-from shards.sources.media_files import MediaFiles
-from shards.sources.parquet import open_table
 from shards.storage import LocalStorage
 from shards.writer import npy_bytes, write_shard
 
@@ -140,14 +139,14 @@ def build_dataset(
     if row.converter not in CONVERTERS:
         raise BuildError(f"{label}: no converter {row.converter!r}; the catalog may name {', '.join(CONVERTERS)}")
     processor = make_processor()
-    table = open_table(raw, row.files[split_of(stage)], row.used_columns)
+    table = open_rows(row, stage, raw)
     groups, size = table.groups(row.group_by), settings.examples_per_shard
     build = {
         "version": [FORMAT_VERSION, BUILD_VERSION],
         "row": row.build_settings(),
         "settings": settings.model_dump(mode="json"),
         "processor": processor.settings,
-        "files": {f.relative_to(raw).as_posix(): h for f, h in zip(table.files, table.footers, strict=True)},
+        "files": {f.relative_to(raw).as_posix(): h for f, h in zip(table.files, table.digests, strict=True)},
     }
     with _explained(label), _locked(out):
         storage = LocalStorage(out)
@@ -375,7 +374,8 @@ def _build_shard(task: Task, processor: Processor) -> Part:
 
 def _samples(task: Task, processor: Processor, totals: Counter[str], rejects: list[dict[str, Any]]) -> Iterator[Sample]:
     """Samples of a shard; counts go to `totals`, what does not become a sample to `rejects`."""
-    for group in _groups(task):
+    row, stage, raw = task.row, task.stage, task.raw
+    for group in read_groups(row, stage, raw, open_rows(row, stage, raw), task.groups):
         for item in _convert(group):
             if isinstance(item, Example):
                 try:
@@ -394,22 +394,11 @@ def _samples(task: Task, processor: Processor, totals: Counter[str], rejects: li
 def _convert(group: Group) -> Iterator[Example | Omitted | RejectedError]:
     """What the converter makes of a group; an error that its values cause ends the group and becomes a reject."""
     try:
-        yield from CONVERTERS[group.row.converter](group)
+        yield from convert(group)
     except RejectedError as error:
         yield error
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         yield RejectedError(f"{group.row.converter} failed on the row's values: {type(error).__name__}: {error}")
-
-
-def _groups(task: Task) -> Iterator[Group]:
-    columns = task.row.used_columns
-    table = open_table(task.raw, task.row.files[split_of(task.stage)], columns)
-    rows = iter(table.read([number for numbers in task.groups for number in numbers], columns))
-    media = MediaFiles(root=task.raw, template=task.row.media)
-    for numbers in task.groups:
-        sources, values = zip(*(next(rows) for _ in numbers), strict=True)
-        key = f"{task.row.name}-{numbers[0]:08d}"
-        yield Group(row=task.row, stage=task.stage, media=media, key=key, sources=sources, values=values)
 
 
 def _reject(dataset: str, key: str, source: Source, reason: str, *, omitted: bool = False) -> dict[str, Any]:

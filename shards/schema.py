@@ -58,12 +58,16 @@ class Text:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A multiple-choice question; `answer` is an index into `options`."""
+    """A multiple-choice question; `answer` is an index into `options`.
+
+    Options that are labels themselves, letters drawn on an image for instance, are not `labelled` once more.
+    """
 
     style: str
     question: str
     options: tuple[str, ...]
     answer: int
+    labelled: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +135,7 @@ class Example:
     """One visual input (nothing, images, or one video) and its annotations: a message tree.
 
     `key` is unique in its dataset and matches `format.KEY_PATTERN`. `loss_weight` is the dataset's flat weight of a
-    loss token; None means the processor's length rule.
+    loss token; None means the processor's length rule. `loss_scale` multiplies either.
     """
 
     key: str
@@ -141,6 +145,7 @@ class Example:
     images: tuple[ImageRef, ...] = ()
     video: VideoRef | None = None
     loss_weight: float | None = None
+    loss_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from molmo2.config import data_path
 from molmo2.processing import ProcessorSettings, build_processor
-from shards.builder import REJECT_BUDGET, build_dataset, worker_pool
+from shards.builder import REJECT_BUDGET, BuildError, build_dataset, worker_pool
 from shards.catalog import STAGES, load_catalog
 from shards.format import DatasetIndex
+from shards.sources.parquet import MissingSourceError, SourceError
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,22 +53,30 @@ def main() -> None:
             num_variants=settings.num_variants,
         ),
     )
-    rows = catalog.select(args.stage, args.datasets)
+    rows, failed = catalog.select(args.stage, args.datasets), []
     with worker_pool(make_processor, args.workers) as pool:
         for row in rows:
             since = time.perf_counter()
-            index = build_dataset(
-                row,
-                args.stage,
-                settings,
-                make_processor,
-                raw=args.raw / row.name,
-                out=args.out / args.stage / row.name,
-                pool=pool,
-                overwrite=args.overwrite,
-                reject_budget=args.reject_budget,
-            )
+            try:
+                index = build_dataset(
+                    row,
+                    args.stage,
+                    settings,
+                    make_processor,
+                    raw=args.raw / row.folder,
+                    out=args.out / args.stage / row.name,
+                    pool=pool,
+                    overwrite=args.overwrite,
+                    reject_budget=args.reject_budget,
+                )
+            except (SourceError, BuildError) as error:  # the other datasets are none the worse for it
+                hint = f"\n  {catalog.how_to_get(row)}" if isinstance(error, MissingSourceError) else ""
+                print(f"build_shards: {error}{hint}", file=sys.stderr)
+                failed.append(row.name)
+                continue
             report(index, time.perf_counter() - since)
+    if failed:
+        sys.exit(f"build_shards: not built, {len(failed)} of {len(rows)}: {', '.join(failed)}")
 
 
 def report(index: DatasetIndex, seconds: float) -> None:

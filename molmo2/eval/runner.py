@@ -22,12 +22,9 @@ from molmo2.eval.metrics import Score
 from molmo2.model.generate import PromptTensors, generate
 from molmo2.model.molmo2 import Molmo2
 from molmo2.processing import Processor, Prompt
-from shards.catalog import Catalog, Row, split_of
-from shards.convert import CONVERTERS
-from shards.convert.common import Group
+from shards.catalog import Catalog, Row
+from shards.convert.reading import convert, open_rows, read_groups
 from shards.schema import Annotation, Example, Limits
-from shards.sources.media_files import MediaFiles
-from shards.sources.parquet import open_table
 
 STAGE: Final = "eval"
 BATCH_SIZE = 32
@@ -66,16 +63,12 @@ def read_examples(row: Row, raw: Path, columns: Sequence[str] = ()) -> Iterator[
         SourceError: files or columns are missing.
         RejectedError: a row that the converter refuses; validation data must be whole.
     """
-    wanted = {*row.columns.values(), *columns}
-    table = open_table(raw / row.name, row.files[split_of(STAGE)], wanted)
-    media = MediaFiles(root=raw / row.name, template=row.media)
+    table = open_rows(row, STAGE, raw / row.folder, columns)
     for numbers in table.groups(row.group_by):
-        sources, values = zip(*table.read(numbers, wanted), strict=True)
-        key = f"{row.name}-{numbers[0]:08d}"
-        group = Group(row=row, stage=STAGE, media=media, key=key, sources=sources, values=values)
-        for example in CONVERTERS[row.converter](group):
-            if isinstance(example, Example):
-                yield example, values[0]
+        for group in read_groups(row, STAGE, raw / row.folder, table, [numbers], columns):
+            for example in convert(group):
+                if isinstance(example, Example):
+                    yield example, group.values[0]
 
 
 def questions(row: Row, raw: Path, columns: Sequence[str] = (), limit: int | None = None) -> list[Question]:

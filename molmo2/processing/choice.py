@@ -46,6 +46,8 @@ def render_choice(choice: Choice, rng: np.random.Generator | None) -> tuple[str,
     """
     if not 0 <= choice.answer < len(choice.options) <= _MAX_OPTIONS:
         raise RejectedError(f"answer {choice.answer} of {len(choice.options)} options (at most {_MAX_OPTIONS})")
+    if not choice.labelled:
+        return "\n".join([choice.question, INSTRUCTION, *choice.options]), choice.options[choice.answer]
     if rng is None or rng.random() < FIXED_SHARE:
         lines = [f"{_label(0, i)}. {option}" for i, option in enumerate(choice.options)]
         return "\n".join([choice.question, INSTRUCTION, *lines]), lines[choice.answer]

@@ -147,6 +147,7 @@ class Processor:
         for part, chosen in zip(parts, stored.chosen, strict=True):
             for variant, branches in part.branches.items():
                 tokens[variant] = chat.assemble(part.trunk, branches, flat)
+                tokens[variant]["weight"] *= example.loss_scale
                 readable[variant] = _readable(branches, chosen, len(stored.visuals))
         record: dict[str, Any] = {
             "key": example.key,

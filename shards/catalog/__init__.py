@@ -1,14 +1,15 @@
-"""The catalog: one row per dataset, as data. `*.yaml` beside this file, each a named set of rows.
+"""The catalog: one row per dataset, as data. Beside this file: `NAME.yaml`, or `NAME/` with a file per family.
 
-A row says where a dataset lies, which converter reads it, what its columns are called, and what it weighs. What a
-column means is the converter's business; how the sets are mixed is the recipe's.
+A row says where a dataset lies and how it gets there, which converter reads it, what its columns are called, what is
+left out, and what it weighs. What a column means is the converter's business; how the sets are mixed is the recipe's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pydantic
 import yaml
@@ -23,53 +24,234 @@ class CatalogError(ValueError):
     """A catalog that cannot be read, or a name that is not in it."""
 
 
-class Row(pydantic.BaseModel, extra="forbid", frozen=True):
-    """One dataset. Paths are relative to `raw/<name>/`.
+class Strict(pydantic.BaseModel):
+    """A frozen model without unknown keys."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class Download(Strict):
+    """How a raw folder is filled. Paths are relative to the folder.
+
+    Attributes:
+        kind: "hub": files of a Hugging Face dataset repository; "hub-urls": those, and the images whose URLs one of
+            their columns holds; "archives": files from fixed URLs, with or without a repository; "manual": some of it
+            only a person can get, `instructions` say how, the rest as above; "none": made by a tool of this project.
+        repo: Hugging Face dataset repository.
+        revision: commit or branch of it; None: not pinned yet, the newest.
+        include: globs of the files of `repo`.
+        urls: path of a file -> its URL.
+        extract: path or glob of an archive -> folder that it is unpacked into.
+        url_column: column (or column of lists) with image URLs.
+        sha256_column: column with the sha256 of the images' bytes.
+        instructions: what a person must do, in words.
+    """
+
+    kind: Literal["hub", "hub-urls", "archives", "manual", "none"]
+    repo: str | None = None
+    revision: str | None = None
+    include: tuple[str, ...] = ()
+    urls: dict[str, str] = {}
+    extract: dict[str, str] = {}
+    url_column: str | None = None
+    sha256_column: str | None = None
+    instructions: str = ""
+
+    @pydantic.model_validator(mode="after")
+    def _complete(self) -> Self:
+        needed = {"hub": "repo", "hub-urls": "url_column", "archives": "urls", "manual": "instructions"}.get(self.kind)
+        missing = [name for name in [needed] if name is not None and not getattr(self, name)]
+        if (self.kind == "hub-urls" and not self.repo) or (self.repo and not self.include):
+            missing.append("include" if self.repo else "repo")
+        if missing:
+            raise ValueError(f"a download of kind {self.kind!r} needs {', '.join(missing)}")
+        return self
+
+
+class Size(Strict):
+    """How much there is, as published; None where nobody has said."""
+
+    rows: int | None = None
+    gb: float | None = None
+
+
+class Folder(Strict):
+    """A raw folder that several rows share: one download read in two ways, or a pool of media."""
+
+    source: dict[str, str] = {}
+    size: Size = Size()
+    download: Download
+    notes: tuple[str, ...] = ()
+
+
+Op = Literal["equals", "not_equals", "in", "not_in", "min", "max", "min_length", "max_length", "not_null", "not_empty"]
+
+
+class Filter(Strict):
+    """Rows stay where `column` stands so to `value`; a null stays only under "not_equals", "not_in", "min", "max".
+
+    Attributes:
+        column: name or dotted path of a column.
+        op: "min" and "max" include the value itself, "min_length" and "max_length" count a list's items; "not_null"
+            and "not_empty" need no value.
+        value: what to compare with; a list for "in" and "not_in".
+        stages: where it applies; empty: everywhere.
+    """
+
+    column: str
+    op: Op
+    value: Any = None
+    stages: tuple[Stage, ...] = ()
+
+    @pydantic.model_validator(mode="after")
+    def _fitting(self) -> Self:
+        alone = self.op in {"not_null", "not_empty"}
+        if alone != (self.value is None) or (self.op in {"in", "not_in"}) != isinstance(self.value, list):
+            raise ValueError(f"filter on {self.column}: op {self.op} and value {self.value!r} do not go together")
+        return self
+
+    def keeps(self, found: Any) -> bool:
+        """Whether a row with this value of the column stays."""
+        if self.op == "not_empty":
+            return found is not None and found != "" and found != []
+        if found is None:
+            return self.op in {"not_equals", "not_in", "min", "max"}
+        tests: dict[str, Callable[[], Any]] = {
+            "equals": lambda: found == self.value,
+            "not_equals": lambda: found != self.value,
+            "in": lambda: found in self.value,
+            "not_in": lambda: found not in self.value,
+            "min": lambda: found >= self.value,
+            "max": lambda: found <= self.value,
+            "min_length": lambda: len(found) >= self.value,
+            "max_length": lambda: len(found) <= self.value,
+            "not_null": lambda: True,
+        }
+        return bool(tests[self.op]())
+
+
+class TableFormat(Strict):
+    """How files of rows are read.
+
+    Attributes:
+        kind: by default what the file's suffix says (.parquet, .json, .jsonl, .csv, .tsv).
+        records: dotted path of the list of rows in a JSON document; "" is the document itself. Where there is an
+            object, its values are the rows. "." makes the document one row.
+        key: name under which a row gets its key in that object.
+        explode: column with a list (or an object) in every row; each of its items becomes a row that has the outer
+            columns as well, the item's own being "qas.question" for `explode: qas`.
+        header: names of the columns of a CSV without a header line.
+        skip: lines before the first row or the header.
+    """
+
+    kind: Literal["parquet", "json", "jsonl", "csv", "tsv"] | None = None
+    records: str = ""
+    key: str | None = None
+    explode: str | None = None
+    header: tuple[str, ...] = ()
+    skip: int = 0
+
+
+class Exclusion(Strict):
+    """Rows are left out whose `column` has a value that other files list.
+
+    Attributes:
+        column: name or dotted path of a column.
+        files: glob of the files with the list, below the raw folder.
+        raw: another raw folder with those files.
+        table: how they are read.
+        values: their column.
+        template: what makes a listed `{value}` into a value of `column`.
+    """
+
+    column: str
+    files: str
+    raw: str | None = None
+    table: TableFormat = TableFormat()
+    values: str
+    template: str = "{value}"
+
+
+class Row(Strict):
+    """One dataset as it becomes shards. Paths are relative to `raw/<folder>/`.
 
     Attributes:
         name: folder of the shards and name in mixtures.
         like: the published dataset whose layout this one has, if it is not that dataset itself.
+        raw: the raw folder, another row's or one of the catalog's `folders`, if it is not the row's own.
         source: repository, revision, licence, in words that are written into the index.
+        size: how much there is.
+        paper: numbers that the Molmo2 paper gives for it: examples, rate_percent; `_with` names the rows that share
+            them.
+        download: how the raw folder is filled, where it is the row's own.
         stages: where it is used.
-        files: glob of the parquet files of each split; stage "eval" reads "validation", the others "train".
+        files: glob of the files of each split; stage "eval" reads "validation", the others "train".
+        table: how they are read.
         converter: a name in `shards.convert.CONVERTERS`.
-        columns: what the converter's fields are called in the files.
+        columns: what the converter's fields are called in the files; dotted for a field of a struct ("meta.id").
         group_by: column whose equal values make one example (one image or video), or None: a row is an example.
+        filters: which rows stay; the others are recorded as left out.
+        exclude: rows that another file lists, a benchmark's images for instance.
         options: parameters of the converter.
         loss_weight: flat weight of a loss token by stage; a stage that is not named follows the length rule.
-        media: template of a media file's path, `{value}` being the media column's value.
+        media: template of a media file's path, `{value}` being the media column's value and `{NAME}` another
+            column's; formats like `{value:012d}` work.
+        media_from: raw folders in which media are looked for after the row's own.
+        notes: what is not known or worth knowing; for readers.
     """
 
     name: str = pydantic.Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")
     like: str | None = None
+    raw: str | None = None
     source: dict[str, str] = {}
+    size: Size = Size()
+    paper: dict[str, Any] = {}
+    download: Download | None = None
     stages: tuple[Stage, ...] = pydantic.Field(min_length=1)
     files: dict[Literal["train", "validation"], str]
+    table: TableFormat = TableFormat()
     converter: str
     columns: dict[str, str]
     group_by: str | None = None
+    filters: tuple[Filter, ...] = ()
+    exclude: tuple[Exclusion, ...] = ()
     options: dict[str, Any] = {}
     loss_weight: dict[Stage, float] = {}
     media: str | None = None
+    media_from: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """Name of the raw folder."""
+        return self.raw or self.name
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """All raw folders that are read, the row's own first."""
+        others = [*self.media_from, *(e.raw for e in self.exclude if e.raw)]
+        return tuple(dict.fromkeys([self.folder, *others]))
 
     @property
     def used_columns(self) -> list[str]:
-        """Every column that is read, sorted."""
-        return sorted({*self.columns.values(), *([self.group_by] if self.group_by else [])})
+        """Every column that is read, sorted; dotted paths as they are."""
+        left_out = [*(f.column for f in self.filters), *(e.column for e in self.exclude)]
+        return sorted({*self.columns.values(), *left_out, *([self.group_by] if self.group_by else [])})
 
     def build_settings(self) -> dict[str, Any]:
         """What the samples depend on: all but the words about the row."""
-        return self.model_dump(mode="json", exclude={"like", "source", "stages"})
+        words = {"like", "raw", "source", "size", "paper", "download", "stages", "notes"}
+        return self.model_dump(mode="json", exclude=words, exclude_defaults=True)
 
     @pydantic.model_validator(mode="after")
-    def _splits(self) -> Row:
+    def _splits(self) -> Self:
         for stage in self.stages:
             if split_of(stage) not in self.files:
                 raise ValueError(f"stage {stage} needs files.{split_of(stage)}")
         return self
 
 
-class StageSettings(pydantic.BaseModel, extra="forbid", frozen=True):
+class StageSettings(Strict):
     """How a stage of a catalog is built: limits of a sample, text variants, examples per shard."""
 
     num_variants: int = pydantic.Field(ge=1, le=64)
@@ -85,13 +267,51 @@ class StageSettings(pydantic.BaseModel, extra="forbid", frozen=True):
         return value
 
 
-class Catalog(pydantic.BaseModel, extra="forbid", frozen=True):
-    """A named set of rows with the build settings of its stages and the model preset that they are for."""
+class Catalog(Strict):
+    """A named set of rows with the build settings of its stages and the model preset that they are for.
+
+    Attributes:
+        folders: raw folders that belong to no single row.
+        left_out: published training datasets without a row, and why.
+    """
 
     preset: str
     tokenizer: str
     stages: dict[Stage, StageSettings]
     rows: tuple[Row, ...]
+    folders: dict[str, Folder] = {}
+    left_out: dict[str, str] = {}
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [row.name for row in self.rows]
+        if double := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"rows with the same name: {', '.join(double)}")
+        own = {row.name for row in self.rows if row.raw is None}
+        for row in self.rows:
+            for folder in row.folders[row.raw is None :]:
+                if folder not in own and folder not in self.folders:
+                    raise ValueError(f"row {row.name}: raw folder {folder!r} is neither a row's nor in `folders`")
+            if row.raw and row.download:
+                raise ValueError(f"row {row.name}: `raw: {row.raw}` says already where it comes from; drop `download`")
+        return self
+
+    def downloads(self, rows: Iterable[Row]) -> dict[str, Download]:
+        """The raw folders that these rows read, media included, and how each is filled."""
+        known = {name: folder.download for name, folder in self.folders.items()}
+        known |= {row.name: row.download for row in self.rows if row.download is not None}
+        wanted = dict.fromkeys(name for row in rows for name in row.folders)
+        return {name: known[name] for name in wanted if name in known}
+
+    def how_to_get(self, row: Row) -> str:
+        """What to do about a row whose raw files are not there."""
+        downloads = self.downloads([row])
+        steps = [f"{name}: {download.instructions}" for name, download in downloads.items() if download.instructions]
+        command = f"python tools/download_data.py --datasets {row.name}"
+        if not downloads:
+            return "make it first (`make demo` does it for the demo), or set MOLMO2_DATA to where it lies"
+        fetched = any(download.kind not in {"manual", "none"} or download.repo for download in downloads.values())
+        return "\n  ".join([*([f"fetch it: {command}"] if fetched else []), *steps])
 
     def select(self, stage: Stage, names: list[str] | None = None) -> list[Row]:
         """Rows of a stage, all or those named.
@@ -112,16 +332,47 @@ def split_of(stage: str) -> Literal["train", "validation"]:
 
 
 def load_catalog(name: str) -> Catalog:
-    """A catalog of this folder by name, or any YAML file by path.
+    """A catalog of this folder by name, or any YAML file or folder of them by path.
+
+    In a folder `catalog.yaml` holds the settings, every other file `rows` and `folders`, and `_shared` for anchors.
 
     Raises:
         CatalogError: no such catalog, or errors in it, all of them listed.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else Path(__file__).with_name(f"{name}.yaml")
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in Path(__file__).parent.glob("*.yaml")))
+    here = Path(__file__).parent
+    path = Path(name) if "/" in name or name.endswith((".yaml", ".yml")) else here / name
+    path = path if path.exists() or path.suffix else path.with_suffix(".yaml")
+    if not path.exists():
+        known = ", ".join(sorted({p.stem for p in [*here.glob("*.yaml"), *(q.parent for q in here.glob("*/*.yaml"))]}))
         raise CatalogError(f"no catalog {name!r}; known: {known}, or the path of a YAML file")
     try:
-        return Catalog.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, pydantic.ValidationError) as error:
+        return Catalog.model_validate(_joined(path) if path.is_dir() else _mapping(path))
+    except pydantic.ValidationError as error:
         raise CatalogError(f"{path}: {error}") from None
+
+
+def _joined(folder: Path) -> dict[str, Any]:
+    """The settings of a folder with the rows and raw folders of all its families."""
+    whole = {"rows": [], "folders": {}, **_mapping(folder / "catalog.yaml")}
+    for path in sorted(folder.glob("*.yaml")):
+        if path.name == "catalog.yaml":
+            continue
+        family = _mapping(path)
+        if unknown := sorted(set(family) - {"rows", "folders", "_shared"}):
+            raise CatalogError(f"{path}: unknown: {', '.join(unknown)}; a family has rows, folders and _shared")
+        folders = family.get("folders") or {}
+        if double := sorted(set(folders) & set(whole["folders"])):
+            raise CatalogError(f"{path}: folders that another file has too: {', '.join(double)}")
+        whole["rows"] += family.get("rows") or []
+        whole["folders"] |= folders
+    return whole
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise CatalogError(f"{path}: {error}") from None
+    if not isinstance(loaded, dict):
+        raise CatalogError(f"{path}: expected a mapping, found {type(loaded).__name__}")
+    return loaded

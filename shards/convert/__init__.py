@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from shards.convert.common import Group, Omitted
-from shards.convert.images import image_caption, image_points, image_qa
+from shards.convert.diagrams import diagram_choice
+from shards.convert.images import image_caption, image_points, multi_image_points
+from shards.convert.questions import identity_qa, image_chat, image_choice, image_qa
 from shards.convert.text import chat
 from shards.convert.videos import video_caption, video_choice, video_points, video_track
 from shards.schema import Example
@@ -21,9 +23,14 @@ CONVERTERS: dict[str, Converter] = {
     converter.__name__: converter
     for converter in (
         chat,
+        diagram_choice,
+        identity_qa,
         image_caption,
+        image_chat,
+        image_choice,
         image_points,
         image_qa,
+        multi_image_points,
         video_caption,
         video_choice,
         video_points,

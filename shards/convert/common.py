@@ -12,6 +12,7 @@ import numpy as np
 from shards.catalog import Row, Stage
 from shards.schema import Annotation, Example, ImageRef, Points, RejectedError, Source, VideoRef
 from shards.sources.media_files import MediaFiles
+from shards.sources.paths import at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,38 @@ class Group:
     def get(self, field: str, index: int = 0) -> Any:
         """A field's value in row `index` of the group, or None where the catalog row maps no column to it."""
         column = self.row.columns.get(field)
-        return None if column is None else self.values[index].get(column)
+        return None if column is None else at(self.values[index], column)
+
+    def items(self, field: str, index: int = 0) -> list[Any]:
+        """A field that is a list in row `index`; null is an empty one.
+
+        Raises:
+            RejectedError: it is something else.
+        """
+        value = self.get(field, index)
+        if value is not None and not isinstance(value, list):
+            raise RejectedError(self._mistyped(field, "a list", value))
+        return value or []
+
+    def text(self, field: str, index: int = 0) -> str:
+        """A field that is a string or a number in row `index`, without surrounding space; null is empty.
+
+        Raises:
+            RejectedError: it is something else.
+        """
+        value = self.get(field, index)
+        if isinstance(value, list | dict | bytes):
+            raise RejectedError(self._mistyped(field, "text", value))
+        return text_of(value)
+
+    def _mistyped(self, field: str, expected: str, value: Any) -> str:
+        return (
+            f"column {self.row.columns[field]}: expected {expected}, found {type(value).__name__} {str(value)[:60]!r}"
+        )
+
+    def image(self, field: str = "image", index: int = 0, sha256: str = "sha256") -> ImageRef:
+        """The image of row `index`; its bytes are checked where the row maps `sha256` to a column."""
+        return self.media.image(self.get(field, index), self.get(sha256, index), self.values[index])
 
     def option(self, name: str) -> Any:
         """A parameter of the converter.
@@ -59,6 +91,7 @@ class Group:
         images: Sequence[ImageRef] = (),
         video: VideoRef | None = None,
         suffix: str = "",
+        loss_scale: float = 1.0,
     ) -> Example:
         """An example of this group; `suffix` tells several of them apart."""
         return Example(
@@ -69,6 +102,7 @@ class Group:
             images=tuple(images),
             video=video,
             loss_weight=self.row.loss_weight.get(self.stage),
+            loss_scale=loss_scale,
         )
 
 

@@ -9,14 +9,15 @@ from shards.schema import Chat, Example, Turn
 
 
 def chat(group: Group) -> Iterator[Example | Omitted]:
-    """One conversation; what the publisher flagged and what options exclude is left out."""
-    tokens, most = group.get("first_tokens"), group.option("max_first_tokens")
-    if group.get("category") in group.option("drop_categories"):
-        yield group.omit(f"category {group.get('category')}")
-    elif group.get("empty") or group.get("special"):
-        yield group.omit("flagged: an empty message or a special token")
-    elif tokens is not None and tokens > most:
-        yield group.omit(f"first message longer than {most} tokens: {tokens}")
-    else:
-        turns = tuple(Turn(role=str(m["role"]), text=text_of(m["content"])) for m in group.get("messages") or ())
-        yield group.example([Chat(style=str(group.option("style")), turns=turns)])
+    """One conversation; what a system turn says goes in front of the first user turn, for there is no such turn."""
+    messages = [(str(m["role"]), text_of(m["content"])) for m in group.items("messages")]
+    system = ""
+    if messages and messages[0][0] == "system":
+        system = f"System: {messages[0][1]}\n"
+        messages = messages[1:]
+    if len(messages) < 2:
+        yield group.omit(f"a conversation of {len(messages)} messages")
+        return
+    turns = [Turn(role=role, text=text) for role, text in messages]
+    turns[0] = Turn(role=turns[0].role, text=system + turns[0].text)
+    yield group.example([Chat(style=str(group.option("style")), turns=tuple(turns))])

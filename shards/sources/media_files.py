@@ -12,6 +12,7 @@ import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,19 @@ MAX_SECONDS = 60.0  # for one download
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaFiles:
-    """The media of one dataset. `root`: its folder; `template`: path of a file, `{value}` being the row's value."""
+    """The media of one dataset.
+
+    Attributes:
+        root: its folder.
+        template: path of a file, `{value}` being the row's value and `{NAME}` a column's; it may begin with "*/".
+        others: folders in which a file is looked for after `root`.
+    """
 
     root: Path
     template: str | None = None
+    others: tuple[Path, ...] = ()
 
-    def image(self, value: Any, sha256: str | None = None) -> ImageRef:
+    def image(self, value: Any, sha256: str | None = None, row: Mapping[str, Any] = {}) -> ImageRef:
         """An image from a URL, from a struct of embedded `bytes`, or through the template.
 
         Raises:
@@ -38,28 +46,39 @@ class MediaFiles:
         """
         if isinstance(value, dict) and value.get("bytes"):
             return ImageRef(data=value["bytes"])
-        if not isinstance(value, str) or not value:
+        numbered = isinstance(value, int) and self.template is not None
+        if not numbered and (not isinstance(value, str) or not value):
             raise RejectedError(f"media: no image in the row ({type(value).__name__})")
-        path = self._fetch(value, sha256) if "://" in value else self._below(self._named(value))
+        path = self._fetch(value, sha256) if "://" in str(value) else self._named(value, row)
         if sha256 is not None:
             _check_hash(value, path.read_bytes(), sha256)
         return ImageRef(path=str(path))
 
-    def video(self, value: str, start: float | None = None, end: float | None = None) -> VideoRef:
+    def video(
+        self, value: Any, start: float | None = None, end: float | None = None, row: Mapping[str, Any] = {}
+    ) -> VideoRef:
         """A video, or the part of it from `start` to `end` seconds.
 
         Raises:
             RejectedError: no such file, or a forbidden place.
         """
-        return VideoRef(path=str(self._below(self._named(value))), start=start, end=end)
+        return VideoRef(path=str(self._named(value, row)), start=start, end=end)
 
-    def _named(self, value: str) -> Path:
-        return self.root / (self.template.format(value=value) if self.template else value)
+    def _named(self, value: Any, row: Mapping[str, Any]) -> Path:
+        try:
+            name = self.template.format(**{**row, "value": value}) if self.template else str(value)
+        except (KeyError, ValueError) as error:
+            raise RejectedError(f"media: template {self.template!r} does not fit {value!r}: {error!r}") from None
+        roots = (self.root, *self.others)
+        if name.startswith("*/"):  # one folder whose name nobody knows beforehand
+            roots, name = tuple(sorted(path for path in self.root.iterdir() if path.is_dir())), name[2:]
+        found = next((root for root in roots if (root / name).is_file()), self.root)
+        return self._below(found / name, found)
 
-    def _below(self, path: Path) -> Path:
+    def _below(self, path: Path, root: Path) -> Path:
         resolved = path.resolve()
-        if not resolved.is_relative_to(self.root.resolve()):
-            raise RejectedError(f"media: {path} lies outside of {self.root}")
+        if not resolved.is_relative_to(root.resolve()):
+            raise RejectedError(f"media: {path} lies outside of {root}")
         if not resolved.is_file():
             raise RejectedError(f"media: {path} does not exist")
         return resolved
@@ -67,10 +86,11 @@ class MediaFiles:
     def _fetch(self, url: str, sha256: str | None) -> Path:
         parts = urlsplit(url)
         if parts.scheme == "file":
-            return self._below(Path(unquote(parts.path)))
+            return self._below(Path(unquote(parts.path)), self.root)
         if parts.scheme not in {"http", "https"}:
             raise RejectedError(f"media: {url}: scheme {parts.scheme!r} is not followed")
-        kept = self.root / "media" / hashlib.sha256(url.encode()).hexdigest()
+        name = Path("media") / hashlib.sha256(url.encode()).hexdigest()
+        kept = next((root / name for root in (self.root, *self.others) if (root / name).exists()), self.root / name)
         if not kept.exists():
             data = _download(url)
             if sha256 is not None:

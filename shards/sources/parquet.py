@@ -13,28 +13,34 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.format import canonical_json
 from shards.schema import Source
+from shards.sources.paths import at
 
 
 class SourceError(ValueError):
     """A source that is missing, unreadable, or not of the expected layout."""
 
 
+class MissingSourceError(SourceError):
+    """A source that is not there."""
+
+
 @dataclass(frozen=True, slots=True)
-class Table:
+class ParquetTable:
     """Files in order; rows are numbered through all of them.
 
     Attributes:
         root: the dataset's folder.
         files: paths below it.
         counts: rows of each file.
-        footers: sha256 of each file's metadata (sizes and statistics of every chunk): another footer, other rows.
+        digests: sha256 of each file's metadata (sizes and statistics of every chunk): another footer, other rows.
     """
 
     root: Path
     files: tuple[Path, ...]
     counts: tuple[int, ...]
-    footers: tuple[str, ...]
+    digests: tuple[str, ...]
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -44,11 +50,9 @@ class Table:
         """Row numbers with equal values in a column, groups in order of appearance; None: every row is a group."""
         if column is None:
             return [(number,) for number in range(len(self))]
-        values = (value for file in self.files for value in pq.read_table(file, columns=[column])[column].to_pylist())
-        groups: dict[Any, list[int]] = {}
-        for number, value in enumerate(values):
-            groups.setdefault(value, []).append(number)
-        return [tuple(numbers) for numbers in groups.values()]
+        root = column.partition(".")[0]
+        rows = (row for file in self.files for row in pq.read_table(file, columns=[root]).to_pylist())
+        return numbers_by_value(at(row, column) for row in rows)
 
     def read(self, rows: Sequence[int], columns: Iterable[str]) -> list[tuple[Source, dict[str, Any]]]:
         """Chosen rows in the order asked for, with where they come from.
@@ -59,7 +63,7 @@ class Table:
         wanted = sorted(set(rows))
         found: dict[int, tuple[Source, dict[str, Any]]] = {}
         starts = np.concatenate([[0], np.cumsum(self.counts)])
-        names = sorted(set(columns))
+        names = sorted({path.partition(".")[0] for path in columns})
         for number, file in enumerate(self.files):
             local = [row - int(starts[number]) for row in wanted if starts[number] <= row < starts[number + 1]]
             for row, values in _read_rows(file, local, names):
@@ -68,22 +72,29 @@ class Table:
         return [found[row] for row in rows]
 
 
-def open_table(root: Path, pattern: str, columns: Iterable[str]) -> Table:
-    """The files below `root` that match a glob.
+def numbers_by_value(values: Iterable[Any]) -> list[tuple[int, ...]]:
+    """Positions of equal values, in order of appearance; lists and structs may be values too."""
+    groups: dict[Any, list[int]] = {}
+    for number, value in enumerate(values):
+        key = canonical_json(value) if isinstance(value, list | dict) else value
+        groups.setdefault(key, []).append(number)
+    return [tuple(numbers) for numbers in groups.values()]
+
+
+def open_parquet(root: Path, files: tuple[Path, ...], columns: Iterable[str]) -> ParquetTable:
+    """Parquet files below `root`.
 
     Raises:
-        SourceError: no file, an unreadable one, or one without a column; names what is there.
+        SourceError: an unreadable file, or one without a column; names what is there.
     """
-    files = tuple(sorted(root.glob(pattern)))
-    if not files:
-        raise SourceError(f"{root / pattern}: no such file; download or make the dataset first, or set MOLMO2_DATA")
+    wanted = sorted(set(columns))
     counts, footers = [], []
     for file in files:
         try:
             schema, rows, footer = pq.read_schema(file), pq.read_metadata(file).num_rows, _footer(file)
         except (pa.ArrowException, OSError) as error:
             raise SourceError(f"{file}: not a readable parquet file ({error}); fetch it again") from None
-        missing = sorted(set(columns) - set(schema.names))
+        missing = [path for path in wanted if not _has(schema, path)]
         if missing:
             raise SourceError(
                 f"{file}: no column {', '.join(missing)}; it has {', '.join(schema.names)}; "
@@ -91,7 +102,18 @@ def open_table(root: Path, pattern: str, columns: Iterable[str]) -> Table:
             )
         counts.append(rows)
         footers.append(hashlib.sha256(footer).hexdigest())
-    return Table(root, files, tuple(counts), tuple(footers))
+    return ParquetTable(root, files, tuple(counts), tuple(footers))
+
+
+def _has(fields: Any, path: str) -> bool:
+    """Whether a schema or a struct type has a field at a dotted path, through lists."""
+    first, _, rest = path.partition(".")
+    if isinstance(fields, pa.Schema):
+        return first in fields.names and (not rest or _has(fields.field(first).type, rest))
+    if pa.types.is_list(fields) or pa.types.is_large_list(fields):
+        return _has(fields.value_type, path)
+    names = [field.name for field in fields] if pa.types.is_struct(fields) else []
+    return first in names and (not rest or _has(fields.field(first).type, rest))
 
 
 def _footer(path: Path) -> bytes:

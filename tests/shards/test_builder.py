@@ -23,9 +23,10 @@ import webdataset as wds
 from build_cases import build, catalog, tree
 
 from shards.builder import BuildError
-from shards.catalog import Stage
+from shards.catalog import Filter, Stage
 from shards.format import TOKEN_DTYPE
-from shards.sources.parquet import SourceError, open_table
+from shards.sources.parquet import SourceError
+from shards.sources.tables import open_table
 
 
 def test_one_and_three_workers_give_equal_bytes(raw: Path, tmp_path: Path) -> None:
@@ -169,11 +170,11 @@ def test_a_reject_does_not_cost_its_siblings(raw: Path, tmp_path: Path) -> None:
 
 
 def test_a_dataset_without_samples_is_an_error(raw: Path, tmp_path: Path) -> None:
-    options = {"style": "text_sft", "drop_categories": ["math", "chat", "demo", "digits"], "max_first_tokens": -1}
+    filters = (Filter(column="first_message_qwen3_tokens", op="max", value=-1),)
     with pytest.raises(BuildError, match=r"no sample was made; .*rejects\.jsonl says why"):
-        build(raw, tmp_path, "demo-chat", row={"options": options})
+        build(raw, tmp_path, "demo-chat", row={"filters": filters})
     assert all(reject["omitted"] for reject in rejects(tmp_path / "demo-chat"))
-    with pytest.raises(BuildError, match=r"no converter 'poem'; the catalog may name chat, image_caption"):
+    with pytest.raises(BuildError, match=r"no converter 'poem'; the catalog may name chat, diagram_choice"):
         build(raw, tmp_path, "demo-chat", row={"converter": "poem"})
 
 

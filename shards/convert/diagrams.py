@@ -1,0 +1,82 @@
+"""AI2D: questions on diagrams, some about letters that have to be drawn over the diagram's text first."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+
+from shards.convert.common import Group, Omitted, text_of
+from shards.schema import Choice, Example, ImageRef, RejectedError
+
+NO_OPTION = "{}"  # how the dataset writes an option that is not there
+
+
+def diagram_choice(group: Group) -> Iterator[Example | Omitted]:
+    """One question; where it is about letters, an example for each way of drawing them.
+
+    The texts' boxes come from `options.annotations`, a template of the JSON file of `{value}`, the image's name.
+    Opaque boxes hold their letter, transparent ones have it at their left.
+    """
+    options = [text_of(option) for option in group.items("options")]
+    answer = group.get("answer")
+    if not isinstance(answer, int) or not 0 <= answer < len(options):
+        raise RejectedError(f"answer {answer!r} of {len(options)} options")
+    right = options[answer]
+    kept = list(dict.fromkeys(option for option in options if option != NO_OPTION))
+    if right not in kept:
+        raise RejectedError("the right option is the one that is not there")
+    image, drawn = group.image(), bool(group.get("letters"))
+    letters = sum(len(option) == 1 for option in kept) >= len(kept) - 1
+    choice = Choice(
+        style="ai2_diagram_no_letter" if drawn and letters else "ai2_diagram",
+        question=group.text("question"),
+        options=tuple(kept),
+        answer=kept.index(right),
+        labelled=not (drawn and letters),
+    )
+    if not drawn:
+        yield group.example([choice], images=[image])
+        return
+    boxes = _boxes(group.media.root / str(group.option("annotations")).format(value=group.get("image")))
+    for name, opaque in (("opaque", True), ("transparent", False)):
+        yield group.example([choice], images=[_lettered(image, boxes, opaque)], suffix=f"-{name}")
+
+
+@functools.lru_cache(maxsize=16)
+def _boxes(path: Path) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Letter and rectangle (left, top, right, bottom; pixels) of every text that has a letter."""
+    try:
+        texts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["text"]
+        named = [(text_of(text.get("replacementText")), text["rectangle"]) for text in texts.values()]
+        return tuple((letter, tuple(int(v) for corner in box for v in corner)) for letter, box in named if letter)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RejectedError(f"media: {path}: no boxes for the letters ({type(error).__name__}: {error})") from None
+
+
+def _lettered(image: ImageRef, boxes: tuple[tuple[str, tuple[int, ...]], ...], opaque: bool) -> ImageRef:
+    try:
+        with PIL.Image.open(image.path or io.BytesIO(image.data or b"")) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise RejectedError(f"media: {image.path}: not a readable image ({error})") from None
+    draw = PIL.ImageDraw.Draw(picture)
+    for letter, (left, top, right, bottom) in boxes:
+        height = max(8, bottom - top)
+        font = PIL.ImageFont.load_default(size=height)
+        if opaque:
+            draw.rectangle((left, top, right, bottom), fill="white", outline="black")
+            draw.text(((left + right) / 2, (top + bottom) / 2), letter, fill="black", font=font, anchor="mm")
+        else:
+            draw.rectangle((left, top, right, bottom), outline="black")
+            draw.text((max(left - 2, height), (top + bottom) / 2), letter, fill="black", font=font, anchor="rm")
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return ImageRef(data=buffer.getvalue())

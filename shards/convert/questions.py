@@ -1,0 +1,162 @@
+"""Questions about one image or several: open, with several annotators' answers, of several turns, multiple choice.
+
+A field may be a value or a list: a list of questions in a row has a list of answers (and of explanations, options)
+of the same length, and the questions of all rows of a group are asked about the first row's images.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from shards.convert.common import Group, Omitted, at_least_one, rng_of, text_of
+from shards.schema import Annotation, Chat, Choice, Example, ImageRef, RejectedError, Text, Turn
+
+COUNTING = re.compile(
+    r"\s*(how many|count (the|all|every|each)|what (is the|number|'s the) (number|of))\b", re.IGNORECASE
+)
+
+
+def image_qa(group: Group) -> Iterator[Example | Omitted]:
+    """Questions with answers in `options.style`.
+
+    Of several annotators' answers the most frequent one counts, ties are drawn. An explanation comes before its
+    answer, a hint before its question. `options.weights` scales the loss by the value of the field "weight_of".
+    With `options.flat` every question is an example of its own.
+    `options.count_prefixes` are put before questions that count, so that the answer need not be points.
+    """
+    annotations: list[Annotation] = []
+    for index in range(len(group.values)):
+        for number, (question, answer, explanation) in enumerate(
+            _aligned(group, index, "question", "answer", "explanation")
+        ):
+            draw = f"{group.row.name}/{group.key}/{index}/{number}"
+            said = _most_common(answer, draw)
+            asked = _asked(group, _hinted(group, index, text_of(question)), draw)
+            if asked and said:
+                reason = text_of(explanation)
+                said = f"{reason} Answer: {said}" if reason else said
+                annotations.append(Text(style=str(group.option("style")), question=asked, answer=said))
+            else:
+                yield group.omit("an empty question or answer", index)
+    at_least_one(annotations, "no question with an answer")
+    images, scale = images_of(group), _loss_scale(group)
+    if not group.row.options.get("flat"):
+        yield group.example(annotations, images=images, loss_scale=scale)
+        return
+    for number, annotation in enumerate(annotations):
+        yield group.example([annotation], images=images, suffix=f"-{number}", loss_scale=scale)
+
+
+def image_choice(group: Group) -> Iterator[Example | Omitted]:
+    """Multiple-choice questions in `options.style`; the answer is an index. `options.shuffle` draws their order."""
+    annotations: list[Annotation] = []
+    for index in range(len(group.values)):
+        for number, (question, options, answer) in enumerate(_aligned(group, index, "question", "options", "answer")):
+            asked, texts = _hinted(group, index, text_of(question)), [text_of(option) for option in options or ()]
+            if not asked or answer is None or not 0 <= int(answer) < len(texts):
+                yield group.omit(f"no question, or answer {answer} of {len(texts)} options", index)
+                continue
+            order = list(range(len(texts)))
+            if group.row.options.get("shuffle"):
+                draw = rng_of(f"{group.row.name}/{group.key}/{index}/{number}", "option")
+                order = [int(place) for place in draw.permutation(len(texts))]
+            annotations.append(
+                Choice(
+                    style=str(group.option("style")),
+                    question=asked,
+                    options=tuple(texts[place] for place in order),
+                    answer=order.index(int(answer)),
+                )
+            )
+    yield group.example(at_least_one(annotations, "no question with a right option"), images=images_of(group))
+
+
+def image_chat(group: Group) -> Iterator[Example | Omitted]:
+    """Conversations written as "[USER] ... [ASSISTANT] ... [USER] ... [ASSISTANT]" and the last answer."""
+    annotations: list[Annotation] = []
+    for index in range(len(group.values)):
+        spoken = re.split(r"\[(USER|ASSISTANT)\]", group.text("question", index))
+        roles, texts = [role.lower() for role in spoken[1::2]], [text.strip() for text in spoken[2::2]]
+        answer = group.text("answer", index)
+        if roles and roles[-1] == "assistant" and not texts[-1]:
+            texts[-1] = answer
+        else:  # no marker for the last answer, or (in one turn) none at all
+            roles, texts = [*(roles or ["user"]), "assistant"], [*(texts or [spoken[0].strip()]), answer]
+        alternate = roles == ["user" if place % 2 == 0 else "assistant" for place in range(len(roles))]
+        if (spoken[0].strip() and len(spoken) > 1) or not alternate or not all(texts):
+            yield group.omit(f"turns that do not alternate, or an empty one: {roles}", index)
+            continue
+        draw = f"{group.row.name}/{group.key}/{index}"
+        turns = tuple(
+            Turn(role=role, text=_asked(group, text, f"{draw}/{place}") if role == "user" else text)
+            for place, (role, text) in enumerate(zip(roles, texts, strict=True))
+        )
+        annotations.append(Chat(style=str(group.option("style")), turns=turns))
+    yield group.example(at_least_one(annotations, "no conversation"), images=images_of(group))
+
+
+def identity_qa(group: Group) -> Iterator[Example | Omitted]:
+    """One answer to every way of asking, once with each image or, where there is none, without."""
+    answer, questions = group.text("answer"), [text_of(q) for q in group.items("questions")]
+    images: list[tuple[ImageRef, ...]] = [(group.media.image(value),) for value in group.items("images")] or [()]
+    at_least_one([Text(style="", answer=answer)] if answer and questions else [], "no question or no answer")
+    for place, question in enumerate(questions):
+        for number, seen in enumerate(images):
+            said = Text(style=str(group.option("style")), question=question, answer=answer)
+            yield group.example([said], images=seen, suffix=f"-{place}-{number}")
+
+
+def images_of(group: Group) -> list[ImageRef]:
+    """The images of the first row: the field holds one, or a list of them."""
+    value = group.get("image")
+    if not isinstance(value, list):
+        return [group.image()]
+    return [group.media.image(item, None, group.values[0]) for item in value]
+
+
+def _aligned(group: Group, index: int, *fields: str) -> Iterator[tuple[Any, ...]]:
+    """The values of fields question by question; the first field says whether the row holds one or a list."""
+    values = [group.get(field, index) for field in fields]
+    if not isinstance(values[0], list):
+        yield tuple(values)
+        return
+    length = len(values[0])
+    columns = [[None] * length if value is None else value for value in values]
+    for field, column in zip(fields, columns, strict=True):
+        if not isinstance(column, list) or len(column) != length:
+            found = f"{len(column)}" if isinstance(column, list) else type(column).__name__
+            raise RejectedError(f"column {group.row.columns[field]}: expected a list of {length}, found {found}")
+    yield from zip(*columns, strict=True)
+
+
+def _most_common(answer: Any, draw: str) -> str:
+    if not isinstance(answer, list):
+        return text_of(answer)
+    counts = Counter(text for value in answer if (text := text_of(value)))
+    best = sorted(text for text, count in counts.items() if count == max(counts.values()))
+    return best[int(rng_of(draw, "answer").integers(len(best)))] if best else ""
+
+
+def _hinted(group: Group, index: int, question: str) -> str:
+    hint = group.text("hint", index)
+    return f"{hint}\n{question}" if hint and question else question
+
+
+def _asked(group: Group, question: str, draw: str) -> str:
+    prefixes = group.row.options.get("count_prefixes")
+    if not prefixes or not COUNTING.match(question):
+        return question
+    return f"{prefixes[int(rng_of(draw, 'count prefix').integers(len(prefixes)))]} {question}"
+
+
+def _loss_scale(group: Group) -> float:
+    weights = group.row.options.get("weights")
+    if weights is None:
+        return 1.0
+    kind = group.text("weight_of")
+    if kind not in weights:
+        raise RejectedError(f"column {group.row.columns['weight_of']}: no weight for {kind!r}")
+    return float(weights[kind])

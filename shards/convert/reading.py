@@ -1,0 +1,94 @@
+"""From a catalog row to groups of rows and from a group to examples: files, filters, exclusions, then the converter."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from shards.catalog import Exclusion, Row, Stage, split_of
+from shards.convert import CONVERTERS
+from shards.convert.common import Group, Omitted
+from shards.schema import Example
+from shards.sources.media_files import MediaFiles
+from shards.sources.parquet import MissingSourceError, SourceError
+from shards.sources.paths import at
+from shards.sources.tables import Table, open_table
+
+
+def open_rows(row: Row, stage: Stage, raw: Path, more: Iterable[str] = ()) -> Table:
+    """The files of a dataset's split.
+
+    Args:
+        row: the dataset.
+        stage: whose split.
+        raw: the dataset's raw folder; other raw folders lie beside it.
+        more: columns to read beyond those that the row names.
+
+    Raises:
+        MissingSourceError: files, or a folder of media, that are not there.
+        SourceError: an unreadable file, or one without a column.
+    """
+    for name in row.folders:
+        folder = raw if name == row.folder else raw.parent / name
+        if not folder.is_dir():
+            raise MissingSourceError(f"{row.name}: {folder}: no such folder")
+    try:
+        table = open_table(raw, row.files[split_of(stage)], {*row.used_columns, *more}, row.table)
+        for exclusion in row.exclude:
+            _listed(raw.parent / (exclusion.raw or raw.name), exclusion.model_dump_json())
+    except MissingSourceError as error:
+        raise MissingSourceError(f"{row.name}: {error}") from None
+    except SourceError as error:
+        raise SourceError(f"{row.name}: {error}") from None
+    return table
+
+
+def read_groups(
+    row: Row, stage: Stage, raw: Path, table: Table, groups: Sequence[Sequence[int]], more: Iterable[str] = ()
+) -> Iterator[Group]:
+    """The groups of rows with these numbers; `raw` and `more` as in `open_rows`."""
+    rows = iter(table.read([number for numbers in groups for number in numbers], {*row.used_columns, *more}))
+    others = tuple(raw.parent / name for name in row.media_from)
+    media = MediaFiles(root=raw, template=row.media, others=others)
+    for numbers in groups:
+        sources, values = zip(*(next(rows) for _ in numbers), strict=True)
+        key = f"{row.name}-{numbers[0]:08d}"
+        yield Group(row=row, stage=stage, media=media, key=key, sources=sources, values=values)
+
+
+def convert(group: Group) -> Iterator[Example | Omitted]:
+    """What becomes of a group: an `Omitted` for each row that the catalog leaves out, then the converter's."""
+    stay = []
+    for index in range(len(group.values)):
+        if reason := _left_out(group, index):
+            yield group.omit(reason, index)
+        else:
+            stay.append(index)
+    if stay:
+        sources, values = tuple(group.sources[i] for i in stay), tuple(group.values[i] for i in stay)
+        yield from CONVERTERS[group.row.converter](replace(group, sources=sources, values=values))
+
+
+def _left_out(group: Group, index: int) -> str:
+    """Why the catalog leaves out a row of a group, or ""."""
+    values = group.values[index]
+    for f in group.row.filters:
+        found = at(values, f.column)
+        if (not f.stages or group.stage in f.stages) and not f.keeps(found):
+            wanted = f.op if f.value is None else f"{f.op} {f.value}"
+            return f"filter: {f.column} is {str(found)[:60]!r}, wanted {wanted}"
+    for exclusion in group.row.exclude:
+        folder = group.media.root.parent / (exclusion.raw or group.media.root.name)
+        if at(values, exclusion.column) in _listed(folder, exclusion.model_dump_json()):
+            return f"excluded: {exclusion.column} is listed in {exclusion.raw or group.row.folder}/{exclusion.files}"
+    return ""
+
+
+@functools.lru_cache(maxsize=4)
+def _listed(folder: Path, exclusion_json: str) -> frozenset[str]:
+    exclusion = Exclusion.model_validate_json(exclusion_json)
+    table = open_table(folder, exclusion.files, [exclusion.values], exclusion.table)
+    rows = table.read(range(len(table)), [exclusion.values])
+    return frozenset(exclusion.template.format(value=at(values, exclusion.values)) for _, values in rows)

@@ -1,0 +1,28 @@
+"""Dotted paths into the values of a row: "meta.id", and through lists: "answers.text" is the texts of all answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def at(values: Any, path: str) -> Any:
+    """The value at `path`, None where something on the way is missing; a name that holds a dot itself comes first."""
+    if isinstance(values, list):
+        return [at(item, path) for item in values]
+    if not isinstance(values, Mapping):
+        return None
+    if path in values:
+        return values[path]
+    first, _, rest = path.partition(".")
+    return at(values[first], rest) if rest and first in values else None
+
+
+def has(values: Any, path: str) -> bool:
+    """Whether a row has something at `path`, be it null."""
+    if isinstance(values, list):
+        return any(has(item, path) for item in values)
+    if not isinstance(values, Mapping):
+        return False
+    first, _, rest = path.partition(".")
+    return path in values or (bool(rest) and first in values and has(values[first], rest))

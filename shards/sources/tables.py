@@ -1,0 +1,51 @@
+"""Files of rows by their format: parquet, JSON, JSON lines, CSV. What all of them offer is `Table`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from shards.catalog import TableFormat
+from shards.schema import Source
+from shards.sources.json_table import open_records
+from shards.sources.parquet import MissingSourceError, SourceError, open_parquet
+
+SUFFIXES = {".parquet": "parquet", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
+
+
+class Table(Protocol):
+    """Files in order; rows are numbered through all of them. `digests`: a hash of each file's rows."""
+
+    @property
+    def files(self) -> tuple[Path, ...]: ...  # noqa: D102
+    @property
+    def digests(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def groups(self, column: str | None) -> list[tuple[int, ...]]:
+        """Row numbers with equal values in a column, groups in order of appearance; None: every row is a group."""
+
+    def read(self, rows: Sequence[int], columns: Iterable[str]) -> list[tuple[Source, dict[str, Any]]]:
+        """Chosen rows in the order asked for, with where they come from."""
+
+
+def open_table(root: Path, pattern: str, columns: Iterable[str], form: TableFormat | None = None) -> Table:
+    """The files below `root` that match a glob.
+
+    Raises:
+        MissingSourceError: no file.
+        SourceError: an unreadable file, or one without a column; names what is there.
+    """
+    form = form or TableFormat()
+    files = tuple(sorted(root.glob(pattern)))
+    if not files:
+        raise MissingSourceError(f"{root / pattern}: no such file")
+    kind = form.kind or SUFFIXES.get(files[0].suffix)
+    if kind is None:
+        raise SourceError(f"{files[0]}: cannot tell its format; give the catalog row `table.kind`")
+    if kind == "parquet":
+        return open_parquet(root, files, columns)
+    return open_records(root, files, columns, kind, form)

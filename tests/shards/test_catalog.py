@@ -1,0 +1,210 @@
+"""Every dataset of the catalog: a fixture in its published layout, built for real, against a rendering on record.
+
+UPDATE_GOLDEN=1 python -m pytest tests/shards/test_catalog.py    # write the renderings anew, then read them
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from catalog_cases import GOLDEN, cases, catalog, fixtures, rendered
+
+from shards.catalog import CatalogError, Download, Filter, TableFormat, load_catalog
+from shards.sources.media_files import MediaFiles
+from shards.sources.parquet import MissingSourceError, SourceError
+from shards.sources.tables import open_table
+
+REFERENCE: dict[str, dict[str, Any]] = yaml.safe_load(
+    (Path(__file__).parent / "data" / "reference_datasets.yaml").read_text()
+)
+ROOT = Path(__file__).parents[2]
+# Published under another name than the one that Molmo2's loader reads.
+OTHER_REPOS = {"molmo2-multi-image-point": "allenai/Molmo2-MultiImagePoint"}
+IMAGE_FAMILIES = {
+    "pixmo-url-media",
+    "hf-embedded-image",
+    "ai2-json-plus-image-archive",
+    "raw-json-image-qa",
+    "text-chat",
+}
+
+
+@pytest.mark.parametrize(("name", "stage"), cases())
+def test_a_fixture_becomes_what_is_on_record(name: str, stage: Any, tmp_path: Path) -> None:
+    path = GOLDEN / f"{name}{'' if stage == 'sft' else '.' + stage}.txt"
+    found = rendered(name, stage, tmp_path)
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(found, encoding="utf-8")
+    assert found == path.read_text(encoding="utf-8")
+
+
+def test_every_rendering_belongs_to_a_fixture() -> None:
+    wanted = {f"{name}{'' if stage == 'sft' else '.' + stage}.txt" for name, stage in cases()}
+    assert {path.name for path in GOLDEN.glob("*.txt")} == wanted
+
+
+def test_image_and_text_rows_have_a_fixture() -> None:
+    families = {entry for entry, facts in REFERENCE.items() if facts["family"] in IMAGE_FAMILIES}
+    assert {row.folder for row in catalog().rows if row.folder in families} <= set(fixtures())
+
+
+def test_every_training_dataset_has_a_row_or_a_reason() -> None:
+    training = {name for name, facts in REFERENCE.items() if facts["train"]}
+    assert len(training) == 101
+    there = {row.folder for row in catalog().rows} | set(catalog().left_out)
+    missing = {name for name in training - there if REFERENCE[name]["family"] in IMAGE_FAMILIES}
+    assert not missing
+
+
+def test_rows_name_the_published_repository() -> None:
+    for row in catalog().rows:
+        repo = REFERENCE.get(row.folder, {}).get("repo")
+        if repo is not None:
+            assert row.source.get("repo") == OTHER_REPOS.get(row.folder, repo), row.name
+
+
+def test_everything_that_is_read_can_be_fetched() -> None:
+    loaded = catalog()
+    wanted = {folder for row in loaded.rows for folder in row.folders}
+    assert set(loaded.downloads(loaded.rows)) == wanted
+
+
+def test_mixtures_name_rows_of_the_catalog() -> None:
+    known = {row.name for row in catalog().rows}
+    for path in sorted((ROOT / "recipes" / "mixtures").glob("*.yaml")):
+        groups = yaml.safe_load(path.read_text())
+        assert groups, path
+        named = {name for group in groups for name in group["datasets"]}
+        assert named <= known, path
+
+
+def test_what_to_do_about_missing_files() -> None:
+    rows = {row.name: row for row in catalog().rows}
+    assert "python tools/download_data.py --datasets pixmo-cap" in catalog().how_to_get(rows["pixmo-cap"])
+    steps = catalog().how_to_get(rows["doc-qa"])
+    assert "rrc.cvc.uab.es" in steps
+    assert "download_data" not in steps
+
+
+@pytest.mark.parametrize(
+    ("op", "value", "kept", "dropped"),
+    [
+        ("equals", 3, [3], [2, None]),
+        ("not_equals", True, [False, None], [True]),
+        ("in", ["a"], ["a"], ["b", None]),
+        ("not_in", ["a"], ["b", None], ["a"]),
+        ("min", 2, [2, 3, None], [1]),
+        ("max", 2, [2, 1, None], [3]),
+        ("min_length", 2, [[1, 2]], [[1]]),
+        ("max_length", 1, [[1], []], [[1, 2]]),
+        ("not_null", None, [0, ""], [None]),
+        ("not_empty", None, [0, "a"], ["", [], None]),
+    ],
+)
+def test_filters(op: Any, value: Any, kept: list[Any], dropped: list[Any]) -> None:
+    made = Filter(column="c", op=op, value=value)
+    assert all(made.keeps(found) for found in kept)
+    assert not any(made.keeps(found) for found in dropped)
+
+
+def test_errors_in_rows_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="do not go together"):
+        Filter(column="c", op="in", value="a")
+    with pytest.raises(ValueError, match="needs include"):
+        Download(kind="hub", repo="a/b")
+    settings = "preset: tiny\ntokenizer: t\nstages: {}\n"
+    (tmp_path / "catalog.yaml").write_text(settings)
+    (tmp_path / "a.yaml").write_text("colour: red\n")
+    with pytest.raises(CatalogError, match="unknown: colour"):
+        load_catalog(str(tmp_path))
+    row = "{name: x, raw: y, stages: [sft], files: {train: a}, converter: chat, columns: {}}"
+    (tmp_path / "a.yaml").write_text(f"rows: [{row}]\n")
+    with pytest.raises(CatalogError, match="raw folder 'y' is neither"):
+        load_catalog(str(tmp_path))
+
+
+ROWS = [{"a": 1, "b": {"c": "x"}}, {"a": 1, "b": {"c": "y"}}, {"a": 2, "b": {"c": "x"}}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "form"),
+    [
+        ("t.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS), {}),
+        ("t.json", json.dumps(ROWS), {}),
+        ("t.json", json.dumps({"data": {"rows": ROWS}}), {"records": "data.rows"}),
+        ("t.json", json.dumps({str(i): row for i, row in enumerate(ROWS)}), {}),
+        ("t.jsonl", "a line before\n" + "\n".join(json.dumps(row) for row in ROWS), {"skip": 1}),
+        (
+            "t.json",
+            json.dumps([{"a": 1, "b": [{"c": "x"}, {"c": "y"}]}, {"a": 2, "b": [{"c": "x"}]}]),
+            {"explode": "b"},
+        ),
+    ],
+)
+def test_records_in_all_their_nestings(tmp_path: Path, name: str, text: str, form: dict[str, Any]) -> None:
+    (tmp_path / name).write_text(text)
+    table = open_table(tmp_path, "t.*", ["a", "b.c"], TableFormat(**form))
+    assert len(table) == 3
+    assert table.groups("a") == [(0, 1), (2,)]
+    assert table.groups("b.c") == [(0, 2), (1,)]
+    assert [(s.row, v) for s, v in table.read([2, 0], ["a", "b.c"])] == [(2, ROWS[2]), (0, ROWS[0])]
+
+
+def test_rows_of_csv_files_and_of_keyed_objects(tmp_path: Path) -> None:
+    (tmp_path / "t.tsv").write_text('1\t"a\tb"\n2\tc\n')
+    table = open_table(tmp_path, "t.tsv", ["id"], TableFormat(header=("id", "text")))
+    assert [v for _, v in table.read([0, 1], ["id", "text"])] == [{"id": "1", "text": "a\tb"}, {"id": "2", "text": "c"}]
+    (tmp_path / "t.json").write_text('{"k1": {"a": 1}, "k2": {"a": 2}}')
+    table = open_table(tmp_path, "t.json", ["id", "a"], TableFormat(key="id"))
+    assert table.read([1], ["id", "a"])[0][1] == {"id": "k2", "a": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "match"),
+    [
+        ("[1, 2]", {}, "row 0: expected an object with columns, found int"),
+        ("{", {}, "not a readable json file"),
+        ('[{"b": 1}]', {}, "no column a; it has b"),
+        ('{"x": 3}', {"records": "x"}, "expected a list or an object at 'x', found int"),
+    ],
+)
+def test_faulty_records_are_named(tmp_path: Path, text: str, form: dict[str, Any], match: str) -> None:
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(SourceError, match=match):
+        open_table(tmp_path, "t.json", ["a"], TableFormat(**form))
+
+
+def test_media_are_looked_for_in_shared_folders(tmp_path: Path) -> None:
+    for name in ("own", "pool", "own/top"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "pool" / "000000000007.jpg").write_bytes(b"p")
+    (tmp_path / "own" / "top" / "a-3.jpg").write_bytes(b"t")
+    media = MediaFiles(root=tmp_path / "own", template="{value:012d}.jpg", others=(tmp_path / "pool",))
+    assert media.image(7).path == str(tmp_path / "pool" / "000000000007.jpg")
+    media = MediaFiles(root=tmp_path / "own", template="*/{split}-{value}.jpg")
+    assert media.image(3, row={"split": "a"}).path == str(tmp_path / "own" / "top" / "a-3.jpg")
+
+
+def test_one_missing_dataset_stops_no_other(raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingSourceError):
+        open_table(tmp_path, "*.parquet", [])
+    (tmp_path / "raw").mkdir()
+    for name in ("tokenizer", "demo-chat"):
+        (tmp_path / "raw" / name).symlink_to(raw / name)
+    tool = [sys.executable, ROOT / "tools" / "build_shards.py", "--stage", "sft", "--workers", "1"]
+    paths = ["--raw", tmp_path / "raw", "--out", tmp_path / "out"]
+    run = subprocess.run(
+        [*tool, *paths, "--datasets", "demo-cap", "demo-chat"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    assert "demo-cap: " in run.stderr and "no such folder" in run.stderr and "make demo" in run.stderr
+    assert "not built, 1 of 2: demo-cap" in run.stderr
+    assert (tmp_path / "out" / "sft" / "demo-chat" / "index.json").exists()
