@@ -146,12 +146,13 @@ def _box(digit: Placed, picture: Pixels) -> dict[str, float]:
 
 
 def points(rng: Generator, pool: Pool, name: str) -> Made:
-    """PixMo-Points: a row for each digit, all of different classes, and sometimes one for all of them; percent."""
-    picture, placed = group(rng, pool, int(rng.integers(1, 4)), distinct=True)
+    """PixMo-Points: a row for each of two to four digits, all of different classes; percent.
+
+    Never one alone: a model can point at that without reading it, and does for long.
+    """
+    picture, placed = group(rng, pool, int(rng.integers(2, 5)), distinct=True)
     chosen = rng.permutation([digit.label for digit in placed])
     wanted = [(f"digit {c}", [digit for digit in placed if digit.label == c]) for c in chosen]
-    if rng.random() < 0.3:
-        wanted.append(("digits", placed))
     path = f"images/{name}.png"
     rows = _point_rows(picture, path, wanted)
     return Made(rows=rows, digits=_numbers(placed), files={path: png(picture)})

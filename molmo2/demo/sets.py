@@ -20,8 +20,11 @@ import pyarrow.parquet as pq
 from molmo2.demo import images, videos
 from molmo2.demo.digits import Generator, Pool, generator, load_pool
 from molmo2.demo.images import Made
+from molmo2.processing.points import SEPARATORS, format_points
+from molmo2.processing.text import templates
+from shards.schema import PointGroup
 
-VERSION = 3  # raise it when the drawing changes: data of another version are made anew
+VERSION = 6  # raise it when the drawing changes: data of another version are made anew
 Maker = Callable[[Generator, Pool, str], Made]
 
 
@@ -154,7 +157,17 @@ def make_set(
 
 
 def texts(raw: Path) -> Iterator[str]:
-    """Every string in the training splits, for the tokenizer; URLs, ids and hashes are left out."""
+    """Every string in the training splits, for the tokenizer; URLs, ids and hashes are left out.
+
+    And, about as often as the data will hold them, the words that ask for points and the text of points: spelled out
+    in single letters they would be most of an answer.
+    """
+    for style in ("pointing", "point_count", "video_point", "video_point_count"):
+        for template in templates()[style]:
+            yield from [template.format(label="digits")] * 500
+    point = PointGroup(at=1, points=((0.5, 0.5),))
+    yield from [format_points([point], "digits", seconds=False, separator=SEPARATORS["html-v2"])] * 5000
+    yield from ["Counting the shows a total of"] * 1000
     for demo in SETS:
         table = pq.read_table(raw / demo.name / "data" / "train-00000-of-00001.parquet")
         skipped = {"image_url", "image_urls", "image_sha256", "id", "video_id", "video", "image", "mask_id", "source"}

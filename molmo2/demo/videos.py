@@ -248,8 +248,11 @@ def qa(rng: Generator, pool: Pool, name: str) -> Made:
 
 
 def point(rng: Generator, pool: Pool, name: str) -> Made:
-    """Molmo2-VideoPoint: digits that appear one after the other, each pointed at when it appears; percent."""
-    clip = _turns(rng, pool, int(rng.integers(1, 5)), 10.0)
+    """Molmo2-VideoPoint: digits that appear one after the other, each pointed at when it appears; percent.
+
+    So short that all of its frames at two a second fit a sample: no point is left without a frame.
+    """
+    clip = _turns(rng, pool, int(rng.integers(1, 5)), 7.5)
     centers = [actor.center(clip.part(actor.start)) for actor in clip.actors]
     row = {
         "video_id": name,

@@ -50,7 +50,7 @@ class Molmo2(nn.Module):
         transformer then vanish below Adam's epsilon. Only the head keeps it, so that training starts from even odds.
         """
         generator = torch.Generator().manual_seed(seed)
-        stds = {"vit.positions": 0.2, "text.embedding.base": 0.5, "text.embedding.added": 0.5, "lm_head.weight": 0.02}
+        stds = {"vit.positions": 1.5, "text.embedding.base": 0.5, "text.embedding.added": 0.5, "lm_head.weight": 0.02}
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()

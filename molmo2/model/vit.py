@@ -26,8 +26,7 @@ def to_patches(pixels: Tensor, patch_size: int) -> Tensor:
 class Attention(nn.Module):
     """Self-attention over the patches of one crop.
 
-    In bfloat16 too: torch's fused kernels keep scores and softmax in float32, and round the probabilities only. The
-    reference's `float32_attention` has effect outside autocast alone; its training, under autocast, runs the same.
+    In bfloat16 too: torch's fused kernels keep scores and softmax in float32, and round the probabilities only.
     """
 
     def __init__(self, config: VitConfig) -> None:

@@ -47,7 +47,7 @@ def test_all_errors_are_told_at_once_with_the_nearest_name(tmp_path: Path) -> No
 
 def test_missing_keys_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"train\.steps: missing"):
-        load_recipe(broken(tmp_path, "  steps: 350\n", ""))
+        load_recipe(broken(tmp_path, "  steps: 700\n", ""))
 
 
 @pytest.mark.parametrize(
