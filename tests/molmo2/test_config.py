@@ -26,7 +26,7 @@ def broken(tmp_path: Path, old: str, new: str) -> Path:
 
 
 def test_all_errors_are_told_at_once_with_the_nearest_name(tmp_path: Path) -> None:
-    path = broken(tmp_path, "  micro_batch: 4", "  microbatch: 4\n  steps_: many")
+    path = broken(tmp_path, "  micro_batch: 2", "  microbatch: 2\n  steps_: many")
     overrides = ["optim.vit.lr=-1", "optim.llm.warmup=3", "data.sequence_length=long", "data.mixture.groups.text.rte=1"]
     with pytest.raises(RecipeError) as error:
         load_recipe(path, [*overrides, "colour=red"])
@@ -54,7 +54,7 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("train.precision=bf16", "precision bf16 needs zero_stage 2 or 3, not 1"),
-        ("train.micro_batch=3", "packs_per_step 8 is not a multiple of train.micro_batch 3"),
+        ("train.micro_batch=3", "packs_per_step 4 is not a multiple of train.micro_batch 3"),
         ("train.sp=5", "data.sequence_length 768 is not a multiple of train.sp 5"),
         ("init=demo-stage1", "init names the run itself"),
         ("name=../escape", r"name: String should match pattern"),
