@@ -1,7 +1,7 @@
 """Attention with Molmo2's mask, without ever writing out S x S where rows are long.
 
     dense   scaled dot product attention, the mask written out: short rows, generation, the measure of the others
-    tiled   the same over tiles of queries, each with its own piece of the mask, made again in backward: any device
+    tiled   the same over tiles of queries, each with its own keys and piece of the mask: any device
     flex    FlexAttention over blocks of 128 x 128, of which per-block statistics tell the empty and the full: CUDA
 
 All three take q [B, H, S, D], k and v [B, Hkv, S, D] with Hkv dividing H, and give [B, H, S, D]. `masked_attention`
@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from molmo2.model.mask import MEMBER, PAD_SEGMENT, AttentionMask, allowed
 from molmo2.model.text import Mask
 
-DENSE_LENGTH = 4096  # rows up to here are cheap enough dense: 16 MiB of mask
-TILE = 512  # queries of a tile
+SHORT = 4096  # a mask of such a row is 16 MiB: cheap enough to be written out, and to be kept for backward
+TILE = 128  # queries of a tile
 BLOCK = 128  # of FlexAttention's kernels
 
 
@@ -86,12 +86,16 @@ def _tile_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, is_vis
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """Attention tile by tile: the largest piece of the mask is `TILE` x keys."""
+    """Attention tile by tile: the largest piece of the mask is `TILE` x keys, made again in backward in long rows.
+
+    Packs of short samples gain most: dense attention computes every pair of the row.
+    """
     outputs = []
+    recompute = torch.is_grad_enabled() and q.shape[2] > SHORT
     for span in mask.made(key_spans):
         keys = slice(span.first_key, span.last_key)
         inputs = (q[:, :, span.start : span.stop], k[:, :, keys], v[:, :, keys], mask.segment_ids, mask.is_visual, span)
-        if torch.is_grad_enabled():  # without it every tile would keep its piece of the mask for backward
+        if recompute:
             outputs.append(checkpoint(_tile_attention, *inputs, use_reentrant=False, preserve_rng_state=False))
         else:
             outputs.append(_tile_attention(*inputs))
@@ -168,6 +172,6 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Attention by the backend that suits the device and the length."""
-    if not isinstance(mask, AttentionMask) or q.shape[2] <= DENSE_LENGTH:
+    if not isinstance(mask, AttentionMask) or (q.is_cuda and q.shape[2] <= SHORT):
         return dense_attention(q, k, v, mask)
     return flex(q, k, v, mask) if q.is_cuda else tiled_attention(q, k, v, mask)

@@ -87,8 +87,10 @@ def inputs(segment_ids: torch.Tensor, num_heads: int = 4, num_kv_heads: int = 2,
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
+@pytest.mark.parametrize("short", [4096, 100], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_tiles_equal_the_dense_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_equal_the_dense_mask(name: str, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("molmo2.model.attention.SHORT", short)
     segment_ids, is_visual = LAYOUTS[name]
     *qkv, gradient = inputs(segment_ids)
     results = []
@@ -167,13 +169,11 @@ def test_work_goes_with_the_members_not_with_the_row() -> None:
     assert keys(16) == 8 * keys(2)
 
 
-def test_long_rows_are_tiled_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_computes_tiles_of_rows_of_any_length() -> None:
     segment_ids, is_visual = LAYOUTS["images"]
     q, k, v, _ = inputs(segment_ids)
     mask = AttentionMask(segment_ids, is_visual)
-    short = masked_attention(q, k, v, mask)
-    monkeypatch.setattr("molmo2.model.attention.DENSE_LENGTH", 100)
-    mask = AttentionMask(segment_ids, is_visual)
-    long = masked_attention(q, k, v, mask)
-    torch.testing.assert_close(short, long, rtol=1e-5, atol=2e-6)
-    assert mask.made(key_spans)[0] == Span(0, 512, 0, mask.made(key_spans)[0].last_key)
+    dense = dense_attention(q, k, v, AttentionMask(segment_ids, is_visual))
+    torch.testing.assert_close(masked_attention(q, k, v, mask), dense, rtol=1e-5, atol=2e-6)
+    assert mask.made(key_spans)[1] == Span(128, 256, 0, 332)  # made by the call: the mask keeps what it has made
+    assert len(mask.made(key_spans)) == 6

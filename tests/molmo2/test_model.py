@@ -192,7 +192,7 @@ def test_init_is_seeded_and_scaled_by_fan_in() -> None:
         else:
             assert not torch.equal(parameter, other[name])
             tables = {
-                "vit.positions": 0.2,
+                "vit.positions": 1.5,
                 "text.embedding.base": 0.5,
                 "text.embedding.added": 0.5,
                 "lm_head.weight": 0.02,
