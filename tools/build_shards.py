@@ -19,6 +19,7 @@ from molmo2.config import data_path
 from molmo2.processing import ProcessorSettings, build_processor
 from shards.builder import REJECT_BUDGET, BuildError, build_dataset, worker_pool
 from shards.catalog import STAGES, load_catalog
+from shards.download.manifest import unfinished_folders
 from shards.format import DatasetIndex
 from shards.sources.parquet import MissingSourceError, SourceError
 
@@ -58,6 +59,8 @@ def main() -> None:
         for row in rows:
             since = time.perf_counter()
             try:
+                if unfinished := unfinished_folders(row, args.raw):
+                    raise MissingSourceError(f"{row.name}: the download of {', '.join(unfinished)} is not finished")
                 index = build_dataset(
                     row,
                     args.stage,

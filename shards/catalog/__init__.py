@@ -41,6 +41,7 @@ class Download(Strict):
         revision: commit or branch of it; None: not pinned yet, the newest.
         include: globs of the files of `repo`.
         urls: path of a file -> its URL.
+        sha256: path of a file of `urls` -> hash of its bytes, where somebody has published one.
         extract: path or glob of an archive -> folder that it is unpacked into.
         url_column: column (or column of lists) with image URLs.
         sha256_column: column with the sha256 of the images' bytes.
@@ -52,6 +53,7 @@ class Download(Strict):
     revision: str | None = None
     include: tuple[str, ...] = ()
     urls: dict[str, str] = {}
+    sha256: dict[str, str] = {}
     extract: dict[str, str] = {}
     url_column: str | None = None
     sha256_column: str | None = None

@@ -1,27 +1,26 @@
 """From a media value of a row (URL, embedded bytes, id) to a local file, within limits.
 
-Only http, https and file URLs are followed. A file URL or a template must stay below the dataset's folder, and
-downloads are bounded in size and time, checked against the row's hash, and kept under their URL's sha256.
+Only http, https and file URLs are followed. A file URL or a template must stay below the dataset's folder. An image
+behind a URL is the one that `shards.download` has kept; where no download was run it is fetched in the same way, and
+checked against the row's hash.
 """
 
 from __future__ import annotations
 
 import hashlib
-import http.client
-import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from shards.download.connect import FetchError, FetchLimits
+from shards.download.fetch import fetch_bytes
+from shards.download.manifest import MANIFEST
+from shards.download.urls import FAILURES, keep, kept_as
 from shards.schema import ImageRef, RejectedError, VideoRef
 
-MAX_BYTES = 64 << 20  # of one download
-MAX_SECONDS = 60.0  # for one download
+ONE_TRY = FetchLimits(attempts=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +31,13 @@ class MediaFiles:
         root: its folder.
         template: path of a file, `{value}` being the row's value and `{NAME}` a column's; it may begin with "*/".
         others: folders in which a file is looked for after `root`.
+        limits: bounds of an image that is fetched now, because no download was run before.
     """
 
     root: Path
     template: str | None = None
     others: tuple[Path, ...] = ()
+    limits: FetchLimits = ONE_TRY
 
     def image(self, value: Any, sha256: str | None = None, row: Mapping[str, Any] = {}) -> ImageRef:
         """An image from a URL, from a struct of embedded `bytes`, or through the template.
@@ -89,37 +90,26 @@ class MediaFiles:
             return self._below(Path(unquote(parts.path)), self.root)
         if parts.scheme not in {"http", "https"}:
             raise RejectedError(f"media: {url}: scheme {parts.scheme!r} is not followed")
-        name = Path("media") / hashlib.sha256(url.encode()).hexdigest()
+        name = kept_as(url)
         kept = next((root / name for root in (self.root, *self.others) if (root / name).exists()), self.root / name)
         if not kept.exists():
-            data = _download(url)
+            self._check_not_given_up(url)
+            try:
+                data = fetch_bytes(url, self.limits)
+            except FetchError as error:
+                raise RejectedError(f"media: {error.reason}: {url}") from None
             if sha256 is not None:
                 _check_hash(url, data, sha256)  # before it is kept: a later try may get the right bytes
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            temporary = kept.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_bytes(data)
-            temporary.replace(kept)
+            keep(kept, data)
         return kept
+
+    def _check_not_given_up(self, url: str) -> None:
+        """After a finished download an image that is not there has failed already; asking again is for its tool."""
+        if any((root / MANIFEST).exists() for root in (self.root, *self.others)):
+            raise RejectedError(f"media: not downloaded, {self.root / FAILURES} says why: {url}")
 
 
 def _check_hash(where: str, data: bytes, sha256: str) -> None:
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise RejectedError(f"media: another sha256 than the row says: {where} has {found[:16]}, not {sha256[:16]}")
-
-
-def _download(url: str) -> bytes:
-    data, end = bytearray(), time.monotonic() + MAX_SECONDS
-    try:
-        with urllib.request.urlopen(url, timeout=MAX_SECONDS) as response:
-            while chunk := response.read1(1 << 20):
-                data += chunk
-                if len(data) > MAX_BYTES:
-                    raise RejectedError(f"media: larger than {MAX_BYTES} bytes: {url}")
-                if time.monotonic() > end:
-                    raise RejectedError(f"media: not fetched within {MAX_SECONDS:.0f} s: {url}")
-            if response.length:  # what the server promised and did not send
-                raise RejectedError(f"media: the connection broke after {len(data)} bytes: {url}")
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        raise RejectedError(f"media: {error}: {url}") from None
-    return bytes(data)

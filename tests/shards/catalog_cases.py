@@ -43,6 +43,7 @@ from molmo2.processing.processor import STAGE_MODES
 from molmo2.processing.tokenizer import write_tokenizer
 from shards.builder import build_dataset
 from shards.catalog import Catalog, Row, Stage, load_catalog
+from shards.download.urls import kept_as
 from shards.format import REJECTS_NAME, TOKEN_DTYPE
 from shards.layout import VisualLayout, VisualTokens
 
@@ -95,7 +96,7 @@ def write_raw(raw: Path, row: Row) -> None:
     """The raw folders that a row reads."""
     for folder in row.folders:
         for name, spec in fixtures()[folder].items():
-            kept = f"media/{hashlib.sha256(name.encode()).hexdigest()}" if "://" in name else name
+            kept = str(kept_as(name)) if "://" in name else name
             path = raw / folder / kept
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(path, spec)

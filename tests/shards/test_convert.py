@@ -18,6 +18,7 @@ from shards.catalog import CatalogError, Stage, load_catalog
 from shards.convert import CONVERTERS
 from shards.convert.common import Group, Omitted, packed_points, to_fractions, xy_pairs
 from shards.convert.reading import convert as convert_group
+from shards.download.connect import FetchLimits
 from shards.schema import Chat, Choice, Example, Points, RejectedError, Source, Text, Tracks
 from shards.sources.media_files import MediaFiles
 
@@ -230,7 +231,7 @@ def test_chat_filters(tmp_path: Path) -> None:
         ("ftp://host/a.png", "scheme 'ftp'"),
         ("missing.png", "does not exist"),
         (None, "no image in the row"),
-        ("http://127.0.0.1:9/a.png", "http://127.0.0.1:9/a.png"),
+        ("http://127.0.0.1:9/a.png", "private address: http://127.0.0.1:9/a.png"),
     ],
 )
 def test_media_stay_below_their_folder(tmp_path: Path, value: Any, match: str) -> None:
@@ -271,8 +272,8 @@ def server() -> Iterator[str]:
         running.shutdown()
 
 
-def test_downloads_are_kept_checked_and_bounded(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    media = MediaFiles(root=tmp_path)
+def test_downloads_are_kept_checked_and_bounded(tmp_path: Path, server: str) -> None:
+    media = MediaFiles(root=tmp_path, limits=FetchLimits(attempts=1, allow_private=True))
     right = hashlib.sha256(b"good").hexdigest()
     with pytest.raises(RejectedError, match="another sha256"):
         media.image(f"{server}/good", "0" * 64)
@@ -283,12 +284,15 @@ def test_downloads_are_kept_checked_and_bounded(tmp_path: Path, server: str, mon
         assert path is not None
         assert Path(path).read_bytes() == b"good"
     assert Handler.asked == ["/good"]
-    monkeypatch.setattr("shards.sources.media_files.MAX_SECONDS", 0.3)
-    monkeypatch.setattr("shards.sources.media_files.MAX_BYTES", 1000)
-    for name, match in (("drip", "not fetched within"), ("cut", "broke after 4"), ("big", "larger"), ("none", "404")):
+    tight = FetchLimits(attempts=1, max_bytes=1000, max_seconds=0.3, allow_private=True)
+    media = MediaFiles(root=tmp_path, limits=tight)
+    for name, match in (("drip", "not fetched within"), ("cut", "broke"), ("big", "larger"), ("none", "404")):
         with pytest.raises(RejectedError, match=match):
             media.image(f"{server}/{name}")
-    assert len(list((tmp_path / "media").iterdir())) == 1
+    assert len(list((tmp_path / "media").glob("*/*"))) == 1
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(RejectedError, match=r"failures\.jsonl says why"):  # a finished download had its tries
+        media.image(f"{server}/other")
 
 
 def test_points_in_all_their_shapes() -> None:

@@ -1,0 +1,151 @@
+"""Connections to hosts that somebody else named: only http and https, and never into a private network.
+
+A host's name is resolved once, all its addresses are checked, and the connection goes to a checked address.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import ipaddress
+import socket
+import ssl
+import time
+from dataclasses import dataclass
+from urllib.parse import SplitResult, urlsplit
+
+
+class FetchError(Exception):
+    """A URL that was not fetched.
+
+    Attributes:
+        reason: why, in words that many URLs can share.
+        transient: whether the same request may succeed later.
+        pause: seconds for which the server asks to be left alone.
+        attempts: how often it was tried.
+    """
+
+    def __init__(self, reason: str, *, transient: bool = False, pause: float = 0.0) -> None:
+        super().__init__(reason)
+        self.reason, self.transient, self.pause, self.attempts = reason, transient, pause, 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchLimits:
+    """Bounds of one URL.
+
+    Attributes:
+        max_bytes: size of the body.
+        max_seconds: time of one attempt, from the name's resolution to the last byte.
+        stall: seconds without a byte after which an attempt is given up.
+        attempts: tries of a URL.
+        first_pause: seconds before the second try; doubles, with jitter.
+        longest_pause: largest pause; a server that asks for a longer one is given up.
+        allow_private: follow URLs into private networks and to this machine. For tests.
+    """
+
+    max_bytes: int = 64 << 20
+    max_seconds: float = 60.0
+    stall: float = 20.0
+    attempts: int = 3
+    first_pause: float = 1.0
+    longest_pause: float = 60.0
+    allow_private: bool = False
+
+
+def host_of(url: str) -> str:
+    """Host of a URL with its port, lower case; "" where there is none."""
+    try:
+        return urlsplit(url).netloc.rpartition("@")[2].lower()
+    except ValueError:
+        return ""
+
+
+def public_addresses(host: str, port: int, allow_private: bool) -> list[str]:
+    """The addresses of a host.
+
+    Raises:
+        FetchError: it has none, or one that is not a public unicast address.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        transient = getattr(error, "errno", None) == socket.EAI_AGAIN
+        raise FetchError("the host's name is not known", transient=transient) from None
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    for text in addresses:
+        address = ipaddress.ip_address(text.partition("%")[0])
+        inner = _embedded(address)
+        if not allow_private and any(not a.is_global or a.is_multicast or a.is_reserved for a in (address, inner)):
+            raise FetchError("private address")
+    return addresses
+
+
+def _embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The IPv4 address to which an IPv6 one of a translation prefix leads, else itself."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped or address.sixtofour:
+            return address.ipv4_mapped or address.sixtofour or address
+        if address in ipaddress.ip_network("64:ff9b::/96"):
+            return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address
+
+
+def connect(url: str, limits: FetchLimits, ends: float) -> http.client.HTTPConnection:
+    """A connection to a checked address of the URL's host, to be used before the time `ends`.
+
+    Raises:
+        FetchError: a URL that is not followed, a forbidden address, or no connection.
+    """
+    parts = _parts(url)
+    secure = parts.scheme == "https"
+    host, port = parts.hostname or "", parts.port or (443 if secure else 80)
+    error: Exception | None = None
+    for address in public_addresses(host, port, limits.allow_private):
+        try:
+            timeout = max(min(limits.stall, ends - time.monotonic()), 0.001)
+            plain = socket.create_connection((address, port), timeout)
+            try:
+                plain.settimeout(timeout)
+                stream = _tls().wrap_socket(plain, server_hostname=host) if secure else plain
+            except BaseException:
+                plain.close()
+                raise
+            connection = http.client.HTTPConnection(host, None if port == (443 if secure else 80) else port)
+            connection.sock = stream
+            return connection
+        except OSError as failure:
+            error = failure
+    transient = not isinstance(error, ssl.SSLCertVerificationError)
+    raise FetchError(reason_of(error), transient=transient)
+
+
+def _parts(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise FetchError("not a URL") from None
+    if parts.scheme not in {"http", "https"}:
+        raise FetchError(f"scheme {parts.scheme!r} is not followed")
+    if not parts.hostname:
+        raise FetchError("not a URL")
+    return parts
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+def reason_of(error: Exception | None) -> str:
+    """Short, without the numbers that differ between URLs of the same fate."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, ssl.SSLError):
+        return f"tls: {error.reason or 'broken off'}".lower()
+    if isinstance(error, http.client.IncompleteRead | ConnectionResetError | http.client.RemoteDisconnected):
+        return "the connection broke"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return type(error).__name__
