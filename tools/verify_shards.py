@@ -34,9 +34,7 @@ def main() -> int:
     folders = parser.parse_args().folders
     datasets = [dataset for folder in folders for dataset in find_datasets(folder)]
     if not datasets:
-        sys.exit(
-            f"verify_shards: no shards at or below {', '.join(folders)}; build some, or correct the path"
-        )
+        sys.exit(f"verify_shards: no shards at or below {', '.join(folders)}; build some, or correct the path")
     num_findings = num_shards = 0
     total = sum(map(num_bytes, datasets))
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", mininterval=0.5) as bar:
