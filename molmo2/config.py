@@ -97,6 +97,32 @@ class Logging(pydantic.BaseModel, extra="forbid", frozen=True):
     wandb: str | None = None  # a project's name
 
 
+class FirstWeights(pydantic.BaseModel, extra="forbid", frozen=True):
+    """Other people's weights to start from: directories, or OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face hub.
+
+    Either both base models, whose connector and added embedding rows are then drawn, or a whole Molmo2.
+    """
+
+    llm: str | None = None  # Qwen3 or Olmo-3
+    vit: str | None = None  # SigLIP2
+    molmo2: str | None = None  # a released, exported or native Molmo2
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> FirstWeights:
+        if (self.llm is None, self.vit is None, self.molmo2 is None) not in ((False, False, True), (True, True, False)):
+            raise ValueError("name llm and vit, both of them, or molmo2 alone")
+        return self
+
+
+def _read_init(value: Any) -> Any:
+    """Choose by the kind of value, so that an error has one path and not one for each alternative."""
+    if isinstance(value, dict):
+        return FirstWeights.model_validate(value)
+    if value is None or isinstance(value, str | FirstWeights):
+        return value
+    raise ValueError("write null, the name of a run, or a mapping of llm and vit, or of molmo2")
+
+
 class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
     """One run of one stage: `runs/<name>/`."""
 
@@ -104,7 +130,8 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
     stage: Literal["pretraining", "sft", "long"]
     model: str  # a preset of molmo2.model.config
     tokenizer: str = "raw/tokenizer"
-    init: str | None = None  # the run (or the path of a checkpoint) whose weights this one starts from
+    # Nothing, the run (or the path of a checkpoint) whose weights this one starts from, or other people's weights.
+    init: typing.Annotated[str | FirstWeights | None, pydantic.BeforeValidator(_read_init)] = None
     data: Data
     train: Train
     optim: Optim

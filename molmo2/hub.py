@@ -2,15 +2,15 @@
 
 Reading takes either foreign form, from a directory of safetensors files, one tensor at a time; writing makes the
 released form: fused projections, base and added embedding rows apart, and the `config.json` that belongs to it.
-Fetching from the hub is not here.
+Reading a `config.json` is in `molmo2.foreign_config`; fetching from the hub, and base models, in `molmo2.pretrained`.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from molmo2.model.config import ModelConfig, TextConfig
 from shards.layout import VisualTokens
 
 SHARD_BYTES = 4 << 30
+INDEX = "model.safetensors.index.json"
 
 # Ours -> (hub, native); N stands for a layer number. Weights and biases share a line where the pattern ends openly.
 _NAMES = (
@@ -89,6 +90,11 @@ class WeightsError(ValueError):
     """A checkpoint whose tensors are not those of the model; the message lists them."""
 
 
+def native_name(name: str) -> str | None:
+    """Transformers' name of our tensor; None for the added embedding rows, which it keeps below the base table."""
+    return _foreign(name, 2)
+
+
 def _foreign(name: str, column: int) -> str | None:
     """Our tensor's name in the hub (1) or native (2) form; None where that form has no tensor of its own."""
     number = re.search(r"\.(\d+)\.", name)
@@ -122,24 +128,60 @@ def _expand(pattern: str, weights: Mapping[str, Tensor]) -> list[str]:
     return [name for name in weights if regex.match(name)]
 
 
-def open_tensors(directory: Path) -> dict[str, Callable[[], Tensor]]:
-    """Every tensor of a directory's safetensors files, by name, loaded when called.
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a safetensors file. Calling it reads it: float32, in memory of its own."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def __call__(self) -> Tensor:
+        """The tensor. The file is mapped only meanwhile, so that its pages do not stand beside the copy."""
+        with safe_open(self.file, "pt") as handle:
+            tensor = handle.get_tensor(self.name)
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise WeightsError(f"{self.file}: {self.name} is {tensor.dtype}; give weights that are not quantised")
+        return tensor.to(torch.float32, copy=True)
+
+
+def open_tensors(directory: Path) -> dict[str, Stored]:
+    """Every tensor of a directory's safetensors files, by name; the index says which files, where there is one.
 
     Raises:
         FileNotFoundError: no safetensors file.
-        WeightsError: a file that is cut short or damaged.
+        WeightsError: a file that is cut short, damaged or missing, or that lacks what the index expects of it.
     """
-    files = sorted(directory.glob("*.safetensors"))
+    index = directory / INDEX
+    where = _weight_map(index) if index.exists() else {}
+    files = sorted({directory / file for file in where.values()}) or sorted(directory.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{directory}: no *.safetensors file in it")
-    tensors: dict[str, Callable[[], Tensor]] = {}
+    tensors: dict[str, Stored] = {}
     for file in files:
         try:
-            handle = safe_open(file, "pt")
+            with safe_open(file, "pt") as handle:
+                for name in handle.keys():
+                    tensors[name] = Stored(file, name, tuple(handle.get_slice(name).get_shape()))
+        except FileNotFoundError:
+            raise WeightsError(f"{file} is missing, but {INDEX} names it; fetch or export it again") from None
         except SafetensorError as error:
             raise WeightsError(f"{file}: no readable safetensors file ({error}); fetch or export it again") from None
-        tensors.update({name: functools.partial(handle.get_tensor, name) for name in handle.keys()})
+    problems = [
+        f"{name} is not in {file}"
+        for name, file in where.items()
+        if name not in tensors or tensors[name].file.name != file
+    ]
+    if problems:
+        raise WeightsError(f"{index} does not fit the files beside it:\n  " + "\n  ".join(problems))
     return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_bytes())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{index}: no readable index ({error!r}); fetch or export it again") from None
 
 
 def from_foreign(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
@@ -154,6 +196,22 @@ def from_foreign(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Callabl
     for name in order:
         foreign = _foreign(name, 2 if native else 1)
         split.setdefault(foreign or "model.language_model.embed_tokens.weight", []).append(name)
+    return collect(shapes, split, tensors)
+
+
+def collect(
+    shapes: Mapping[str, torch.Size], split: Mapping[str, list[str]], tensors: Mapping[str, Callable[[], Tensor]]
+) -> dict[str, Tensor]:
+    """Read every tensor once and cut it into ours.
+
+    Args:
+        shapes: of our tensors.
+        split: to each foreign name the names of ours whose rows it holds, in order.
+        tensors: the foreign ones, read when called.
+
+    Raises:
+        WeightsError: tensors are missing, unexpected, of another shape or not finite; all of them are listed.
+    """
     problems = [f"missing {name}" for name in sorted(split.keys() - tensors.keys())]
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - split.keys())]
     weights: dict[str, Tensor] = {}
@@ -165,6 +223,8 @@ def from_foreign(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Callabl
         if tensor.shape != torch.Size([sum(rows), *shapes[names[0]][1:]]):
             problems.append(f"{foreign}: shape {list(tensor.shape)}, wanted {[sum(rows), *shapes[names[0]][1:]]}")
             continue
+        if not tensor.is_meta and not tensor.sum().isfinite():
+            problems.append(f"{foreign}: holds infinity or what is no number")
         weights.update(zip(names, tensor.split(rows), strict=True))
     if problems:
         raise WeightsError("the checkpoint does not fit the model:\n  " + "\n  ".join(problems))
@@ -196,7 +256,7 @@ def write_hub(weights: Mapping[str, Tensor], directory: Path, shard_bytes: int =
         path.rename(directory / file)
         where.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": total}, "weight_map": where}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _shards(tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:

@@ -29,14 +29,16 @@ import torch.distributed as dist
 
 from molmo2 import checkpoint as checkpoints
 from molmo2.checkpoint import Checkpoint, CheckpointError
-from molmo2.config import Recipe, data_path, load_recipe
+from molmo2.config import FirstWeights, Recipe, data_path, load_recipe
 from molmo2.engine import start_distributed, start_engine
+from molmo2.foreign_config import differences
 from molmo2.metrics import LOG_NAME, Monitor, StepClock, cut_log, read_log, summarize
 from molmo2.model.config import PRESETS, ModelConfig
 from molmo2.model.molmo2 import Molmo2
 from molmo2.optim import ComponentAdamW, set_learning_rates
 from molmo2.parallel.agree import agreed, lost_peer, on_rank_zero, say, write
 from molmo2.parallel.mesh import Mesh, check_mesh, make_mesh
+from molmo2.pretrained import first_weights
 from molmo2.processing.processor import ProcessorSettings, build_processor
 from shards.collate import PAD_SEGMENT, Batch
 from shards.layout import VisualLayout
@@ -128,20 +130,23 @@ def prepare(recipe: Recipe, mesh: Mesh, device: torch.device) -> Run:
 
 
 def starting_model(run: Run) -> Molmo2:
-    """The model before the first step: new, or with the weights of the stage before."""
-    model = Molmo2(run.model_config)
-    if run.recipe.init is None:
-        return model.init_weights(run.recipe.train.seed)
-    config, weights, meta = checkpoints.load_weights(run.recipe.init)
-    if config != run.model_config:
+    """The model before the first step: new, or with the weights of the stage before, or of other people."""
+    recipe, config = run.recipe, run.model_config
+    if recipe.init is None:
+        return Molmo2(config).init_weights(recipe.train.seed)
+    if isinstance(recipe.init, FirstWeights):
+        tokenizer = data_path(recipe.tokenizer)
+        return Molmo2.with_weights(config, first_weights(recipe.init, config, tokenizer, recipe.train.seed, say))
+    found, weights, meta = checkpoints.load_weights(recipe.init)
+    differing = differences(found, config)
+    if differing:
         raise CheckpointError(
-            f"init {run.recipe.init}: its model ({config.name}) is not the recipe's ({run.recipe.model}); "
-            "name the same preset in both stages"
+            f"init {recipe.init}: its model ({found.name}) is not the recipe's ({recipe.model}): "
+            f"{'; '.join(differing)}; name the same preset in both stages"
         )
     if not meta["finished"]:
-        say(f"{run.recipe.name}: init {run.recipe.init} stopped at step {meta['step']}, before its end")
-    model.load_state_dict(weights)
-    return model
+        say(f"{recipe.name}: init {recipe.init} stopped at step {meta['step']}, before its end")
+    return Molmo2.with_weights(config, weights)
 
 
 def resume(run: Run, engine: Any, checkpoint: Checkpoint | None) -> Cursor:

@@ -20,12 +20,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from molmo2.checkpoint import load_weights, open_checkpoint
 from molmo2.config import data_path
 from molmo2.eval.benchmarks import SUITES
 from molmo2.eval.report import percent
 from molmo2.eval.runner import evaluate
 from molmo2.model.molmo2 import Molmo2
+from molmo2.open_model import open_model
 from molmo2.processing import ProcessorSettings, build_processor
 from shards.catalog import load_catalog
 
@@ -33,7 +33,11 @@ from shards.catalog import load_catalog
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="a run's name or directory, or one checkpoint of it")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="a run or a checkpoint of it (name or path), or an exported or released model (directory, OWNER/NAME)",
+    )
     parser.add_argument("--benchmarks", default="demo", choices=sorted(SUITES))
     parser.add_argument("--limit", type=int, help="at most so many questions of each benchmark (all)")
     parser.add_argument("--raw", type=Path, default=data_path("raw"), help="raw data (%(default)s)")
@@ -64,20 +68,20 @@ def main() -> None:
     since = time.perf_counter()
     suite = SUITES[args.benchmarks]
     catalog = load_catalog(suite.catalog)
-    checkpoint = open_checkpoint(args.checkpoint)
-    config, weights, meta = load_weights(checkpoint.path)
+    opened = open_model(args.checkpoint)
     settings = ProcessorSettings(
-        preset=config.name, tokenizer_dir=str(args.raw / catalog.tokenizer), stage="eval", num_variants=1
+        preset=opened.config.name, tokenizer_dir=str(opened.tokenizer_dir), stage="eval", num_variants=1
     )
-    model = Molmo2.with_weights(config, weights)
+    model = Molmo2.with_weights(opened.config, opened.weights)
     processor = build_processor(settings)
     results = evaluate(suite, catalog, args.raw, model, processor, limit=args.limit, device=torch.device(args.device))
-    out = args.out or checkpoint.path.parent.parent / f"evaluation-{args.benchmarks}.json"
+    # Beside the checkpoints of a run; in a model's own directory.
+    folder = opened.path.parent.parent if "run" in opened.origin else opened.path
+    out = args.out or folder / f"evaluation-{args.benchmarks}.json"
     document = {
         "benchmarks": args.benchmarks,
-        "checkpoint": str(checkpoint.path),
-        "run": meta["run"],
-        "step": meta["step"],
+        "checkpoint": str(opened.path),
+        **{key: opened.origin[key] for key in ("run", "step") if key in opened.origin},
         "seconds": round(time.perf_counter() - since, 1),
         "results": results,
     }
@@ -85,7 +89,8 @@ def main() -> None:
     temporary = out.with_suffix(".tmp")
     temporary.write_text(json.dumps(document, indent=1) + "\n")
     os.replace(temporary, out)
-    Console().print(results_table(f"{meta['run']}, step {meta['step']}, held-out data", results))
+    title = f"{opened.origin['run']}, step {opened.origin['step']}" if "run" in opened.origin else args.checkpoint
+    Console().print(results_table(f"{title}, held-out data", results))
     print(f"written to {out} ({document['seconds']} s)")
 
 
