@@ -78,7 +78,7 @@ def main() -> None:
     # Beside the checkpoints of a run; in a model's own directory.
     folder = opened.path.parent.parent if "run" in opened.origin else opened.path
     out = args.out or folder / f"evaluation-{args.benchmarks}.json"
-    document = {
+    document: dict[str, Any] = {
         "benchmarks": args.benchmarks,
         "checkpoint": str(opened.path),
         **{key: opened.origin[key] for key in ("run", "step") if key in opened.origin},
