@@ -120,28 +120,28 @@ def test_spans_hold_every_allowed_key_and_no_more_than_they_must(name: str, tile
             assert span.last_key <= max(int(keys[-1]) + 1, span.stop) or is_visual[:, span.start : span.stop].any()
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_blocks_are_never_wrong(name: str) -> None:
-    segment_ids, is_visual = LAYOUTS[name]
-    mixed, full = block_tables(segment_ids, is_visual)
+def dense_blocks(segment_ids: torch.Tensor, is_visual: torch.Tensor) -> torch.Tensor:
+    """The dense mask in blocks, [B, query blocks, key blocks, BLOCK * BLOCK]; nothing is allowed behind the end."""
     missing = -segment_ids.shape[1] % BLOCK
     dense = torch.nn.functional.pad(allowed(segment_ids, is_visual)[:, 0], (0, missing, 0, missing))
-    tiles = dense.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).transpose(2, 3)
-    some = tiles.flatten(3).any(3)
-    every = tiles.flatten(3).all(3)
+    return dense.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).transpose(2, 3).flatten(3)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_blocks_are_never_wrong(name: str) -> None:
+    mixed, full = block_tables(*LAYOUTS[name])
+    blocks = dense_blocks(*LAYOUTS[name])
+    whole = LAYOUTS[name][0].shape[1] // BLOCK  # of queries before the end
     assert not (mixed & full).any()
-    assert not (some & ~mixed & ~full).any()  # a block that holds a pair is visited
-    assert not (full & ~every)[:, : dense.shape[1] // BLOCK - bool(missing)].any()  # but for queries behind the end
+    assert not (blocks.any(3) & ~mixed & ~full).any()  # a block that holds a pair is visited
+    assert not (full & ~blocks.all(3))[:, :whole].any()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_few_blocks_are_visited_in_vain(name: str) -> None:
-    segment_ids, is_visual = LAYOUTS[name]
-    mixed, full = block_tables(segment_ids, is_visual)
-    missing = -segment_ids.shape[1] % BLOCK
-    dense = torch.nn.functional.pad(allowed(segment_ids, is_visual)[:, 0], (0, missing, 0, missing))
-    some = dense.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).transpose(2, 3).flatten(3).any(3)
-    assert int((mixed | full).sum()) <= 1.25 * int(some.sum()) + len(segment_ids) * missing / BLOCK + 1
+    mixed, full = block_tables(*LAYOUTS[name])
+    needed = int(dense_blocks(*LAYOUTS[name]).any(3).sum())
+    assert int((mixed | full).sum()) <= 1.25 * needed + len(mixed) + 1  # and the block at the end
 
 
 def test_flex_attention_equals_the_dense_mask() -> None:
