@@ -36,7 +36,7 @@ from molmo2.metrics import LOG_NAME, Monitor, StepClock, cut_log, read_log, summ
 from molmo2.model.config import PRESETS, ModelConfig
 from molmo2.model.molmo2 import Molmo2
 from molmo2.optim import ComponentAdamW, set_learning_rates
-from molmo2.parallel.agree import agreed, lost_peer, on_rank_zero, say, write
+from molmo2.parallel.agree import AgreedError, agreed, leave, lost_peer, on_rank_zero, say, write
 from molmo2.parallel.mesh import Mesh, check_mesh, make_mesh
 from molmo2.pretrained import first_weights
 from molmo2.processing.processor import ProcessorSettings, build_processor
@@ -347,12 +347,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     device = start_distributed()
     stop = StopSignal()
-    recipes = agreed(lambda: read_recipes(arguments))
     try:
-        for recipe in recipes:
+        for recipe in agreed(lambda: read_recipes(arguments)):
             if not train_stage(recipe, device, stop):
                 break
             gc.collect()
+    except AgreedError:
+        return 1
     except (TrainingError, CheckpointError, QuarantineError, PlanError) as error:
         write(f"train.py: rank {dist.get_rank()}: {error}", sys.stderr)
         return 1
@@ -366,4 +367,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if code := main():
+        leave(code)

@@ -5,9 +5,10 @@ Steps themselves do not come here: a failure in the middle of one is told by the
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -15,8 +16,16 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
+class AgreedError(Exception):
+    """Something failed on some rank; all ranks know, and rank 0 has said so."""
+
+
 def agreed(action: Callable[[], T]) -> T:
-    """Do something on every rank; if it fails on any, say so once and end the process on all."""
+    """Do something on every rank; if it fails on any, say so once.
+
+    Raises:
+        AgreedError: on every rank, when it failed on one.
+    """
     results: list[T] = []
     failure = None
     try:
@@ -28,7 +37,7 @@ def agreed(action: Callable[[], T]) -> T:
     if any(failures):
         if dist.get_rank() == 0:
             write(f"train.py: {next(text for text in failures if text)}", sys.stderr)
-        sys.exit(1)
+        raise AgreedError
     return results[0]
 
 
@@ -37,6 +46,17 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     box: list[Any] = [agreed(lambda: action() if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this code, whatever state its peers are in.
+
+    Taking a process group apart while peers are already gone can hang (NCCL) or abort the process (gloo's threads),
+    which would hide the exit code. Files are closed by then; only the standard streams are left to flush.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def lost_peer(error: RuntimeError) -> bool:
