@@ -2,7 +2,8 @@
 
 Strict: an unknown key is an error, and all errors are told at once, each with its dotted path and the nearest known
 name. Numbers that follow from others (DeepSpeed's config, micro-steps, token totals) are derived where they are used.
-Paths are relative to `MOLMO2_DATA` (default `./data`). This file imports no torch, so that tools read recipes fast.
+Paths are relative to `MOLMO2_DATA` (default `./data`). `data.mixture` may name a YAML file beside the recipe, so that
+recipes share one. This file imports no torch, so that tools read recipes fast.
 """
 
 from __future__ import annotations
@@ -189,12 +190,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     try:
         loaded = OmegaConf.load(path)
+        shared = OmegaConf.select(loaded, "data.mixture")
+        if isinstance(shared, str):
+            loaded.data.mixture = OmegaConf.load(Path(path).parent / shared)
         malformed = [item for item in overrides if "=" not in item]
         if malformed:
             raise RecipeError(f"{path}: --set {' '.join(malformed)}: write key.path=value")
         values = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides))), resolve=True)
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe") from None
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path}: no such recipe or mixture: {error.filename}") from None
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     return parse_recipe(values, str(path))

@@ -12,9 +12,23 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "recipes/demo/stage1.yaml"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.name)
+RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path.parent.name != "mixtures"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
 def test_every_recipe_loads(path: Path) -> None:
     assert load_recipe(path).train.steps > 0
+
+
+def test_recipes_share_a_mixture_by_its_file(tmp_path: Path) -> None:
+    text = (ROOT / "recipes/stage1.yaml").read_text()
+    (tmp_path / "r.yaml").write_text(text.replace("mixtures/pretraining.yaml", "m.yaml"))
+    with pytest.raises(RecipeError, match=r"no such recipe or mixture: .*m\.yaml"):
+        load_recipe(tmp_path / "r.yaml")
+    (tmp_path / "m.yaml").write_text("groups: {text: {rate: 1, datasets: {tulu4: }}}")
+    spec = load_recipe(tmp_path / "r.yaml", ["data.mixture.groups.text.datasets.tulu4.factor=2"]).data.mixture
+    assert spec.dataset_names == ("tulu4",)
+    assert spec.groups["text"].datasets["tulu4"].factor == 2
 
 
 def broken(tmp_path: Path, old: str, new: str) -> Path:
