@@ -24,6 +24,7 @@ from yaml import YAMLError
 from shards.mixture import MixtureSpec
 from shards.plan import PlanSettings
 
+CHUNK_CROPS = 32  # crops that the vision transformer recomputes at once: about 1 GiB of So400m
 COMPONENTS = ("vit", "connector", "llm")
 Fraction = typing.Annotated[float, Field(ge=0, le=1)]
 
@@ -68,6 +69,14 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
         if self.precision == "bf16" and self.zero_stage < 2:
             raise ValueError(f"precision bf16 needs zero_stage 2 or 3, not {self.zero_stage}")
         return self
+
+    @property
+    def chunk_crops(self) -> int | None:
+        """Crops that the vision transformer takes at once; None: all.
+
+        Under ZeRO-3 every call of a layer is a collective, and ranks have different numbers of crops: one call each.
+        """
+        return CHUNK_CROPS if self.activation_checkpointing and self.zero_stage < 3 else None
 
 
 class Group(pydantic.BaseModel, extra="forbid", frozen=True):

@@ -137,7 +137,7 @@ def start_engine(model: Molmo2, recipe: Recipe, mesh: Mesh) -> tuple[Any, Compon
     """
     if recipe.optim.freeze_base_embedding:
         model.text.embedding.base.requires_grad_(False)
-    model.set_checkpointing(recipe.train.activation_checkpointing)
+    model.set_checkpointing(recipe.train.activation_checkpointing, recipe.train.chunk_crops)
     components = model.parameter_groups()
     assert set(components) == set(COMPONENTS)
     optimizer = ComponentAdamW(

@@ -31,6 +31,7 @@ from molmo2 import checkpoint as checkpoints
 from molmo2.checkpoint import Checkpoint, CheckpointError
 from molmo2.config import FirstWeights, Recipe, data_path, load_recipe
 from molmo2.engine import start_distributed, start_engine
+from molmo2.estimate import dry_run
 from molmo2.foreign_config import differences
 from molmo2.metrics import LOG_NAME, Monitor, StepClock, cut_log, read_log, summarize
 from molmo2.model.config import PRESETS, ModelConfig
@@ -87,6 +88,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", type=Path, required=True, help="YAML file of the run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. train.steps=10")
     parser.add_argument("--all-stages", action="store_true", help="run every stage*.yaml beside the recipe, in order")
+    parser.add_argument("--dry-run", action="store_true", help="print memory and time for several numbers of GPUs")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(argv)
 
@@ -342,9 +344,22 @@ def finish(recipe: Recipe) -> None:
     )
 
 
+def estimate(arguments: argparse.Namespace) -> int:
+    """Print what the recipes will need; one process, no data."""
+    try:
+        for recipe in read_recipes(arguments):
+            write("\n".join(dry_run(recipe)))
+    except ValueError as error:
+        write(f"train.py: {error}", sys.stderr)
+        return 1
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, and turn a user's mistakes into one message and exit code 1."""
     arguments = parse_arguments(argv)
+    if arguments.dry_run:
+        return estimate(arguments)
     device = start_distributed()
     stop = StopSignal()
     try:

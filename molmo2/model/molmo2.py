@@ -61,9 +61,14 @@ class Molmo2(nn.Module):
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
         return self
 
-    def set_checkpointing(self, enabled: bool) -> None:
-        """Recompute each layer's activations in the backward pass instead of keeping them."""
+    def set_checkpointing(self, enabled: bool, chunk_crops: int | None = None) -> None:
+        """Recompute each layer's activations in the backward pass instead of keeping them.
+
+        With `chunk_crops` the vision transformer works on so many crops at a time, so that it is a chunk's layer that
+        is recomputed at once, and not that of 384 frames.
+        """
         self.vit.checkpointing = self.text.checkpointing = enabled
+        self.vit.chunk_crops = chunk_crops
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The three components that have learning rates of their own; the added embeddings go with the connector."""

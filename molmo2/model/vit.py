@@ -72,12 +72,16 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config, self.patch_size = config, patch_size
         self.checkpointing = False
+        self.chunk_crops: int | None = None  # crops computed at once; None: all
         self.patch_embedding = nn.Linear(patch_size * patch_size * 3, config.hidden_size)
         self.positions = nn.Parameter(torch.empty(num_patches, config.hidden_size))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [N, H, W, 3] to [N, patches, hidden * feature layers]."""
+        return torch.cat([self._encode(part) for part in pixels.split(self.chunk_crops or max(1, len(pixels)))])
+
+    def _encode(self, pixels: Tensor) -> Tensor:
         patches = to_patches(pixels, self.patch_size).to(self.patch_embedding.weight.dtype)
         x = self.patch_embedding(patches) + self.positions
         outputs = {}

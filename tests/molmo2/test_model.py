@@ -215,6 +215,22 @@ def test_checkpointing_changes_no_gradient() -> None:
         assert torch.equal(gradient, gradients[1][name]), name
 
 
+def test_chunks_of_crops_change_no_gradient() -> None:
+    model = noisy().train()
+    row = build(QWEN, [([image(1, 2), image(2, 2)], [5, 7])])
+    crops = row["pixels"].shape[0]
+    gradients = []
+    for chunk in (None, 1, crops - 1, crops, crops + 1):
+        model.set_checkpointing(True, chunk)
+        model.zero_grad()
+        model(**row).square().mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert crops > 2
+    for name, gradient in gradients[0].items():
+        for other in gradients[1:]:
+            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_bfloat16_is_close() -> None:
     model = noisy()
     row = build(QWEN, [([image(1, 2)], [5, 7])])
