@@ -11,7 +11,7 @@ from torch import Tensor
 from molmo2 import checkpoint as checkpoints
 from molmo2.config import Recipe, parse_recipe
 from molmo2.engine import TrainingModule, start_engine
-from molmo2.model.config import PRESETS, ModelConfig
+from molmo2.model.config import PRESETS
 from molmo2.model.molmo2 import Molmo2
 from molmo2.optim import set_learning_rates
 from molmo2.parallel.mesh import SINGLE, make_mesh
@@ -48,8 +48,10 @@ def recipe(run: str = "run", frozen: bool = False, **train: Any) -> Recipe:
 MIXTURE: dict[str, Any] = {"groups": {"all": {"rate": 1, "datasets": {"toy": None}}}}
 
 
-def model(config: ModelConfig = CONFIG) -> Molmo2:
-    return Molmo2(config).init_weights(7)
+def model(heads: tuple[int, int] = (6, 3)) -> Molmo2:
+    """The small model, with so many heads for queries and for keys."""
+    text = replace(CONFIG.text, num_heads=heads[0], num_kv_heads=heads[1])
+    return Molmo2(replace(CONFIG, text=text)).init_weights(7)
 
 
 def batch(seed: int, visuals: int, length: int = 48, divisor: float = 10.0, weightless: bool = False) -> Batch:
@@ -104,13 +106,17 @@ def make(case: tuple[int, int, bool]) -> Batch:
     return batch(case[0], case[1], weightless=case[2])
 
 
-def gradients(checkpointing: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Loss and gradients of each batch with the sequence split over all ranks, averaged as DeepSpeed does."""
+def gradients(how: tuple[bool, tuple[int, int]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Loss and gradients of each batch with the sequence split over all ranks, averaged as DeepSpeed does.
+
+    `how`: whether activations are recomputed (and crops taken one at a time), and the heads of `model`.
+    """
+    checkpointing, heads = how
     mesh = make_mesh(dist.get_world_size())
     results = []
     for case in BATCHES:
-        module = TrainingModule(model(), recipe(sp=mesh.sp), mesh).train()
-        module.model.set_checkpointing(checkpointing)
+        module = TrainingModule(model(heads), recipe(sp=mesh.sp), mesh).train()
+        module.model.set_checkpointing(checkpointing, chunk_crops=1 if checkpointing else None)
         loss, logged = module(make(case))
         loss.backward()
         dist.all_reduce(logged)
