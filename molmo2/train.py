@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from molmo2 import checkpoint as checkpoints
+from molmo2.check_sp import check_sequence_parallel
 from molmo2.checkpoint import Checkpoint, CheckpointError
 from molmo2.config import FirstWeights, Recipe, data_path, load_recipe
 from molmo2.engine import start_distributed, start_engine
@@ -38,7 +39,7 @@ from molmo2.model.config import PRESETS, ModelConfig
 from molmo2.model.molmo2 import Molmo2
 from molmo2.optim import ComponentAdamW, set_learning_rates
 from molmo2.parallel.agree import AgreedError, agreed, leave, lost_peer, on_rank_zero, say, write
-from molmo2.parallel.mesh import Mesh, check_mesh, make_mesh
+from molmo2.parallel.mesh import Mesh, MeshError, check_mesh, make_mesh
 from molmo2.pretrained import first_weights
 from molmo2.processing.processor import ProcessorSettings, build_processor
 from shards.collate import PAD_SEGMENT, Batch
@@ -89,6 +90,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. train.steps=10")
     parser.add_argument("--all-stages", action="store_true", help="run every stage*.yaml beside the recipe, in order")
     parser.add_argument("--dry-run", action="store_true", help="print memory and time for several numbers of GPUs")
+    parser.add_argument("--check-sp", action="store_true", help="compare a small pack on one rank and on a group first")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(argv)
 
@@ -297,7 +299,7 @@ def run_steps(
     return step
 
 
-def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal) -> bool:
+def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, check_sp: bool = False) -> bool:
     """Train one stage; False when a signal stopped it before its end."""
     mesh = agreed(lambda: place(recipe))
     run = agreed(lambda: prepare(recipe, mesh, device))
@@ -315,7 +317,11 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal) -> bool:
         f"{recipe.name}: steps {done + 1}-{train.steps}, {train.packs_per_step} packs of {recipe.data.sequence_length} "
         f"tokens each, on {mesh.world} ranks (dp {mesh.dp}, sp {mesh.sp}), {train.precision}, ZeRO-{train.zero_stage}"
     )
-    engine, optimizer, names = start_engine(agreed(lambda: starting_model(run)), recipe, mesh)
+    model = agreed(lambda: starting_model(run))
+    if check_sp and mesh.sp > 1:
+        differing = check_sequence_parallel(model.to(device), recipe, mesh)
+        say(f"{recipe.name}: sp {mesh.sp} agrees with one rank to {max(differing.values()):.1e}")
+    engine, optimizer, names = start_engine(model, recipe, mesh)
     cursor = agreed(lambda: resume(run, engine, found))
     last = run_steps(run, engine, optimizer, names, done + 1, cursor, stop)
     engine.destroy()
@@ -364,12 +370,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopSignal()
     try:
         for recipe in agreed(lambda: read_recipes(arguments)):
-            if not train_stage(recipe, device, stop):
+            if not train_stage(recipe, device, stop, arguments.check_sp):
                 break
             gc.collect()
     except AgreedError:
         return 1
-    except (TrainingError, CheckpointError, QuarantineError, PlanError) as error:
+    except (TrainingError, CheckpointError, QuarantineError, PlanError, MeshError) as error:
         write(f"train.py: rank {dist.get_rank()}: {error}", sys.stderr)
         return 1
     except RuntimeError as error:

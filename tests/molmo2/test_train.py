@@ -174,8 +174,10 @@ def test_stages_hand_over_and_finished_ones_are_skipped(root: Path) -> None:
     folder.mkdir()
     first = toy_run.write_recipe(folder / "stage1.yaml", "first", steps=8)
     toy_run.write_recipe(folder / "stage2.yaml", "second", init="first", steps=2, sp=2, zero_stage=2)
-    output = train(root, first, "--all-stages")
+    output = train(root, first, "--all-stages", "--check-sp")
     assert "second: steps 1-2" in output
+    assert "second: sp 2 agrees with one rank to" in output
+    assert "first: sp" not in output
     assert "(dp 1, sp 2)" in output
     assert log(root, "second")[0]["loss"] < 0.9 * log(root, "first")[0]["loss"]
     output = train(root, first, "--all-stages")
