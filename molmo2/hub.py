@@ -267,7 +267,9 @@ def _shards(tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> Iterator
         if shard and size + tensor.nbytes > shard_bytes:
             yield shard
             shard, size = {}, 0
-        shard[name] = tensor.contiguous()
+        # A tied head is the embedding's tensor once more, which safetensors refuses to store twice.
+        twice = any(tensor.data_ptr() == other.data_ptr() for other in shard.values())
+        shard[name] = tensor.clone() if twice else tensor.contiguous()
         size += tensor.nbytes
     yield shard
 

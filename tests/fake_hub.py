@@ -3,6 +3,7 @@
     ROOT/models/OWNER/NAME/...         a model repository, revision "main"
     ROOT/datasets/OWNER/NAME/...       a dataset repository
     ROOT/models/OWNER/NAME@REV/...     the same repository at another branch or tag
+    ROOT/objects/SHA256                large files that were uploaded
 
     with fake_hub(root) as hub, client_of(hub, tmp_path / "home"):
         huggingface_hub.snapshot_download("owner/name")
@@ -10,14 +11,17 @@
 
 Answers repository info, tree listings and files (HEAD, GET, ranges). A revision's commit is a hash of its content, so a
 changed file is a new commit. Repositories in `hub.gated` give files only to `hub.tokens`; a file name in `hub.cuts` is
-broken off halfway once. Uploads are not here: subclass `Handler`, add to `ROUTES`, and pass it to `fake_hub`.
-For another process use `environment(hub, home)`.
+broken off halfway once. Uploads go to branch "main", large files through git's protocol for them (Xet is switched
+off), and need one of `hub.tokens`; `hub.refuse_commits` makes each fail at its last request. To serve more, subclass
+`Handler`, add to `ROUTES`, and pass it to `fake_hub`. For another process use `environment(hub, home)`.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
 import re
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -45,7 +49,9 @@ class Hub(ThreadingHTTPServer):
         self.root = root
         self.log: list[str] = []  # "METHOD PATH" or "METHOD PATH RANGE", in order
         self.gated: set[str] = set()  # "OWNER/NAME"
-        self.tokens: set[str] = set()  # that have been granted access to gated repositories
+        self.tokens: set[str] = set()  # that have been granted access to gated repositories, and may upload
+        self.created: dict[str, Any] = {}  # "OWNER/NAME" -> what the client asked for
+        self.refuse_commits = False
         self.cuts: list[str] = []  # names of files whose next GET ends in the middle
 
     @property
@@ -88,6 +94,12 @@ class Handler(BaseHTTPRequestHandler):
     ROUTES: ClassVar[list[tuple[str, str, str]]] = [
         ("GET", rf"{API}(/revision/(?P<revision>[^/]+))?", "info"),
         ("GET", rf"{API}/tree/(?P<revision>[^/]+)(/(?P<folder>.*))?", "tree"),
+        ("POST", r"/api/repos/create", "create"),
+        ("POST", r"/api/validate-yaml", "validate"),
+        ("POST", rf"{API}/preupload/main", "preupload"),
+        ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "batch"),
+        ("PUT", r"/objects/(?P<oid>[0-9a-f]{64})", "put"),
+        ("POST", rf"{API}/commit/main", "commit"),
         ("GET|HEAD", rf"(/(?P<kind>datasets))?/{REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", "resolve"),
     ]
 
@@ -153,6 +165,84 @@ class Handler(BaseHTTPRequestHandler):
         if token not in self.server.tokens:
             raise NotServed(403 if token else 401, "GatedRepo")
 
+    def body(self) -> bytes:
+        """What the client sent, chunked or with its length ahead."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def written(self) -> bytes:
+        """The body of a request that only `tokens` may send."""
+        body = self.body()
+        if self.headers.get("Authorization", "").removeprefix("Bearer ") not in self.server.tokens:
+            self.send(403, b'{"error": "this token may not write"}')
+            raise OSError("refused")  # answered already; the client comes back on another connection
+        return body
+
+    def create(self) -> None:
+        """A new, empty repository; 409 when it is there."""
+        wanted = json.loads(self.written())
+        repo = f"{wanted['organization']}/{wanted['name']}"
+        folder = self.server.root / f"{wanted.get('type') or 'model'}s" / repo
+        there = folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.server.created.setdefault(repo, wanted)
+        self.send_json({"url": f"{self.server.url}/{repo}", "name": repo}, 409 if there else 200)
+
+    def validate(self) -> None:
+        """The head of a card: YAML between two lines of dashes."""
+        content = json.loads(self.body())["content"]
+        whole = re.match(r"---\n.*?\n---\n", content, re.DOTALL)
+        self.send_json({"errors": [] if whole else [{"message": "no metadata"}], "warnings": []}, 200 if whole else 400)
+
+    def preupload(self, kind: str, owner: str, name: str) -> None:
+        """Which files are large."""
+        self.server.folder(kind, f"{owner}/{name}", "main")
+        asked = json.loads(self.written())["files"]
+        modes = [(file["path"], "lfs" if file["path"].endswith(".safetensors") else "regular") for file in asked]
+        self.send_json({"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes]})
+
+    def batch(self, owner: str, name: str) -> None:
+        """Where large files go; nowhere when they are here."""
+        objects = json.loads(self.written())["objects"]
+        for item in objects:
+            if not (self.server.root / "objects" / item["oid"]).exists():
+                item["actions"] = {"upload": {"href": f"{self.server.url}/objects/{item['oid']}"}}
+        self.send_json({"transfer": "basic", "objects": objects})
+
+    def put(self, oid: str) -> None:
+        """A large file."""
+        data = self.body()
+        if hashlib.sha256(data).hexdigest() != oid:
+            return self.send_json({"error": "another content than announced"}, 400)
+        (self.server.root / "objects").mkdir(exist_ok=True)
+        (self.server.root / "objects" / oid).write_bytes(data)
+        self.send(200, b"")
+
+    def commit(self, kind: str, owner: str, name: str) -> None:
+        """Files added and deleted, all at once."""
+        folder = self.server.folder(kind, f"{owner}/{name}", "main")
+        operations = [json.loads(line) for line in self.written().splitlines()]
+        if self.server.refuse_commits:
+            return self.send_json({"error": "no room left"}, 400)
+        for operation in operations:
+            value = operation["value"]
+            path = folder / value.get("path", "")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if operation["key"] == "file":
+                path.write_bytes(base64.b64decode(value["content"]))
+            elif operation["key"] == "lfsFile":
+                shutil.copyfile(self.server.root / "objects" / value["oid"], path)
+            elif operation["key"] == "deletedFile":
+                path.unlink()
+        oid = commit(folder)
+        self.send_json({"commitUrl": f"{self.server.url}/{owner}/{name}/commit/{oid}", "commitOid": oid})
+
     def resolve(self, owner: str, name: str, revision: str, file: str, kind: str = "") -> None:
         """A file, or the part of it that is asked for."""
         root = self.server.folder(kind or "models", f"{owner}/{name}", revision)
@@ -200,6 +290,7 @@ def fake_hub(root: Path, handler: type[Handler] = Handler) -> Iterator[Hub]:
 def environment(hub: Hub, home: Path, token: str | None = None) -> dict[str, str]:
     """Variables with which another process uses the hub; `home` is its cache."""
     variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
+    variables |= {"HF_HUB_DISABLE_XET": "1"}
     return variables | ({"HF_TOKEN": token} if token else {})
 
 
@@ -216,6 +307,7 @@ def client_of(hub: Hub, home: Path, token: str | None = None) -> Iterator[None]:
         "HF_TOKEN_PATH": str(home / "token"),
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_HUB_DISABLE_XET": True,
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(constants, **values))

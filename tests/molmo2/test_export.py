@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,24 +15,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from processing_cases import noise, tokenizer_dir
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import OLMO, QWEN, YARN, reference_config
 from torch import Tensor
 
-from molmo2 import export, hub
+from molmo2 import checkpoint as checkpoints
+from molmo2 import export, export_check, hub
+from molmo2.export_card import About
+from molmo2.export_check import QUESTION, Question, our_inputs, their_inputs
 from molmo2.model.config import PRESETS, ModelConfig
 from molmo2.model.generate import PromptTensors, generate
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.text import rope_frequencies
-from molmo2.processing import Processor, Tokenizer, TokenizerError, chat, images, video
-from molmo2.processing.processor import visual_layout
-from shards import layout as geometry
+from molmo2.processing import Tokenizer, TokenizerError
 
-QUESTION = "What is this?"
 NEW_TOKENS = 12
 ORIGIN = {"run": "test", "step": 3}
+ABOUT = About(origin=ORIGIN)
 
 
 def noisy(config: ModelConfig) -> Molmo2:
@@ -49,7 +52,7 @@ def weights_of(model: Molmo2) -> dict[str, Tensor]:
 
 
 def exported(model: Molmo2, out: Path) -> Path:
-    export.export_model(model.config, weights_of(model), tokenizer_dir(), out, ORIGIN)
+    export.export_model(model.config, weights_of(model), tokenizer_dir(), out, ABOUT)
     return out
 
 
@@ -70,53 +73,66 @@ def their_answer(theirs: Any, inputs: Any) -> list[int]:
     return answer[: answer.index(eos)] if eos in answer else answer
 
 
-def clip(config: ModelConfig, frames: np.ndarray) -> tuple[PromptTensors, dict[str, Any]]:
-    """Our inputs for a clip of frames at 2 per second, and the same for transformers."""
-    from transformers.video_utils import VideoMetadata
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network was asked")
 
-    tokenizer = Tokenizer(tokenizer_dir(), config.text.vocab_size)
-    layout = visual_layout(config)
-    visuals = [{"kind": "frame", "time": i / 2} for i in range(len(frames))]
-    trunk = [tokenizer.bos]
-    for i, visual in enumerate(visuals):
-        trunk += [*tokenizer.encode(video.timestamp(i, visual["time"])), layout.tokens.video]
-    stored = chat.assemble([*trunk, *chat.encode_user(tokenizer, QUESTION)], [], None)
-    expanded = geometry.expand(layout, stored, visuals)
-    local = geometry.visual_pooling(layout, visuals[0])
-    prompt = PromptTensors(
-        input_ids=torch.from_numpy(expanded.input_ids).long(),
-        is_visual=torch.from_numpy(expanded.is_visual),
-        pixels=torch.from_numpy(images.view(layout, frames)),
-        pooling=torch.from_numpy(np.concatenate([local + i * config.patches_per_crop for i in range(len(frames))])),
-    )
-    facts = VideoMetadata(total_num_frames=len(frames), fps=2.0, frames_indices=list(range(len(frames))))
-    return prompt, {"videos": [frames], "video_metadata": [facts], "do_sample_frames": False}
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def asked_things() -> dict[str, Question]:
+    """Other sizes than those of the export check."""
+    return {
+        "text": Question(),
+        "image": Question(pictures=[noise(100, 170)]),
+        "two images": Question(pictures=[noise(170, 100, 1), noise(60, 90, 2)]),
+        "video": Question(frames=np.stack([noise(50, 70, seed) for seed in range(5)])),
+    }
 
 
 @pytest.mark.parametrize("config", [QWEN, OLMO, YARN], ids=["qwen3", "olmo", "yarn"])
-def test_transformers_generates_our_tokens(config: ModelConfig, tmp_path: Path) -> None:
+def test_transformers_generates_our_tokens(config: ModelConfig, tmp_path: Path, no_network: None) -> None:
+    """Loaded as a user does: neither network nor remote code."""
     model = noisy(config)
     theirs, preprocess = reload(exported(model, tmp_path / "out"))
-    picture, frames = noise(100, 170), np.stack([noise(50, 70, seed) for seed in range(5)])
-    processor = Processor(visual_layout(config), Tokenizer(tokenizer_dir(), 320), "eval", 1)
-    video_prompt, video_inputs = clip(config, frames)
-    prompts = [
-        export.ask(processor, QUESTION, [], 4096),
-        export.ask(processor, QUESTION, [picture], 4096),
-        video_prompt,
-    ]
-    message = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}
-    text = preprocess.apply_chat_template([message], add_generation_prompt=True)
-    inputs = [
-        export.their_inputs(preprocess, QUESTION, []),
-        export.their_inputs(preprocess, QUESTION, [picture]),
-        preprocess(text=text, return_tensors="pt", **video_inputs),
-    ]
+    tokenizer = Tokenizer(tokenizer_dir(), 320)
+    prompts = [our_inputs(config, tokenizer, asked) for asked in asked_things().values()]
+    inputs = [their_inputs(preprocess, asked) for asked in asked_things().values()]
     for prompt, row in zip(prompts, inputs, strict=True):
         assert prompt.input_ids.tolist() == row["input_ids"][0].tolist()
-    answers = our_answers(model, prompts)  # one batch of three lengths
-    assert len({tuple(answer) for answer in answers}) == 3
+    answers = our_answers(model, prompts)  # one batch of four lengths
+    assert len({tuple(answer) for answer in answers}) == 4
     assert answers == [their_answer(theirs, row) for row in inputs]
+
+
+def test_the_template_takes_media_inside_messages(tmp_path: Path) -> None:
+    """The way of the model card, in one call, gives the tokens of the way in two."""
+    _, preprocess = reload(exported(noisy(QWEN), tmp_path / "out"))
+    pictures = asked_things()["two images"].pictures
+    content = [{"type": "image", "image": Image.fromarray(rgb)} for rgb in pictures]
+    message = {"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = preprocess.apply_chat_template([message], **options)
+    expected = our_inputs(QWEN, Tokenizer(tokenizer_dir(), 320), Question(pictures=pictures))
+    assert inputs["input_ids"][0].tolist() == expected.input_ids.tolist()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_tied_head_is_exported_as_a_tensor_of_its_own(shared: bool, tmp_path: Path) -> None:
+    """The smallest base models tie it; Molmo2's files do not, whether or not the two are one tensor in memory."""
+    weights = weights_of(noisy(QWEN))
+    table = weights["text.embedding.base"]
+    weights["lm_head.weight"] = table if shared else table.clone()
+    differences = export.export_model(QWEN, weights, tokenizer_dir(), tmp_path / "out", ABOUT)
+    assert set(differences) == {"text", "image", "two images", "video"}
+    theirs, _ = reload(tmp_path / "out")
+    assert not theirs.config.tie_word_embeddings
+    assert torch.equal(theirs.lm_head.weight, table)
+    assert torch.equal(theirs.get_input_embeddings().weight[:320], table)
+    again = hub.from_foreign({name: t.shape for name, t in weights.items()}, hub.open_tensors(tmp_path / "out"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
 
 
 def test_files_have_the_released_layout(tmp_path: Path) -> None:
@@ -142,7 +158,9 @@ def test_files_have_the_released_layout(tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     assert config["vit_config"]["image_num_pos"] == 36 and config["adapter_config"]["vit_layers"] == [3, 1]
     report = json.loads((out / "export.json").read_text())
-    assert report["origin"] == ORIGIN and max(report["largest_logit_difference"].values()) <= export.TOLERANCE
+    assert report["origin"] == ORIGIN
+    assert set(report["largest_logit_difference"]) == {"text", "image", "two images", "video"}
+    assert max(report["largest_logit_difference"].values()) <= export_check.TOLERANCE
 
 
 def test_transformers_reads_every_setting(tmp_path: Path) -> None:
@@ -157,6 +175,9 @@ def test_transformers_reads_every_setting(tmp_path: Path) -> None:
     assert preprocess.image_processor.overlap_margins == [1, 1] and preprocess.image_processor.patch_size == 14
     assert preprocess.image_processor.size["height"] == preprocess.video_processor.size["height"] == 84
     assert preprocess.tokenizer.padding_side == "left"
+    tokenizer, generation = Tokenizer(tokenizer_dir(), 320), theirs.generation_config
+    ids = (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id)
+    assert ids == (tokenizer.bos, tokenizer.eos, tokenizer.pad) and not generation.do_sample
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -211,9 +232,28 @@ def test_a_difference_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch:
     written = dataclasses.replace(QWEN, text=dataclasses.replace(QWEN.text, rope_theta=1e4))
     wrong = hub.hub_config(written)
     monkeypatch.setattr(hub, "hub_config", lambda config: wrong)
-    with pytest.raises(export.ExportError, match="logits in transformers differ"):
+    with pytest.raises(export_check.ExportError, match="logits in transformers differ"):
         exported(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["two images", "video"])
+def test_a_difference_in_one_kind_of_prompt_is_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings that only several images, or only videos, depend on."""
+    wrong = export.processor_config(QWEN)
+    if kind == "video":
+        wrong["video_processor"]["image_mean"] = [0.4] * 3
+    else:
+        template = (export.TEMPLATE).read_text()
+        assert "Image " in template
+        (tmp_path / "wrong.jinja").write_text(template.replace("Image ", "Picture "))
+        monkeypatch.setattr(export, "TEMPLATE", tmp_path / "wrong.jinja")
+    monkeypatch.setattr(export, "processor_config", lambda config: wrong)
+    with pytest.raises(export_check.ExportError, match=f"{kind}"):
+        exported(noisy(QWEN), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_exports_are_replaced(tmp_path: Path) -> None:
@@ -223,7 +263,7 @@ def test_only_exports_are_replaced(tmp_path: Path) -> None:
     exported(model, out)
     assert not (out / "stale").exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
     (out / "export.json").unlink()
-    with pytest.raises(export.ExportError, match="no earlier export"):
+    with pytest.raises(export_check.ExportError, match="no earlier export"):
         exported(model, out)
     assert (out / "model.safetensors").exists()
 
@@ -238,7 +278,7 @@ def test_a_full_disk_and_a_missing_tokenizer_leave_nothing(tmp_path: Path) -> No
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with pytest.raises(TokenizerError, match="nowhere"):
-        export.export_model(QWEN, weights_of(model), tmp_path / "nowhere", tmp_path / "out", ORIGIN)
+        export.export_model(QWEN, weights_of(model), tmp_path / "nowhere", tmp_path / "out", ABOUT)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,24 +290,30 @@ def test_a_cut_file_is_named(tmp_path: Path) -> None:
         hub.open_tensors(tmp_path)
 
 
-def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+def run_tool(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parents[2]
     command = [sys.executable, root / "tools/export_model.py", *map(str, arguments)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    variables = {**os.environ, "DS_ACCELERATOR": "cpu", **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, env=variables)
 
 
-def test_the_tool_exports_a_checkpoint(tmp_path: Path) -> None:
-    from molmo2 import checkpoint as checkpoints
-
-    step = tmp_path / "run" / "checkpoints" / "step-00000003"
+def write_checkpoint(run: Path, tokenizer: str) -> Path:
+    """The last checkpoint of a run, as the trainer leaves it."""
+    step = run / "checkpoints" / "step-00000003"
     step.mkdir(parents=True)
     save_file(weights_of(noisy(QWEN)), str(step / checkpoints.WEIGHTS))
-    (step / checkpoints.MODEL).write_text(json.dumps(QWEN.to_json()))
-    (step / checkpoints.RECIPE).write_text(json.dumps({"tokenizer": tokenizer_dir()}))
+    plan = {"identity": {"weights": {"pixmo-cap": 3 * 2**30, "in-house": 2**30}}}
+    recipe = {"name": "run", "init": "stage1", "tokenizer": tokenizer, "train": {"steps": 3, "precision": "bf16"}}
+    for name, value in {checkpoints.MODEL: QWEN.to_json(), checkpoints.RECIPE: recipe, checkpoints.PLAN: plan}.items():
+        (step / name).write_text(json.dumps(value))
     files = {path.name: [path.stat().st_size, checkpoints._hash(path)] for path in step.iterdir()}
     meta = {"format": checkpoints.FORMAT, "run": "run", "stage": "sft", "step": 3, "finished": True, "commit": None}
     (step / checkpoints.META).write_text(json.dumps({**meta, "files": files}))
+    return step
+
+
+def test_the_tool_exports_a_checkpoint(tmp_path: Path) -> None:
+    step = write_checkpoint(tmp_path / "run", tokenizer_dir())
     done = run_tool("--checkpoint", tmp_path / "run", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "largest difference" in done.stdout and (tmp_path / "out" / "model.safetensors").exists()
