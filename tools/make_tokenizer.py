@@ -1,0 +1,71 @@
+"""Make the tokenizer of a model: a language model's own, with Molmo2's tokens behind its base vocabulary.
+
+    python tools/make_tokenizer.py --source Qwen/Qwen3-4B-Instruct-2507 --model 4b
+    python tools/make_tokenizer.py --source ~/models/Olmo-3-7B-Instruct --model o-7b --out data/raw/tokenizer
+
+The source is a directory with tokenizer.json, or OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face hub. Shards,
+training and export read what is written here; `download_data.py` and `build_shards.py` come next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import tokenizers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from molmo2.config import data_path
+from molmo2.model.config import PRESETS
+from molmo2.processing.tokenizer import MOLMO2_TOKENS, Tokenizer, TokenizerError, write_tokenizer
+
+NAME = "tokenizer.json"
+
+
+def find_source(source: str) -> Path:
+    """The language model's tokenizer.json, fetched if need be.
+
+    Raises:
+        TokenizerError: there is none.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder / NAME
+    repository, _, revision = source.partition("@")
+    try:
+        return Path(hf_hub_download(repository, NAME, revision=revision or None))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise TokenizerError(
+            f"{source}: neither a directory nor reachable on the hub ({error}); check the name and HF_ENDPOINT"
+        ) from None
+
+
+def main() -> int:
+    """Parse, fetch, add, check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True, help="directory or OWNER/NAME[@REVISION] of the language model")
+    parser.add_argument("--model", required=True, choices=sorted(PRESETS), help="preset that it is for")
+    parser.add_argument("--out", type=Path, help="directory to write (default: raw/tokenizer below MOLMO2_DATA)")
+    arguments = parser.parse_args()
+    out = arguments.out or data_path("raw/tokenizer")
+    base_vocab = PRESETS[arguments.model].text.vocab_size
+    try:
+        path = find_source(arguments.source)
+        if not path.is_file():
+            raise TokenizerError(f"{path}: no such file; name a directory that holds {NAME}")
+        write_tokenizer(tokenizers.Tokenizer.from_file(str(path)), out, base_vocab)
+        tokenizer = Tokenizer(out, base_vocab)
+    except (TokenizerError, OSError) as error:
+        print(f"make_tokenizer: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"{out}: {len(MOLMO2_TOKENS)} tokens from id {base_vocab} on; end of turn {tokenizer.eos}, padding "
+        f"{tokenizer.pad}; sha256 {tokenizer.sha256[:16]}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
