@@ -1,8 +1,8 @@
-"""Greedy generation with a key/value cache, for a batch of prompts of any lengths. Sampling is not here."""
+"""Generation with a key/value cache, for a batch of prompts of any lengths: greedy or sampled, whole or as it comes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -60,22 +60,72 @@ def prefill(model: Molmo2, prompts: Sequence[PromptTensors], cache: Cache) -> tu
     return model.decode(model.embed(input_ids, features), position_ids, mask, cache=cache)[:, -1:], valid
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a token is drawn.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: only the most likely tokens are drawn from, as few as have at least this probability together (nucleus
+            sampling, Holtzman et al. 2020).
+        seed: equal seeds give equal answers to equal batches on equal devices.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
+            raise ValueError(
+                f"temperature {self.temperature} and top_p {self.top_p}: the first is 0 or more, the second in (0, 1]"
+            )
+
+
+GREEDY = Sampling()
+
+
+def nucleus(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities float32 [B, V] that tokens are drawn with, from logits [B, V]; `temperature` above 0."""
+    probabilities = (logits.float() / sampling.temperature).softmax(-1)
+    sorted_, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = sorted_.cumsum(-1) - sorted_
+    kept = sorted_ * (before < sampling.top_p)
+    return torch.zeros_like(probabilities).scatter_(-1, order, kept / kept.sum(-1, keepdim=True))
+
+
 @torch.no_grad()
-def generate(model: Molmo2, prompts: Sequence[PromptTensors], max_new_tokens: int, eos_id: int) -> list[list[int]]:
-    """The most likely continuation of each prompt, without EOS; at most `max_new_tokens` (one or more) tokens."""
+def stream(
+    model: Molmo2, prompts: Sequence[PromptTensors], max_new_tokens: int, eos_id: int, sampling: Sampling = GREEDY
+) -> Iterator[list[int]]:
+    """The next token of every prompt, one after the other; a prompt that has ended gives EOS from then on.
+
+    At most `max_new_tokens` (one or more) times; ends when all prompts have.
+    """
     cache = Cache()
     hidden, valid = prefill(model, prompts, cache)
+    generator = torch.Generator(hidden.device).manual_seed(sampling.seed)
     position_ids = valid.sum(1, keepdim=True)
     finished = torch.zeros_like(valid[:, 0])
-    generated: list[Tensor] = []
-    while True:
-        token = model.lm_head(hidden[:, -1]).argmax(-1).masked_fill(finished, eos_id)
+    for left in reversed(range(max_new_tokens)):
+        logits = model.lm_head(hidden[:, -1])
+        if sampling.temperature:
+            token = torch.multinomial(nucleus(logits, sampling), 1, generator=generator).squeeze(1)
+        else:
+            token = logits.argmax(-1)
+        token = token.masked_fill(finished, eos_id)
         finished = finished | (token == eos_id)
-        generated.append(token)
-        if len(generated) >= max_new_tokens or bool(finished.all()):
-            break
+        yield token.tolist()
+        if not left or bool(finished.all()):
+            return
         valid = F.pad(valid, (0, 1), value=True)
         hidden = model.decode(model.embed(token[:, None], None), position_ids, KeyMask(valid), cache=cache)
         position_ids = position_ids + 1
-    rows = torch.stack(generated, dim=1).tolist()
-    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
+
+
+def generate(
+    model: Molmo2, prompts: Sequence[PromptTensors], max_new_tokens: int, eos_id: int, sampling: Sampling = GREEDY
+) -> list[list[int]]:
+    """The continuation of each prompt, without EOS; at most `max_new_tokens` (one or more) tokens."""
+    rows = zip(*stream(model, prompts, max_new_tokens, eos_id, sampling), strict=True)
+    return [list(row[: row.index(eos_id)] if eos_id in row else row) for row in rows]
