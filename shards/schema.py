@@ -48,6 +48,15 @@ class VideoRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cue:
+    """A line of subtitles with its times, seconds from the start of the clip; without times it belongs to all of it."""
+
+    text: str
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
     """A caption (no question) or an open question with its answer."""
 
@@ -144,6 +153,7 @@ class Example:
     annotations: tuple[Annotation, ...]
     images: tuple[ImageRef, ...] = ()
     video: VideoRef | None = None
+    subtitles: tuple[Cue, ...] = ()
     loss_weight: float | None = None
     loss_scale: float = 1.0
 

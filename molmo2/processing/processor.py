@@ -157,6 +157,8 @@ class Processor:
             "visuals": stored.visuals,
             "variants": [readable[variant] for variant in range(self.num_variants)],
         }
+        if example.subtitles:
+            record["subtitles"] = _subtitles(example, parts[0].plan)
         if notes := [note for part in parts for note in part.notes]:
             record["fitted"] = notes
         variants = tuple(tokens[variant] for variant in range(self.num_variants))
@@ -175,12 +177,12 @@ class Processor:
         messages = text.render(example.annotations[annotation], self.mode, None, video=isinstance(opened, Clip))
         asked = messages[:-1] if messages[-1].role == "assistant" else messages
         branch = chat.encode_messages(self.tokenizer, asked)
-        trunk = self._trunk(plan)
+        trunk = self._trunk(example, plan)
         while (excess := self._length(trunk, plan) + len(branch.ids) - limits.sequence_length) > 0:
             smaller = self._shrink(opened, limits, plan, excess, floor=1)
             if smaller is None:
                 raise RejectedError(f"the prompt is {excess} tokens longer than the limit {limits.sequence_length}")
-            plan, trunk = smaller, self._trunk(smaller)
+            plan, trunk = smaller, self._trunk(example, smaller)
         stored = chat.assemble([*trunk, *branch.ids.tolist()], [], None)
         expanded = geometry.expand(self.layout, stored, list(plan.visuals))
         pixels, pooling = visuals.model_inputs(self.layout, opened, plan)
@@ -202,8 +204,8 @@ class Processor:
         high = draws(example.dataset, f"{example.key}\0resolution", variant).random() < HIGH_RESOLUTION_SHARE
         return limits.pointing_crops if high else limits.image_crops
 
-    def _trunk(self, plan: Plan) -> list[int]:
-        """BOS and a placeholder per visual, after "Image i" (several images) or the frame's time."""
+    def _trunk(self, example: Example, plan: Plan) -> list[int]:
+        """BOS, a placeholder per visual after "Image i" (several images) or the frame's time, then the subtitles."""
         ids = [self.tokenizer.bos]
         for i, visual in enumerate(plan.visuals):
             if visual["kind"] == "frame":
@@ -211,7 +213,7 @@ class Processor:
             else:
                 name = self.tokenizer.encode(f"Image {i + 1}") if len(plan.visuals) > 1 else []
                 ids += [*name, self.layout.tokens.image]
-        return ids
+        return ids + self.tokenizer.encode(_subtitles(example, plan))
 
     def _length(self, trunk: Sequence[int], plan: Plan) -> int:
         """Tokens of the trunk after expansion."""
@@ -224,7 +226,7 @@ class Processor:
             visuals.check_points(example, plan, limits.fps)
         floor = max(1, full.budget // SHRINK_AT_MOST)
         while True:
-            trunk = self._trunk(plan)
+            trunk = self._trunk(example, plan)
             room = limits.sequence_length - self._length(trunk, plan)
             branches = {v: self._branches(example, plan, limits, v) for v in members}
             excess = max(_length(kept) for kept in branches.values()) - room
@@ -270,6 +272,10 @@ class Processor:
                 raise RejectedError("a conversation must end with the assistant")
             out.append(chat.encode_messages(self.tokenizer, messages))
         return out
+
+
+def _subtitles(example: Example, plan: Plan) -> str:
+    return video.subtitle_text(example.subtitles, [visual["time"] for visual in plan.visuals if "time" in visual])
 
 
 def _length(branches: Sequence[Branch]) -> int:

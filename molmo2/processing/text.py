@@ -87,7 +87,8 @@ def render(annotation: Annotation, mode: str, rng: np.random.Generator | None, *
 def _prefix(annotation: Annotation, answer: str, mode: str, rng: np.random.Generator | None) -> str:
     style = annotation.style
     if mode != "pretraining":
-        return "" if style in _DEMO or isinstance(annotation, Choice) else f"{style}:"
+        plain = style in _DEMO or isinstance(annotation, Choice) or "multiple_choice" in style
+        return "" if plain else f"{style}:"
     if isinstance(annotation, Points | Tracks):  # the length follows from what there is to point at
         return f"{style}:"
     if rng is None:

@@ -1,4 +1,4 @@
-"""Video: the times at which frames are taken, and the text that tells the model a frame's time.
+"""Video: the times at which frames are taken, and the texts that tell the model a frame's time and what is said.
 
 Pure arithmetic on durations; decoding is `shards.media`. Times are seconds from the start of the clip.
 """
@@ -6,8 +6,13 @@ Pure arithmetic on durations; decoding is `shards.media`. Times are seconds from
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+
+from shards.schema import Cue
+
+SUBTITLE_REACH = 1.0  # seconds: a line is shown if it overlaps this much time around some frame
 
 
 def frame_times(duration: float, fps: float, max_frames: int) -> tuple[float, ...]:
@@ -37,3 +42,14 @@ def _grid(duration: float, fps: float) -> tuple[float, ...]:
 def timestamp(index: int, time: float) -> str:
     """Text before frame number `index`: one decimal, a space after it, and before it except at the first frame."""
     return f"{'' if index == 0 else ' '}{time:.1f} "
+
+
+def subtitle_text(cues: Sequence[Cue], times: Sequence[float]) -> str:
+    """What is said around the frames at `times`, a line per cue: the text after all frames, "" if there is none."""
+    lines = []
+    for cue in cues:
+        if cue.start is None or cue.end is None:
+            lines.append(f"{cue.text}\n")
+        elif any(cue.start <= time + SUBTITLE_REACH and cue.end >= time - SUBTITLE_REACH for time in times):
+            lines.append(f"{cue.start:.1f} - {cue.end:.1f} {cue.text}\n")
+    return "subtitle\n" + "".join(lines) if lines else ""

@@ -144,6 +144,7 @@ class TableFormat(Strict):
             columns as well, the item's own being "qas.question" for `explode: qas`.
         header: names of the columns of a CSV without a header line.
         skip: lines before the first row or the header.
+        names_first: JSON lines that are lists, the first with the names of the columns.
     """
 
     kind: Literal["parquet", "json", "jsonl", "csv", "tsv"] | None = None
@@ -152,6 +153,7 @@ class TableFormat(Strict):
     explode: str | None = None
     header: tuple[str, ...] = ()
     skip: int = 0
+    names_first: bool = False
 
 
 class Exclusion(Strict):
@@ -174,6 +176,24 @@ class Exclusion(Strict):
     template: str = "{value}"
 
 
+class Lookup(Strict):
+    """Another table of the raw folder, of which each row gets the matching row; null where there is none.
+
+    Attributes:
+        name: what its columns are called: "NAME.column". In an object of plain values they are in the column "value".
+        files: glob of its files.
+        table: how they are read.
+        key: its column that is looked up; unique, else the first counts.
+        column: the row's column that is looked for.
+    """
+
+    name: str
+    files: str
+    table: TableFormat = TableFormat()
+    key: str
+    column: str
+
+
 class Row(Strict):
     """One dataset as it becomes shards. Paths are relative to `raw/<folder>/`.
 
@@ -191,13 +211,16 @@ class Row(Strict):
         table: how they are read.
         converter: a name in `shards.convert.CONVERTERS`.
         columns: what the converter's fields are called in the files; dotted for a field of a struct ("meta.id").
+        optional: columns that some of the files lack; they are null there.
+        lookups: tables that are joined to the rows.
         group_by: column whose equal values make one example (one image or video), or None: a row is an example.
         filters: which rows stay; the others are recorded as left out.
         exclude: rows that another file lists, a benchmark's images for instance.
         options: parameters of the converter.
         loss_weight: flat weight of a loss token by stage; a stage that is not named follows the length rule.
         media: template of a media file's path, `{value}` being the media column's value and `{NAME}` another
-            column's; formats like `{value:012d}` work.
+            column's; formats like `{value:012d}` work. It may hold one "*/", any folder, and end with ".*", any suffix
+            of a video.
         media_from: raw folders in which media are looked for after the row's own.
         notes: what is not known or worth knowing; for readers.
     """
@@ -214,6 +237,8 @@ class Row(Strict):
     table: TableFormat = TableFormat()
     converter: str
     columns: dict[str, str]
+    optional: tuple[str, ...] = ()
+    lookups: tuple[Lookup, ...] = ()
     group_by: str | None = None
     filters: tuple[Filter, ...] = ()
     exclude: tuple[Exclusion, ...] = ()
@@ -237,8 +262,9 @@ class Row(Strict):
     @property
     def used_columns(self) -> list[str]:
         """Every column that is read, sorted; dotted paths as they are."""
-        left_out = [*(f.column for f in self.filters), *(e.column for e in self.exclude)]
-        return sorted({*self.columns.values(), *left_out, *([self.group_by] if self.group_by else [])})
+        parts: tuple[Filter | Exclusion | Lookup, ...] = (*self.filters, *self.exclude, *self.lookups)
+        others = {part.column for part in parts}
+        return sorted({*self.columns.values(), *others, *([self.group_by] if self.group_by else [])})
 
     def build_settings(self) -> dict[str, Any]:
         """What the samples depend on: all but the words about the row."""

@@ -14,7 +14,8 @@ from shards.convert.diagrams import diagram_choice
 from shards.convert.images import image_caption, image_points, multi_image_points
 from shards.convert.questions import identity_qa, image_chat, image_choice, image_qa
 from shards.convert.text import chat
-from shards.convert.videos import video_caption, video_choice, video_points, video_track
+from shards.convert.video_questions import video_conversation, video_embedded_choice, video_qa
+from shards.convert.videos import video_caption, video_points, video_track
 from shards.schema import Example
 
 Converter = Callable[[Group], Iterator[Example | Omitted]]
@@ -32,8 +33,10 @@ CONVERTERS: dict[str, Converter] = {
         image_qa,
         multi_image_points,
         video_caption,
-        video_choice,
+        video_conversation,
+        video_embedded_choice,
         video_points,
+        video_qa,
         video_track,
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from shards.catalog import Row, Stage
-from shards.schema import Annotation, Example, ImageRef, Points, RejectedError, Source, VideoRef
+from shards.schema import Annotation, Cue, Example, ImageRef, Points, RejectedError, Source, VideoRef
 from shards.sources.media_files import MediaFiles
 from shards.sources.paths import at
 
@@ -66,6 +67,24 @@ class Group:
             f"column {self.row.columns[field]}: expected {expected}, found {type(value).__name__} {str(value)[:60]!r}"
         )
 
+    def aligned(self, index: int, *fields: str) -> Iterator[tuple[Any, ...]]:
+        """The values of fields item by item; the first field says whether row `index` holds one value or a list.
+
+        Raises:
+            RejectedError: another field's list is missing or has another length.
+        """
+        values = [self.get(field, index) for field in fields]
+        if not isinstance(values[0], list):
+            yield tuple(values)
+            return
+        length = len(values[0])
+        columns = [[None] * length if value is None else value for value in values]
+        for field, column in zip(fields, columns, strict=True):
+            if not isinstance(column, list) or len(column) != length:
+                found = f"{len(column)}" if isinstance(column, list) else type(column).__name__
+                raise RejectedError(f"column {self.row.columns[field]}: expected a list of {length}, found {found}")
+        yield from zip(*columns, strict=True)
+
     def image(self, field: str = "image", index: int = 0, sha256: str = "sha256") -> ImageRef:
         """The image of row `index`; its bytes are checked where the row maps `sha256` to a column."""
         return self.media.image(self.get(field, index), self.get(sha256, index), self.values[index])
@@ -90,6 +109,7 @@ class Group:
         *,
         images: Sequence[ImageRef] = (),
         video: VideoRef | None = None,
+        subtitles: Sequence[Cue] = (),
         suffix: str = "",
         loss_scale: float = 1.0,
     ) -> Example:
@@ -101,6 +121,7 @@ class Group:
             annotations=tuple(annotations),
             images=tuple(images),
             video=video,
+            subtitles=tuple(subtitles),
             loss_weight=self.row.loss_weight.get(self.stage),
             loss_scale=loss_scale,
         )
@@ -115,6 +136,15 @@ def rng_of(key: str, purpose: str) -> np.random.Generator:
 def text_of(value: Any) -> str:
     """A text column's value without surrounding space; None becomes empty."""
     return "" if value is None else str(value).strip()
+
+
+def most_common(answer: Any, draw: str) -> str:
+    """The most frequent of several annotators' answers, ties drawn; a single answer is itself."""
+    if not isinstance(answer, list):
+        return text_of(answer)
+    counts = Counter(text for value in answer if (text := text_of(value)))
+    best = sorted(text for text, count in counts.items() if count == max(counts.values()))
+    return best[int(rng_of(draw, "answer").integers(len(best)))] if best else ""
 
 
 def xy_pairs(points: Any) -> list[tuple[float, float]]:

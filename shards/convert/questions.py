@@ -7,11 +7,9 @@ of the same length, and the questions of all rows of a group are asked about the
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
-from shards.convert.common import Group, Omitted, at_least_one, rng_of, text_of
+from shards.convert.common import Group, Omitted, at_least_one, most_common, rng_of, text_of
 from shards.schema import Annotation, Chat, Choice, Example, ImageRef, RejectedError, Text, Turn
 
 COUNTING = re.compile(
@@ -30,10 +28,10 @@ def image_qa(group: Group) -> Iterator[Example | Omitted]:
     annotations: list[Annotation] = []
     for index in range(len(group.values)):
         for number, (question, answer, explanation) in enumerate(
-            _aligned(group, index, "question", "answer", "explanation")
+            group.aligned(index, "question", "answer", "explanation")
         ):
             draw = f"{group.row.name}/{group.key}/{index}/{number}"
-            said = _most_common(answer, draw)
+            said = most_common(answer, draw)
             asked = _asked(group, _hinted(group, index, text_of(question)), draw)
             if asked and said:
                 reason = text_of(explanation)
@@ -54,7 +52,7 @@ def image_choice(group: Group) -> Iterator[Example | Omitted]:
     """Multiple-choice questions in `options.style`; the answer is an index. `options.shuffle` draws their order."""
     annotations: list[Annotation] = []
     for index in range(len(group.values)):
-        for number, (question, options, answer) in enumerate(_aligned(group, index, "question", "options", "answer")):
+        for number, (question, options, answer) in enumerate(group.aligned(index, "question", "options", "answer")):
             asked, texts = _hinted(group, index, text_of(question)), [text_of(option) for option in options or ()]
             if not asked or answer is None or not 0 <= int(answer) < len(texts):
                 yield group.omit(f"no question, or answer {answer} of {len(texts)} options", index)
@@ -115,29 +113,6 @@ def images_of(group: Group) -> list[ImageRef]:
     if not isinstance(value, list):
         return [group.image()]
     return [group.media.image(item, None, group.values[0]) for item in value]
-
-
-def _aligned(group: Group, index: int, *fields: str) -> Iterator[tuple[Any, ...]]:
-    """The values of fields question by question; the first field says whether the row holds one or a list."""
-    values = [group.get(field, index) for field in fields]
-    if not isinstance(values[0], list):
-        yield tuple(values)
-        return
-    length = len(values[0])
-    columns = [[None] * length if value is None else value for value in values]
-    for field, column in zip(fields, columns, strict=True):
-        if not isinstance(column, list) or len(column) != length:
-            found = f"{len(column)}" if isinstance(column, list) else type(column).__name__
-            raise RejectedError(f"column {group.row.columns[field]}: expected a list of {length}, found {found}")
-    yield from zip(*columns, strict=True)
-
-
-def _most_common(answer: Any, draw: str) -> str:
-    if not isinstance(answer, list):
-        return text_of(answer)
-    counts = Counter(text for value in answer if (text := text_of(value)))
-    best = sorted(text for text, count in counts.items() if count == max(counts.values()))
-    return best[int(rng_of(draw, "answer").integers(len(best)))] if best else ""
 
 
 def _hinted(group: Group, index: int, question: str) -> str:

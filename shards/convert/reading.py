@@ -11,6 +11,7 @@ from shards.catalog import Exclusion, Row, Stage, split_of
 from shards.convert import CONVERTERS
 from shards.convert.common import Group, Omitted
 from shards.schema import Example
+from shards.sources.joined import open_joined
 from shards.sources.media_files import MediaFiles
 from shards.sources.parquet import MissingSourceError, SourceError
 from shards.sources.paths import at
@@ -35,7 +36,10 @@ def open_rows(row: Row, stage: Stage, raw: Path, more: Iterable[str] = ()) -> Ta
         if not folder.is_dir():
             raise MissingSourceError(f"{row.name}: {folder}: no such folder")
     try:
-        table = open_table(raw, row.files[split_of(stage)], {*row.used_columns, *more}, row.table)
+        columns = {*row.used_columns, *more}
+        own = {name for name in columns if name.partition(".")[0] not in {lookup.name for lookup in row.lookups}}
+        table = open_table(raw, row.files[split_of(stage)], own - set(row.optional), row.table)
+        table = open_joined(table, raw, row.lookups, columns)
         for exclusion in row.exclude:
             _listed(raw.parent / (exclusion.raw or raw.name), exclusion.model_dump_json())
     except MissingSourceError as error:

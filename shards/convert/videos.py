@@ -1,4 +1,4 @@
-"""Captions, choices, points and tracks on videos. Times are seconds from the start of the clip."""
+"""Captions, points and tracks on videos. Times are seconds from the start of the clip."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 from shards.convert.common import Group, Omitted, at_least_one, packed_points, rng_of, text_of, to_fractions, xy_pairs
 from shards.schema import (
-    Annotation,
-    Choice,
     Example,
     PointGroup,
     Points,
@@ -27,32 +25,7 @@ def video_caption(group: Group) -> Iterator[Example | Omitted]:
     captions = {style: text_of(group.get(style)) for style in styles}
     annotations = [Text(style=style, answer=caption) for style, caption in captions.items() if caption]
     at_least_one(annotations, "no caption")
-    yield group.example(annotations, video=group.media.video(str(group.get("video"))))
-
-
-def video_choice(group: Group) -> Iterator[Example | Omitted]:
-    """One video with multiple-choice questions, given as the right answer and the wrong ones.
-
-    With `options.open_style` every question is asked openly too, in that style; stage "eval" then asks it so alone.
-    """
-    annotations: list[Annotation] = []
-    open_style = group.row.options.get("open_style")
-    for index in range(len(group.values)):
-        answer, question = text_of(group.get("answer", index)), text_of(group.get("question", index))
-        wrong = [text for value in group.get("negatives", index) or () if (text := text_of(value)) and text != answer]
-        if answer and question and wrong:
-            place = int(rng_of(f"{group.row.name}/{group.key}/{index}", "option").integers(len(wrong) + 1))
-            options = (*wrong[:place], answer, *wrong[place:])
-            if open_style is not None:
-                annotations.append(Text(style=str(open_style), question=question, answer=answer))
-            if open_style is None or group.stage != "eval":
-                annotations.append(
-                    Choice(style="video_multiple_choice", question=question, options=options, answer=place)
-                )
-        else:
-            yield group.omit("not a question with a right and a wrong answer", index)
-    at_least_one(annotations, "no question with right and wrong answers")
-    yield group.example(annotations, video=group.media.video(str(group.get("video"))))
+    yield group.example(annotations, video=group.media.video(group.text("video"), row=group.values[0]))
 
 
 def video_points(group: Group) -> Iterator[Example | Omitted]:
@@ -79,7 +52,7 @@ def video_points(group: Group) -> Iterator[Example | Omitted]:
         else:
             yield group.omit(f"more than {most} points: {points.count}" if points.label else "no label", index)
     for number, ((start, end), labels) in enumerate(clips.items()):
-        video = group.media.video(str(group.get("video")), start, end)
+        video = group.media.video(group.text("video"), start, end, group.values[0])
         for part, run in enumerate(packed_points(labels, most)):
             yield group.example(run, video=video, suffix=f"-{number}-{part}")
 
@@ -113,4 +86,4 @@ def video_track(group: Group) -> Iterator[Example | Omitted]:
         fps=float(group.get("sampling_fps")),
         groups=tuple(sorted(frames, key=lambda g: g.time)),
     )
-    yield group.example([tracks], video=group.media.video(str(group.get("video"))))
+    yield group.example([tracks], video=group.media.video(group.text("video"), row=group.values[0]))

@@ -128,9 +128,19 @@ def _json(text: str, kind: str, form: TableFormat) -> Iterator[Any]:
     if kind == "jsonl":
         lines = text.split("\n")[form.skip :]  # not splitlines(): a string may hold other line separators
         documents: Iterable[Any] = (json.loads(line) for line in lines if line.strip())
+        documents = _named(documents) if form.names_first else documents
     else:
         documents = _records(json.loads(text), form)
     return _exploded(documents, form)
+
+
+def _named(lines: Iterable[Any]) -> Iterator[Record]:
+    names: list[str] | None = None
+    for line in lines:
+        if names is None:
+            names = line
+        else:
+            yield dict(zip(names, line, strict=True))
 
 
 def _records(document: Any, form: TableFormat) -> list[Any]:

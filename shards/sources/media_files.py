@@ -20,6 +20,7 @@ from shards.download.manifest import MANIFEST
 from shards.download.urls import FAILURES, keep, kept_as
 from shards.schema import ImageRef, RejectedError, VideoRef
 
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 ONE_TRY = FetchLimits(attempts=1)
 
 
@@ -29,7 +30,8 @@ class MediaFiles:
 
     Attributes:
         root: its folder.
-        template: path of a file, `{value}` being the row's value and `{NAME}` a column's; it may begin with "*/".
+        template: path of a file, `{value}` being the row's value and `{NAME}` a column's; it may hold one "*/", any
+            folder, and end with ".*", any of `VIDEO_SUFFIXES`.
         others: folders in which a file is looked for after `root`.
         limits: bounds of an image that is fetched now, because no download was run before.
     """
@@ -66,15 +68,19 @@ class MediaFiles:
         return VideoRef(path=str(self._named(value, row)), start=start, end=end)
 
     def _named(self, value: Any, row: Mapping[str, Any]) -> Path:
+        before, star, after = (self.template or "").rpartition("*/")
         try:
-            name = self.template.format(**{**row, "value": value}) if self.template else str(value)
+            name = after.format(**{**row, "value": value}) if self.template else str(value)
         except (KeyError, ValueError) as error:
             raise RejectedError(f"media: template {self.template!r} does not fit {value!r}: {error!r}") from None
         roots = (self.root, *self.others)
-        if name.startswith("*/"):  # one folder whose name nobody knows beforehand
-            roots, name = tuple(sorted(path for path in self.root.iterdir() if path.is_dir())), name[2:]
-        found = next((root for root in roots if (root / name).is_file()), self.root)
-        return self._below(found / name, found)
+        if star:  # a folder whose name the row does not say
+            tops = [root / before for root in roots if (root / before).is_dir()]
+            roots = tuple(sorted(path for top in tops for path in top.iterdir() if path.is_dir()))
+        names = [name[:-2] + suffix for suffix in VIDEO_SUFFIXES] if name.endswith(".*") else [name]
+        found = ((root, name) for root in roots for name in names if (root / name).is_file())
+        root, name = next(found, (self.root, name))
+        return self._below(root / name, root)
 
     def _below(self, path: Path, root: Path) -> Path:
         resolved = path.resolve()

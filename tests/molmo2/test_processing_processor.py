@@ -1,6 +1,7 @@
 import io
 import json
 import pickle
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -23,6 +24,7 @@ from molmo2.processing.tokenizer import train_demo_tokenizer
 from shards.layout import VisualLayout, expand, expanded_length, sample_visuals
 from shards.schema import (
     Chat,
+    Cue,
     ImageRef,
     Limits,
     PointGroup,
@@ -174,6 +176,18 @@ def test_sample_of_a_video(tmp_path) -> None:
     assert [v["time"] for v in sample.record["visuals"]] == [0.0, 0.5, 1.0, 1.5, 2.0]
     assert len(sample.images) == 5 and sample.record["media"]["video"]["fps"] == 12
     assert "visuals" not in sample.record["variants"][0]
+
+
+def test_subtitles_follow_the_frames(tmp_path) -> None:
+    cues = (Cue(text="far", start=9.0, end=9.5), Cue(text="near", start=2.9, end=4.0), Cue(text="always"))
+    case = replace(example(qa(), video=write_video(tmp_path / "v.mp4", 24, 12)), subtitles=cues)
+    processor = tiny_processor()
+    sample = processor(case, LIMITS)
+    said = "subtitle\n2.9 - 4.0 near\nalways\n"  # the last frame is at 2.0 s, and a second on both sides counts
+    assert sample.record["subtitles"] == said
+    assert stored_text(processor, sample, 0, 0).endswith("2.0 <|video|>" + said)
+    prompt = processor.prompt(case, LIMITS)
+    assert said + "<|im_start|>user" in processor.tokenizer.decode(prompt.input_ids.tolist(), skip_special_tokens=False)
 
 
 def test_text_alone_has_no_media() -> None:

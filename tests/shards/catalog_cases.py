@@ -246,6 +246,8 @@ def _sample(record: dict[str, Any], key: str, members: dict[str, bytes]) -> list
     source = record["source"]
     lines = ["", f"== {key}  ({source['file']} row {source['row']})", f"   sees {_visuals(record)}"]
     lines += [f"   fitted: {json.dumps(note)}" for note in record.get("fitted", [])]
+    if said := record.get("subtitles"):
+        lines.append("   hears " + said.rstrip().replace("\n", "\n         "))
     for number, variant in enumerate(record["variants"]):
         tokens = np.load(io.BytesIO(members[f"{key}.tokens{number}.npy"]))
         assert tokens.dtype == TOKEN_DTYPE

@@ -27,7 +27,7 @@ REFERENCE: dict[str, dict[str, Any]] = yaml.safe_load(
 ROOT = Path(__file__).parents[2]
 # Published under another name than the one that Molmo2's loader reads.
 OTHER_REPOS = {"molmo2-multi-image-point": "allenai/Molmo2-MultiImagePoint"}
-IMAGE_FAMILIES = {
+FAMILIES = {
     "pixmo-url-media",
     "hf-embedded-image",
     "ai2-json-plus-image-archive",
@@ -52,7 +52,7 @@ def test_every_rendering_belongs_to_a_fixture() -> None:
 
 
 def test_image_and_text_rows_have_a_fixture() -> None:
-    families = {entry for entry, facts in REFERENCE.items() if facts["family"] in IMAGE_FAMILIES}
+    families = {entry for entry, facts in REFERENCE.items() if facts["family"] in FAMILIES}
     assert {row.folder for row in catalog().rows if row.folder in families} <= set(fixtures())
 
 
@@ -60,7 +60,7 @@ def test_every_training_dataset_has_a_row_or_a_reason() -> None:
     training = {name for name, facts in REFERENCE.items() if facts["train"]}
     assert len(training) == 101
     there = {row.folder for row in catalog().rows} | set(catalog().left_out)
-    missing = {name for name in training - there if REFERENCE[name]["family"] in IMAGE_FAMILIES}
+    missing = {name for name in training - there if REFERENCE[name]["family"] in FAMILIES}
     assert not missing
 
 
