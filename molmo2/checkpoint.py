@@ -8,7 +8,7 @@
     meta.json             step, ranks, versions, and the size and hash of every other file; written last
 
 A checkpoint is written under another name and renamed. What is cut short or changed is found by size and hash and
-passed over, with a word. Continuing on another number of ranks is refused here.
+passed over, with a word. Continuing on another number of ranks is `molmo2.elastic`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ META, PLAN, RECIPE, MODEL, WEIGHTS, STATES = (
     "weights.safetensors",
     "deepspeed",
 )
+# Without it DeepSpeed's converter takes a checkpoint for one that knows nothing of the universal format.
+CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 PREFIX = "model."  # of the model's parameters inside the training module
 
 
@@ -118,7 +120,7 @@ def _write_states(engine: Any, temporary: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    engine.save_checkpoint(str(temporary), tag=STATES, save_latest=False)
+    engine.save_checkpoint(str(temporary), tag=STATES, client_state=dict(CLIENT_STATE), save_latest=False)
 
 
 def _finish(
@@ -248,7 +250,7 @@ def clear_after(directory: Path, step: int) -> None:
     finished is dropped.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in [*directory.glob(".tmp-*"), *directory.glob(".old-*")]:
+    for leftover in [path for kind in (".tmp-*", ".old-*", ".universal-*") for path in directory.glob(kind)]:
         shutil.rmtree(leftover, ignore_errors=True)
     for path in directory.glob("step-*"):
         if int(path.name.removeprefix("step-")) > step:
@@ -328,25 +330,16 @@ def _consolidate(directory: Path) -> dict[str, Tensor]:
     return weights
 
 
-def load_states(engine: Any, checkpoint: Checkpoint, recipe: Recipe) -> None:
+def load_states(engine: Any, directory: Path) -> None:
     """Restore model and optimizer into an engine; every rank must call it.
 
     Raises:
-        CheckpointError: it was written by another number of ranks, ZeRO stage or precision.
+        CheckpointError: there is nothing to load.
     """
-    now = {
-        "world": dist.get_world_size(),
-        "zero_stage": recipe.train.zero_stage,
-        "precision": recipe.train.precision,
-    }
-    differing = [
-        f"{name} was {checkpoint.meta[name]}, is {now[name]}" for name in now if checkpoint.meta[name] != now[name]
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{checkpoint.path}: cannot continue: {', '.join(differing)}; start it as it was, or begin a new run with "
-            f"`init: {checkpoint.path}`"
-        )
-    loaded, _ = engine.load_checkpoint(str(checkpoint.path), tag=STATES)
+    loaded, _ = engine.load_checkpoint(str(directory), tag=STATES)
     if loaded is None:
-        raise CheckpointError(f"{checkpoint.path}: DeepSpeed found nothing to load in {STATES}/")
+        raise CheckpointError(f"{directory}: DeepSpeed found nothing to load in {STATES}/")
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # ZeRO wraps ours
+    for state in optimizer.state.values():
+        # DeepSpeed gives all groups one tensor when it loads the universal format at stage 3, and each counts it up.
+        state["step"] = state["step"].clone()

@@ -105,7 +105,7 @@ def start_distributed() -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
-def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+def deepspeed_config(recipe: Recipe, universal: bool = False) -> dict[str, Any]:
     """DeepSpeed's JSON, derived. Batch sizes and accumulation are ours: it is only told the micro-batch."""
     train = recipe.train
     half = train.precision == "bf16"
@@ -120,7 +120,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
             # One sub-group to a component: otherwise ZeRO-3 would show the optimizer only a part of its gradient.
             "sub_group_size": 10**12,
         },
-        "checkpoint": {"tag_validation": "Ignore"},
+        "checkpoint": {"tag_validation": "Ignore", "load_universal": universal},
         "steps_per_print": 10**12,
         "wall_clock_breakdown": False,
     }
@@ -129,8 +129,12 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     return config
 
 
-def start_engine(model: Molmo2, recipe: Recipe, mesh: Mesh) -> tuple[Any, ComponentAdamW, list[str]]:
+def start_engine(
+    model: Molmo2, recipe: Recipe, mesh: Mesh, universal: bool = False
+) -> tuple[Any, ComponentAdamW, list[str]]:
     """Freeze what the recipe freezes and wrap model and optimizer; collective.
+
+    `universal`: the engine will load states in the format for any number of ranks.
 
     Returns:
         The engine, the optimizer inside it, and the names of its groups in order.
@@ -149,7 +153,7 @@ def start_engine(model: Molmo2, recipe: Recipe, mesh: Mesh) -> tuple[Any, Compon
     )
     names = [group["name"] for group in optimizer.param_groups]
     engine, *_ = deepspeed.initialize(
-        model=TrainingModule(model, recipe, mesh), optimizer=optimizer, config=deepspeed_config(recipe)
+        model=TrainingModule(model, recipe, mesh), optimizer=optimizer, config=deepspeed_config(recipe, universal)
     )
     engine.train()
     return engine, optimizer, names

@@ -16,6 +16,7 @@ import gc
 import importlib.util
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from molmo2 import checkpoint as checkpoints
+from molmo2 import elastic
 from molmo2.check_sp import check_sequence_parallel
 from molmo2.checkpoint import Checkpoint, CheckpointError
 from molmo2.config import FirstWeights, Recipe, data_path, load_recipe
@@ -87,7 +89,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--recipe", type=Path, required=True, help="YAML file of the run")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. train.steps=10")
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. train.steps=10")
     parser.add_argument("--all-stages", action="store_true", help="run every stage*.yaml beside the recipe, in order")
     parser.add_argument("--dry-run", action="store_true", help="print memory and time for several numbers of GPUs")
     parser.add_argument("--check-sp", action="store_true", help="compare a small pack on one rank and on a group first")
@@ -153,12 +155,19 @@ def starting_model(run: Run) -> Molmo2:
     return Molmo2.with_weights(config, weights)
 
 
-def resume(run: Run, engine: Any, checkpoint: Checkpoint | None) -> Cursor:
-    """Restore model, optimizer and the place in the data; the plan refuses data that have changed."""
+def resume(run: Run, engine: Any, checkpoint: Checkpoint | None, universal: Path | None) -> Cursor:
+    """Restore model, optimizer and the place in the data; the plan refuses data that have changed.
+
+    Args:
+        run: the run.
+        engine: a new engine.
+        checkpoint: where it goes on; None: from the start.
+        universal: the checkpoint's states for any number of ranks, where this number is another.
+    """
     if checkpoint is None:
         return Cursor()
     cursor = run.plan.restore(checkpoint.read(checkpoints.PLAN))
-    checkpoints.load_states(engine, checkpoint, run.recipe)
+    checkpoints.load_states(engine, universal or checkpoint.path)
     changed = checkpoints.recipe_changes(checkpoint, run.recipe)
     if changed:
         say(f"{run.recipe.name}: the recipe has changed since step {checkpoint.step}: {', '.join(changed)}")
@@ -317,12 +326,17 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, check_sp
         f"{recipe.name}: steps {done + 1}-{train.steps}, {train.packs_per_step} packs of {recipe.data.sequence_length} "
         f"tokens each, on {mesh.world} ranks (dp {mesh.dp}, sp {mesh.sp}), {train.precision}, ZeRO-{train.zero_stage}"
     )
+    moved = agreed(lambda: elastic.changes(found, recipe) if found else [])
+    universal = on_rank_zero(lambda: elastic.convert(found)) if found and moved else None
+    if moved:
+        say(f"{recipe.name}: {', '.join(moved)}: the checkpoint was converted, the order of the data stays")
     model = agreed(lambda: starting_model(run))
     if check_sp and mesh.sp > 1:
         differing = check_sequence_parallel(model.to(device), recipe, mesh)
         say(f"{recipe.name}: sp {mesh.sp} agrees with one rank to {max(differing.values()):.1e}")
-    engine, optimizer, names = start_engine(model, recipe, mesh)
-    cursor = agreed(lambda: resume(run, engine, found))
+    engine, optimizer, names = start_engine(model, recipe, mesh, universal is not None)
+    cursor = agreed(lambda: resume(run, engine, found, universal))
+    on_rank_zero(lambda: shutil.rmtree(universal) if universal else None)
     last = run_steps(run, engine, optimizer, names, done + 1, cursor, stop)
     engine.destroy()
     if last < recipe.train.steps:

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import toy_run
 
 from molmo2.checkpoint import load_weights
@@ -185,9 +186,53 @@ def test_stages_hand_over_and_finished_ones_are_skipped(root: Path) -> None:
     assert "second: finished at step 2; nothing to do" in output
 
 
-def test_another_number_of_ranks_is_refused(root: Path) -> None:
-    output = train(root, root / "whole.yaml", "--set", "train.steps=20", launcher="python", code=1)
-    assert "cannot continue: world was 2, is 1" in output
+def branch_off(root: Path, name: str, start: str, step: int) -> None:
+    """A run that has got as far as a checkpoint of another run."""
+    runs = root / "runs"
+    shutil.copytree(runs / start / f"checkpoints/step-{step:08d}", runs / name / f"checkpoints/step-{step:08d}")
+    shutil.copy(runs / start / "log.jsonl", runs / name / "log.jsonl")
+
+
+def assert_same_curve(root: Path, name: str, other: str, tolerance: float) -> None:
+    found, wanted = log(root, name), log(root, other)
+    assert [(line["step"], line["tokens"]) for line in found] == [(line["step"], line["tokens"]) for line in wanted]
+    for line, expected in zip(found, wanted, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=tolerance), line["step"]
+        assert line["lr.llm"] == expected["lr.llm"]
+        for key in ("grad_norm.vit", "grad_norm.connector", "grad_norm.llm"):  # sums of squares, in another order
+            assert line[key] == pytest.approx(expected[key], rel=100 * tolerance), (line["step"], key)
+
+
+def test_ranks_sp_and_zero_stage_may_change_between_runs(root: Path) -> None:
+    branch_off(root, "moved", "whole", 8)
+    recipe = toy_run.write_recipe(root / "moved.yaml", "moved", steps=12, checkpoint_every=2)
+    output = train(root, recipe, "--set", "train.zero_stage=3", launcher="python")
+    assert "world was 2, is 1, zero_stage was 1, is 3: the checkpoint was converted" in output
+    shutil.rmtree(root / "runs/moved/checkpoints/step-00000012")
+    output = train(root, recipe, "--set", "train.zero_stage=2", "train.sp=2")
+    assert "world was 1, is 2, zero_stage was 3, is 2" in output
+    assert_same_curve(root, "moved", "whole", 1e-5)
+    names = [path.name for path in (root / "runs/moved/checkpoints").iterdir()]
+    assert sorted(names) == ["step-00000010", "step-00000012"]  # the converted copies are gone
+
+
+def test_half_precision_and_frozen_weights_move_to_other_ranks(root: Path) -> None:
+    settings = ["train.precision=bf16", "train.zero_stage=3", "optim.freeze_base_embedding=true"]
+    recipe = toy_run.write_recipe(root / "half.yaml", "half", steps=6, checkpoint_every=3)
+    train(root, recipe, "--set", *settings)
+    branch_off(root, "half-moved", "half", 3)
+    recipe = toy_run.write_recipe(root / "half-moved.yaml", "half-moved", steps=6, checkpoint_every=3)
+    train(root, recipe, "--set", *settings, launcher="python")
+    assert_same_curve(root, "half-moved", "half", 1e-2)
+    (_, one, _), (_, other, _) = (load_weights(root / "runs" / name) for name in ("half", "half-moved"))
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], other[name], rtol=0, atol=2e-3) for name in one)
+
+
+def test_another_precision_is_refused(root: Path) -> None:
+    changed = ["train.steps=20", "train.precision=bf16", "train.zero_stage=2"]
+    output = train(root, root / "whole.yaml", "--set", *changed, code=1)
+    assert "cannot continue: zero_stage was 1, is 2, precision was fp32, is bf16" in output
     assert "Traceback" not in output
 
 
