@@ -89,7 +89,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--recipe", type=Path, required=True, help="YAML file of the run")
-    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. train.steps=10")
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="override the recipe")
     parser.add_argument("--all-stages", action="store_true", help="run every stage*.yaml beside the recipe, in order")
     parser.add_argument("--dry-run", action="store_true", help="print memory and time for several numbers of GPUs")
     parser.add_argument("--check-sp", action="store_true", help="compare a small pack on one rank and on a group first")
