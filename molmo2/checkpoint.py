@@ -20,7 +20,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,18 @@ def checkpoints_dir(run_dir: Path) -> Path:
 
 
 def save(
-    engine: Any, recipe: Recipe, model_config: ModelConfig, step: int, plan_state: dict[str, Any], *, sp: int
+    engine: Any,
+    recipe: Recipe,
+    model_config: ModelConfig,
+    step: int,
+    plan_state: dict[str, Any],
+    *,
+    sp: int,
+    losses: Sequence[float] = (),
 ) -> Path:
     """Write a checkpoint and drop the oldest ones beyond `train.keep_last`; every rank must call it.
+
+    `losses`: the last ones, by which a run judges the next.
 
     Raises:
         CheckpointError: it could not be written (a full disk, say); earlier checkpoints stay as they are.
@@ -91,7 +100,7 @@ def save(
     temporary = directory / f".tmp-{final.name}"
     failure = _attempt(lambda: _write_states(engine, temporary))
     if dist.get_rank() == 0 and failure is None:
-        meta = _meta(recipe, step, sp)
+        meta = _meta(recipe, step, sp) | {"losses": list(losses)}
         failure = _attempt(lambda: _finish(temporary, final, recipe, model_config, plan_state, meta))
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)

@@ -60,6 +60,8 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     seed: NonNegativeInt = 6198  # of weights that start from nothing
     checkpoint_every: PositiveInt = 1000
     keep_last: PositiveInt = 2
+    on_full_disk: Literal["stop", "warn"] = "stop"  # when a checkpoint cannot be written; the last whole one stays
+    phase_deadline: PositiveFloat = 1800.0  # seconds without progress after which a rank says where it is, and ends
     log_every: PositiveInt = 1  # steps between two refreshes of the progress bar and of TensorBoard
 
     @pydantic.model_validator(mode="after")
@@ -98,6 +100,15 @@ class Optim(pydantic.BaseModel, extra="forbid", frozen=True):
     weight_decay: float = Field(default=0.0, ge=0)
     final_lr_fraction: Fraction = 0.1
     freeze_base_embedding: bool = True  # Molmo2 leaves the base token table as it is; a new model must learn it
+
+
+class Anomalies(pydantic.BaseModel, extra="forbid", frozen=True):
+    """What to do about a loss that is no number or that jumps. A step that is skipped changes no weight."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    spike_factor: float | None = Field(default=None, gt=1)  # a spike: above this times the median of the last 100
+    spike: Literal["record", "skip", "stop"] = "record"
+    max_skips: PositiveInt = 5  # in a row
 
 
 class Logging(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -145,6 +156,7 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
     data: Data
     train: Train
     optim: Optim
+    anomalies: Anomalies = Anomalies()
     logging: Logging = Logging()
 
     @pydantic.model_validator(mode="after")

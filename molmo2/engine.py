@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -46,6 +47,7 @@ class TrainingModule(nn.Module):
         self.model = model
         self.mesh = mesh
         self.z_loss = recipe.train.z_loss
+        self.num_datasets = len(recipe.data.mixture.dataset_names)
         self.chunk_rows = rows_per_chunk(model.config.text.vocab_size)
         self.agree_on_chunks = recipe.train.zero_stage == 3
         self.attend = ulysses(masked_attention, mesh, model.config.text.num_heads, model.config.text.num_kv_heads)
@@ -54,8 +56,9 @@ class TrainingModule(nn.Module):
         """Forward of one micro-batch; every rank must call it together.
 
         Returns:
-            The loss to go backward from (scalar: world * local sum / W), and the local sums for the log,
-            [cross entropy, z term] / W, detached.
+            The loss to go backward from (scalar: world * local sum / W), and the local sums for the log, detached:
+            [2 + 2 * datasets], cross entropy and z term, both / W, then each dataset's weighted cross entropy, then
+            each one's weight.
         """
         model, mesh = self.model, self.mesh
         features, touch = encode_shared(
@@ -73,10 +76,15 @@ class TrainingModule(nn.Module):
         own = slice(mesh.sp_rank * length, (mesh.sp_rank + 1) * length)
         mask = AttentionMask(batch.segment_ids, batch.is_visual)
         hidden = model.decode(x[:, own], batch.position_ids[:, own], mask, attend=self.attend)
-        rows = share_loss_rows(hidden, batch.labels, batch.loss_weights, mesh)
-        sums = weighted_loss(*rows, model.lm_head, self.z_loss, self.chunk_rows, self._num_chunks(rows.weights))
-        logged = torch.stack(sums) / batch.divisor
-        return logged.sum() * mesh.world, logged.detach()
+        rows = share_loss_rows(hidden, batch.labels, batch.loss_weights, batch.dataset_ids, mesh)
+        sums = weighted_loss(
+            *(rows.hidden, rows.labels, rows.weights, model.lm_head, self.z_loss, self.chunk_rows),
+            num_chunks=self._num_chunks(rows.weights),
+            datasets=rows.datasets,
+            num_datasets=self.num_datasets,
+        )
+        both = torch.stack([sums.cross_entropy, sums.z]) / batch.divisor
+        return both.sum() * mesh.world, torch.cat([both.detach(), sums.by_dataset.flatten()])
 
     def _num_chunks(self, weights: Tensor) -> int:
         if not self.agree_on_chunks:
@@ -102,7 +110,16 @@ def start_distributed() -> torch.device:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False)
+    _free_name_of_shared_memory()
     return torch.device(accelerator.current_device_name())
+
+
+def _free_name_of_shared_memory() -> None:
+    """Unlink DeepSpeed's CPU exchange buffer once all ranks have it open: 66 MiB a rank would stay after every run."""
+    dist.barrier()
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
+    (Path("/dev/shm") / name).unlink(missing_ok=True)
 
 
 def deepspeed_config(recipe: Recipe, universal: bool = False) -> dict[str, Any]:

@@ -18,10 +18,17 @@ BYTES_PER_LOGIT = 12  # the logit and its gradient, each in bf16 and in fp32
 
 
 class LossSums(NamedTuple):
-    """Sums over local rows, both scalars in fp32: weight * ce, and z_loss * weight * logsumexp^2."""
+    """Sums over local rows in fp32.
+
+    Attributes:
+        cross_entropy: scalar, weight * ce.
+        z: scalar, z_loss * weight * logsumexp^2.
+        by_dataset: [2, datasets], weight * ce and weight of each dataset's rows; for the log, without gradient.
+    """
 
     cross_entropy: Tensor
     z: Tensor
+    by_dataset: Tensor
 
 
 def rows_per_chunk(vocabulary: int) -> int:
@@ -37,6 +44,8 @@ def weighted_loss(
     z_loss: float,
     chunk_rows: int,
     num_chunks: int = 1,
+    datasets: Tensor | None = None,
+    num_datasets: int = 1,
 ) -> LossSums:
     """Sum the loss of the rows with weight > 0.
 
@@ -49,24 +58,34 @@ def weighted_loss(
         chunk_rows: rows whose logits exist at once; each chunk is computed again in backward.
         num_chunks: at least so many chunks, the rest on a row of weight 0. Under ZeRO-3 every call of `head` is a
             collective, so all ranks must agree on the number. At least 1: a rank without any row calls it too.
+        datasets: [...] int64, where a row comes from: numbers below `num_datasets`; None: all from dataset 0.
+        num_datasets: how many datasets are told apart.
 
     Returns:
-        The two sums; they are connected to `hidden` and to the head even when no row carries loss.
+        The sums; the first two are connected to `hidden` and to the head even when no row carries loss.
     """
     rows, labels, weights = hidden.flatten(0, -2), labels.flatten(), weights.flatten()
+    datasets = torch.zeros_like(labels) if datasets is None else datasets.flatten()
     chunks = (weights > 0).nonzero().squeeze(1).split(chunk_rows)
     idle = torch.zeros(1, dtype=torch.int64, device=rows.device)
     sums = rows.new_zeros(2, dtype=torch.float32)
+    by_dataset = rows.new_zeros(2, num_datasets, dtype=torch.float32)
     for part in range(max(num_chunks, len(chunks))):
         busy = part < len(chunks) and len(chunks[part]) > 0
         index = chunks[part] if busy else idle
-        inputs = (rows[index], labels[index], weights[index] * busy, head, z_loss)
-        sums = sums + checkpoint(_chunk_sums, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return LossSums(sums[0], sums[1])
+        weight = weights[index] * busy
+        inputs = (rows[index], labels[index], weight, head, z_loss)
+        both, each = checkpoint(_chunk_sums, *inputs, use_reentrant=False, preserve_rng_state=False)
+        sums = sums + both
+        by_dataset.index_add_(1, datasets[index], torch.stack([weight * each.detach(), weight]))
+    return LossSums(sums[0], sums[1], by_dataset)
 
 
-def _chunk_sums(rows: Tensor, labels: Tensor, weights: Tensor, head: Callable[[Tensor], Tensor], z: float) -> Tensor:
+def _chunk_sums(
+    rows: Tensor, labels: Tensor, weights: Tensor, head: Callable[[Tensor], Tensor], z: float
+) -> tuple[Tensor, Tensor]:
+    """Both sums, and the cross entropy of each row."""
     logits = head(rows).float()
     lse = logits.logsumexp(-1)
     cross_entropy = lse - logits.gather(-1, labels[:, None]).squeeze(-1)
-    return torch.stack([(weights * cross_entropy).sum(), z * (weights * lse.square()).sum()])
+    return torch.stack([(weights * cross_entropy).sum(), z * (weights * lse.square()).sum()]), cross_entropy

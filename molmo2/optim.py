@@ -33,10 +33,16 @@ class ComponentAdamW(torch.optim.AdamW):
         super().__init__(groups, **options)
         self.partitioned = partitioned
         self.norms: dict[str, Tensor] = {}  # gradient norm of each component before clipping, fp32, last step
+        self.skip = False  # set it to leave the next update out: weights and moments stay as they are
+        self.refused = False  # whether the last step had a gradient that is no number, and changed nothing
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Clip each component, then update. All ranks must call it together."""
+        """Clip each component, then update, unless a gradient is no number. All ranks must call it together.
+
+        Under ZeRO-3, which calls it for one component at a time, those before the faulty one are updated.
+        """
+        scales = {}
         for group in self.param_groups:
             gradients = [p.grad for p in group["params"] if p.grad is not None]
             if not gradients:
@@ -46,7 +52,11 @@ class ComponentAdamW(torch.optim.AdamW):
                 dist.all_reduce(square)
             norm = square.sqrt()
             self.norms[group["name"]] = norm
-            scale = torch.clamp(group["max_norm"] / (norm + 1e-6), max=1.0)
+            scales[group["name"]] = (gradients, torch.clamp(group["max_norm"] / (norm + 1e-6), max=1.0))
+        self.refused = not all(bool(self.norms[name].isfinite()) for name in scales)
+        if self.skip or self.refused:
+            return None
+        for gradients, scale in scales.values():
             torch._foreach_mul_(gradients, scale)
         return super().step(closure)
 

@@ -15,70 +15,36 @@ import argparse
 import gc
 import importlib.util
 import json
-import math
 import shutil
-import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from molmo2 import checkpoint as checkpoints
 from molmo2 import elastic
+from molmo2.anomalies import LossHistory
 from molmo2.check_sp import check_sequence_parallel
 from molmo2.checkpoint import Checkpoint, CheckpointError
 from molmo2.config import FirstWeights, Recipe, data_path, load_recipe
 from molmo2.engine import start_distributed, start_engine
 from molmo2.estimate import dry_run
 from molmo2.foreign_config import differences
-from molmo2.metrics import LOG_NAME, Monitor, StepClock, cut_log, read_log, summarize
-from molmo2.model.config import PRESETS, ModelConfig
+from molmo2.metrics import LOG_NAME, cut_log, read_log, summarize
+from molmo2.model.config import PRESETS
 from molmo2.model.molmo2 import Molmo2
-from molmo2.optim import ComponentAdamW, set_learning_rates
 from molmo2.parallel.agree import AgreedError, agreed, leave, lost_peer, on_rank_zero, say, write
 from molmo2.parallel.mesh import Mesh, MeshError, check_mesh, make_mesh
 from molmo2.pretrained import first_weights
 from molmo2.processing.processor import ProcessorSettings, build_processor
-from shards.collate import PAD_SEGMENT, Batch
-from shards.layout import VisualLayout
-from shards.loader import QuarantineError, make_loader, micro_steps
-from shards.plan import Cursor, Plan, PlanError, open_plan
+from molmo2.steps import ANOMALIES_NAME, QUARANTINE_NAME, Progress, Run, StopSignal, TrainingError, run_steps
+from shards.loader import QuarantineError
+from shards.plan import Cursor, PlanError, open_plan
 
-QUARANTINE_NAME = "quarantine.jsonl"
 SUMMARY_NAME = "summary.json"
-
-
-class TrainingError(ValueError):
-    """The run cannot go on: the loss is no number any more, or ranks that share a pack read different data."""
-
-
-class StopSignal:
-    """Remembers that SIGTERM or SIGUSR1 came; the step under way is finished first."""
-
-    def __init__(self) -> None:
-        self.seen = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.seen = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """A checked recipe on its ranks: everything that training needs and nothing that changes while it trains."""
-
-    recipe: Recipe
-    mesh: Mesh
-    device: torch.device
-    model_config: ModelConfig
-    plan: Plan
-    layout: VisualLayout
 
 
 # --- before the first step -------------------------------------------------------------------------------------------
@@ -89,7 +55,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--recipe", type=Path, required=True, help="YAML file of the run")
-    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="override the recipe")
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="override")
     parser.add_argument("--all-stages", action="store_true", help="run every stage*.yaml beside the recipe, in order")
     parser.add_argument("--dry-run", action="store_true", help="print memory and time for several numbers of GPUs")
     parser.add_argument("--check-sp", action="store_true", help="compare a small pack on one rank and on a group first")
@@ -155,8 +121,8 @@ def starting_model(run: Run) -> Molmo2:
     return Molmo2.with_weights(config, weights)
 
 
-def resume(run: Run, engine: Any, checkpoint: Checkpoint | None, universal: Path | None) -> Cursor:
-    """Restore model, optimizer and the place in the data; the plan refuses data that have changed.
+def resume(run: Run, engine: Any, checkpoint: Checkpoint | None, universal: Path | None) -> Progress:
+    """Restore model, optimizer, the place in the data and the last losses; the plan refuses data that have changed.
 
     Args:
         run: the run.
@@ -165,147 +131,13 @@ def resume(run: Run, engine: Any, checkpoint: Checkpoint | None, universal: Path
         universal: the checkpoint's states for any number of ranks, where this number is another.
     """
     if checkpoint is None:
-        return Cursor()
+        return Progress(0, Cursor(), LossHistory())
     cursor = run.plan.restore(checkpoint.read(checkpoints.PLAN))
     checkpoints.load_states(engine, universal or checkpoint.path)
     changed = checkpoints.recipe_changes(checkpoint, run.recipe)
     if changed:
         say(f"{run.recipe.name}: the recipe has changed since step {checkpoint.step}: {', '.join(changed)}")
-    return cursor
-
-
-# --- the steps -------------------------------------------------------------------------------------------------------
-
-
-def check_peers(batch: Batch, mesh: Mesh) -> None:
-    """Ranks that share a pack must hold the same one: a sample masked on one of them only would pass unseen.
-
-    Raises:
-        TrainingError: they differ.
-    """
-    if mesh.sp_group is None:
-        return
-    parts = (batch.input_ids, batch.labels, batch.segment_ids, batch.loss_weights > 0, batch.visual_tokens)
-    own = torch.stack([part.sum(dtype=torch.int64) for part in parts])
-    low, high = own.clone(), own.clone()
-    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=mesh.sp_group)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=mesh.sp_group)
-    if not torch.equal(low, high):
-        raise TrainingError(
-            f"step {batch.step + 1}: rank {mesh.rank} and its sp peers read different packs (slots {batch.slots}); "
-            "look for quarantined samples above, and check the shards with tools/verify_shards.py"
-        )
-
-
-def record_masked(batch: Batch, run: Run) -> None:
-    """Write damaged samples to `quarantine.jsonl` and say so; one rank of a group does it."""
-    if not batch.masked or run.mesh.sp_rank:
-        return
-    with open(run.recipe.run_dir / QUARANTINE_NAME, "a", encoding="utf-8") as file:
-        for damage in batch.masked:
-            file.write(json.dumps({"step": batch.step + 1, **asdict(damage)}) + "\n")
-            write(f"masked in step {batch.step + 1}: {damage}", sys.stderr)
-
-
-class Totals(NamedTuple):
-    """Sums of one step over all ranks; both losses are already divided by the loss weight of the step."""
-
-    loss: float
-    z_loss: float
-    tokens: float
-    masked: float  # samples that were quarantined
-    stopping: float  # ranks that were told to stop
-
-
-def train_step(run: Run, engine: Any, batches: Iterator[Batch], clock: StepClock, stop: bool) -> tuple[Totals, Cursor]:
-    """Forward, backward and update over one step's packs.
-
-    Returns:
-        The step's sums, and where the data stand after it.
-
-    Raises:
-        TrainingError: the loss or a gradient is not finite; nothing was updated.
-    """
-    train = run.recipe.train
-    sums = torch.zeros(5, dtype=torch.float64, device=run.device)
-    for _ in range(micro_steps(train.packs_per_step, run.mesh.dp, train.micro_batch)):
-        since = time.perf_counter()
-        batch = next(batches).to(run.device)
-        clock.waiting(since)
-        check_peers(batch, run.mesh)
-        record_masked(batch, run)
-        loss, logged = engine(batch)
-        engine.backward(loss, scale_wrt_gas=False)
-        sums[:2] += logged
-        sums[2] += (batch.segment_ids != PAD_SEGMENT).sum() / run.mesh.sp
-        sums[3] += len(batch.masked) / run.mesh.sp
-    sums[4] = float(stop)
-    dist.all_reduce(sums)
-    totals = Totals(*sums.tolist())
-    if math.isfinite(totals.loss):
-        engine.step()
-    if not math.isfinite(totals.loss) or not engine.was_step_applied():
-        raise TrainingError(
-            f"step {batch.step + 1}: loss {totals.loss}: loss or gradient is not finite and nothing was updated; start "
-            "again from the last checkpoint with lower learning rates (optim.*.lr) or a longer warm-up"
-        )
-    return totals, batch.cursor
-
-
-def measurements(
-    run: Run, step: int, totals: Totals, rates: dict[str, float], optimizer: ComponentAdamW, clock: StepClock
-) -> dict[str, float]:
-    """One line of the log; ends the clock's lap."""
-    train = run.recipe.train
-    seconds, data_wait = clock.lap()
-    return {
-        "step": step,
-        "loss": totals.loss,
-        "z_loss": totals.z_loss,
-        **{f"lr.{name}": rate for name, rate in rates.items()},
-        **{f"grad_norm.{name}": norm.item() for name, norm in optimizer.norms.items()},
-        "tokens": round(totals.tokens),
-        "fill": totals.tokens / (train.packs_per_step * run.recipe.data.sequence_length),
-        "tokens_per_second": totals.tokens / seconds,
-        "data_wait": data_wait,
-        "seconds": seconds,
-        "masked": round(totals.masked),
-    }
-
-
-def run_steps(
-    run: Run, engine: Any, optimizer: ComponentAdamW, names: list[str], first: int, cursor: Cursor, stop: StopSignal
-) -> int:
-    """Train from step `first` to the end or to a signal, and save; returns the last step done."""
-    recipe, steps = run.recipe, run.recipe.train.steps
-    monitor = Monitor(recipe, first - 1) if run.mesh.rank == 0 else None
-    batches = make_loader(
-        run.plan,
-        cursor,
-        run.layout,
-        dp_rank=run.mesh.dp_rank,
-        dp_size=run.mesh.dp,
-        micro_batch=recipe.train.micro_batch,
-        workers=recipe.data.workers,
-        prefetch=recipe.data.prefetch,
-    )
-    clock = StepClock()
-    try:
-        for step in range(first, steps + 1):
-            rates = set_learning_rates(optimizer, names, recipe.optim, step, steps)
-            totals, cursor = train_step(run, engine, batches, clock, stop.seen)
-            if monitor is not None:
-                monitor.step(measurements(run, step, totals, rates, optimizer, clock))
-            stopping = totals.stopping > 0
-            if stopping or step == steps or step % recipe.train.checkpoint_every == 0:
-                state = run.plan.state(cursor)
-                checkpoints.save(engine, recipe, run.model_config, step, state, sp=run.mesh.sp)
-            if stopping:
-                break
-    finally:
-        if monitor is not None:
-            monitor.close()
-    return step
+    return Progress(checkpoint.step, cursor, LossHistory(checkpoint.meta.get("losses", ())))
 
 
 def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, check_sp: bool = False) -> bool:
@@ -335,12 +167,15 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, check_sp
         differing = check_sequence_parallel(model.to(device), recipe, mesh)
         say(f"{recipe.name}: sp {mesh.sp} agrees with one rank to {max(differing.values()):.1e}")
     engine, optimizer, names = start_engine(model, recipe, mesh, universal is not None)
-    cursor = agreed(lambda: resume(run, engine, found, universal))
+    progress = agreed(lambda: resume(run, engine, found, universal))
     on_rank_zero(lambda: shutil.rmtree(universal) if universal else None)
-    last = run_steps(run, engine, optimizer, names, done + 1, cursor, stop)
+    run_steps(run, engine, optimizer, names, progress, stop)
     engine.destroy()
-    if last < recipe.train.steps:
-        say(f"{recipe.name}: stopped by a signal after step {last} of {recipe.train.steps}; start again to continue")
+    if progress.step < recipe.train.steps:
+        say(
+            f"{recipe.name}: stopped by a signal after step {progress.step} of {recipe.train.steps}; "
+            "start again to continue"
+        )
         return False
     on_rank_zero(lambda: finish(recipe))
     return True
@@ -349,7 +184,7 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, check_sp
 def clear_after(recipe: Recipe, step: int) -> None:
     """Forget what a run wrote after the step from which it goes on."""
     checkpoints.clear_after(checkpoints.checkpoints_dir(recipe.run_dir), step)
-    for name in (LOG_NAME, QUARANTINE_NAME):
+    for name in (LOG_NAME, QUARANTINE_NAME, ANOMALIES_NAME):
         cut_log(recipe.run_dir / name, step)
 
 

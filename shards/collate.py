@@ -37,6 +37,7 @@ class Batch:
         position_ids: int64 [B, S]; every branch continues from the end of its trunk.
         segment_ids: int32 [B, S]: member * MEMBER + (TRUNK, or the branch's number); padding is PAD_SEGMENT.
         is_visual: bool [B, S], tokens that see each other in both directions.
+        dataset_ids: int64 [B, S], which of `Plan.datasets` a token comes from; 0 in padding.
         pixels: uint8 [N, crop, crop, 3].
         pooling: int64 [T, P], patches in the flat [N * patches] axis that each `<im_patch>` pools; -1 pads.
         visual_crops, visual_tokens: int64 [U], crops and visual tokens of every visual, in order.
@@ -52,6 +53,7 @@ class Batch:
     position_ids: Tensor
     segment_ids: Tensor
     is_visual: Tensor
+    dataset_ids: Tensor
     pixels: Tensor
     pooling: Tensor
     visual_crops: Tensor
@@ -154,6 +156,7 @@ def collate(
         "position_ids": np.zeros((len(packs), sequence_length), np.int64),
         "segment_ids": np.full((len(packs), sequence_length), PAD_SEGMENT, np.int32),
         "is_visual": np.zeros((len(packs), sequence_length), np.bool_),
+        "dataset_ids": np.zeros((len(packs), sequence_length), np.int64),
     }
     kept, masked = [], []
     for row, (pack, members) in enumerate(zip(packs, samples, strict=True)):
@@ -173,6 +176,7 @@ def collate(
             branch = tokens.branch.astype(np.int32)  # int16 is too small for MEMBER
             fields["segment_ids"][place] = member * MEMBER + np.where(branch == 0, TRUNK, branch)
             fields["is_visual"][place] = tokens.is_visual
+            fields["dataset_ids"][place] = draw.dataset
     arrays = fields | _visual_fields(layout, kept)
     return Batch(
         **{name: torch.from_numpy(array) for name, array in arrays.items()},

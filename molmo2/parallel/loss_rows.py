@@ -18,25 +18,27 @@ from molmo2.parallel.mesh import Mesh
 
 
 class LossRows(NamedTuple):
-    """Rows [n, d] of final hidden states, their labels int64 [n] and weights float32 [n]; n is 1 or more."""
+    """Rows [n, d] of final hidden states, labels and datasets int64 [n], weights float32 [n]; n is 1 or more."""
 
     hidden: Tensor
     labels: Tensor
     weights: Tensor
+    datasets: Tensor
 
 
-def share_loss_rows(hidden: Tensor, labels: Tensor, weights: Tensor, mesh: Mesh) -> LossRows:
+def share_loss_rows(hidden: Tensor, labels: Tensor, weights: Tensor, datasets: Tensor, mesh: Mesh) -> LossRows:
     """This rank's part of the rows with weight; one row of weight 0 where it gets none, so that the graph stays whole.
 
     Args:
         hidden: [B, S / sp, d], this rank's slice.
         labels: int64 [B, S], of the whole sequence.
         weights: float32 [B, S], likewise.
+        datasets: int64 [B, S], likewise: which dataset a token comes from.
         mesh: this rank's place.
     """
     # By the rank that holds them: [sp, B * S / sp], the order in which the exchange brings the rows.
-    slices = [each.unflatten(1, (mesh.sp, -1)).transpose(0, 1).flatten(1) for each in (labels, weights)]
-    labels, weights = slices
+    whole = (labels, weights, datasets)
+    labels, weights, datasets = (each.unflatten(1, (mesh.sp, -1)).transpose(0, 1).flatten(1) for each in whole)
     carries = weights > 0
     own = hidden.flatten(0, 1)
     rows = own[carries[mesh.sp_rank]]
@@ -48,8 +50,8 @@ def share_loss_rows(hidden: Tensor, labels: Tensor, weights: Tensor, mesh: Mesh)
         rows = gathered[torch.tensor(index, device=rows.device)]
     share = -(-sum(counts) // mesh.sp)
     part = slice(mesh.sp_rank * share, (mesh.sp_rank + 1) * share)
-    found = LossRows(rows[part], labels[carries][part], weights[carries][part])
+    found = LossRows(rows[part], labels[carries][part], weights[carries][part], datasets[carries][part])
     if len(found.hidden):
         return found
     idle = rows[:1] if len(rows) else own[:1]
-    return LossRows(idle, labels.new_zeros(1), weights.new_zeros(1))
+    return LossRows(idle, labels.new_zeros(1), weights.new_zeros(1), datasets.new_zeros(1))

@@ -86,6 +86,7 @@ def batch(seed: int, visuals: int, length: int = 48, divisor: float = 10.0, weig
         position_ids=torch.tensor([positions + [0] * padding]),
         segment_ids=segment_ids,
         is_visual=input_ids >= CONFIG.text.vocab_size,
+        dataset_ids=torch.zeros(1, length, dtype=torch.int64),
         pixels=torch.randint(0, 256, (int(crops.sum()), CONFIG.crop_size, CONFIG.crop_size, 3),
                              generator=generator, dtype=torch.uint8),
         pooling=torch.cat([*pooling, torch.zeros(0, 4, dtype=torch.int64)]),

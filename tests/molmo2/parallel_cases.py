@@ -123,8 +123,9 @@ def loss_rows(
         step = ROW_LENGTH // mesh.sp
         slice_ = hidden[:, mesh.sp_rank * step : (mesh.sp_rank + 1) * step].clone().requires_grad_()
         head.requires_grad_()
-        rows = share_loss_rows(slice_, labels, weights, mesh)
-        loss = sum(weighted_loss(*rows, lambda x, head=head: x @ head.T, 1e-4, chunk_rows=2))
+        rows = share_loss_rows(slice_, labels, weights, labels, mesh)
+        assert torch.equal(rows.datasets, rows.labels)
+        loss = sum(weighted_loss(*rows[:3], lambda x, head=head: x @ head.T, 1e-4, chunk_rows=2)[:2])
         loss.backward()
         assert slice_.grad is not None and head.grad is not None
         results[name] = (int((rows.weights > 0).sum()), loss.detach(), slice_.grad, head.grad)

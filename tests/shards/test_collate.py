@@ -156,7 +156,7 @@ def test_samples_that_were_built_wrong(dataset: Dataset) -> None:
 def test_to_moves_every_tensor(dataset: Dataset) -> None:
     batch = batch_of(dataset, [[1]]).to("meta")
     tensors = [value for name in Batch.__slots__ if isinstance(value := getattr(batch, name), torch.Tensor)]
-    assert len(tensors) == 10
+    assert len(tensors) == 11
     assert all(tensor.device.type == "meta" for tensor in tensors)
 
 

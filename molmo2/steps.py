@@ -1,0 +1,245 @@
+"""The steps of a run: forward, backward, update, what is measured, and when a checkpoint is written."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from molmo2 import checkpoint as checkpoints
+from molmo2.anomalies import LossHistory, action_for, describe
+from molmo2.checkpoint import CheckpointError
+from molmo2.config import Recipe
+from molmo2.metrics import Monitor, StepClock
+from molmo2.model.config import ModelConfig
+from molmo2.optim import ComponentAdamW, set_learning_rates
+from molmo2.parallel.agree import say, write
+from molmo2.parallel.mesh import Mesh
+from molmo2.watchdog import Watchdog
+from shards.collate import PAD_SEGMENT, Batch
+from shards.layout import VisualLayout
+from shards.loader import make_loader, micro_steps
+from shards.plan import Cursor, Plan
+
+QUARANTINE_NAME = "quarantine.jsonl"
+ANOMALIES_NAME = "anomalies.jsonl"
+
+
+class TrainingError(ValueError):
+    """The run cannot go on: the loss is no number any more, or ranks that share a pack read different data."""
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGUSR1 came; the step under way is finished first."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.seen = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A checked recipe on its ranks: everything that training needs and nothing that changes while it trains."""
+
+    recipe: Recipe
+    mesh: Mesh
+    device: torch.device
+    model_config: ModelConfig
+    plan: Plan
+    layout: VisualLayout
+
+
+@dataclass(slots=True)
+class Progress:
+    """What changes while it trains, beside the weights: steps done, the place in the data, the last losses."""
+
+    step: int
+    cursor: Cursor
+    history: LossHistory
+
+
+class Totals(NamedTuple):
+    """Sums of one step over all ranks; both losses are already divided by the loss weight of the step."""
+
+    loss: float
+    z_loss: float
+    tokens: float
+    masked: float  # samples that were quarantined
+    stopping: float  # ranks that were told to stop
+    by_dataset: dict[str, float]  # mean cross entropy of each dataset that is in the step
+
+
+def check_peers(batch: Batch, mesh: Mesh) -> None:
+    """Ranks that share a pack must hold the same one: a sample masked on one of them only would pass unseen.
+
+    Raises:
+        TrainingError: they differ.
+    """
+    if mesh.sp_group is None:
+        return
+    parts = (batch.input_ids, batch.labels, batch.segment_ids, batch.loss_weights > 0, batch.visual_tokens)
+    own = torch.stack([part.sum(dtype=torch.int64) for part in parts])
+    low, high = own.clone(), own.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=mesh.sp_group)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=mesh.sp_group)
+    if not torch.equal(low, high):
+        raise TrainingError(
+            f"step {batch.step + 1}: rank {mesh.rank} and its sp peers read different packs (slots {batch.slots}); "
+            "look for quarantined samples above, and check the shards with tools/verify_shards.py"
+        )
+
+
+def record_masked(batch: Batch, run: Run) -> None:
+    """Write damaged samples to `quarantine.jsonl` and say so; one rank of a group does it."""
+    if not batch.masked or run.mesh.sp_rank:
+        return
+    with open(run.recipe.run_dir / QUARANTINE_NAME, "a", encoding="utf-8") as file:
+        for damage in batch.masked:
+            file.write(json.dumps({"step": batch.step + 1, **asdict(damage)}) + "\n")
+            write(f"masked in step {batch.step + 1}: {damage}", sys.stderr)
+
+
+def compute(
+    run: Run, engine: Any, batches: Iterator[Batch], clock: StepClock, watchdog: Watchdog, step: int, stop: bool
+) -> tuple[Totals, Cursor]:
+    """Forward and backward over one step's packs; gradients are in the engine then.
+
+    Returns:
+        The step's sums, and where the data stand after it.
+    """
+    train, names = run.recipe.train, [dataset.name for dataset in run.plan.datasets]
+    sums = torch.zeros(5 + 2 * len(names), dtype=torch.float64, device=run.device)
+    for _ in range(micro_steps(train.packs_per_step, run.mesh.dp, train.micro_batch)):
+        watchdog.enter("data", step)
+        since = time.perf_counter()
+        batch = next(batches).to(run.device)
+        clock.waiting(since)
+        watchdog.enter("forward", step, batch.slots)
+        check_peers(batch, run.mesh)
+        record_masked(batch, run)
+        loss, logged = engine(batch)
+        watchdog.enter("backward", step, batch.slots)
+        engine.backward(loss, scale_wrt_gas=False)
+        sums[:2] += logged[:2]
+        sums[5:] += logged[2:]
+        sums[2] += (batch.segment_ids != PAD_SEGMENT).sum() / run.mesh.sp
+        sums[3] += len(batch.masked) / run.mesh.sp
+    sums[4] = float(stop)
+    dist.all_reduce(sums)
+    first, (losses, weights) = sums[:5].tolist(), sums[5:].view(2, -1).tolist()
+    means = {name: each / weight for name, each, weight in zip(names, losses, weights, strict=True) if weight}
+    return Totals._make([*first, means]), batch.cursor
+
+
+def update(run: Run, engine: Any, optimizer: ComponentAdamW, progress: Progress, totals: Totals) -> bool:
+    """Apply the gradients, unless the recipe leaves out such a step; False when it was left out.
+
+    Raises:
+        TrainingError: the loss or a gradient is no number, or jumped, and the recipe says to stop; nothing was updated.
+    """
+    settings, history = run.recipe.anomalies, progress.history
+    kind = history.judge(totals.loss, settings)
+    action = action_for(kind, history, settings)
+    if action != "stop":
+        optimizer.skip = action == "skip"
+        engine.step()
+        if kind is None and (optimizer.refused or not engine.was_step_applied()):
+            kind = "nonfinite"  # a gradient, though the loss was a number
+            action = action_for(kind, history, settings)
+    if kind is not None and run.mesh.rank == 0:
+        line = describe(run.plan.step(progress.cursor), run.plan.datasets, kind, totals.loss, action)
+        with open(run.recipe.run_dir / ANOMALIES_NAME, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        write(f"step {line['step']}: {kind}, loss {totals.loss:.4g}: {action}; packs: {file.name}", sys.stderr)
+    if action == "stop":
+        raise TrainingError(
+            f"step {progress.step + 1}: loss {totals.loss:.4g} ({kind}: the loss, or a gradient) and nothing was "
+            "updated; see what the step held with --replay, and start again from the last checkpoint with lower "
+            f"learning rates (optim.*.lr), a longer warm-up, or anomalies.{kind}=skip"
+        )
+    history.add(totals.loss, action == "skip")
+    return action != "skip"
+
+
+def measurements(
+    run: Run, step: int, totals: Totals, rates: dict[str, float], optimizer: ComponentAdamW, clock: StepClock
+) -> dict[str, float]:
+    """One line of the log; ends the clock's lap."""
+    train = run.recipe.train
+    seconds, data_wait = clock.lap()
+    return {
+        "step": step,
+        "loss": totals.loss,
+        "z_loss": totals.z_loss,
+        **{f"lr.{name}": rate for name, rate in rates.items()},
+        **{f"grad_norm.{name}": norm.item() for name, norm in optimizer.norms.items()},
+        "tokens": round(totals.tokens),
+        "fill": totals.tokens / (train.packs_per_step * run.recipe.data.sequence_length),
+        "tokens_per_second": totals.tokens / seconds,
+        "data_wait": data_wait,
+        "seconds": seconds,
+        "masked": round(totals.masked),
+        **{f"loss.{name}": mean for name, mean in totals.by_dataset.items()},
+    }
+
+
+def save(run: Run, engine: Any, progress: Progress) -> None:
+    """Write a checkpoint; when that fails, the recipe says whether training goes on without."""
+    recipe, state = run.recipe, run.plan.state(progress.cursor)
+    losses = tuple(progress.history.losses)
+    try:
+        checkpoints.save(engine, recipe, run.model_config, progress.step, state, sp=run.mesh.sp, losses=losses)
+    except CheckpointError as error:  # raised by all ranks together
+        if recipe.train.on_full_disk == "stop":
+            raise
+        say(f"{recipe.name}: WARNING: goes on without a checkpoint: {error}")
+
+
+def run_steps(
+    run: Run, engine: Any, optimizer: ComponentAdamW, names: list[str], progress: Progress, stop: StopSignal
+) -> None:
+    """Train to the end or to a signal, and save; `progress` is kept up to date."""
+    recipe, steps = run.recipe, run.recipe.train.steps
+    monitor = Monitor(recipe, progress.step) if run.mesh.rank == 0 else None
+    batches = make_loader(
+        run.plan,
+        progress.cursor,
+        run.layout,
+        dp_rank=run.mesh.dp_rank,
+        dp_size=run.mesh.dp,
+        micro_batch=recipe.train.micro_batch,
+        workers=recipe.data.workers,
+        prefetch=recipe.data.prefetch,
+    )
+    clock, watchdog = StepClock(), Watchdog(run.mesh.rank, recipe.train.phase_deadline)
+    try:
+        for step in range(progress.step + 1, steps + 1):
+            rates = set_learning_rates(optimizer, names, recipe.optim, step, steps)
+            totals, cursor = compute(run, engine, batches, clock, watchdog, step, stop.seen)
+            watchdog.enter("update", step)
+            updated = update(run, engine, optimizer, progress, totals)
+            progress.step, progress.cursor = step, cursor
+            if monitor is not None:
+                line = measurements(run, step, totals, rates, optimizer, clock)
+                monitor.step(line if updated else line | {"skipped": 1})
+            stopping = totals.stopping > 0
+            if stopping or step == steps or step % recipe.train.checkpoint_every == 0:
+                watchdog.enter("checkpoint", step)
+                save(run, engine, progress)
+            if stopping:
+                break
+    finally:
+        watchdog.stop()
+        if monitor is not None:
+            monitor.close()
