@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import re
 import struct
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ Pixels = npt.NDArray[np.uint8]
 MAX_PIXELS = 200_000_000  # of one image
 DEADLINE = 120.0  # seconds for one video
 ROUNDING = 1e-3  # seconds; decoders give frame times in float32
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
+DIGITS = re.compile(r"(\d+)")
 MISSING_TAIL = 1.0  # seconds after the last frame for which it may stand; beyond them the file is cut short
 
 
@@ -122,7 +125,43 @@ def read_frames(ref: VideoRef, times: Sequence[float], deadline: float = DEADLIN
     return frames
 
 
+def _clip(ref: VideoRef, whole: float) -> float:
+    """Seconds of the clip in a video of `whole` seconds."""
+    start, end = ref.start or 0.0, whole if ref.end is None else min(ref.end, whole)
+    if end <= start:
+        raise MediaError(f"{ref.path}: clip {start} to {end} s of a video of {whole:.2f} s is empty")
+    return end - start
+
+
+def _frame_files(ref: VideoRef) -> list[Path]:
+    """The images of a folder, numbers in their names by value: 2.jpg comes before 10.jpg."""
+    files = [path for path in Path(ref.path).iterdir() if path.suffix.lower() in FRAME_SUFFIXES]
+    if not files:
+        raise MediaError(f"{ref.path}: no frames ({', '.join(FRAME_SUFFIXES)}) in the folder")
+    return sorted(files, key=lambda path: [int(part) if part.isdigit() else part for part in DIGITS.split(path.name)])
+
+
+def _probe_folder(ref: VideoRef, fps: float) -> VideoInfo:
+    files = _frame_files(ref)
+    height, width, _ = load_image(ImageRef(path=str(files[0]))).shape
+    duration = _clip(ref, len(files) / fps)
+    return VideoInfo(duration=duration, fps=fps, num_frames=len(files), width=width, height=height, codec="images")
+
+
+def _read_folder(ref: VideoRef, fps: float, times: tuple[float, ...]) -> Frames:
+    files = _frame_files(ref)
+    wanted = np.asarray(times, np.float64) + (ref.start or 0.0)
+    _check_end(ref.path, (len(files) - 1) / fps, wanted)
+    numbers = np.minimum(np.floor((wanted + ROUNDING) * fps).astype(int), len(files) - 1)
+    frames = [load_image(ImageRef(path=str(files[number]))) for number in numbers]
+    if len({frame.shape for frame in frames}) > 1:
+        raise MediaError(f"{ref.path}: frames of several sizes")
+    return Frames(pixels=np.stack(frames), decoder="pillow")
+
+
 def _probe(ref: VideoRef) -> VideoInfo:
+    if ref.fps is not None:
+        return _probe_folder(ref, ref.fps)
     import av
 
     with av.open(ref.path) as container:
@@ -136,11 +175,8 @@ def _probe(ref: VideoRef) -> VideoInfo:
             whole = float(container.duration or 0) / 1e6
         if fps <= 0 or whole <= 0:
             raise MediaError(f"{ref.path}: no frame rate or no duration in the file")
-        start, end = ref.start or 0.0, whole if ref.end is None else min(ref.end, whole)
-        if end <= start:
-            raise MediaError(f"{ref.path}: clip {start} to {end} s of a video of {whole:.2f} s is empty")
         return VideoInfo(
-            duration=end - start,
+            duration=_clip(ref, whole),
             fps=fps,
             num_frames=stream.frames or round(whole * fps),
             width=stream.codec_context.width,
@@ -150,6 +186,8 @@ def _probe(ref: VideoRef) -> VideoInfo:
 
 
 def _read(ref: VideoRef, times: tuple[float, ...]) -> Frames:
+    if ref.fps is not None:
+        return _read_folder(ref, ref.fps, times)
     import decord
 
     wanted = np.asarray(times, np.float64) + (ref.start or 0.0)
@@ -273,7 +311,7 @@ _child: _Child | None = None
 
 def _in_child(function: Callable[..., Any], deadline: float, ref: VideoRef, *rest: Any) -> Any:
     global _child
-    if not Path(ref.path).is_file():
+    if not (Path(ref.path).is_file() if ref.fps is None else Path(ref.path).is_dir()):
         raise MediaError(f"{ref.path}: no such video")
     if _child is None or _child.owner != os.getpid():  # a forked worker must not talk through its parent's pipe
         _child = _Child()

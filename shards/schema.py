@@ -40,11 +40,15 @@ class ImageRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoRef:
-    """A video file, or the part of it between `start` and `end` (seconds)."""
+    """A video, or the part of it between `start` and `end` (seconds).
+
+    `path` is a file or, where `fps` is given, a folder with an image for each frame, in the order of their names.
+    """
 
     path: str
     start: float | None = None
     end: float | None = None
+    fps: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,8 @@ left out, and what it weighs. What a column means is the converter's business; h
 
 from __future__ import annotations
 
+import re
+import typing
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -86,7 +88,19 @@ class Folder(Strict):
     notes: tuple[str, ...] = ()
 
 
-Op = Literal["equals", "not_equals", "in", "not_in", "min", "max", "min_length", "max_length", "not_null", "not_empty"]
+Op = Literal[
+    "equals",
+    "not_equals",
+    "in",
+    "not_in",
+    "min",
+    "max",
+    "min_length",
+    "max_length",
+    "not_null",
+    "not_empty",
+    "not_matches",
+]
 
 
 class Filter(Strict):
@@ -95,7 +109,7 @@ class Filter(Strict):
     Attributes:
         column: name or dotted path of a column.
         op: "min" and "max" include the value itself, "min_length" and "max_length" count a list's items; "not_null"
-            and "not_empty" need no value.
+            and "not_empty" need no value; "not_matches" takes a regular expression for the whole of a text.
         value: what to compare with; a list for "in" and "not_in".
         stages: where it applies; empty: everywhere.
     """
@@ -117,7 +131,7 @@ class Filter(Strict):
         if self.op == "not_empty":
             return found is not None and found != "" and found != []
         if found is None:
-            return self.op in {"not_equals", "not_in", "min", "max"}
+            return self.op in {"not_equals", "not_in", "min", "max", "not_matches"}
         tests: dict[str, Callable[[], Any]] = {
             "equals": lambda: found == self.value,
             "not_equals": lambda: found != self.value,
@@ -128,6 +142,7 @@ class Filter(Strict):
             "min_length": lambda: len(found) >= self.value,
             "max_length": lambda: len(found) <= self.value,
             "not_null": lambda: True,
+            "not_matches": lambda: not re.fullmatch(self.value, str(found)),
         }
         return bool(tests[self.op]())
 
@@ -136,7 +151,8 @@ class TableFormat(Strict):
     """How files of rows are read.
 
     Attributes:
-        kind: by default what the file's suffix says (.parquet, .json, .jsonl, .csv, .tsv).
+        kind: by default what the file's suffix says (.parquet, .arrow, .json, .jsonl, .csv, .tsv); "lines" is text with
+            a row in each line.
         records: dotted path of the list of rows in a JSON document; "" is the document itself. Where there is an
             object, its values are the rows. "." makes the document one row.
         key: name under which a row gets its key in that object.
@@ -145,15 +161,19 @@ class TableFormat(Strict):
         header: names of the columns of a CSV without a header line.
         skip: lines before the first row or the header.
         names_first: JSON lines that are lists, the first with the names of the columns.
+        pattern: regular expression of a whole line whose named groups are the columns, for kind "lines".
+        number: name under which such a row gets its number, from "0".
     """
 
-    kind: Literal["parquet", "json", "jsonl", "csv", "tsv"] | None = None
+    kind: Literal["parquet", "arrow", "json", "jsonl", "csv", "tsv", "lines"] | None = None
     records: str = ""
     key: str | None = None
     explode: str | None = None
     header: tuple[str, ...] = ()
     skip: int = 0
     names_first: bool = False
+    pattern: str = ""
+    number: str | None = None
 
 
 class Exclusion(Strict):
@@ -174,6 +194,10 @@ class Exclusion(Strict):
     table: TableFormat = TableFormat()
     values: str
     template: str = "{value}"
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
 
 
 class Lookup(Strict):
@@ -218,9 +242,9 @@ class Row(Strict):
         exclude: rows that another file lists, a benchmark's images for instance.
         options: parameters of the converter.
         loss_weight: flat weight of a loss token by stage; a stage that is not named follows the length rule.
-        media: template of a media file's path, `{value}` being the media column's value and `{NAME}` another
-            column's; formats like `{value:012d}` work. It may hold one "*/", any folder, and end with ".*", any suffix
-            of a video.
+        media: template of a media file's path, or several to try in order; `{value}` is the media column's value,
+            `{NAME}` another column's, and formats like `{value:012d}` work. It may hold one "*/", any folder, and end
+            with ".*", any suffix of a video. For a video of images it names their folder.
         media_from: raw folders in which media are looked for after the row's own.
         notes: what is not known or worth knowing; for readers.
     """
@@ -244,7 +268,7 @@ class Row(Strict):
     exclude: tuple[Exclusion, ...] = ()
     options: dict[str, Any] = {}
     loss_weight: dict[Stage, float] = {}
-    media: str | None = None
+    media: typing.Annotated[tuple[str, ...], pydantic.BeforeValidator(_as_tuple)] = ()
     media_from: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -14,7 +14,7 @@ from shards.convert.diagrams import diagram_choice
 from shards.convert.images import image_caption, image_points, multi_image_points
 from shards.convert.questions import identity_qa, image_chat, image_choice, image_qa
 from shards.convert.text import chat
-from shards.convert.video_questions import video_conversation, video_embedded_choice, video_qa
+from shards.convert.video_questions import video_conversation, video_embedded_choice, video_qa, video_spans
 from shards.convert.videos import video_caption, video_points, video_track
 from shards.schema import Example
 
@@ -37,6 +37,7 @@ CONVERTERS: dict[str, Converter] = {
         video_embedded_choice,
         video_points,
         video_qa,
+        video_spans,
         video_track,
     )
 }

@@ -55,7 +55,7 @@ def read_groups(
     """The groups of rows with these numbers; `raw` and `more` as in `open_rows`."""
     rows = iter(table.read([number for numbers in groups for number in numbers], {*row.used_columns, *more}))
     others = tuple(raw.parent / name for name in row.media_from)
-    media = MediaFiles(root=raw, template=row.media, others=others)
+    media = MediaFiles(root=raw, templates=row.media, others=others)
     for numbers in groups:
         sources, values = zip(*(next(rows) for _ in numbers), strict=True)
         key = f"{row.name}-{numbers[0]:08d}"

@@ -18,6 +18,7 @@ Clip = tuple[float | None, float | None]
 Asked = tuple[str, str, tuple[str, ...], int | None]  # question, answer, options, the right one's place
 
 _NUMBER = r"\d+(?:\.\d+)?"
+_CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 _SPAN = re.compile(rf"\s*\[?\s*({_NUMBER})\s*[-:]\s*({_NUMBER})\s*\]?\s*")
 _EMBEDDED = re.compile(r"(?P<question>.*)\n\s*The Options are:\s*(?P<options>\[.*\])\s*", re.DOTALL | re.IGNORECASE)
 
@@ -30,7 +31,8 @@ def video_qa(group: Group) -> Iterator[Example | Omitted]:
     "index" (default; `options.first` is that of the first option), as "text", or as "marks", one for each option.
     Blank options are left out. A question without options is asked openly, in `options.open_style`.
     `options.max_per_example` bounds the tree. Without a field `question` it is drawn from the field `question_pool` or
-    from `options.questions`.
+    from `options.questions`, where "{label}" stands for the field `label`, and "{label_lower}" for it in small letters.
+    A field `style` goes before `open_style`. The field `windows`, a list of [start, end] in seconds, is an answer too.
     """
     clips: dict[Clip, list[Annotation]] = {}
     left_out = 0
@@ -48,9 +50,27 @@ def video_qa(group: Group) -> Iterator[Example | Omitted]:
                 yield group.omit(str(error), index)
                 left_out += 1
                 continue
-            clips.setdefault(clip, []).extend(_annotations(group, asked))
+            style = text_of(values.get("style")) or str(group.row.options.get("open_style", ""))
+            clips.setdefault(clip, []).extend(_annotations(group, asked, style))
     if clips or not left_out:  # else every reason is told already
         yield from examples_of(group, clips)
+
+
+def video_spans(group: Group) -> Iterator[Example | Omitted]:
+    """A whole video whose parts have captions, in `options.style`; `options.questions` name a part's times."""
+    annotations: list[Annotation] = []
+    for index in range(len(group.values)):
+        for number, (span, text) in enumerate(group.aligned(index, "spans", "text")):
+            start, end = map(float, span)
+            if not start < end or not text_of(text):
+                yield group.omit(f"a part from {start} to {end} s, or one without text", index)
+                continue
+            draw = rng_of(f"{group.row.name}/{group.key}/{index}/{number}", "question")
+            questions = group.option("questions")
+            asked = questions[int(draw.integers(len(questions)))].format(start=f"{start:.1f}", end=f"{end:.1f}")
+            said = text_of(text) + group.row.options.get("full_stop", "")
+            annotations.append(Text(style=str(group.option("style")), question=asked, answer=said))
+    yield from examples_of(group, {(None, None): annotations})
 
 
 def video_conversation(group: Group) -> Iterator[Example | Omitted]:
@@ -87,6 +107,8 @@ def video_embedded_choice(group: Group) -> Iterator[Example | Omitted]:
 def examples_of(group: Group, clips: dict[Clip, list[Annotation]]) -> Iterator[Example]:
     """An example for each clip, or several where the tree has more than `options.max_per_example` annotations.
 
+    With `options.image_fps` a video is a folder of images.
+
     Raises:
         RejectedError: no annotation at all.
     """
@@ -98,35 +120,46 @@ def examples_of(group: Group, clips: dict[Clip, list[Annotation]]) -> Iterator[E
         for first in range(0, len(found), most or len(found) or 1)
     ]
     for place, ((start, end), number, run) in enumerate(runs):
-        video = group.media.video(group.text("video"), start, end, group.values[0])
+        fps = group.row.options.get("image_fps")
+        video = group.media.video(group.text("video"), start, end, group.values[0], fps)
         suffix = f"-{number}-{place}" if len(runs) > 1 else ""
         yield group.example(run, video=video, subtitles=list(_cues(group, start or 0.0, end)), suffix=suffix)
 
 
 def _clip(group: Group, index: int) -> Clip:
-    """The times of a row's clip: fields `start` and `end`, or a text with both, "3.5-7" or "[3.5:7]", in `span`."""
+    """The times of a row's clip: fields `start` and `end`, or both in `span`: [3.5, 7], "3.5-7" or "[3.5:7]"."""
     start: float | None
     end: float | None
-    if "span" in group.row.columns:
+    if isinstance(given := group.get("span", index), list):
+        start, end = map(float, given)
+    elif "span" in group.row.columns:
         span = _SPAN.fullmatch(group.text("span", index))
         if span is None:
             raise RejectedError(f"column {group.row.columns['span']}: no span of time in {group.get('span', index)!r}")
         start, end = float(span[1]), float(span[2])
     else:
-        given = group.get("start", index), group.get("end", index)
-        start, end = (None if time in (None, "") else float(time) for time in given)
+        start, end = (_seconds(group.get(field, index)) for field in ("start", "end"))
     if start is not None and end is not None and not start < end:
         raise RejectedError(f"a clip from {start} to {end} s")
     return start, end
+
+
+def _seconds(value: Any) -> float | None:
+    """Seconds, given so or as HH:MM:SS.mmm."""
+    if value in (None, ""):
+        return None
+    clock = _CLOCK.fullmatch(str(value))
+    return int(clock[1]) * 3600 + int(clock[2]) * 60 + float(clock[3]) if clock else float(value)
 
 
 def _questions(group: Group, index: int) -> Iterator[dict[str, Any]]:
     """Field values question by question; "pool" are questions to draw from where there is no column for one."""
     pool = group.items("question_pool", index) or group.row.options.get("questions", ())
     single = sorted(field for field in group.row.columns if re.fullmatch(r"(option|negative)_\d+", field))
-    fields = [f for f in ("question", "answer", "options", "marks", "negatives") if f in group.row.columns]
+    known = ("question", "answer", "options", "marks", "negatives", "style", "label")
+    fields = [field for field in known if field in group.row.columns]
     for values in group.aligned(index, *fields):
-        item = {**dict(zip(fields, values, strict=True)), "pool": pool}
+        item = {**dict(zip(fields, values, strict=True)), "pool": pool, "windows": group.items("windows", index)}
         for kind in ("option", "negative"):
             if columns := [field for field in single if field.startswith(kind)]:
                 item[f"{kind}s"] = [group.get(field, index) for field in columns]
@@ -137,6 +170,8 @@ def _asked(group: Group, values: dict[str, Any], draw: str) -> Asked:
     question, pool, how = text_of(values.get("question")), values["pool"], group.row.options.get("answer", "index")
     if not question and pool:
         question = text_of(pool[int(rng_of(draw, "question").integers(len(pool)))])
+        label = text_of(values.get("label"))
+        question = question.replace("{label}", label).replace("{label_lower}", label.lower())
     options = [_clean(group, option) for option in values.get("options") or ()]
     place: int | None = None
     if negatives := [text for value in values.get("negatives") or () if (text := _clean(group, value))]:
@@ -147,11 +182,13 @@ def _asked(group: Group, values: dict[str, Any], draw: str) -> Asked:
     elif any(options):
         place = _right(how, options, values, int(group.row.options.get("first", 0)))
         answer = options[place]
+    elif windows := values["windows"]:
+        answer = "Segments: " + ", ".join(f"[{start:g}-{end:g}]" for start, end in windows)
     else:
         answer = _clean(group, most_common(values.get("answer"), draw))
     if not question or not answer:
         raise RejectedError("an empty question or answer")
-    if place is None and "open_style" not in group.row.options:
+    if place is None and "open_style" not in group.row.options and not values.get("style"):
         raise RejectedError("no options to choose from")
     if place is None:
         return question, answer, (), None
@@ -178,19 +215,21 @@ def _right(how: str, options: list[str], values: dict[str, Any], first: int) -> 
 def _clean(group: Group, value: Any) -> str:
     """A text without what `options.drop` matches at its start, and then with a capital letter."""
     text = text_of(value)
+    for old, new in group.row.options.get("replace", {}).items():
+        text = text.replace(old, new)
     if drop := group.row.options.get("drop"):
         text = re.sub(rf"^(?:{drop})", "", text).strip()
         text = text[:1].upper() + text[1:]
     return text
 
 
-def _annotations(group: Group, asked: Asked) -> Iterator[Annotation]:
+def _annotations(group: Group, asked: Asked, style: str) -> Iterator[Annotation]:
     question, answer, options, place = asked
     forms = group.row.options.get("ask", ("open",))
     if place is not None and "choice" in forms and not (group.stage == "eval" and "open" in forms):
         yield Choice(style="video_multiple_choice", question=question, options=options, answer=place)
     if place is None or "open" in forms:
-        yield Text(style=str(group.option("open_style")), question=question, answer=answer)
+        yield Text(style=style, question=question, answer=answer)
 
 
 def _cues(group: Group, start: float, end: float | None) -> Iterator[Cue]:

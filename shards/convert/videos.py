@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from shards.convert.common import Group, Omitted, at_least_one, packed_points, rng_of, text_of, to_fractions, xy_pairs
@@ -14,6 +15,8 @@ from shards.schema import (
     TrackGroup,
     Tracks,
 )
+
+GRID_REACH = 0.01  # seconds
 
 
 def video_caption(group: Group) -> Iterator[Example | Omitted]:
@@ -31,19 +34,25 @@ def video_caption(group: Group) -> Iterator[Example | Omitted]:
 def video_points(group: Group) -> Iterator[Example | Omitted]:
     """One video with labels pointed at in some of its frames, percent; each label gets one of `options.styles`.
 
-    All rows of a clip make one example; rows of other clips of the same video make others.
+    All rows of a clip make one example; rows of other clips of the same video make others. A clip, or a video without
+    one whose field `duration` says so, may be `options.max_seconds` long: its frames must all fit a sample.
     """
     most, styles = int(group.option("max_points")), group.option("styles")
+    longest = float(group.row.options.get("max_seconds", math.inf))
     clips: dict[tuple[float | None, float | None], list[Points]] = {}
     for index in range(len(group.values)):
         if group.get("unsure", index):
             yield group.omit("the annotator was unsure", index)
             continue
         start, end = group.get("start", index), group.get("end", index)
+        whole = end if end is not None else group.get("duration", index)
+        if whole is not None and whole - (start or 0.0) > longest:
+            yield group.omit(f"{whole - (start or 0.0):.1f} s, at most {longest:g} s", index)
+            continue
         style = styles[int(rng_of(f"{group.row.name}/{group.key}/{index}", "style").integers(len(styles)))]
         points = Points(
             style=style,
-            label=text_of(group.get("label", index)),
+            label=_label(group, index),
             groups=_point_groups(group, index, start or 0.0),
             question=text_of(group.get("question", index)) if style == "video_point_count" else "",
         )
@@ -55,6 +64,11 @@ def video_points(group: Group) -> Iterator[Example | Omitted]:
         video = group.media.video(group.text("video"), start, end, group.values[0])
         for part, run in enumerate(packed_points(labels, most)):
             yield group.example(run, video=video, suffix=f"-{number}-{part}")
+
+
+def _label(group: Group, index: int = 0) -> str:
+    label = group.text("label", index)
+    return label.lower() if group.row.options.get("lower_labels") else label
 
 
 def _point_groups(group: Group, index: int, start: float) -> tuple[PointGroup, ...]:
@@ -69,10 +83,19 @@ def _point_groups(group: Group, index: int, start: float) -> tuple[PointGroup, .
 
 
 def video_track(group: Group) -> Iterator[Example | Omitted]:
-    """One video with objects followed through its frames, pixels of `width` x `height`; occluded ones are left out."""
-    scale = (float(group.get("width")), float(group.get("height")))
+    """One video with objects followed through its frames, pixels of `width` x `height`; occluded ones are left out.
+
+    Answers are given at `sampling_fps`, and only for frames within 0.01 s of that grid, as Molmo2 keeps them. The
+    field `image_fps` is the rate of a video that is a folder of images; `native_fps` goes before it.
+    """
+    scale, rate = (float(group.get("width")), float(group.get("height"))), float(group.get("sampling_fps"))
+    if (fps := group.get("fps")) is not None and fps % rate:
+        yield group.omit(f"{fps} frames per second are no multiple of {rate:g} answers")
+        return
     frames = []
     for frame in group.get("frames") or ():
+        if abs(frame["time"] * rate - round(frame["time"] * rate)) > GRID_REACH * rate:
+            continue
         objects = [
             (int(point["id"]), *to_fractions(xy_pairs([point["point"]]), scale)[0])
             for point in frame["points"] or ()
@@ -83,7 +106,12 @@ def video_track(group: Group) -> Iterator[Example | Omitted]:
     tracks = Tracks(
         style=str(group.option("style")),
         label=text_of(group.get("label")),
-        fps=float(group.get("sampling_fps")),
+        fps=rate,
         groups=tuple(sorted(frames, key=lambda g: g.time)),
     )
-    yield group.example([tracks], video=group.media.video(group.text("video"), row=group.values[0]))
+    if not tracks.groups:
+        yield group.omit("no object is visible in a frame of the answer")
+        return
+    images = group.get("native_fps") or group.get("image_fps")
+    video = group.media.video(group.text("video"), row=group.values[0], fps=float(images) if images else None)
+    yield group.example([tracks], video=video)

@@ -1,4 +1,4 @@
-"""JSON, JSON lines and CSV files as one table. Each process keeps the rows of the last few files in memory."""
+"""JSON, CSV, text and Arrow files as one table. Each process keeps the rows of the last few files in memory."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import functools
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from shards.catalog import TableFormat
 from shards.schema import Source
@@ -30,7 +33,7 @@ class RecordTable:
         files: paths below it.
         counts: rows of each file.
         digests: sha256 of each file.
-        kind: "json", "jsonl", "csv" or "tsv".
+        kind: as `TableFormat.kind`.
         form: how rows are found in a file.
     """
 
@@ -98,9 +101,8 @@ def _load(file: Path, kind: str, form_json: str) -> tuple[str, tuple[Record, ...
     form = TableFormat.model_validate_json(form_json)
     try:
         data = file.read_bytes()
-        text = data.decode("utf-8-sig")
-        rows = tuple(_csv(text, kind, form) if kind in {"csv", "tsv"} else _json(text, kind, form))
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+        rows = tuple(_rows(data, kind, form))
+    except (OSError, UnicodeDecodeError, ValueError, csv.Error, pa.ArrowException) as error:
         raise SourceError(f"{file}: not a readable {kind} file ({error}); fetch it again") from None
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
@@ -109,6 +111,24 @@ def _load(file: Path, kind: str, form_json: str) -> tuple[str, tuple[Record, ...
                 "correct `table` of the catalog row"
             )
     return hashlib.sha256(data).hexdigest(), rows
+
+
+def _rows(data: bytes, kind: str, form: TableFormat) -> Iterator[Any]:
+    if kind == "arrow":  # a stream, as the datasets library saves it
+        return iter(pa.ipc.open_stream(data).read_all().to_pylist())
+    text = data.decode("utf-8-sig")
+    if kind == "lines":
+        return _lines(text, form)
+    return _csv(text, kind, form) if kind in {"csv", "tsv"} else _json(text, kind, form)
+
+
+def _lines(text: str, form: TableFormat) -> Iterator[Record]:
+    lines = [line for line in text.split("\n")[form.skip :] if line.strip()]
+    for number, line in enumerate(lines):
+        found = re.fullmatch(form.pattern, line.rstrip("\r"))
+        if found is None:
+            raise ValueError(f"line {number + form.skip + 1} is not of the form {form.pattern!r}: {line[:60]!r}")
+        yield {**found.groupdict(), **({form.number: str(number)} if form.number else {})}
 
 
 def _csv(text: str, kind: str, form: TableFormat) -> Iterator[Record]:
@@ -148,7 +168,7 @@ def _records(document: Any, form: TableFormat) -> list[Any]:
         return [document]
     found = at(document, form.records) if form.records else document
     if isinstance(found, dict):
-        return _values(found, None if form.explode else form.key)
+        return _values(found, form.key)
     if not isinstance(found, list):
         raise ValueError(f"expected a list or an object at {form.records!r}, found {type(found).__name__}")
     return found

@@ -8,7 +8,7 @@ checked against the row's hash.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,14 @@ class MediaFiles:
 
     Attributes:
         root: its folder.
-        template: path of a file, `{value}` being the row's value and `{NAME}` a column's; it may hold one "*/", any
-            folder, and end with ".*", any of `VIDEO_SUFFIXES`.
+        templates: paths of a file, tried in order, `{value}` being the row's value and `{NAME}` a column's; they may
+            hold one "*/", any folder, and end with ".*", any of `VIDEO_SUFFIXES`.
         others: folders in which a file is looked for after `root`.
         limits: bounds of an image that is fetched now, because no download was run before.
     """
 
     root: Path
-    template: str | None = None
+    templates: tuple[str, ...] = ()
     others: tuple[Path, ...] = ()
     limits: FetchLimits = ONE_TRY
 
@@ -49,7 +49,7 @@ class MediaFiles:
         """
         if isinstance(value, dict) and value.get("bytes"):
             return ImageRef(data=value["bytes"])
-        numbered = isinstance(value, int) and self.template is not None
+        numbered = isinstance(value, int) and bool(self.templates)
         if not numbered and (not isinstance(value, str) or not value):
             raise RejectedError(f"media: no image in the row ({type(value).__name__})")
         path = self._fetch(value, sha256) if "://" in str(value) else self._named(value, row)
@@ -58,42 +58,58 @@ class MediaFiles:
         return ImageRef(path=str(path))
 
     def video(
-        self, value: Any, start: float | None = None, end: float | None = None, row: Mapping[str, Any] = {}
+        self,
+        value: Any,
+        start: float | None = None,
+        end: float | None = None,
+        row: Mapping[str, Any] = {},
+        fps: float | None = None,
     ) -> VideoRef:
-        """A video, or the part of it from `start` to `end` seconds.
+        """A video, or the part of it from `start` to `end` seconds; with `fps` it may be a folder of frames.
 
         Raises:
             RejectedError: no such file, or a forbidden place.
         """
-        return VideoRef(path=str(self._named(value, row)), start=start, end=end)
+        path = self._named(value, row, folder=fps is not None)
+        return VideoRef(path=str(path), start=start, end=end, fps=fps if path.is_dir() else None)
 
-    def _named(self, value: Any, row: Mapping[str, Any]) -> Path:
-        before, star, after = (self.template or "").rpartition("*/")
+    def _named(self, value: Any, row: Mapping[str, Any], folder: bool = False) -> Path:
         try:
-            name = after.format(**{**row, "value": value}) if self.template else str(value)
+            found = next(self._candidates(value, row, folder), None)
         except (KeyError, ValueError) as error:
-            raise RejectedError(f"media: template {self.template!r} does not fit {value!r}: {error!r}") from None
-        roots = (self.root, *self.others)
-        if star:  # a folder whose name the row does not say
-            tops = [root / before for root in roots if (root / before).is_dir()]
-            roots = tuple(sorted(path for top in tops for path in top.iterdir() if path.is_dir()))
-        names = [name[:-2] + suffix for suffix in VIDEO_SUFFIXES] if name.endswith(".*") else [name]
-        found = ((root, name) for root in roots for name in names if (root / name).is_file())
-        root, name = next(found, (self.root, name))
-        return self._below(root / name, root)
+            raise RejectedError(f"media: template {self.templates} does not fit {value!r}: {error!r}") from None
+        if found is None:
+            names = [template.format(**{**row, "value": value}) for template in self.templates] or [str(value)]
+            inside = self._below(self.root / names[0], self.root)
+            raise RejectedError(f"media: {inside} does not exist")
+        return self._below(*found)
+
+    def _candidates(self, value: Any, row: Mapping[str, Any], folder: bool) -> Iterator[tuple[Path, Path]]:
+        """What is there under the templates' names, and below which root."""
+        for template in self.templates or (None,):
+            before, star, after = (template or "").rpartition("*/")
+            name = after.format(**{**row, "value": value}) if template else str(value)
+            roots: tuple[Path, ...] = (self.root, *self.others)
+            if star:  # a folder whose name the row does not say
+                tops = [root / before for root in roots if (root / before).is_dir()]
+                roots = tuple(sorted(path for top in tops for path in top.iterdir() if path.is_dir()))
+            names = [name[:-2] + suffix for suffix in VIDEO_SUFFIXES] if name.endswith(".*") else [name]
+            for root in roots:
+                yield from ((root / n, root) for n in names if (root / n).is_file() or (folder and (root / n).is_dir()))
 
     def _below(self, path: Path, root: Path) -> Path:
         resolved = path.resolve()
         if not resolved.is_relative_to(root.resolve()):
             raise RejectedError(f"media: {path} lies outside of {root}")
-        if not resolved.is_file():
-            raise RejectedError(f"media: {path} does not exist")
         return resolved
 
     def _fetch(self, url: str, sha256: str | None) -> Path:
         parts = urlsplit(url)
         if parts.scheme == "file":
-            return self._below(Path(unquote(parts.path)), self.root)
+            found = self._below(Path(unquote(parts.path)), self.root)
+            if not found.is_file():
+                raise RejectedError(f"media: {found} does not exist")
+            return found
         if parts.scheme not in {"http", "https"}:
             raise RejectedError(f"media: {url}: scheme {parts.scheme!r} is not followed")
         name = kept_as(url)

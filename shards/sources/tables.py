@@ -1,4 +1,4 @@
-"""Files of rows by their format: parquet, JSON, JSON lines, CSV. What all of them offer is `Table`."""
+"""Files of rows by their format: parquet, JSON, JSON lines, CSV, text, Arrow. What all of them offer is `Table`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from shards.schema import Source
 from shards.sources.json_table import open_records
 from shards.sources.parquet import MissingSourceError, SourceError, open_parquet
 
-SUFFIXES = {".parquet": "parquet", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
+SUFFIXES = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+}
 
 
 class Table(Protocol):

@@ -10,6 +10,7 @@ A fixture stands in `fixtures/<family>.yaml` under the name of its raw folder:
       https://a.example/1.jpg: 60x40:red       # kept where a download of this URL is kept
       images/1.png: 60x40:red                  # an image of 60 x 40 pixels
       videos/1.mp4: 64x48:30:10                # a video: size, number of frames, frames per second
+      frames/1/: 64x48:30                      # a folder of images: size, number of frames
 
 In rows "image:60x40:red" is an embedded image ({bytes, path}), and "sha256:60x40:red" the hash of its file.
 """
@@ -99,18 +100,28 @@ def write_raw(raw: Path, row: Row) -> None:
             kept = str(kept_as(name)) if "://" in name else name
             path = raw / folder / kept
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, spec)
+            if name.endswith("/"):
+                size, _, number = spec.partition(":")
+                for frame in range(int(number)):
+                    (path / f"{frame}.jpg").parent.mkdir(exist_ok=True)
+                    (path / f"{frame}.jpg").write_bytes(image(f"{size}:rgb({9 * frame},0,0)"))
+            else:
+                _write(path, spec)
 
 
 def _write(path: Path, spec: Any) -> None:
     if isinstance(spec, str):
-        path.write_bytes(video(spec) if path.suffix in {".mp4", ".webm", ".mkv", ".avi"} else image(spec))
+        path.write_bytes(video(spec) if path.suffix.lower() in {".mp4", ".webm", ".mkv", ".avi"} else image(spec))
     elif "text" in spec:
         path.write_text(spec["text"], encoding="utf-8")
     elif "json" in spec:
         path.write_text(json.dumps(_filled(spec["json"])), encoding="utf-8")
     elif path.suffix == ".parquet":
         pq.write_table(_arrow(_filled(spec["rows"]), spec.get("types", {})), path)
+    elif path.suffix == ".arrow":
+        table = _arrow(_filled(spec["rows"]), spec.get("types", {}))
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(_filled(row)) + "\n" for row in spec["rows"]), encoding="utf-8")
     else:

@@ -30,7 +30,7 @@ def converted(
     (row,) = load_catalog("demo").select(stage, [name])
     row = row.model_copy(update={"options": {**row.options, **options}})
     sources = tuple(Source(file="train.parquet", row=number) for number in range(len(rows)))
-    media = MediaFiles(root=root, template=row.media)
+    media = MediaFiles(root=root, templates=row.media)
     group = Group(row=row, stage=stage, media=media, key=f"{name}-1", sources=sources, values=tuple(rows))
     return list(convert_group(group))
 

@@ -141,3 +141,37 @@ def test_images_and_jpeg(tmp_path: Path) -> None:
     for ref, match in ((ImageRef(path=str(tmp_path / "b.png")), "no such image"), (ImageRef(data=b"x"), "readable")):
         with pytest.raises(MediaError, match=match):
             media.load_image(ref)
+
+
+def make_folder(path: Path, count: int, size: int = 8) -> VideoRef:
+    """Frame i is grey of brightness 10 * i; names are not padded, so that 10 sorts before 2 as text."""
+    path.mkdir()
+    for number in range(count):
+        PIL.Image.new("RGB", (size, size), (10 * number,) * 3).save(path / f"{number}.png")
+    (path / "notes.txt").write_text("no frame")
+    return VideoRef(path=str(path), fps=4.0)
+
+
+def test_a_folder_of_images_is_a_video(tmp_path: Path) -> None:
+    ref = make_folder(tmp_path / "v", 12)
+    info = probe_video(ref)
+    assert (info.duration, info.fps, info.num_frames, info.width, info.height) == (3.0, 4.0, 12, 8, 8)
+    frames = read_frames(ref, [0.0, 2.5, 0.24, 3.0])
+    assert frames.pixels[:, 0, 0, 0].tolist() == [0, 100, 0, 110]
+    clip = VideoRef(path=ref.path, start=1.0, end=2.0, fps=4.0)
+    assert probe_video(clip).duration == 1.0
+    assert read_frames(clip, [0.0, 0.5]).pixels[:, 0, 0, 0].tolist() == [40, 60]
+
+
+def test_bad_folders_of_images_are_told(tmp_path: Path) -> None:
+    ref = make_folder(tmp_path / "v", 3)
+    with pytest.raises(MediaError, match="cut short"):
+        read_frames(ref, [5.0])
+    PIL.Image.new("RGB", (9, 8)).save(tmp_path / "v" / "1.png")
+    with pytest.raises(MediaError, match="several sizes"):
+        read_frames(ref, [0.0, 0.25])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MediaError, match="no frames"):
+        probe_video(VideoRef(path=str(tmp_path / "empty"), fps=4.0))
+    with pytest.raises(MediaError, match="no such video"):  # a folder without a rate is none
+        probe_video(VideoRef(path=str(tmp_path / "v")))
