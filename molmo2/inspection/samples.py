@@ -6,7 +6,6 @@ and not what the record says of it. Drawing is the template's work.
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
 
 from molmo2.inspection.facts import InspectionError
+from molmo2.inspection.pictures import COLOURS, LARGE, SMALL, Mark, Picture, picture, spread
 from molmo2.processing.points import ParsedPoint, parse_points
 from molmo2.processing.tokenizer import Tokenizer
 from shards.dataset import Dataset
@@ -28,34 +27,6 @@ from shards.reader import ReadError, StoredSample, check_span, parse_sample
 
 MOST_FRAMES = 24  # pictures of one video
 WEIGHT_LEVELS = 5  # shades of a loss weight
-LARGE = 420  # screen pixels of an image's longer side
-SMALL = 168  # of a view or a frame
-MOST_ZOOM = 4.0  # the demo has pictures of 48 pixels
-COLOURS = ("#e6194b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6", "#3cb44b")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
-    """A point on a picture, pixels of the picture. `trail`: where a track's object was before, oldest first."""
-
-    x: float
-    y: float
-    label: str
-    colour: str
-    trail: tuple[tuple[float, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
-    """One JPEG and what is drawn on it. `crops`: (x, y, side) of each crop, pixels; `zoom`: screen over picture."""
-
-    caption: str
-    uri: str
-    width: int
-    height: int
-    zoom: float
-    crops: tuple[tuple[int, int, int], ...] = ()
-    marks: tuple[Mark, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,12 +86,6 @@ def tokenizer_of(dataset: Dataset, directory: Path) -> Tokenizer:
             f"the index says {processor['tokenizer'][:12]}...); name the right one with --tokenizer"
         )
     return tokenizer
-
-
-def spread(size: int, num_samples: int) -> list[int]:
-    """At most `num_samples` numbers below `size`, at equal distances from each other."""
-    count = min(size, num_samples)
-    return [i * size // count for i in range(count)]
 
 
 def view_sample(dataset: Dataset, number: int, tokenizer: Tokenizer) -> SampleView:
@@ -265,33 +230,3 @@ def _shown(count: int, marked: Sequence[int]) -> set[int]:
     kept = [marked[i] for i in spread(len(marked), MOST_FRAMES)]
     others = [i for i in range(count) if i not in set(kept)]
     return {*kept, *(others[i] for i in spread(len(others), MOST_FRAMES - len(kept)))}
-
-
-def picture(
-    jpeg: bytes,
-    caption: str,
-    screen: int,
-    crops: tuple[tuple[int, int, int], ...] = (),
-    marks: Sequence[Mark] = (),
-) -> Picture:
-    """A JPEG with marks given in fractions; `screen`: pixels that its longer side takes on a page."""
-    height, width, _, _ = simplejpeg.decode_jpeg_header(jpeg)
-    scaled = tuple(
-        Mark(
-            x=mark.x * width,
-            y=mark.y * height,
-            label=mark.label,
-            colour=mark.colour,
-            trail=tuple((x * width, y * height) for x, y in mark.trail),
-        )
-        for mark in marks
-    )
-    return Picture(
-        caption=caption,
-        uri="data:image/jpeg;base64," + base64.b64encode(jpeg).decode(),
-        width=width,
-        height=height,
-        zoom=min(screen / max(width, height), MOST_ZOOM),
-        crops=crops,
-        marks=scaled,
-    )

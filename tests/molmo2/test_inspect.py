@@ -18,9 +18,13 @@ import yaml
 from build_cases import build, make_raw
 
 from molmo2.inspection.facts import InspectionError, count_reasons, facts_of, find, histogram
+from molmo2.inspection.inventory import commands, inventory
+from molmo2.inspection.originals import AnnotationView, ExampleView, lines, view_examples
 from molmo2.inspection.samples import MOST_FRAMES, _shown, tokenizer_of, view_sample
 from molmo2.processing.points import parse_points
+from molmo2.processing.text import Message
 from molmo2.processing.tokenizer import train_demo_tokenizer
+from shards.catalog import load_catalog
 from shards.dataset import Dataset, open_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -260,6 +264,101 @@ def test_a_damaged_sample_is_shown_as_such(data: Path, tmp_path: Path) -> None:
     assert not view_sample(dataset, 1, tokenizer).damage
 
 
+def test_the_inventory_tells_built_from_missing_and_how_to_get_it(data: Path) -> None:
+    run = tool("inspect_data", "--catalog", "demo", "--stage", "sft", data=data)
+    assert run.returncode == 0, run.stderr
+    assert "Stage sft: 10 of 10 datasets are here, 4 built" in run.stdout
+    lines = {line.split()[0]: line.split()[1:] for line in run.stdout.splitlines() if line.startswith("  demo-")}
+    samples = facts_of(opened(data, "demo-points")).index.totals.samples
+    assert lines["demo-points"][-4:-2] == ["built", f"{samples:,}"]
+    assert "not built" in " ".join(lines["demo-count"])
+    (build_line,) = [line for line in run.stdout.splitlines() if line.startswith("build: ")]
+    assert "--stage sft --catalog demo --datasets demo-cap demo-count" in build_line
+    assert "demo-points" not in build_line
+
+
+def test_states_of_raw_folders_and_shards(tmp_path: Path) -> None:
+    catalog, raw, shards = load_catalog("molmo2"), tmp_path / "raw", tmp_path / "shards"
+    (raw / "pixmo-cap" / ".download").mkdir(parents=True)
+    (raw / "pixmo-cap" / "half.parquet").write_bytes(b"12345")
+    for name, content in {"pixmo-cap/build.json": "{}", "tulu4/index.json": "{}"}.items():
+        (shards / "pretraining" / name).parent.mkdir(parents=True)
+        (shards / "pretraining" / name).write_text(content)
+    found = {e.row.name: e for e in inventory(catalog, ["pretraining", "sft"], raw, shards) if e.stage == "pretraining"}
+    cap, tulu = found["pixmo-cap"], found["tulu4"]
+    assert (cap.raw, cap.raw_bytes, cap.built, cap.totals) == ("unfinished", 5, "unfinished", None)
+    assert (tulu.raw, tulu.built) == ("missing", "damaged")
+    entries = list(inventory(catalog, ["sft"], raw, shards))
+    assert {e.row.name: e.raw for e in entries}["doc-qa"] == "by hand"
+    fetch, by_hand = commands(entries, "molmo2")
+    assert fetch.startswith("fetch: python tools/download_data.py --catalog molmo2 --datasets ")
+    assert "pixmo-cap" in fetch.split()
+    assert "doc-qa" in by_hand.split()
+
+
+def test_samples_of_a_source_are_told_as_text(data: Path) -> None:
+    options = ("--catalog", "demo", "--stage", "sft", "--num-samples", "3")
+    run = tool("inspect_data", *options, "demo-points", "demo-video-track", data=data)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("--- demo-video-track-") == 3
+    assert '<points coords="1 1 ' in run.stdout
+    assert '<tracks coords="0.0 1 ' in run.stdout
+    assert "frames/s, h264" in run.stdout
+
+
+def test_a_dataset_that_is_missing_does_not_stop_the_others(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/demo-points").symlink_to(data / "raw/demo-points")
+    run = tool("inspect_data", "--catalog", "demo", "demo-chat", "demo-points", data=tmp_path)
+    assert run.returncode == 1
+    assert "demo-points-0" in run.stdout
+    assert "demo-chat: no such folder" in run.stderr
+    assert "make demo" in run.stderr
+    unknown = tool("inspect_data", "demo-pints", "--catalog", "demo", data=data)
+    assert unknown.returncode == 1
+    assert "not in the catalog: demo-pints" in unknown.stderr
+
+
+def test_what_is_left_out_or_cannot_be_read_is_said(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "raw/demo-video-cap", tmp_path / "demo-video-cap")
+    chat, row = load_catalog("demo").select("sft", ["demo-chat", "demo-video-cap"])
+    omitted = [view.left_out for view in view_examples(chat, "sft", data / "raw/demo-chat", 10**6, pictures=False)]
+    left_out = facts_of(opened(data, "demo-chat")).num_omitted
+    assert sum(reason.startswith("filter: ") for reason in omitted) == left_out > 0
+    whole = next(view_examples(row, "sft", tmp_path / "demo-video-cap", 1, pictures=False))
+    Path(whole.media[0].rpartition(": ")[2]).write_bytes(b"no video")
+    after = next(view_examples(row, "sft", tmp_path / "demo-video-cap", 1, pictures=True))
+    assert "not readable" in after.media[0]
+    assert after.annotations == whole.annotations
+
+
+def test_control_characters_of_a_dataset_do_not_reach_the_terminal() -> None:
+    message = Message("user", "red \x1b[31m and\nline")
+    annotation = AnnotationView(kind="Text", style="s", messages=(message,), num_points=None, colour="#000")
+    told = "\n".join(lines([ExampleView(key="k", source="f row 0", annotations=(annotation,))]))
+    assert "\x1b" not in told
+    assert "red \\x1b[31m and\n    line" in told
+
+
+@pytest.fixture(scope="module")
+def source_page(data: Path) -> Path:
+    """Samples of three raw datasets."""
+    names = ("demo-points", "demo-video-track", "demo-chat")
+    out = data / "source.html"
+    run = tool("inspect_data", "--catalog", "demo", "--stage", "sft", *names, "--html", out, data=data)
+    assert run.returncode == 0, run.stderr
+    return out
+
+
+def test_the_page_of_a_source_is_whole_and_safe(source_page: Path) -> None:
+    html = source_page.read_text()
+    parsed = Strict(html)
+    assert HOSTILE in "".join(parsed.texts)
+    assert "<script" not in html
+    assert {"image", "circle"} <= set(parsed.tags)
+    assert all(reference.startswith("data:image/jpeg;base64,") for reference in parsed.references)
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[str]:
     """Chromium's command."""
@@ -284,4 +383,10 @@ def test_a_browser_draws_the_page(browser: str, page: Path, tmp_path: Path) -> N
     pixels = np.asarray(image)
     assert pixels.shape == (9000, 1280, 3)
     for colour in ((0xE6, 0x19, 0x4B), (0x43, 0x63, 0xD8), (0x55, 0xB1, 0x59), (0x4A, 0x7F, 0xB5), (0x1F, 0x5F, 0xA8)):
+        assert (pixels == colour).all(axis=2).sum() > 100, colour
+
+
+def test_a_browser_draws_the_page_of_a_source(browser: str, source_page: Path, tmp_path: Path) -> None:
+    pixels = np.asarray(screenshot(browser, source_page, tmp_path / "page.png", 6000))
+    for colour in ((0xE6, 0x19, 0x4B), (0x43, 0x63, 0xD8), (0xC5, 0xE4, 0xC6)):
         assert (pixels == colour).all(axis=2).sum() > 100, colour
