@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", metavar="DIR", help="folder of a dataset, of a stage, or of all stages")
     parser.add_argument("--html", type=Path, help="write a page with samples")
-    parser.add_argument("--num-samples", type=int, default=4, help="of every dataset on the page (%(default)s)")
+    parser.add_argument("--num-samples", type=int, default=2, help="of every dataset on the page (%(default)s)")
     parser.add_argument("--recipe", type=Path, help="show what this recipe asks of its datasets and draws of them")
     parser.add_argument("--steps", type=int, default=200, help="first steps of the recipe to draw (%(default)s)")
     parser.add_argument("--tokenizer", type=Path, help="folder (default: the recipe's, or raw/tokenizer)")
@@ -49,7 +49,18 @@ def counts_table(stage: str, datasets: Sequence[DatasetFacts]) -> Table:
     """One line a dataset."""
     table = Table(title=f"Stage {stage}", title_justify="left", box=box.SIMPLE)
     table.add_column("dataset", no_wrap=True)
-    for name in ("samples", "annotations", "tokens", "mean", "most", "frames", "most", "size", "rejected", "left out"):
+    for name in (
+        "samples",
+        "branches",
+        "tokens",
+        "each",
+        "at most",
+        "frames",
+        "at most",
+        "size",
+        "rejected",
+        "left out",
+    ):
         table.add_column(name, justify="right")
     for facts in datasets:
         totals, frames = facts.index.totals, f"{facts.frames.most:,}" if facts.frames else "-"

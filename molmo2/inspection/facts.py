@@ -19,6 +19,7 @@ from shards.builder import BUILD_NAME
 from shards.dataset import Dataset, open_dataset
 from shards.format import INDEX_NAME, REJECTS_NAME, DatasetIndex
 from shards.storage import Storage, open_storage
+from shards.verify import find_datasets
 
 MOST_BINS = 24
 
@@ -90,11 +91,10 @@ def find(where: str) -> Found:
         InspectionError: no finished dataset there.
         FormatError: a damaged index or sidecar.
     """
-    root = open_storage(where).root.rstrip("/")
-    storage = open_storage(root)
-    finished = [_folder(root, name) for name in storage.list(INDEX_NAME) if name.split("/")[-1] == INDEX_NAME]
-    begun = [_folder(root, name) for name in storage.list(BUILD_NAME) if name.split("/")[-1] == BUILD_NAME]
-    unfinished = tuple(sorted(set(begun) - set(finished)))
+    folders = find_datasets(where if "://" in where else os.path.abspath(where))
+    finished = [folder for folder in folders if open_storage(folder).size(INDEX_NAME) is not None]
+    begun = [folder for folder in folders if open_storage(folder).size(BUILD_NAME) is not None]
+    unfinished = tuple(folder for folder in begun if folder not in finished)
     if not finished:
         begun_here = f"; not finished: {', '.join(unfinished)}" if unfinished else ""
         raise InspectionError(
@@ -102,17 +102,11 @@ def find(where: str) -> Found:
             "give the folder of a dataset, of a stage or of all shards, or build one with tools/build_shards.py"
         )
     stages: dict[str, list[Dataset]] = defaultdict(list)
-    for folder in sorted(finished):
+    for folder in finished:
         parent, _, name = folder.rpartition("/")
         dataset = open_dataset(parent or "/", name)
         stages[dataset.index.stage].append(dataset)
     return Found({stage: tuple(datasets) for stage, datasets in stages.items()}, unfinished)
-
-
-def _folder(root: str, name: str) -> str:
-    """The folder of a file of a storage, absolute where the storage is a local one."""
-    base = root if "://" in root else os.path.abspath(root)
-    return f"{base}/{name}".rpartition("/")[0]
 
 
 def facts_of(dataset: Dataset) -> DatasetFacts:

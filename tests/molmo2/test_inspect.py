@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from build_cases import build, make_raw
+from s3_server import BUCKET, environment, s3_server, upload
 
 from molmo2.inspection.facts import InspectionError, count_reasons, facts_of, find, histogram
 from molmo2.inspection.inventory import commands, inventory
@@ -233,6 +234,19 @@ def test_each_stage_gets_its_page_and_a_build_under_way_is_named(data: Path, tmp
     assert "shards/sft/begun" in run.stdout
     assert "begun" in (tmp_path / "all-sft.html").read_text()
     assert (tmp_path / "all-long.html").exists()
+
+
+def test_a_bucket_is_shown_like_a_folder(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with s3_server(tmp_path) as endpoint:
+        upload(endpoint, data / "shards/sft/demo-chat", "shards/sft/demo-chat")
+        for name, value in environment(endpoint).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        out = tmp_path / "bucket.html"
+        run = tool("inspect_shards", f"s3://{BUCKET}/shards", "--html", out, data=data)
+    assert run.returncode == 0, run.stderr
+    assert f"{facts_of(opened(data, 'demo-chat')).index.totals.tokens:,}" in run.stdout
+    assert HOSTILE in "".join(Strict(out.read_text()).texts)
 
 
 def test_a_folder_without_an_index_names_the_remedy(data: Path, tmp_path: Path) -> None:
