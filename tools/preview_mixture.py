@@ -10,68 +10,29 @@ steps, which training will see exactly so; epochs are those of the whole run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from molmo2.config import Recipe, RecipeError, load_recipe
-from shards.mixture import SCALE
-from shards.plan import Cursor, Plan, open_plan
+from molmo2.inspection.mixture import Drawn, Share, plan_and_draw, shares_of
 
 
-@dataclass(slots=True)
-class Drawn:
-    """Sums over some steps; the lists go by the number of the dataset in the plan."""
-
-    steps: int
-    packs: int = 0
-    samples: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    crops: list[int] = field(default_factory=list)
-    fewest_tokens: int = sys.maxsize  # of a pack
-
-
-def draw_steps(plan: Plan, num_steps: int) -> Drawn:
-    """Plan the first steps and count what they hold."""
-    zeros = [0] * len(plan.datasets)
-    drawn = Drawn(num_steps, samples=zeros.copy(), tokens=zeros.copy(), crops=zeros.copy())
-    cursor = Cursor()
-    for _ in tqdm(range(num_steps), desc="plan", unit="step", leave=False):
-        step = plan.step(cursor)
-        for pack in step.packs:
-            for draw in pack.draws:
-                drawn.samples[draw.dataset] += 1
-                drawn.tokens[draw.dataset] += draw.num_tokens
-                drawn.crops[draw.dataset] += draw.num_crops
-            drawn.fewest_tokens = min(drawn.fewest_tokens, sum(draw.num_tokens for draw in pack.draws))
-        drawn.packs += len(step.packs)
-        cursor = step.cursor
-    return drawn
-
-
-def table(recipe: Recipe, plan: Plan, drawn: Drawn) -> list[str]:
+def table(shares: list[Share]) -> list[str]:
     """One line a dataset, by group in the recipe's order."""
-    numbers = {dataset.name: number for number, dataset in enumerate(plan.datasets)}
-    width = max(7, *map(len, numbers))
+    width = max(7, *(len(share.name) for share in shares))
     lines = [
         f"{'dataset':{width}} {'samples':>10} {'asked %':>8} {'drawn %':>8} {'tokens %':>8} "
         f"{'tokens each':>11} {'crops each':>10} {'epochs':>8}"
     ]
-    total, tokens = sum(drawn.samples), sum(drawn.tokens)
-    for group, spec in recipe.data.mixture.groups.items():
-        asked = sum(plan.weights[name] for name in spec.datasets) / SCALE
-        lines.append(f"{group} ({asked:.2%})")
-        for name in spec.datasets:
-            i = numbers[name]
-            size, count = len(plan.datasets[i]), drawn.samples[i]
-            epochs = plan.weights[name] / SCALE * total / drawn.steps * recipe.train.steps / size
-            lines.append(
-                f"{name:{width}} {size:>10,} {100 * plan.weights[name] / SCALE:>8.2f} {100 * count / total:>8.2f} "
-                f"{100 * drawn.tokens[i] / tokens:>8.2f} {drawn.tokens[i] / max(1, count):>11,.0f} "
-                f"{drawn.crops[i] / max(1, count):>10.1f} {epochs:>8.2f}"
-            )
+    for group, members in itertools.groupby(shares, key=lambda share: share.group):
+        listed = list(members)
+        lines.append(f"{group} ({sum(share.asked for share in listed):.2%})")
+        lines += [
+            f"{share.name:{width}} {share.size:>10,} {100 * share.asked:>8.2f} {100 * share.drawn:>8.2f} "
+            f"{100 * share.tokens:>8.2f} {share.tokens_each:>11,.0f} {share.crops_each:>10.1f} {share.epochs:>8.2f}"
+            for share in listed
+        ]
     return lines
 
 
@@ -95,9 +56,8 @@ def summary(recipe: Recipe, drawn: Drawn) -> list[str]:
 
 def preview(recipe: Recipe, num_steps: int) -> list[str]:
     """The lines to print."""
-    plan = open_plan(recipe.roots, recipe.data.mixture, recipe.plan_settings)
-    drawn = draw_steps(plan, min(num_steps, recipe.train.steps))
-    return [*table(recipe, plan, drawn), "", *summary(recipe, drawn)]
+    plan, drawn = plan_and_draw(recipe, num_steps)
+    return [*table(shares_of(recipe, plan, drawn)), "", *summary(recipe, drawn)]
 
 
 def main() -> int:

@@ -1,0 +1,177 @@
+"""Facts of built datasets for a person to read: counts, histograms, rejects. Reads indexes, sidecars, reject lists.
+
+Samples themselves are `molmo2.inspection.samples`; the mixture of a recipe is `molmo2.inspection.mixture`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.builder import BUILD_NAME
+from shards.dataset import Dataset, open_dataset
+from shards.format import INDEX_NAME, REJECTS_NAME, DatasetIndex
+from shards.storage import Storage, open_storage
+from shards.verify import find_datasets
+
+MOST_BINS = 24
+
+
+class InspectionError(ValueError):
+    """Nothing to look at, or a tokenizer that did not make what is looked at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Histogram:
+    """Bin i counts the integers from `first + i * width` up to the next bin's first."""
+
+    first: int
+    width: int
+    counts: tuple[int, ...]
+    mean: float
+    median: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """Examples left out for one reason; `omitted`: on purpose. `example` is the first of them, with its place."""
+
+    reason: str
+    omitted: bool
+    num_examples: int
+    example: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetFacts:
+    """One finished dataset. Histograms are over samples, tokens and crops those of variant 0, as the index's totals.
+
+    `frames` is None where no sample has a frame. `fingerprint` is the processor's.
+    """
+
+    name: str
+    index: DatasetIndex
+    fingerprint: str
+    tokens: Histogram
+    crops: Histogram
+    frames: Histogram | None
+    reasons: tuple[Reason, ...]
+
+    @property
+    def num_faults(self) -> int:
+        """Rejects that nobody wanted."""
+        return sum(reason.num_examples for reason in self.reasons if not reason.omitted)
+
+    @property
+    def num_omitted(self) -> int:
+        """Examples that the catalog leaves out."""
+        return sum(reason.num_examples for reason in self.reasons if reason.omitted)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What lies below a folder: finished datasets by stage, and folders of builds that have not finished."""
+
+    stages: dict[str, tuple[Dataset, ...]]
+    unfinished: tuple[str, ...]
+
+
+def find(where: str) -> Found:
+    """Datasets in a folder or bucket: a dataset, a stage, or the root of all stages.
+
+    Raises:
+        InspectionError: no finished dataset there.
+        FormatError: a damaged index or sidecar.
+    """
+    folders = find_datasets(where if "://" in where else os.path.abspath(where))
+    finished = [folder for folder in folders if open_storage(folder).size(INDEX_NAME) is not None]
+    begun = [folder for folder in folders if open_storage(folder).size(BUILD_NAME) is not None]
+    unfinished = tuple(folder for folder in begun if folder not in finished)
+    if not finished:
+        begun_here = f"; not finished: {', '.join(unfinished)}" if unfinished else ""
+        raise InspectionError(
+            f"{where}: no dataset there (no {INDEX_NAME} in it or below){begun_here}; "
+            "give the folder of a dataset, of a stage or of all shards, or build one with tools/build_shards.py"
+        )
+    stages: dict[str, list[Dataset]] = defaultdict(list)
+    for folder in finished:
+        parent, _, name = folder.rpartition("/")
+        dataset = open_dataset(parent or "/", name)
+        stages[dataset.index.stage].append(dataset)
+    return Found({stage: tuple(datasets) for stage, datasets in stages.items()}, unfinished)
+
+
+def facts_of(dataset: Dataset) -> DatasetFacts:
+    """Everything about a dataset that needs no sample."""
+    index = dataset.index
+    frames = _column(dataset, "num_frames")
+    return DatasetFacts(
+        name=dataset.name,
+        index=index,
+        fingerprint=index.processor_fingerprint,
+        tokens=histogram(_column(dataset, "num_tokens")),
+        crops=histogram(_column(dataset, "num_crops")),
+        frames=histogram(frames) if frames.any() else None,
+        reasons=reasons_of(dataset.storage, index.totals.rejects),
+    )
+
+
+def _column(dataset: Dataset, name: str) -> npt.NDArray[np.int64]:
+    """A column of all sidecars, variant 0, [samples]."""
+    columns = [rows[name] if rows[name].ndim == 1 else rows[name][:, 0] for rows in dataset.sidecars]
+    return np.concatenate([np.zeros(0, np.int64), *columns]).astype(np.int64)
+
+
+def histogram(values: npt.NDArray[np.int64], most_bins: int = MOST_BINS) -> Histogram:
+    """Equal bins of whole width; empty for no values."""
+    if not len(values):
+        return Histogram(first=0, width=1, counts=(), mean=0.0, median=0, most=0)
+    first, most = int(values.min()), int(values.max())
+    width = -(-(most - first + 1) // most_bins)
+    counts = np.bincount((values - first) // width)
+    return Histogram(
+        first=first,
+        width=width,
+        counts=tuple(counts.tolist()),
+        mean=float(values.mean()),
+        median=int(np.median(values)),
+        most=most,
+    )
+
+
+def reasons_of(storage: Storage, expected: int) -> tuple[Reason, ...]:
+    """A dataset's rejects by reason, the most frequent first; what the list lacks of the `expected` number as well."""
+    try:
+        lines = storage.read(REJECTS_NAME).splitlines()
+    except FileNotFoundError:
+        lines = []
+    reasons = count_reasons(json.loads(line) for line in lines)
+    missing = expected - len(lines)
+    if missing:
+        reason = f"{REJECTS_NAME} has {len(lines)} lines, the index counts {expected}"
+        reasons += (Reason(reason=reason, omitted=False, num_examples=missing, example=""),)
+    return reasons
+
+
+def count_reasons(rejects: Iterable[dict[str, Any]]) -> tuple[Reason, ...]:
+    """Rejects of one kind together: the reason up to its first colon, or with "filter" and the like up to its value."""
+    reasons: dict[tuple[str, bool], Reason] = {}
+    for reject in rejects:
+        kind = (_kind(reject["reason"]), reject["omitted"])
+        example = f"{reject['file']} row {reject['row']}: {reject['reason']}"
+        before = reasons.get(kind) or Reason(reason=kind[0], omitted=kind[1], num_examples=0, example=example)
+        reasons[kind] = replace(before, num_examples=before.num_examples + 1)
+    return tuple(sorted(reasons.values(), key=lambda reason: (reason.omitted, -reason.num_examples, reason.reason)))
+
+
+def _kind(reason: str) -> str:
+    head, colon, rest = reason.partition(": ")
+    return f"{head}: {rest.split(' is ')[0]}" if colon and head in {"filter", "excluded"} else head

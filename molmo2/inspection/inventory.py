@@ -1,0 +1,108 @@
+"""What of a catalog lies on this machine: raw folders, built shards, and the commands that get the rest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shards.builder import BUILD_NAME
+from shards.catalog import Catalog, Row, Stage
+from shards.download.manifest import fetches, missing_folders, unfinished_folders
+from shards.format import INDEX_NAME, FormatError, Totals, parse_index
+
+Raw = Literal["there", "unfinished", "missing", "by hand", "to be made"]
+Built = Literal["built", "unfinished", "damaged", "not built"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One dataset in one stage.
+
+    Attributes:
+        raw: "by hand": missing, and only a person can get it; "to be made": by a tool of this project.
+        raw_bytes: on disk, in all folders that the row reads.
+        totals: of the finished shards.
+    """
+
+    row: Row
+    stage: Stage
+    raw: Raw
+    raw_bytes: int
+    built: Built
+    totals: Totals | None
+
+
+def inventory(catalog: Catalog, stages: Sequence[Stage], raw: Path, shards: Path) -> Iterator[Entry]:
+    """Every dataset of the stages, in the catalog's order."""
+    sizes: dict[str, int] = {}
+    for stage in stages:
+        for row in catalog.select(stage):
+            built, totals = _built(shards / stage / row.name)
+            for name in row.folders:
+                if name not in sizes:
+                    sizes[name] = folder_bytes(raw / name)
+            yield Entry(
+                row=row,
+                stage=stage,
+                raw=_raw(catalog, row, raw),
+                raw_bytes=sum(sizes[name] for name in row.folders),
+                built=built,
+                totals=totals,
+            )
+
+
+def _raw(catalog: Catalog, row: Row, raw: Path) -> Raw:
+    missing = missing_folders(catalog, row, raw)
+    if unfinished_folders(row, raw):
+        return "unfinished"
+    if not missing:
+        return "there"
+    downloads = catalog.downloads([row])
+    lacking = [downloads[name] for name in missing if name in downloads]
+    if any(fetches(download) for download in lacking):
+        return "missing"
+    return "by hand" if any(download.kind == "manual" for download in lacking) else "to be made"
+
+
+def _built(folder: Path) -> tuple[Built, Totals | None]:
+    try:
+        return "built", parse_index((folder / INDEX_NAME).read_bytes(), str(folder / INDEX_NAME)).totals
+    except FileNotFoundError:
+        return ("unfinished" if (folder / BUILD_NAME).exists() else "not built"), None
+    except FormatError:
+        return "damaged", None
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; 0 where there is none."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(where, name)).st_size
+            except FileNotFoundError:  # a download is at work
+                continue
+    return total
+
+
+def commands(entries: Sequence[Entry], catalog_name: str) -> list[str]:
+    """What gets everything that is missing, a line each with the commands first and a person's work last."""
+    lines = []
+    catalog = f" --catalog {catalog_name}"
+    fetch = dict.fromkeys(entry.row.name for entry in entries if entry.raw in {"missing", "unfinished"})
+    by_hand = dict.fromkeys(entry.row.name for entry in entries if entry.raw == "by hand")
+    if fetch:
+        lines.append(f"fetch: python tools/download_data.py{catalog} --datasets {' '.join(fetch)}")
+    for stage in dict.fromkeys(entry.stage for entry in entries):
+        ready = [e.row.name for e in entries if e.stage == stage and e.raw == "there" and e.built != "built"]
+        if ready and stage != "eval":
+            lines.append(f"build: python tools/build_shards.py --stage {stage}{catalog} --datasets {' '.join(ready)}")
+    if any(entry.raw == "to be made" for entry in entries):
+        lines.append("make: `make demo` makes the demo's data; or set MOLMO2_DATA to where the data lie")
+    if by_hand:
+        manual = "python tools/download_data.py --show-manual-instructions"
+        lines.append(f"by hand: {manual}{catalog} --datasets {' '.join(by_hand)}")
+    return lines

@@ -1,0 +1,195 @@
+"""Examples of a raw dataset, before any model's processor: what a person asks and answers of which image or video.
+
+Text is rendered as the stage asks it, without draws, so that two runs show the same. Needs no tokenizer and no shards.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from molmo2.inspection.pictures import COLOURS, LARGE, SMALL, Mark, Picture, picture, spread
+from molmo2.processing.processor import STAGE_MODES
+from molmo2.processing.text import Message, render
+from molmo2.processing.video import frame_times
+from shards import media
+from shards.catalog import Row, Stage
+from shards.convert.common import Group
+from shards.convert.reading import convert, open_rows, read_groups
+from shards.schema import Annotation, Example, Points, RejectedError, Tracks, VideoRef
+
+MOST_FRAMES = 12  # pictures of one video, marked frames not counted
+FPS = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnotationView:
+    """One branch to be. `num_points` is None where nothing is pointed at."""
+
+    kind: str
+    style: str
+    messages: tuple[Message, ...]
+    num_points: int | None
+    colour: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExampleView:
+    """One example, or with `left_out` a row of which nothing became one. `media`: sizes and durations in words."""
+
+    key: str
+    source: str
+    left_out: str = ""
+    media: tuple[str, ...] = ()
+    annotations: tuple[AnnotationView, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+
+
+def view_examples(row: Row, stage: Stage, raw: Path, num_samples: int, *, pictures: bool) -> Iterator[ExampleView]:
+    """Examples of `num_samples` groups of rows spread over the dataset; `pictures` decodes their media.
+
+    Args:
+        row: the dataset.
+        stage: whose split and whose words.
+        raw: the dataset's raw folder.
+        num_samples: groups of rows (one image or video each).
+        pictures: whether to decode.
+
+    Raises:
+        MissingSourceError: the dataset is not there.
+        SourceError: a file is unreadable or of another layout.
+    """
+    table = open_rows(row, stage, raw)
+    groups = table.groups(row.group_by)
+    for group in read_groups(row, stage, raw, table, [groups[i] for i in spread(len(groups), num_samples)]):
+        yield from _views(group, pictures)
+
+
+def _views(group: Group, pictures: bool) -> Iterator[ExampleView]:
+    first = group.sources[0]
+    try:
+        for item in convert(group):
+            place = f"{item.source.file} row {item.source.row}"
+            if isinstance(item, Example):
+                yield _view(item, group.stage, place, pictures)
+            else:
+                yield ExampleView(key=group.key, source=place, left_out=item.reason)
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:  # as the builder rejects
+        name = "" if isinstance(error, RejectedError) else f"{type(error).__name__}: "
+        yield ExampleView(key=group.key, source=f"{first.file} row {first.row}", left_out=f"{name}{error}")
+
+
+def _view(example: Example, stage: Stage, place: str, pictures: bool) -> ExampleView:
+    video = example.video is not None
+    annotations = []
+    for i, annotation in enumerate(example.annotations):
+        try:
+            messages = render(annotation, STAGE_MODES[stage], None, video=video)
+        except RejectedError as error:
+            messages = (Message("rejected", str(error)),)
+        annotations.append(
+            AnnotationView(
+                kind=type(annotation).__name__,
+                style=annotation.style,
+                messages=messages,
+                num_points=_num_points(annotation),
+                colour=COLOURS[i % len(COLOURS)],
+            )
+        )
+    try:
+        facts, drawn = _media(example, pictures)
+    except media.MediaError as error:
+        facts, drawn = [f"not readable: {error}"], []
+    view = ExampleView(key=example.key, source=place, media=tuple(facts), annotations=tuple(annotations))
+    return replace(view, pictures=tuple(drawn))
+
+
+def _num_points(annotation: Annotation) -> int | None:
+    if isinstance(annotation, Tracks):
+        return sum(len(group.objects) for group in annotation.groups)
+    return annotation.count if isinstance(annotation, Points) else None
+
+
+def _media(example: Example, pictures: bool) -> tuple[list[str], list[Picture]]:
+    """Facts of an example's media, and the media themselves if `pictures`."""
+    if example.video is not None:
+        info = media.probe_video(example.video)
+        size = f"{info.width} x {info.height}"
+        fact = f"video {size}, {info.duration:.1f} s at {info.fps:.3g} frames/s, {info.codec}: {example.video.path}"
+        return [fact], _frames(example, example.video, info.duration) if pictures else []
+    facts, drawn = [], []
+    marks = _marks(example)
+    for number, ref in enumerate(example.images, start=1):
+        pixels = media.load_image(ref)
+        height, width = pixels.shape[:2]
+        facts.append(f"image {number}: {width} x {height}{f', {ref.path}' if ref.path else ''}")
+        if pictures:
+            here = [mark for at, mark in marks if round(at) == number]
+            drawn.append(picture(_jpeg(pixels, LARGE), f"image {number}, {width} x {height}", LARGE, marks=here))
+    return facts, drawn
+
+
+def _frames(example: Example, ref: VideoRef, duration: float) -> list[Picture]:
+    """Frames spread over a video, and those that are marked."""
+    marks = _marks(example)
+    marked = sorted({min(max(at, 0.0), duration) for at, _ in marks})
+    chosen = {marked[i] for i in spread(len(marked), MOST_FRAMES)}
+    times = sorted({round(time, 2) for time in (*frame_times(duration, FPS, MOST_FRAMES), *chosen)})
+    pixels = media.read_frames(ref, times).pixels
+    nearest = [int(np.abs(np.array(times) - at).argmin()) for at, _ in marks]
+    drawn = []
+    for i, time in enumerate(times):
+        here = [mark for number, (_, mark) in zip(nearest, marks, strict=True) if number == i]
+        drawn.append(picture(_jpeg(pixels[i], SMALL * 2), f"{time:.2f} s", SMALL, marks=here))
+    return drawn
+
+
+def _marks(example: Example) -> list[tuple[float, Mark]]:
+    """(image number or seconds, mark in fractions) of everything that is pointed at."""
+    marks = []
+    for i, annotation in enumerate(example.annotations):
+        if isinstance(annotation, Points):
+            places = [(group.at, j, x, y) for group in annotation.groups for j, (x, y) in enumerate(group.points)]
+        elif isinstance(annotation, Tracks):
+            places = [(group.time, obj, x, y) for group in annotation.groups for obj, x, y in group.objects]
+        else:
+            continue
+        for at, number, x, y in places:
+            colour = COLOURS[(number if isinstance(annotation, Tracks) else i) % len(COLOURS)]
+            label = str(number if isinstance(annotation, Tracks) else number + 1)
+            marks.append((at, Mark(x=x, y=y, label=label, colour=colour)))
+    return marks
+
+
+def _jpeg(pixels: media.Pixels, most: int) -> bytes:
+    """A JPEG whose longer side has at most `most` pixels."""
+    image = PIL.Image.fromarray(pixels)
+    image.thumbnail((most, most))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=85)
+    return stream.getvalue()
+
+
+def lines(views: Sequence[ExampleView]) -> Iterator[str]:
+    """Examples as text for a terminal; control characters of a dataset are shown, not obeyed."""
+    for view in views:
+        yield f"--- {view.key}  ({view.source})"
+        if view.left_out:
+            yield _plain(f"left out: {view.left_out}")
+        yield from map(_plain, view.media)
+        for annotation in view.annotations:
+            points = "" if annotation.num_points is None else f", {annotation.num_points} points"
+            yield _plain(f"  {annotation.kind} {annotation.style}{points}")
+            for message in annotation.messages:
+                text = _plain(message.content).replace("\n", "\n    ")
+                yield f"    {message.role}: {text}"
+        yield ""
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

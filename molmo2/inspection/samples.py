@@ -1,0 +1,232 @@
+"""Stored samples as the model sees them: JPEGs with crops, points and tracks to draw on them, text with loss weights.
+
+The text is decoded from the stored tokens and the points are read from that text, so a page shows what is trained on
+and not what the record says of it. Drawing is the template's work.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from molmo2.inspection.facts import InspectionError
+from molmo2.inspection.pictures import COLOURS, LARGE, SMALL, Mark, Picture, picture, spread
+from molmo2.processing.points import ParsedPoint, parse_points
+from molmo2.processing.tokenizer import Tokenizer
+from shards.dataset import Dataset
+from shards.format import FormatError, tar_members
+from shards.layout import VisualLayout, visual_tokens
+from shards.plan import Draw
+from shards.reader import ReadError, StoredSample, check_span, parse_sample
+
+MOST_FRAMES = 24  # pictures of one video
+WEIGHT_LEVELS = 5  # shades of a loss weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Neighbouring tokens of one loss weight. `level`: 0 without a loss, up to WEIGHT_LEVELS for the largest.
+
+    `visual` tells that the text stands for an image or a frame.
+    """
+
+    text: str
+    weight: float
+    level: int
+    num_tokens: int
+    visual: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Branch:
+    """The trunk (number 0) or one annotation. `weight`: sum of its loss weights."""
+
+    number: int
+    spans: tuple[Span, ...]
+    num_tokens: int
+    weight: float
+    colour: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleView:
+    """One sample; `damage` says why there is nothing else to show."""
+
+    key: str
+    source: str = ""
+    variant: int = 0
+    num_variants: int = 1
+    num_tokens: int = 0
+    num_crops: int = 0
+    num_frames: int = 0
+    notes: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    branches: tuple[Branch, ...] = ()
+    damage: str = ""
+
+
+def tokenizer_of(dataset: Dataset, directory: Path) -> Tokenizer:
+    """The tokenizer in `directory`, checked to be the one that made the dataset.
+
+    Raises:
+        TokenizerError: there is none.
+        InspectionError: it is another.
+    """
+    processor = dataset.index.processor
+    tokenizer = Tokenizer(directory, VisualLayout.from_json(processor["layout"]).tokens.im_start)
+    if tokenizer.sha256 != processor["tokenizer"]:
+        raise InspectionError(
+            f"{directory} is not the tokenizer that made {dataset.storage.root} (sha256 {tokenizer.sha256[:12]}..., "
+            f"the index says {processor['tokenizer'][:12]}...); name the right one with --tokenizer"
+        )
+    return tokenizer
+
+
+def view_sample(dataset: Dataset, number: int, tokenizer: Tokenizer) -> SampleView:
+    """Sample `number` of a dataset, in the variant that the first epoch trains on."""
+    draw = _draw(dataset, number)
+    where = f"{dataset.index.shards[draw.shard].name}.tar, sample {draw.row}"
+    try:
+        span = dataset.storage.read(f"{dataset.index.shards[draw.shard].name}.tar", draw.offset, draw.span)
+        check_span(span, draw)
+        stored = parse_sample(span, draw.variant)
+    except (ReadError, FormatError, OSError) as error:
+        return SampleView(key=where, damage=f"{error}; run tools/verify_shards.py, and fetch or build it again")
+    record = json.loads(tar_members(span)[f"{stored.key}.json"])
+    layout = VisualLayout.from_json(dataset.index.processor["layout"])
+    branches = tuple(_branches(stored, layout, tokenizer))
+    texts = {branch.number: "".join(span.text for span in branch.spans) for branch in branches if branch.number}
+    frames = sum(visual["kind"] == "frame" for visual in stored.visuals)
+    pictures = tuple(_pictures(stored, layout, _marks(stored.visuals, texts)))
+    notes = [f"fitted: {json.dumps(note)}" for note in record.get("fitted", ())]
+    if frames > MOST_FRAMES:
+        notes.append(f"{len(pictures)} of {frames} frames are shown")
+    return SampleView(
+        key=stored.key,
+        source=f"{record['source']['file']} row {record['source']['row']}",
+        variant=draw.variant,
+        num_variants=dataset.index.num_variants,
+        num_tokens=draw.num_tokens,
+        num_crops=draw.num_crops,
+        num_frames=frames,
+        notes=tuple(notes),
+        pictures=pictures,
+        branches=branches,
+    )
+
+
+def _draw(dataset: Dataset, number: int) -> Draw:
+    """Where a sample lies, as the plan's first epoch draws it."""
+    shard, row, found = dataset.lookup(np.array([number]))
+    one = found[0]
+    variant = int(one["key_hash"]) % dataset.index.num_variants
+    return Draw(
+        dataset=0,
+        shard=int(shard[0]),
+        row=int(row[0]),
+        variant=variant,
+        offset=int(one["offset"]),
+        span=int(one["span"]),
+        xxh64=int(one["xxh64"]),
+        num_tokens=int(one["num_tokens"][variant]),
+        num_crops=int(one["num_crops"][variant]),
+        loss_weight=float(one["loss_weight"][variant]),
+    )
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def _branches(stored: StoredSample, layout: VisualLayout, tokenizer: Tokenizer) -> Iterator[Branch]:
+    """The trunk, then every annotation, as spans of equal weight."""
+    tokens, most = stored.tokens, float(stored.tokens["weight"].max(initial=0.0))
+    names = iter(_visual_names(stored.visuals, layout))
+    holders = {layout.tokens.image, layout.tokens.video}
+    for number in np.unique(tokens["branch"]).tolist():
+        part = tokens[tokens["branch"] == number]
+        spans = []
+        for (weight, holder), group in itertools.groupby(
+            part.tolist(), key=lambda token: (token[2], token[0] in holders)
+        ):
+            ids = [token[0] for token in group]
+            level = -int(-weight * WEIGHT_LEVELS // most) if weight > 0 else 0
+            if holder:
+                spans += [Span(text=next(names), weight=weight, level=level, num_tokens=1, visual=True) for _ in ids]
+            else:
+                text = tokenizer.decode(ids, skip_special_tokens=False)
+                spans.append(Span(text=text, weight=weight, level=level, num_tokens=len(ids)))
+        yield Branch(
+            number=number,
+            spans=tuple(spans),
+            num_tokens=len(part),
+            weight=float(part["weight"].sum()),
+            colour=COLOURS[(number - 1) % len(COLOURS)] if number else "#555",
+        )
+
+
+def _visual_names(visuals: Sequence[dict[str, Any]], layout: VisualLayout) -> Iterator[str]:
+    for i, visual in enumerate(visuals):
+        count = len(visual_tokens(layout, visual))
+        if visual["kind"] == "frame":
+            yield f"frame {visual['time']:.1f} s ({count} tokens)"
+        else:
+            yield f"image {i + 1}, {visual['tiling'][0]} x {visual['tiling'][1]} crops ({count} tokens)"
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _marks(visuals: Sequence[dict[str, Any]], texts: dict[int, str]) -> dict[int, list[Mark]]:
+    """Points and tracks of all branches by number of the visual, in fractions of its width and height."""
+    marks: dict[int, list[Mark]] = {}
+    for number, text in texts.items():
+        tracks, trails = "<tracks" in text, dict[int, tuple[tuple[float, float], ...]]()
+        for point in parse_points(text):
+            visual = _visual_at(visuals, point)
+            if visual is None:
+                continue
+            trail = trails.get(point.id, ()) if tracks else ()
+            trails[point.id] = (*trail, (point.x, point.y))
+            colour = COLOURS[(point.id - 1 if tracks else number - 1) % len(COLOURS)]
+            mark = Mark(x=point.x, y=point.y, label=str(point.id), colour=colour, trail=trail)
+            marks.setdefault(visual, []).append(mark)
+    return marks
+
+
+def _visual_at(visuals: Sequence[dict[str, Any]], point: ParsedPoint) -> int | None:
+    """The frame nearest to a point's time, or the image of its number; None where there is no such image."""
+    times = [visual["time"] for visual in visuals if visual["kind"] == "frame"]
+    if times:
+        return int(np.abs(np.array(times) - point.at).argmin())
+    return int(point.at) - 1 if 1 <= point.at <= len(visuals) else None
+
+
+def _pictures(stored: StoredSample, layout: VisualLayout, marks: dict[int, list[Mark]]) -> Iterator[Picture]:
+    """The stored JPEGs of the visuals; of a long video the frames that are pointed at, and some others."""
+    shown = _shown(len(stored.visuals), sorted(marks)) if len(stored.visuals) > MOST_FRAMES else None
+    for i, visual in enumerate(stored.visuals):
+        drawn = marks.get(i, [])
+        if visual["kind"] == "frame":
+            if shown is None or i in shown:
+                yield picture(stored.images[visual["view"]], f"{visual['time']:.1f} s", SMALL, marks=drawn)
+            continue
+        rows, cols = visual["tiling"]
+        stride, side = layout.window_patches * layout.patch_size, layout.crop_size
+        crops = tuple((col * stride, row * stride, side) for row in range(rows) for col in range(cols))
+        if visual["canvas"] != visual["view"]:
+            yield picture(stored.images[visual["view"]], f"image {i + 1}, the whole", SMALL)
+        caption = f"image {i + 1}, {rows} x {cols} crops"
+        yield picture(stored.images[visual["canvas"]], caption, LARGE, crops=crops, marks=drawn)
+
+
+def _shown(count: int, marked: Sequence[int]) -> set[int]:
+    """Numbers of the frames to show: as many marked ones as may be, the rest spread over the video."""
+    kept = [marked[i] for i in spread(len(marked), MOST_FRAMES)]
+    others = [i for i in range(count) if i not in set(kept)]
+    return {*kept, *(others[i] for i in spread(len(others), MOST_FRAMES - len(kept)))}
