@@ -38,12 +38,23 @@ class Data(pydantic.BaseModel, extra="forbid", frozen=True):
 
     roots: tuple[str, ...] = Field(min_length=1)  # folders of datasets; a dataset is taken from the first that has it
     mixture: MixtureSpec
+    leave_out: tuple[str, ...] = ()  # datasets of the mixture that are not at hand
     sequence_length: PositiveInt  # tokens of a pack, at most
     max_crops: NonNegativeInt  # ViT inputs of a pack, at most
     window: PositiveInt = 4096  # draws that are packed together
     seed: NonNegativeInt = 0
     workers: NonNegativeInt = 2  # reader processes per rank; 0 reads in the training process
     prefetch: PositiveInt = 4  # micro-batches that each worker holds ready
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Data:
+        self.mixture.without(self.leave_out)
+        return self
+
+    @property
+    def drawn(self) -> MixtureSpec:
+        """The mixture of what is at hand."""
+        return self.mixture.without(self.leave_out)
 
 
 class Train(pydantic.BaseModel, extra="forbid", frozen=True):

@@ -47,7 +47,7 @@ class TrainingModule(nn.Module):
         self.model = model
         self.mesh = mesh
         self.z_loss = recipe.train.z_loss
-        self.num_datasets = len(recipe.data.mixture.dataset_names)
+        self.num_datasets = len(recipe.data.drawn.dataset_names)
         self.chunk_rows = rows_per_chunk(model.config.text.vocab_size)
         self.agree_on_chunks = recipe.train.zero_stage == 3
         self.attend = ulysses(masked_attention, mesh, model.config.text.num_heads, model.config.text.num_kv_heads)

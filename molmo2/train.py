@@ -90,7 +90,7 @@ def prepare(recipe: Recipe, mesh: Mesh, device: torch.device) -> Run:
         raise ValueError("logging.wandb is set, but wandb is not installed; pip install wandb, or set it to null")
     tokenizer = str(data_path(recipe.tokenizer))
     processor = build_processor(ProcessorSettings(preset=recipe.model, tokenizer_dir=tokenizer, stage=recipe.stage))
-    plan = open_plan(recipe.roots, recipe.data.mixture, recipe.plan_settings, processor.settings)
+    plan = open_plan(recipe.roots, recipe.data.drawn, recipe.plan_settings, processor.settings)
     return Run(
         recipe=recipe,
         mesh=mesh,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pydantic
 
@@ -46,6 +46,23 @@ class MixtureSpec(pydantic.BaseModel, extra="forbid", frozen=True):
         if twice:
             raise ValueError(f"datasets in more than one group: {', '.join(twice)}")
         return self
+
+    def without(self, names: Sequence[str]) -> MixtureSpec:
+        """The mixture less some datasets, and less the groups that have no other; rates are normalised again.
+
+        Raises:
+            MixtureError: a name that is not in it, or nothing is left.
+        """
+        if unknown := sorted(set(names) - set(self.dataset_names)):
+            raise MixtureError(f"not in the mixture, so they cannot be left out: {', '.join(unknown)}")
+        kept = {
+            name: group.model_copy(update={"datasets": {d: m for d, m in group.datasets.items() if d not in names}})
+            for name, group in self.groups.items()
+        }
+        left = {name: group for name, group in kept.items() if group.datasets}
+        if not left:
+            raise MixtureError("every dataset of the mixture is left out")
+        return MixtureSpec(groups=left)
 
     @property
     def dataset_names(self) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Build shards of a stage from raw data.
 
-    python tools/build_shards.py --stage sft --catalog demo
+    python tools/build_shards.py --stage sft
     python tools/build_shards.py --stage sft --catalog demo --datasets demo-points demo-chat --workers 4
 
 Finished datasets are kept, and a build that was killed continues with the shards that are missing.
@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", required=True, choices=STAGES)
-    parser.add_argument("--catalog", default="demo", help="name of a catalog, or a YAML file (%(default)s)")
+    parser.add_argument("--catalog", default="molmo2", help="name of a catalog, or a YAML file (%(default)s)")
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help="only these (all of the stage)")
     parser.add_argument("--raw", type=Path, default=data_path("raw"), help="raw data (%(default)s)")
     parser.add_argument("--out", type=Path, default=data_path("shards"), help="shards (%(default)s)")

@@ -69,7 +69,7 @@ def shares_of(recipe: Recipe, plan: Plan, drawn: Drawn) -> list[Share]:
     numbers = {dataset.name: number for number, dataset in enumerate(plan.datasets)}
     total, tokens = sum(drawn.samples), sum(drawn.tokens)
     shares = []
-    for group, spec in recipe.data.mixture.groups.items():
+    for group, spec in recipe.data.drawn.groups.items():
         for name in spec.datasets:
             i = numbers[name]
             asked, count, size = plan.weights[name] / SCALE, drawn.samples[i], len(plan.datasets[i])
@@ -94,5 +94,5 @@ def plan_and_draw(recipe: Recipe, num_steps: int) -> tuple[Plan, Drawn]:
     Raises:
         DatasetError, FormatError, MixtureError, PlanError: see `shards.plan.open_plan`.
     """
-    plan = open_plan(recipe.roots, recipe.data.mixture, recipe.plan_settings)
+    plan = open_plan(recipe.roots, recipe.data.drawn, recipe.plan_settings)
     return plan, draw_steps(plan, min(num_steps, recipe.train.steps))

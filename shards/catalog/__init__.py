@@ -386,6 +386,8 @@ def split_of(stage: str) -> Literal["train", "validation"]:
 def load_catalog(name: str) -> Catalog:
     """A catalog of this folder by name, or any YAML file or folder of them by path.
 
+    `base: NAME` takes everything from another catalog but the settings that are given.
+
     In a folder `catalog.yaml` holds the settings, every other file `rows` and `folders`, and `_shared` for anchors.
 
     Raises:
@@ -398,7 +400,10 @@ def load_catalog(name: str) -> Catalog:
         known = ", ".join(sorted({p.stem for p in [*here.glob("*.yaml"), *(q.parent for q in here.glob("*/*.yaml"))]}))
         raise CatalogError(f"no catalog {name!r}; known: {known}, or the path of a YAML file")
     try:
-        return Catalog.model_validate(_joined(path) if path.is_dir() else _mapping(path))
+        found = _joined(path) if path.is_dir() else _mapping(path)
+        if base := found.pop("base", None):
+            return Catalog.model_validate({**_joined(here / base), **found})
+        return Catalog.model_validate(found)
     except pydantic.ValidationError as error:
         raise CatalogError(f"{path}: {error}") from None
 

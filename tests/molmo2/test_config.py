@@ -20,6 +20,15 @@ def test_every_recipe_loads(path: Path) -> None:
     assert load_recipe(path).train.steps > 0
 
 
+def test_datasets_that_are_not_at_hand_are_left_out_of_the_mixture() -> None:
+    path = ROOT / "recipes/stage2.yaml"
+    whole, less = load_recipe(path), load_recipe(path, ["data.leave_out=[tulu4, ego4d]"])
+    assert set(whole.data.drawn.dataset_names) - set(less.data.drawn.dataset_names) == {"tulu4", "ego4d"}
+    assert "nlp" not in less.data.drawn.groups  # it had no other
+    with pytest.raises(RecipeError, match="not in the mixture, so they cannot be left out: tulu5"):
+        load_recipe(path, ["data.leave_out=[tulu5]"])
+
+
 def test_recipes_share_a_mixture_by_its_file(tmp_path: Path) -> None:
     text = (ROOT / "recipes/stage1.yaml").read_text()
     (tmp_path / "r.yaml").write_text(text.replace("mixtures/pretraining.yaml", "m.yaml"))

@@ -90,3 +90,14 @@ def test_bad_mixtures_are_refused() -> None:
         spec(g=(1, {"twice": None}), h=(1, {"twice": None}))
     with pytest.raises(ValueError, match="greater than 0"):
         spec(g=(0, {"a": None}))
+
+
+def test_without_drops_datasets_and_empty_groups() -> None:
+    groups = {"a": {"rate": 3, "datasets": {"x": None, "y": {"factor": 2}}}, "b": {"rate": 1, "datasets": {"z": None}}}
+    spec = MixtureSpec.model_validate({"groups": groups})
+    assert spec.without([]) == spec
+    assert spec.without(["z", "x"]).dataset_names == ("y",)
+    assert shares(spec.without(["x"]), {"y": 5, "z": 7}) == {"y": 0.75, "z": 0.25}
+    for names, message in ((["w"], "not in the mixture.*: w"), (["x", "y", "z"], "every dataset")):
+        with pytest.raises(MixtureError, match=message):
+            spec.without(names)
