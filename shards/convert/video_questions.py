@@ -33,8 +33,10 @@ def video_qa(group: Group) -> Iterator[Example | Omitted]:
     `options.max_per_example` bounds the tree. Without a field `question` it is drawn from the field `question_pool` or
     from `options.questions`, where "{label}" stands for the field `label`, and "{label_lower}" for it in small letters.
     A field `style` goes before `open_style`. The field `windows`, a list of [start, end] in seconds, is an answer too.
+    Where there is no field `question`, an answer that a clip has already is left out. `options.full_stop` ends answers.
     """
     clips: dict[Clip, list[Annotation]] = {}
+    seen: set[tuple[Clip, str, str]] = set()
     left_out = 0
     for index in range(len(group.values)):
         try:
@@ -50,6 +52,11 @@ def video_qa(group: Group) -> Iterator[Example | Omitted]:
                 yield group.omit(str(error), index)
                 left_out += 1
                 continue
+            once = (clip, text_of(values.get("label")), asked[1])
+            if "question" not in group.row.columns and once in seen:
+                yield group.omit(f"the same answer twice for one clip: {asked[1]!r}", index)
+                continue
+            seen.add(once)
             style = text_of(values.get("style")) or str(group.row.options.get("open_style", ""))
             clips.setdefault(clip, []).extend(_annotations(group, asked, style))
     if clips or not left_out:  # else every reason is told already
@@ -68,7 +75,7 @@ def video_spans(group: Group) -> Iterator[Example | Omitted]:
             draw = rng_of(f"{group.row.name}/{group.key}/{index}/{number}", "question")
             questions = group.option("questions")
             asked = questions[int(draw.integers(len(questions)))].format(start=f"{start:.1f}", end=f"{end:.1f}")
-            said = text_of(text) + group.row.options.get("full_stop", "")
+            said = _ended(group, text_of(text))
             annotations.append(Text(style=str(group.option("style")), question=asked, answer=said))
     yield from examples_of(group, {(None, None): annotations})
 
@@ -185,7 +192,7 @@ def _asked(group: Group, values: dict[str, Any], draw: str) -> Asked:
     elif windows := values["windows"]:
         answer = "Segments: " + ", ".join(f"[{start:g}-{end:g}]" for start, end in windows)
     else:
-        answer = _clean(group, most_common(values.get("answer"), draw))
+        answer = _ended(group, _clean(group, most_common(values.get("answer"), draw)))
     if not question or not answer:
         raise RejectedError("an empty question or answer")
     if place is None and "open_style" not in group.row.options and not values.get("style"):
@@ -221,6 +228,11 @@ def _clean(group: Group, value: Any) -> str:
         text = re.sub(rf"^(?:{drop})", "", text).strip()
         text = text[:1].upper() + text[1:]
     return text
+
+
+def _ended(group: Group, text: str) -> str:
+    """A text with a full stop, if the row wants one and the text does not end with a mark."""
+    return text + "." if group.row.options.get("full_stop") and text and text[-1] not in ".!?" else text
 
 
 def _annotations(group: Group, asked: Asked, style: str) -> Iterator[Annotation]:

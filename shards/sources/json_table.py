@@ -23,6 +23,8 @@ from shards.sources.paths import at, has
 
 Record = dict[str, Any]
 
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
 
 @dataclass(frozen=True, slots=True)
 class RecordTable:
@@ -115,6 +117,8 @@ def _load(file: Path, kind: str, form_json: str) -> tuple[str, tuple[Record, ...
 
 def _rows(data: bytes, kind: str, form: TableFormat) -> Iterator[Any]:
     if kind == "arrow":  # a stream, as the datasets library saves it
+        if not data.endswith(_END_OF_STREAM):  # pyarrow takes a stream cut between two batches for a whole one
+            raise ValueError("the stream is cut short")
         return iter(pa.ipc.open_stream(data).read_all().to_pylist())
     text = data.decode("utf-8-sig")
     if kind == "lines":
