@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,7 +41,7 @@ from shards.format import (
     digest,
 )
 from shards.layout import VisualLayout
-from shards.schema import Example, Limits, RejectedError, Sample, Source
+from shards.schema import Example, Limits, OverlongError, RejectedError, Sample, Source
 from shards.storage import LocalStorage
 from shards.writer import npy_bytes, write_shard
 
@@ -378,17 +378,34 @@ def _samples(task: Task, processor: Processor, totals: Counter[str], rejects: li
     for group in read_groups(row, stage, raw, open_rows(row, stage, raw), task.groups):
         for item in _convert(group):
             if isinstance(item, Example):
-                try:
-                    sample = processor(item, task.settings.limits)
-                except RejectedError as error:
-                    rejects.append(_reject(task.row.name, item.key, item.source, str(error)))
-                    continue
-                totals["annotations"] += int(sample.variants[0]["branch"][-1])
-                yield sample
+                for made in _process(processor, item, task.settings.limits):
+                    if isinstance(made, Sample):
+                        totals["annotations"] += int(made.variants[0]["branch"][-1])
+                        yield made
+                    else:
+                        rejects.append(_reject(task.row.name, item.key, item.source, str(made)))
             elif isinstance(item, Omitted):
                 rejects.append(_reject(task.row.name, group.key, item.source, item.reason, omitted=True))
             else:
                 rejects.append(_reject(task.row.name, group.key, group.sources[0], str(item)))
+
+
+def _process(processor: Processor, example: Example, limits: Limits) -> Iterator[Sample | RejectedError]:
+    """The samples of an example: one, or its tree in halves until they fit. The record of a part says so."""
+    try:
+        yield processor(example, limits)
+    except OverlongError:
+        whole = example.annotations
+        middle = len(whole) // 2
+        for number, part in enumerate((whole[:middle], whole[middle:])):
+            half = replace(example, key=f"{example.key}-{'ab'[number]}", annotations=part)
+            for made in _process(processor, half, limits):
+                if isinstance(made, Sample):
+                    note = {"annotations": {"wanted": len(whole), "kept": len(part)}}
+                    made.record.setdefault("fitted", []).append(note)
+                yield made
+    except RejectedError as error:
+        yield error
 
 
 def _convert(group: Group) -> Iterator[Example | Omitted | RejectedError]:

@@ -18,6 +18,10 @@ class RejectedError(ValueError):
     """An example that cannot become a sample. The builder counts it and records it in `rejects.jsonl`."""
 
 
+class OverlongError(RejectedError):
+    """A tree of several annotations that do not fit one sample together; parts of it may."""
+
+
 class FilteredError(RejectedError):
     """An example that the catalog leaves out on purpose: recorded, but no fault and not counted as one."""
 

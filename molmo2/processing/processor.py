@@ -1,7 +1,7 @@
 """The processor: an `Example` becomes a `Sample` for the shards, or a `Prompt` for generation, by one path.
 
 It renders K text variants, chooses tilings and frames, weighs the loss and fits all of it into `Limits`: visuals
-shrink first, to a quarter at the least, then trailing annotations are dropped; what still does not fit is rejected.
+shrink, to a quarter at the least; a tree of annotations that does not fit even then is the builder's to split.
 Reading files and writing shards happens elsewhere (`shards.media`, `shards.builder`).
 """
 
@@ -24,7 +24,7 @@ from molmo2.processing.visuals import Clip, Opened, Plan
 from shards import layout as geometry
 from shards.format import digest
 from shards.layout import VisualLayout, VisualTokens
-from shards.schema import Annotation, Example, Limits, Points, RejectedError, Sample, Tracks
+from shards.schema import Annotation, Example, Limits, OverlongError, Points, RejectedError, Sample, Tracks
 
 STAGE_MODES = {"pretraining": "pretraining", "sft": "sft", "long": "sft", "eval": "eval"}
 HIGH_RESOLUTION_SHARE = 0.3  # of the variants that point in images, where the limits offer more tiles for them
@@ -132,7 +132,8 @@ class Processor:
         """Process one example for training or for scoring answers.
 
         Raises:
-            RejectedError: unreadable media, an annotation that cannot be asked, or more than the limits hold.
+            OverlongError: several annotations are more than the limits hold, even beside the smallest visuals.
+            RejectedError: unreadable media, an annotation that cannot be asked, or one that is too long alone.
         """
         if not example.annotations:
             raise RejectedError("no annotations")
@@ -238,16 +239,13 @@ class Processor:
         wanted = full if isinstance(opened, Clip) else visuals.make_plan(self.layout, opened, limits, tiles)
         if plan.num_crops < wanted.num_crops:
             notes.append({"variants": list(members), "crops": {"wanted": wanted.num_crops, "kept": plan.num_crops}})
-        for variant, kept in branches.items():
-            total = len(kept)
-            while kept and _length(kept) > room:
-                kept.pop()
-            if not kept:
-                raise RejectedError(
-                    f"no annotation fits: {plan.num_crops} crops leave {room} of {limits.sequence_length} tokens"
-                )
-            if len(kept) < total:
-                notes.append({"variants": [variant], "annotations": {"wanted": total, "kept": len(kept)}})
+        longest = max(_length(kept) for kept in branches.values())
+        if longest > room:
+            error = OverlongError if len(example.annotations) > 1 else RejectedError
+            raise error(
+                f"{len(example.annotations)} annotations of {longest} tokens: {plan.num_crops} crops leave {room} of "
+                f"{limits.sequence_length}"
+            )
         return _Fitted(plan, trunk, branches, notes)
 
     def _shrink(self, opened: Opened, limits: Limits, plan: Plan, excess: int, floor: int) -> Plan | None:

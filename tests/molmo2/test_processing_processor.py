@@ -27,6 +27,7 @@ from shards.schema import (
     Cue,
     ImageRef,
     Limits,
+    OverlongError,
     PointGroup,
     Points,
     RejectedError,
@@ -268,7 +269,7 @@ def test_frames_give_way_to_text(tmp_path) -> None:
     assert cut.record["fitted"] == [{"variants": [0, 1, 2, 3], "crops": {"wanted": 21, "kept": len(cut.images)}}]
     assert 5 < len(cut.images) < 21 and cut.record["visuals"][-1]["time"] == 10.0
     assert 185 < max(length(processor, cut, v) for v in range(4)) <= 200
-    with pytest.raises(RejectedError, match=r"no annotation fits: 5 crops leave -?[0-9]+ of 100 tokens"):
+    with pytest.raises(RejectedError, match=r"1 annotations of \d+ tokens: 5 crops leave -?[0-9]+ of 100"):
         processor(case, limits(sequence_length=100))
 
 
@@ -281,19 +282,15 @@ def test_tiles_give_way_to_text_and_crops() -> None:
         assert sample.record["visuals"][0]["tiling"] in ([1, 1], [1, 2])
 
 
-def test_trailing_annotations_are_dropped() -> None:
-    processor = tiny_processor()
+def test_a_tree_that_is_too_long_is_left_to_be_split() -> None:
     case = example(*(qa(f"question {i}", "word " * 20) for i in range(5)), images=(image_ref(noise(50, 60)),))
-    sample = processor(case, limits(sequence_length=400))
-    for variant, stored in enumerate(sample.variants):
-        assert stored["branch"].max() == 2 and length(processor, sample, variant) <= 400
-        assert {"variants": [variant], "annotations": {"wanted": 5, "kept": 2}} in sample.record["fitted"]
-    weights = sample.variants[0]["weight"]
-    assert weights.max() == pytest.approx(2 / 100**0.5 / 2**0.5)  # the tree as kept has two branches
+    with pytest.raises(OverlongError, match=r"5 annotations of \d+ tokens: 2 crops leave \d+ of 400"):
+        tiny_processor()(case, limits(sequence_length=400))
+    tiny_processor()(replace(case, annotations=case.annotations[:2]), limits(sequence_length=400))
 
 
 def test_too_long_text_is_rejected() -> None:
-    with pytest.raises(RejectedError, match="no annotation fits: 0 crops leave 63 of 64 tokens"):
+    with pytest.raises(RejectedError, match=r"1 annotations of .* 0 crops leave 63 of 64"):
         tiny_processor()(example(qa("q", "long " * 30)), limits(sequence_length=64))
 
 
@@ -318,7 +315,7 @@ def test_video_points_keep_every_frame(tmp_path) -> None:
     points = Points(style="video_point", label="x", groups=(PointGroup(at=9.5, points=((0.5, 0.5),)),))
     processor = tiny_processor()
     assert len(processor(example(points, video=ref), LIMITS).images) == 21
-    with pytest.raises(RejectedError, match="no annotation fits: 21 crops"):
+    with pytest.raises(RejectedError, match=r"1 annotations of .* 21 crops"):
         processor(example(points, video=ref), limits(sequence_length=200))
     with pytest.raises(RejectedError, match=r"a point at 9\.5 s has no frame near it \(4 frames up to 10\.0 s\)"):
         processor(example(points, video=ref), limits(max_frames=4))

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -296,3 +297,25 @@ def test_the_command_line_says_what_is_wrong(raw: Path, tmp_path: Path) -> None:
     assert run.returncode == 1
     assert "not in stage sft: demo-cup; known: demo-cap" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_a_tree_that_does_not_fit_becomes_several_samples(raw: Path, tmp_path: Path) -> None:
+    """Nothing is dropped: every annotation is in one of the parts, and their records say what was done."""
+    settings = catalog("sft").stages["sft"]
+    tight = settings.model_copy(update={"limits": dataclasses.replace(settings.limits, sequence_length=160)})
+    wide = build(raw, tmp_path / "wide", "demo-video-qa", "sft")
+    index = build(raw, tmp_path / "tight", "demo-video-qa", "sft", settings=tight)
+    assert index.totals.annotations == wide.totals.annotations
+    assert index.totals.rejects == wide.totals.rejects
+    assert index.totals.samples > wide.totals.samples
+    parts: dict[str, int] = {}
+    for path in sorted((tmp_path / "tight").rglob("*.tar")):
+        with tarfile.open(path) as tar:
+            records = [json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")]  # type: ignore[arg-type]
+        for record in records:
+            notes = [note["annotations"] for note in record.get("fitted", []) if "annotations" in note]
+            parts[record["key"]] = notes[0]["kept"] if notes else 0
+            assert not notes or notes[0]["kept"] == max(m["branch"] for m in record["variants"][0]["messages"])
+    halves = [key for key in parts if key.endswith(("-a", "-b"))]
+    assert halves and all(parts[key] for key in halves)
+    assert not any(parts[key] for key in parts.keys() - set(halves))
