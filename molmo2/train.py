@@ -37,14 +37,16 @@ from molmo2.metrics import LOG_NAME, cut_log, read_log, summarize
 from molmo2.model.config import PRESETS
 from molmo2.model.molmo2 import Molmo2
 from molmo2.parallel.agree import AgreedError, agreed, leave, lost_peer, on_rank_zero, say, write
-from molmo2.parallel.mesh import Mesh, MeshError, check_mesh, make_mesh
+from molmo2.parallel.mesh import SINGLE, Mesh, MeshError, check_mesh, make_mesh
 from molmo2.pretrained import first_weights
 from molmo2.processing.processor import ProcessorSettings, build_processor
+from molmo2.replay import find_step, show_losses, show_packs
 from molmo2.steps import ANOMALIES_NAME, QUARANTINE_NAME, Progress, Run, StopSignal, TrainingError, run_steps
 from shards.loader import QuarantineError
 from shards.plan import Cursor, PlanError, open_plan
 
 SUMMARY_NAME = "summary.json"
+PACKS_SHOWN = 3
 
 
 # --- before the first step -------------------------------------------------------------------------------------------
@@ -58,6 +60,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="override")
     parser.add_argument("--all-stages", action="store_true", help="run every stage*.yaml beside the recipe, in order")
     parser.add_argument("--dry-run", action="store_true", help="print memory and time for several numbers of GPUs")
+    parser.add_argument("--inspect", type=int, nargs="?", const=1, metavar="STEP", help="print packs of a step (1)")
+    parser.add_argument("--replay", type=int, metavar="STEP", help="loss of each sample of a step, before its update")
     parser.add_argument("--check-sp", action="store_true", help="compare a small pack on one rank and on a group first")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(argv)
@@ -199,12 +203,23 @@ def finish(recipe: Recipe) -> None:
     )
 
 
-def estimate(arguments: argparse.Namespace) -> int:
-    """Print what the recipes will need; one process, no data."""
+def look(arguments: argparse.Namespace) -> int:
+    """Print what the recipes will need, or what a step of theirs holds; one process, nothing is trained."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         for recipe in read_recipes(arguments):
-            write("\n".join(dry_run(recipe)))
-    except ValueError as error:
+            if arguments.dry_run:
+                write("\n".join(dry_run(recipe)))
+                continue
+            run = prepare(recipe, SINGLE, device)
+            step = find_step(run, arguments.replay if arguments.inspect is None else arguments.inspect)
+            if arguments.inspect is not None:
+                lines = show_packs(run, step, PACKS_SHOWN)
+            else:
+                lines = show_losses(run, step, starting_model(run) if arguments.replay == 1 else None)
+            for line in lines:
+                write(line)
+    except (ValueError, OSError) as error:
         write(f"train.py: {error}", sys.stderr)
         return 1
     return 0
@@ -213,8 +228,8 @@ def estimate(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, and turn a user's mistakes into one message and exit code 1."""
     arguments = parse_arguments(argv)
-    if arguments.dry_run:
-        return estimate(arguments)
+    if arguments.dry_run or arguments.inspect is not None or arguments.replay is not None:
+        return look(arguments)
     device = start_distributed()
     stop = StopSignal()
     try:
