@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo demo-steps install lint types test bench clean-demo
+.PHONY: demo demo-steps install browser lint types test bench clean-demo
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,6 +27,12 @@ $(INSTALLED): setup.cfg pyproject.toml
 	pip install --quiet --progress-bar off torch torchvision
 	pip install --quiet --progress-bar off --no-build-isolation -e '.[dev,demo,s3]'
 	touch $@
+
+# A browser for the tests of pages; where it cannot be installed they are skipped, and say so.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } \
+	  || echo 'no chromium here: tests that need a browser are skipped'
 
 demo: $(INSTALLED)
 	@start=$$SECONDS; $(MAKE) --no-print-directory demo-steps; echo "make demo took $$((SECONDS - start)) s"
@@ -51,7 +57,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	mypy
 
-test: $(INSTALLED) lint types
+test: $(INSTALLED) browser lint types
 	$(CPU) python -m pytest
 
 bench: $(INSTALLED)

@@ -1,29 +1,30 @@
-"""Talk with a model about images or a video, in the terminal.
+"""Talk with a model about images or a video, in the terminal or on a web page.
 
     python tools/chat.py --checkpoint demo-stage3 --image photo.jpg
     python tools/chat.py --checkpoint data/runs/demo-export --video clip.mp4 --temperature 0.7 --top-p 0.9
+    python tools/chat.py --checkpoint demo-stage3 --web --port 8080
 
 Questions come from the standard input, a line each; what was said before stays part of the conversation. An empty line
 or the end of the input ends it. Points in an answer are listed below it, in fractions of the image's width and height.
+`--web` serves a page on this machine alone, where images or a video are uploaded and points and tracks are drawn.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from molmo2.model.generate import PromptTensors, Sampling, stream
+from molmo2.chat import answer, conversation
+from molmo2.chat_page import serve
+from molmo2.model.generate import Sampling
 from molmo2.model.molmo2 import Molmo2
 from molmo2.open_model import open_model
-from molmo2.processing import Processor, ProcessorSettings, build_processor
+from molmo2.processing import ProcessorSettings, build_processor
 from molmo2.processing.points import parse_points
-from shards.schema import Chat, Example, ImageRef, Limits, Source, Turn, VideoRef
-
-LIMITS = Limits(sequence_length=16384, max_crops=384, max_frames=384, max_images=16, image_crops=8)
+from shards.schema import Turn
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,45 +39,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="of an answer (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--web", action="store_true", help="a page at http://127.0.0.1:PORT instead of the terminal")
+    parser.add_argument("--port", type=int, default=8080, help="of the page (%(default)s)")
     args = parser.parse_args()
+    if args.web and (args.image or args.video):
+        parser.error("--web: images and videos are uploaded on the page; drop --image and --video")
     if args.max_new_tokens < 1:
         parser.error(f"--max-new-tokens {args.max_new_tokens}: at least 1")
     return args
-
-
-def conversation(turns: list[Turn], images: list[Path], video: Path | None) -> Example:
-    """What has been said about the media, the last turn being a question."""
-    return Example(
-        key="chat",
-        dataset="chat",
-        source=Source(file="", row=0),
-        annotations=(Chat(style="user_qa", turns=tuple(turns)),),
-        images=tuple(ImageRef(path=str(path)) for path in images),
-        video=None if video is None else VideoRef(path=str(video)),
-    )
-
-
-def answer(
-    model: Molmo2, processor: Processor, example: Example, sampling: Sampling, max_new_tokens: int
-) -> Iterator[str]:
-    """The answer to the last question, piece by piece.
-
-    Raises:
-        RejectedError: unreadable media, or a conversation that has become too long.
-    """
-    device = next(model.parameters()).device
-    prompt = PromptTensors.of(processor.prompt(example, LIMITS), device)
-    tokenizer = processor.tokenizer
-    ids: list[int] = []
-    said = ""
-    for (token,) in stream(model, [prompt], max_new_tokens, tokenizer.eos, sampling):
-        if token != tokenizer.eos:
-            ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character: its other bytes are yet to come
-            yield text[len(said) :]
-            said = text
-    yield tokenizer.decode(ids)[len(said) :]
 
 
 def point_lines(text: str) -> list[str]:
@@ -97,6 +67,14 @@ def main() -> None:
         preset=opened.config.name, tokenizer_dir=str(opened.tokenizer_dir), stage="eval", num_variants=1
     )
     processor = build_processor(settings)
+    if args.web:
+        serve(
+            lambda turns, images, video: answer(
+                model, processor, conversation(turns, images, video), sampling, args.max_new_tokens
+            ),
+            args.port,
+        )
+        return
     turns: list[Turn] = []
     while True:
         print("> ", end="", flush=True)
@@ -118,5 +96,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(0)
     except (ValueError, OSError) as error:
         sys.exit(f"chat: {error}")
