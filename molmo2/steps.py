@@ -25,8 +25,9 @@ from molmo2.parallel.mesh import Mesh
 from molmo2.watchdog import Watchdog
 from shards.collate import PAD_SEGMENT, Batch
 from shards.layout import VisualLayout
-from shards.loader import make_loader, micro_steps
+from shards.loader import MicroSpec, PackReader, make_loader, micro_steps
 from shards.plan import Cursor, Plan
+from shards.reader import Damage
 
 QUARANTINE_NAME = "quarantine.jsonl"
 ANOMALIES_NAME = "anomalies.jsonl"
@@ -80,24 +81,44 @@ class Totals(NamedTuple):
     by_dataset: dict[str, float]  # mean cross entropy of each dataset that is in the step
 
 
-def check_peers(batch: Batch, mesh: Mesh) -> None:
-    """Ranks that share a pack must hold the same one: a sample masked on one of them only would pass unseen.
-
-    Raises:
-        TrainingError: they differ.
-    """
+def same_on_peers(batch: Batch, mesh: Mesh) -> bool:
+    """Whether the ranks that share a pack hold the same one; every one of them must call it."""
     if mesh.sp_group is None:
-        return
+        return True
     parts = (batch.input_ids, batch.labels, batch.segment_ids, batch.loss_weights > 0, batch.visual_tokens)
     own = torch.stack([part.sum(dtype=torch.int64) for part in parts])
     low, high = own.clone(), own.clone()
     dist.all_reduce(low, op=dist.ReduceOp.MIN, group=mesh.sp_group)
     dist.all_reduce(high, op=dist.ReduceOp.MAX, group=mesh.sp_group)
-    if not torch.equal(low, high):
+    return torch.equal(low, high)
+
+
+def agree_on_masked(run: Run, batch: Batch, cursor: Cursor) -> Batch:
+    """The batch, with every sample masked that any rank of its group found damaged; collective in the group.
+
+    Args:
+        run: the run.
+        batch: what this rank read.
+        cursor: where the batch's step begins.
+
+    Raises:
+        TrainingError: the ranks read different packs all the same.
+    """
+    if same_on_peers(batch, run.mesh):
+        return batch
+    found: list[tuple[Damage, ...]] = [()] * run.mesh.sp
+    dist.all_gather_object(found, batch.masked, group=run.mesh.sp_group)
+    step = run.plan.step(cursor)
+    packs = tuple(step.packs[slot] for slot in batch.slots)
+    known = {(each.dataset, each.shard, each.row): each for damages in found for each in damages}
+    spec = MicroSpec(packs, step.divisor, step.cursor)
+    batch = PackReader(run.plan, run.layout).without(spec, known.values()).to(run.device)
+    if not same_on_peers(batch, run.mesh):
         raise TrainingError(
-            f"step {batch.step + 1}: rank {mesh.rank} and its sp peers read different packs (slots {batch.slots}); "
-            "look for quarantined samples above, and check the shards with tools/verify_shards.py"
+            f"step {batch.step + 1}: rank {run.mesh.rank} and its sp peers read different packs (slots {batch.slots}); "
+            "check the shards with tools/verify_shards.py on every machine"
         )
+    return batch
 
 
 def record_masked(batch: Batch, run: Run) -> None:
@@ -111,14 +132,14 @@ def record_masked(batch: Batch, run: Run) -> None:
 
 
 def compute(
-    run: Run, engine: Any, batches: Iterator[Batch], clock: StepClock, watchdog: Watchdog, step: int, stop: bool
+    run: Run, engine: Any, batches: Iterator[Batch], clock: StepClock, watchdog: Watchdog, cursor: Cursor, stop: bool
 ) -> tuple[Totals, Cursor]:
     """Forward and backward over one step's packs; gradients are in the engine then.
 
     Returns:
         The step's sums, and where the data stand after it.
     """
-    train, names = run.recipe.train, [dataset.name for dataset in run.plan.datasets]
+    train, step, names = run.recipe.train, cursor.step + 1, [dataset.name for dataset in run.plan.datasets]
     sums = torch.zeros(5 + 2 * len(names), dtype=torch.float64, device=run.device)
     for _ in range(micro_steps(train.packs_per_step, run.mesh.dp, train.micro_batch)):
         watchdog.enter("data", step)
@@ -126,7 +147,7 @@ def compute(
         batch = next(batches).to(run.device)
         clock.waiting(since)
         watchdog.enter("forward", step, batch.slots)
-        check_peers(batch, run.mesh)
+        batch = agree_on_masked(run, batch, cursor)
         record_masked(batch, run)
         loss, logged = engine(batch)
         watchdog.enter("backward", step, batch.slots)
@@ -226,7 +247,7 @@ def run_steps(
     try:
         for step in range(progress.step + 1, steps + 1):
             rates = set_learning_rates(optimizer, names, recipe.optim, step, steps)
-            totals, cursor = compute(run, engine, batches, clock, watchdog, step, stop.seen)
+            totals, cursor = compute(run, engine, batches, clock, watchdog, progress.cursor, stop.seen)
             watchdog.enter("update", step)
             updated = update(run, engine, optimizer, progress, totals)
             progress.step, progress.cursor = step, cursor

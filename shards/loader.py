@@ -13,7 +13,7 @@ import functools
 import logging
 import os
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -95,6 +95,17 @@ class PackReader(TorchDataset[Batch]):
         remote = any(not isinstance(self.tars[draw.dataset].storage, LocalStorage) for draw in draws)
         found = iter(_threads(os.getpid()).map(self._read, draws) if remote else map(self._read, draws))
         samples = [[next(found) for _ in pack.draws] for pack in spec.packs]
+        return collate(self.layout, spec.packs, samples, self.sequence_length, spec.divisor, spec.cursor)
+
+    def without(self, spec: MicroSpec, damages: Iterable[Damage]) -> Batch:
+        """The batch with these samples masked too, which another reader found damaged."""
+        known = {(found.dataset, found.shard, found.row): found for found in damages}
+
+        def read(draw: Draw) -> DecodedSample | Damage:
+            tars = self.tars[draw.dataset]
+            return known.get((tars.name, tars.shards[draw.shard], draw.row)) or self._read(draw)
+
+        samples = [[read(draw) for draw in pack.draws] for pack in spec.packs]
         return collate(self.layout, spec.packs, samples, self.sequence_length, spec.divisor, spec.cursor)
 
     def _read(self, draw: Draw) -> DecodedSample | Damage:
