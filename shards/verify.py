@@ -121,7 +121,7 @@ def _verify_shard(
         end = offset + span
         key = _key(data[offset : offset + BLOCK])
         try:
-            sums["annotations"] += _verify_sample(data[offset:end], key, row, index.num_variants, layout)
+            sums["annotations"] += verify_span(data[offset:end], key, row, index.num_variants, layout)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             problem = str(error) if isinstance(error, FormatError) else f"{type(error).__name__}: {error}"
             yield {"problem": problem, "key": key, "offset": offset}
@@ -132,7 +132,7 @@ def _verify_shard(
         yield {"problem": "bytes after the last sample", "offset": end}
 
 
-def _verify_sample(span: bytes, key: str, row: npt.NDArray[np.void], num_variants: int, layout: VisualLayout) -> int:
+def verify_span(span: bytes, key: str, row: npt.NDArray[np.void], num_variants: int, layout: VisualLayout) -> int:
     """Raise what is wrong with a sample's bytes or content; returns its number of annotations."""
     if len(span) != row["span"]:
         raise FormatError(f"cut short: {len(span)} of {int(row['span'])} bytes")

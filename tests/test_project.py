@@ -12,7 +12,7 @@ import shards
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAVES = {"schema", "format", "layout", "storage", "s3", "media"}
-BUILD = {"catalog", "download", "sources", "convert", "writer", "builder", "verify"}
+BUILD = {"catalog", "download", "sources", "convert", "writer", "builder", "verify", "repair"}
 STREAM = {"dataset", "mixture", "order", "packing", "plan", "reader", "collate", "loader"}
 
 

@@ -3,18 +3,23 @@
     python tools/verify_shards.py data/shards
     python tools/verify_shards.py data/shards/sft/demo-chat data/shards/long
     python tools/verify_shards.py s3://bucket/shards/sft
+    python tools/verify_shards.py data/shards/sft --repair --from s3://bucket/shards/sft
 
-A folder may be one dataset or hold many, on disk or in a bucket.
+A folder may be one dataset or hold many, on disk or in a bucket. `--repair` makes damaged datasets on disk whole:
+shards are fetched from a copy (`--from` has the same folders below it), else their damaged samples are dropped; indexes
+that are lost are made anew from the shards. What was dropped stands in `repairs.jsonl` of the dataset.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
 from shards.format import INDEX_NAME, FormatError, parse_index
+from shards.repair import repair_dataset
 from shards.storage import open_storage
 from shards.verify import Finding, find_datasets, verify_dataset
 
@@ -27,14 +32,37 @@ def num_bytes(folder: str) -> int:
         return 0
 
 
+def repair(datasets: list[str], folders: list[str], copy: str | None) -> None:
+    """Make every damaged dataset whole, and say what was done."""
+    for dataset in datasets:
+        if "://" in dataset:
+            raise ValueError(f"{dataset}: only a dataset on disk is repaired; copy it here and back")
+        if not any(isinstance(found, Finding) for found in verify_dataset(dataset)):
+            continue
+        root = max((folder.rstrip("/") for folder in folders if dataset.startswith(folder.rstrip("/"))), key=len)
+        place = None if copy is None else open_storage(copy.rstrip("/") + dataset.removeprefix(root))
+        for done in repair_dataset(Path(dataset), place):
+            how = "fetched" if done.fetched else f"{done.kept} samples kept, {len(done.dropped)} findings dropped"
+            print(f"REPAIRED {dataset} / {done.shard}.tar: {how}{', checksums were lost' if done.unchecked else ''}")
+            for finding in done.dropped:
+                print(f"  {finding}")
+
+
 def main() -> int:
     """Verify every dataset below the folders given; print findings as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="datasets, or folders of datasets")
-    folders = parser.parse_args().folders
+    parser.add_argument("--repair", action="store_true", help="fetch or drop what is damaged and write new indexes")
+    parser.add_argument("--from", dest="copy", metavar="PLACE", help="where the same folders lie whole")
+    args = parser.parse_args()
+    folders = args.folders
+    if args.copy and not args.repair:
+        parser.error("--from goes with --repair")
     datasets = [dataset for folder in folders for dataset in find_datasets(folder)]
     if not datasets:
         sys.exit(f"verify_shards: no shards at or below {', '.join(folders)}; build some, or correct the path")
+    if args.repair:
+        repair(datasets, folders, args.copy)
     num_findings = num_shards = 0
     total = sum(map(num_bytes, datasets))
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", mininterval=0.5) as bar:

@@ -1,0 +1,104 @@
+"""The ready files for launchers: scripts that parse, options that exist, and machines that meet."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / "recipes/launch"
+BIN = Path(sys.executable).parent
+
+
+@pytest.mark.parametrize("name", ["train.slurm", "build.slurm"])
+def test_scripts_parse_and_want_their_argument(name: str, tmp_path: Path) -> None:
+    assert subprocess.run(["bash", "-n", LAUNCH / name], capture_output=True).returncode == 0
+    run = subprocess.run(["bash", LAUNCH / name], capture_output=True, text=True)
+    assert run.returncode != 0 and re.search("the path of a recipe|pretraining, sft", run.stderr)
+
+
+def test_the_training_script_gives_each_task_its_rank(tmp_path: Path) -> None:
+    """With stand-ins for Slurm's commands and for python that say what they were given."""
+    for name, text in {
+        "scontrol": "echo node1; echo node2",
+        "srun": 'shift; export SLURM_PROCID=3 SLURM_NTASKS=16 SLURM_LOCALID=3; "$@"',
+        "python": 'echo "$RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $*"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[1-2]"}
+    command = ["bash", LAUNCH / "train.slurm", "recipes/stage2.yaml", "--set", "train.sp=8"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.stdout == "3 16 3 node1 molmo2/train.py --recipe recipes/stage2.yaml --set train.sp=8\n"
+
+
+def test_yaml_files_name_what_exists() -> None:
+    job = list(yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text()))[1]
+    sky = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    for text in (container["args"][0], sky["run"] + sky["envs"]["RECIPE"]):
+        assert "molmo2/train.py" in text
+        assert (ROOT / re.findall(r"recipes/\S+\.yaml", text)[0]).exists()
+    assert job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert f"--nnodes {job['spec']['completions']}" in container["args"][0]
+
+
+def test_the_hostfile_is_one_for_deepspeed() -> None:
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    assert dict(fetch_hostfile(str(LAUNCH / "hostfile"))) == {"node1": 8, "node2": 8}
+
+
+@pytest.mark.dist
+def test_two_machines_meet(tmp_path: Path) -> None:
+    """Two torchrun agents of one rank each, as on two machines."""
+    sys.path.insert(0, str(ROOT / "tests/molmo2"))
+    import toy_run
+
+    toy_run.build_toy(tmp_path)
+    recipe = toy_run.write_recipe(tmp_path / "r.yaml", "r", steps=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "MOLMO2_DATA": str(tmp_path), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    meet = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port]
+    nodes = [
+        subprocess.Popen(
+            [BIN / "torchrun", *meet, "--node_rank", str(rank), "molmo2/train.py", "--recipe", recipe],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "on 2 ranks (dp 2, sp 1)" in outputs[0]
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(shutil.which("accelerate", path=str(BIN)) is None, reason="accelerate is not installed")
+def test_accelerate_launches_it(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "tests/molmo2"))
+    import toy_run
+
+    toy_run.build_toy(tmp_path)
+    recipe = toy_run.write_recipe(tmp_path / "r.yaml", "r", steps=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "MOLMO2_DATA": str(tmp_path), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]  # fmt: skip
+    command += ["molmo2/train.py", "--recipe", recipe]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "on 2 ranks" in run.stdout
