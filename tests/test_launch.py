@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -55,27 +54,29 @@ def test_the_hostfile_is_one_for_deepspeed() -> None:
     assert dict(fetch_hostfile(str(LAUNCH / "hostfile"))) == {"node1": 8, "node2": 8}
 
 
-@pytest.mark.dist
-def test_two_machines_meet(tmp_path: Path) -> None:
-    """Two torchrun agents of one rank each, as on two machines."""
+def toy(root: Path) -> tuple[Path, str, dict[str, str]]:
+    """A recipe of two steps with its data, a free port, and the environment for it."""
     sys.path.insert(0, str(ROOT / "tests/molmo2"))
     import toy_run
 
-    toy_run.build_toy(tmp_path)
-    recipe = toy_run.write_recipe(tmp_path / "r.yaml", "r", steps=2)
+    toy_run.build_toy(root)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = {**os.environ, "MOLMO2_DATA": str(tmp_path), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "MOLMO2_DATA": str(root), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return toy_run.write_recipe(root / "r.yaml", "r", steps=2), port, environment
+
+
+@pytest.mark.dist
+def test_two_machines_meet(tmp_path: Path) -> None:
+    """Two torchrun agents of one rank each, as on two machines."""
+    recipe, port, environment = toy(tmp_path)
     meet = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     nodes = [
         subprocess.Popen(
             [BIN / "torchrun", *meet, "--node_rank", str(rank), "molmo2/train.py", "--recipe", recipe],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            **{"cwd": ROOT, "env": environment, **pipes},
         )
         for rank in range(2)
     ]
@@ -85,17 +86,8 @@ def test_two_machines_meet(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.skipif(shutil.which("accelerate", path=str(BIN)) is None, reason="accelerate is not installed")
 def test_accelerate_launches_it(tmp_path: Path) -> None:
-    sys.path.insert(0, str(ROOT / "tests/molmo2"))
-    import toy_run
-
-    toy_run.build_toy(tmp_path)
-    recipe = toy_run.write_recipe(tmp_path / "r.yaml", "r", steps=2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "MOLMO2_DATA": str(tmp_path), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    recipe, port, environment = toy(tmp_path)
     command = [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]  # fmt: skip
     command += ["molmo2/train.py", "--recipe", recipe]
