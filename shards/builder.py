@@ -46,7 +46,7 @@ from shards.storage import LocalStorage
 from shards.writer import npy_bytes, write_shard
 
 REJECT_BUDGET = 0.05  # rejects over groups of rows
-BUILD_VERSION = 1  # raise it when converters or writer make other samples of the same settings
+BUILD_VERSION = 2  # raise it when converters or writer make other samples of the same settings
 BUILD_NAME = "build.json"
 OWN_FILES = re.compile(
     r"\d{6}\.(tar|idx\.npy|part\.json)|(index|build|repair)\.json|(rejects|repairs)\.jsonl|\..+\.tmp"

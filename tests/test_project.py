@@ -1,6 +1,7 @@
 """The shape of the project: who imports whom, names, README, recipes, committed files."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -83,10 +84,6 @@ def test_no_file_shadows_the_standard_library(folder: str) -> None:
     assert not names & set(sys.stdlib_module_names)
 
 
-def readme_blocks() -> list[str]:
-    return re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
 def test_paths_in_the_documents_exist() -> None:
     documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     missing = []
@@ -101,29 +98,40 @@ def test_paths_in_the_documents_exist() -> None:
     assert not missing
 
 
-def test_commands_of_the_readme_know_their_options() -> None:
-    """Every `python tools/x.py --flag` of the README names a flag that the tool's --help lists; so do make targets."""
+def commands_of(page: Path) -> list[str]:
+    """Lines of a page's shell blocks, and what stands in backquotes elsewhere."""
+    text = page.read_text()
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
+    plain = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines = [line.split("#")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return lines + re.findall(r"`([^`\n]+)`", plain)
+
+
+@functools.cache
+def help_of(script: str) -> str:
+    run = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/operations.md", "docs/own-data.md"])
+def test_commands_of_the_pages_know_their_options(page: str) -> None:
+    """Every `tools/x.py --flag` names a flag that the tool's --help lists; make targets and recipes exist."""
     makefile = (ROOT / "Makefile").read_text()
-    helps: dict[str, str] = {}
     seen = 0
-    for block in readme_blocks():
-        for line in block.replace("\\\n", " ").splitlines():
-            command = line.split("#")[0]
-            for target in re.findall(r"^make ([\w-]+)", command):
-                seen += 1
-                assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"no make target {target}"
-            script = re.search(r"\b((?:tools|molmo2|benchmarks)/\w+\.py)(.*)", command)
-            if not script:
-                continue
+    for command in commands_of(ROOT / page):
+        for target in re.findall(r"^make ([\w-]+)", command):
             seen += 1
-            name, arguments = script.groups()
-            if name not in helps:
-                run = subprocess.run([sys.executable, ROOT / name, "--help"], capture_output=True, text=True, cwd=ROOT)
-                assert run.returncode == 0, run.stderr
-                helps[name] = run.stdout
-            for flag in re.findall(r"(?<=\s)--[a-z][\w-]*", arguments):
-                assert re.search(rf"(?<![\w-]){flag}(?![\w-])", helps[name]), f"{name} has no {flag}"
-    assert seen >= 8
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"no make target {target}"
+        script = re.search(r"\b((?:tools|molmo2|benchmarks)/\w+\.py)(.*)", command)
+        if not script or not (ROOT / script[1]).exists():
+            continue
+        seen += 1
+        for flag in re.findall(r"(?<=\s)--[a-z][\w-]*", script[2]):
+            assert re.search(rf"(?<![\w-]){flag}(?![\w-])", help_of(script[1])), f"{script[1]} has no {flag}"
+        for recipe in re.findall(r"recipes/[\w/]+\.yaml", script[2]):
+            assert (ROOT / recipe).exists(), recipe
+    assert seen >= 4
 
 
 def test_committed_files_are_small_and_name_no_machine() -> None:
