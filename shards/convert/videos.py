@@ -86,7 +86,7 @@ def video_track(group: Group) -> Iterator[Example | Omitted]:
     """One video with objects followed through its frames, pixels of `width` x `height`; occluded ones are left out.
 
     Answers are given at `sampling_fps`, and only for frames within 0.01 s of that grid, as Molmo2 keeps them. The
-    field `image_fps` is the rate of a video that is a folder of images; `native_fps` goes before it.
+    rate of a video that is a folder of images is that of `_image_rate`.
     """
     scale, rate = (float(group.get("width")), float(group.get("height"))), float(group.get("sampling_fps"))
     if (fps := group.get("fps")) is not None and fps % rate:
@@ -112,6 +112,23 @@ def video_track(group: Group) -> Iterator[Example | Omitted]:
     if not tracks.groups:
         yield group.omit("no object is visible in a frame of the answer")
         return
-    images = group.get("native_fps") or group.get("image_fps")
-    video = group.media.video(group.text("video"), row=group.values[0], fps=float(images) if images else None)
+    video = group.media.video(group.text("video"), row=group.values[0], fps=_image_rate(group))
     yield group.example([tracks], video=video)
+
+
+def _image_rate(group: Group) -> float | None:
+    """Images of a folder per second of the annotation's time: the field `image_fps`, None where nothing is mapped.
+
+    With `native_fps` the annotated frames are every n-th image, n being `native_fps` / `fps` rounded, and frame k has
+    the time k / `fps`. So the images go by at n x `fps`: 24 where the camera made 25, of which 6 were annotated.
+
+    Raises:
+        RejectedError: the native rate of this video is not known.
+    """
+    if "native_fps" in group.row.columns:
+        native, fps = group.get("native_fps"), float(group.get("fps"))
+        if not native:
+            raise RejectedError(f"no native frame rate of {group.text('video')} in {group.row.columns['native_fps']}")
+        return fps * max(1, round(float(native) / fps))
+    images = group.get("image_fps")
+    return float(images) if images else None

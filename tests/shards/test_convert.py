@@ -195,6 +195,24 @@ def test_tracks_leave_out_occluded_objects(tmp_path: Path) -> None:
     assert [(g.time, g.objects) for g in tracks.groups] == [(0.5, ((0, 0.25, 0.75),))]
 
 
+@pytest.mark.parametrize(("native", "rate"), [(30, 30.0), (29.97, 30.0), (25, 24.0), (10, 12.0), (2, 6.0)])
+def test_every_nth_image_of_a_folder_was_annotated(tmp_path: Path, native: float, rate: float) -> None:
+    (row,) = load_catalog("molmo2").select("sft", ["burst-track"])
+    (tmp_path / "frames" / "train" / "v").mkdir(parents=True)
+    point = {"id": 0, "point": [1, 1], "occluded": False}
+    values: dict[str, Any] = {"video": "v", "expression": "a", "width": 2, "height": 2, "fps": 6, "sampling_fps": 2}
+    values |= {"frame_trajectories": [{"time": 0.5, "points": [point]}], "native": {"value": native}}
+    source = (Source(file="train.parquet", row=0),)
+    media = MediaFiles(root=tmp_path, templates=row.media)
+    group = Group(row=row, stage="sft", media=media, key="k", sources=source, values=(values,))
+    (example,) = convert_group(group)
+    assert isinstance(example, Example) and example.video is not None
+    assert example.video.fps == rate
+    values["native"] = None
+    with pytest.raises(RejectedError, match=r"no native frame rate of v in native\.value"):
+        list(convert_group(group))
+
+
 def test_captions_below_the_score_are_filtered(tmp_path: Path) -> None:
     row = {"video_id": video(tmp_path), "annotation_score": 4.0, "video_caption": "a", "merged_caption": None}
     row["video_frame_merged_caption"] = "b"
