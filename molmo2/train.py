@@ -46,6 +46,7 @@ from shards.loader import QuarantineError
 from shards.plan import Cursor, PlanError, open_plan
 
 SUMMARY_NAME = "summary.json"
+CHANGES_NAME = "data_changes.jsonl"
 PACKS_SHOWN = 3
 
 
@@ -62,6 +63,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print memory and time for several numbers of GPUs")
     parser.add_argument("--inspect", type=int, nargs="?", const=1, metavar="STEP", help="print packs of a step (1)")
     parser.add_argument("--replay", type=int, metavar="STEP", help="loss of each sample of a step, before its update")
+    parser.add_argument("--change-data", action="store_true", help="go on with other data or another mixture")
     parser.add_argument("--check-sp", action="store_true", help="compare a small pack on one rank and on a group first")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(argv)
@@ -125,7 +127,9 @@ def starting_model(run: Run) -> Molmo2:
     return Molmo2.with_weights(config, weights)
 
 
-def resume(run: Run, engine: Any, checkpoint: Checkpoint | None, universal: Path | None) -> Progress:
+def resume(
+    run: Run, engine: Any, checkpoint: Checkpoint | None, universal: Path | None, change_data: bool = False
+) -> Progress:
     """Restore model, optimizer, the place in the data and the last losses; the plan refuses data that have changed.
 
     Args:
@@ -133,10 +137,12 @@ def resume(run: Run, engine: Any, checkpoint: Checkpoint | None, universal: Path
         engine: a new engine.
         checkpoint: where it goes on; None: from the start.
         universal: the checkpoint's states for any number of ranks, where this number is another.
+        change_data: data that have changed are meant: take over from the checkpoint's plan, and record it.
     """
     if checkpoint is None:
         return Progress(0, Cursor(), LossHistory())
-    cursor = run.plan.restore(checkpoint.read(checkpoints.PLAN))
+    state = checkpoint.read(checkpoints.PLAN)
+    cursor = take_over(run, state) if change_data else run.plan.restore(state)
     checkpoints.load_states(engine, universal or checkpoint.path)
     changed = checkpoints.recipe_changes(checkpoint, run.recipe)
     if changed:
@@ -144,7 +150,18 @@ def resume(run: Run, engine: Any, checkpoint: Checkpoint | None, universal: Path
     return Progress(checkpoint.step, cursor, LossHistory(checkpoint.meta.get("losses", ())))
 
 
-def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, check_sp: bool = False) -> bool:
+def take_over(run: Run, state: dict[str, Any]) -> Cursor:
+    """Go on with this recipe's data after another plan's; `data_changes.jsonl` says what changed and where."""
+    cursor, changed = run.plan.change_over(state)
+    if changed and run.mesh.rank == 0:
+        line = {"step": cursor.step, "cursor": cursor._asdict(), "changed": changed}
+        with open(run.recipe.run_dir / CHANGES_NAME, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        say(f"{run.recipe.name}: after step {cursor.step} the data change on purpose: {'; '.join(changed)}")
+    return cursor
+
+
+def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, arguments: argparse.Namespace) -> bool:
     """Train one stage; False when a signal stopped it before its end."""
     mesh = agreed(lambda: place(recipe))
     run = agreed(lambda: prepare(recipe, mesh, device))
@@ -167,11 +184,11 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, check_sp
     if moved:
         say(f"{recipe.name}: {', '.join(moved)}: the checkpoint was converted, the order of the data stays")
     model = agreed(lambda: starting_model(run))
-    if check_sp and mesh.sp > 1:
+    if arguments.check_sp and mesh.sp > 1:
         differing = check_sequence_parallel(model.to(device), recipe, mesh)
         say(f"{recipe.name}: sp {mesh.sp} agrees with one rank to {max(differing.values()):.1e}")
     engine, optimizer, names = start_engine(model, recipe, mesh, universal is not None)
-    progress = agreed(lambda: resume(run, engine, found, universal))
+    progress = agreed(lambda: resume(run, engine, found, universal, arguments.change_data))
     on_rank_zero(lambda: shutil.rmtree(universal) if universal else None)
     run_steps(run, engine, optimizer, names, progress, stop)
     engine.destroy()
@@ -188,7 +205,7 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, check_sp
 def clear_after(recipe: Recipe, step: int) -> None:
     """Forget what a run wrote after the step from which it goes on."""
     checkpoints.clear_after(checkpoints.checkpoints_dir(recipe.run_dir), step)
-    for name in (LOG_NAME, QUARANTINE_NAME, ANOMALIES_NAME):
+    for name in (LOG_NAME, QUARANTINE_NAME, ANOMALIES_NAME, CHANGES_NAME):
         cut_log(recipe.run_dir / name, step)
 
 
@@ -234,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopSignal()
     try:
         for recipe in agreed(lambda: read_recipes(arguments)):
-            if not train_stage(recipe, device, stop, arguments.check_sp):
+            if not train_stage(recipe, device, stop, arguments):
                 break
             gc.collect()
     except AgreedError:

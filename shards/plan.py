@@ -167,9 +167,23 @@ class Plan:
             listed = "\n  ".join(changed)
             raise PlanError(
                 f"the data has changed since the checkpoint:\n  {listed}\n"
-                "give back what the checkpoint was made with, or start a new run from its weights (init)"
+                "give back what the checkpoint was made with, start a new run from its weights (init), or change the "
+                "data on purpose (train.py --change-data)"
             )
         return Cursor(**state["cursor"])
+
+    def change_over(self, state: dict[str, Any]) -> tuple[Cursor, list[str]]:
+        """Where this plan takes over from the other one of a saved state, and what is different.
+
+        At the same virtual time, in the first window after the one under way: what is left of that one is not drawn.
+        A dataset goes on where this plan's shares would have brought it by then.
+        """
+        cursor, old = Cursor(**state["cursor"]), state["identity"]
+        changed = differences(self.identity(), old)
+        if not changed:
+            return cursor, []
+        time = (cursor.window + (cursor.offset > 0)) * old["settings"]["window"]
+        return Cursor(cursor.step, -(-time // self.settings.window), 0), changed
 
     def _compute_window(self, window: int) -> list[tuple[Draw, ...]]:
         """All packs of a window, in the order of training."""

@@ -266,6 +266,14 @@ def test_changed_data_are_refused_on_resume_and_told(root: Path, tmp_path: Path)
     assert "the data has changed since the checkpoint" in output
     assert "settings.seed" in output
     assert "Traceback" not in output
+    changed = ["--set", "train.steps=3", "data.seed=5", "--change-data"]
+    output = train(data, recipe, *changed, launcher="python")
+    assert "after step 1 the data change on purpose: settings.seed" in output
+    (line,) = [json.loads(line) for line in (data / "runs/r/data_changes.jsonl").read_text().splitlines()]
+    assert (line["step"], line["cursor"]) == (1, {"step": 1, "window": 1, "offset": 0})
+    assert [line["step"] for line in log(data, "r")] == [1, 2, 3]
+    train(data, recipe, "--set", "train.steps=4", "data.seed=5", launcher="python")  # it is the run's own now
+    assert len((data / "runs/r/data_changes.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_flipped_byte_is_masked_and_recorded(root: Path, tmp_path: Path) -> None:

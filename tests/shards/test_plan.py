@@ -1,5 +1,6 @@
 """The plan: every draw once, nothing over a limit, and steps that depend on nothing but their arguments."""
 
+import dataclasses
 import itertools
 import json
 from collections import Counter
@@ -223,3 +224,18 @@ def test_steps_are_pinned(plan: Plan) -> None:
         "1be9d672f16fc69c",
         "1eed4db2ac9a6a42",
     ]
+
+
+def test_a_changed_plan_takes_over_at_the_same_virtual_time(datasets: list[Dataset], plan: Plan) -> None:
+    cursor = Cursor()
+    while cursor.window < 2 or not cursor.offset:
+        cursor = plan.step(cursor).cursor
+    assert plan.change_over(plan.state(cursor)) == (cursor, [])
+    values = {**dataclasses.asdict(SETTINGS), "window": SETTINGS.window // 2, "seed": SETTINGS.seed + 1}
+    other = Plan(datasets, MIXTURE, PlanSettings(**values))
+    found, changed = other.change_over(plan.state(cursor))
+    assert found == Cursor(cursor.step, 2 * (cursor.window + 1), 0)  # windows are half as long
+    assert len(changed) == 2
+    assert other.step(found).step == cursor.step
+    at_an_end = Cursor(cursor.step, 3, 0)
+    assert other.change_over(plan.state(at_an_end))[0] == Cursor(cursor.step, 6, 0)
