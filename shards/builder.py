@@ -1,35 +1,31 @@
-"""Building a dataset: rows -> examples -> samples -> shards, in a process pool, continued where it was killed.
+"""Building a dataset, shard by shard, in a process pool, continued where it was killed.
 
 A dataset is cut into shards by groups of rows, before anything is decoded, so the cut depends on the rows alone and
-not on the number of workers. One task is one shard; it is finished when its tar, its sidecar and its part (a JSON
-with the counts and rejects, written last) are there and belong to the same build. `index.json` closes the dataset.
+not on the number of workers. One task is one shard (`shards.build_task`); it is finished when its tar, its sidecar and
+its part are there and belong to the same build. `index.json` closes the dataset.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import hashlib
-import json
 import multiprocessing
 import os
-import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
+from shards.build_folder import BuildError, claim, locked
+from shards.build_task import Part, Processor, ProcessorFactory, Task, build_shard, finished
 from shards.catalog import Row, Stage, StageSettings
 from shards.convert import CONVERTERS
-from shards.convert.common import Group, Omitted
-from shards.convert.reading import convert, open_rows, read_groups
+from shards.convert.reading import open_rows
 from shards.format import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -40,58 +36,10 @@ from shards.format import (
     canonical_json,
     digest,
 )
-from shards.layout import VisualLayout
-from shards.schema import Example, Limits, OverlongError, RejectedError, Sample, Source
 from shards.storage import LocalStorage
-from shards.writer import npy_bytes, write_shard
 
 REJECT_BUDGET = 0.05  # rejects over groups of rows
 BUILD_VERSION = 2  # raise it when converters or writer make other samples of the same settings
-BUILD_NAME = "build.json"
-OWN_FILES = re.compile(
-    r"\d{6}\.(tar|idx\.npy|part\.json)|(index|build|repair)\.json|(rejects|repairs)\.jsonl|\..+\.tmp"
-)
-
-
-class BuildError(ValueError):
-    """A build that cannot go on; what is finished stays and is used by the next try."""
-
-
-class Processor(Protocol):
-    """What the model hands to the builder: see `molmo2.processing`."""
-
-    layout: VisualLayout
-    settings: dict[str, Any]
-
-    def __call__(self, example: Example, limits: Limits) -> Sample:
-        """The sample of an example; raises `RejectedError`."""
-
-
-ProcessorFactory = Callable[[], Processor]  # picklable: every worker makes its own
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """One shard: which groups of rows it holds. Picklable."""
-
-    name: str
-    groups: tuple[tuple[int, ...], ...]
-    row: Row
-    stage: Stage
-    raw: Path
-    out: Path
-    settings: StageSettings
-    build_digest: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """What a finished shard contributes to the index."""
-
-    build_digest: str
-    shard: dict[str, Any]
-    totals: dict[str, int]
-    rejects: list[dict[str, Any]]
 
 
 # --- in the main process ---------------------------------------------------------------------------------------------
@@ -150,9 +98,9 @@ def build_dataset(
         "processor": processor.settings,
         "files": {f.relative_to(raw).as_posix(): h for f, h in zip(table.files, table.digests, strict=True)},
     }
-    with _explained(label), _locked(out):
+    with _explained(label), locked(out):
         storage = LocalStorage(out)
-        _claim(storage, build, overwrite)
+        claim(storage, build, overwrite)
         tasks = [
             Task(
                 name=f"{number:06d}",
@@ -194,57 +142,14 @@ def _explained(label: str) -> Iterator[None]:
         raise BuildError(f"{label}: {why}; the same command continues: finished shards are kept") from error
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keep a second build out of the folder; the kernel drops the lock of a process that was killed."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BuildError(f"{out}: another build is at work there; wait for it, or stop it") from None
-        yield
-
-
-def _claim(storage: LocalStorage, build: dict[str, Any], overwrite: bool) -> None:
-    """Mark the folder as this build's, or refuse another's; remove what a killed build left unfinished."""
-    try:
-        found = json.loads(storage.read(BUILD_NAME))
-    except FileNotFoundError:
-        found = {} if storage.size(INDEX_NAME) is not None else build
-    except ValueError:
-        found = {}
-    if digest(found) != digest(build):
-        if not overwrite:
-            raise BuildError(
-                f"{storage.root} was built with other settings: {'; '.join(_differences(found, build)[:5])}; "
-                "give --overwrite to build it anew, or choose another --out"
-            )
-        storage.path(INDEX_NAME).unlink(missing_ok=True)  # first: from here on the dataset is not whole
-        for path in Path(storage.root).iterdir():
-            if OWN_FILES.fullmatch(path.name):
-                path.unlink()
-    for path in Path(storage.root).glob(".*.tmp"):
-        path.unlink()
-    storage.write(BUILD_NAME, canonical_json(build))
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Where two JSON values differ: dotted name, old value, new value."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted(old.keys() | new.keys())
-        return [line for n in names for line in _differences(old.get(n), new.get(n), f"{path}.{n}".lstrip("."))]
-    return [] if digest(old) == digest(new) else [f"{path} was {str(old)[:60]}, is {str(new)[:60]}"]
-
-
 def _run(
     tasks: list[Task], storage: LocalStorage, processor: Processor, pool: Executor | None, label: str
 ) -> Generator[tuple[Task, Part]]:
     """The parts of all tasks, those of finished shards first, the others when they are built."""
-    done = [(task, part) for task in tasks if (part := _finished(task, storage)) is not None]
+    done = [(task, part) for task in tasks if (part := finished(task, storage)) is not None]
     yield from done
-    finished = {task.name for task, _ in done}
-    waiting = [task for task in tasks if task.name not in finished]
+    names = {task.name for task, _ in done}
+    waiting = [task for task in tasks if task.name not in names]
     if waiting:
         storage.path(INDEX_NAME).unlink(missing_ok=True)
     total, initial = sum(len(task.groups) for task in tasks), sum(len(task.groups) for task, _ in done)
@@ -257,7 +162,7 @@ def _run(
 def _build_all(tasks: list[Task], processor: Processor, pool: Executor | None) -> Iterator[tuple[Task, Part]]:
     if pool is None:
         for task in tasks:
-            yield task, _build_shard(task, processor)
+            yield task, build_shard(task, processor)
         return
     futures = {pool.submit(_build_in_worker, task): task for task in tasks}
     try:
@@ -266,18 +171,6 @@ def _build_all(tasks: list[Task], processor: Processor, pool: Executor | None) -
     finally:
         for future in futures:
             future.cancel()  # after an error no further shard is begun; those in work are finished
-
-
-def _finished(task: Task, storage: LocalStorage) -> Part | None:
-    """The part of a shard that an earlier run of the same build finished, if its files are what it says."""
-    try:
-        part = Part(**json.loads(storage.read(f"{task.name}.part.json")))
-        shard = ShardInfo(**part.shard)
-        sidecar = storage.read(f"{task.name}.idx.npy")
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
-    same = part.build_digest == task.build_digest and storage.size(f"{task.name}.tar") == shard.bytes
-    return part if same and hashlib.sha256(sidecar).hexdigest() == shard.index_sha256 else None
 
 
 def _index(
@@ -347,79 +240,4 @@ def _follow_parent() -> None:
 
 def _build_in_worker(task: Task) -> Part:
     assert _processor is not None
-    return _build_shard(task, _processor)
-
-
-def _build_shard(task: Task, processor: Processor) -> Part:
-    """Convert, process and write one shard; its part is written last."""
-    storage, totals, rejects = LocalStorage(task.out), Counter[str](), list[dict[str, Any]]()
-    temporary = task.out / f".{task.name}.tar.{os.getpid()}.tmp"
-    samples = _samples(task, processor, totals, rejects)
-    try:
-        shard, rows = write_shard(temporary, task.name, samples, processor.layout, task.settings.num_variants)
-        storage.publish(temporary, f"{task.name}.tar")
-    finally:
-        temporary.unlink(missing_ok=True)
-    storage.write(f"{task.name}.idx.npy", npy_bytes(rows))
-    totals.update(
-        samples=len(rows),
-        tokens=int(rows["num_tokens"][:, 0].sum()),
-        crops=int(rows["num_crops"][:, 0].sum()),
-        frames=int(rows["num_frames"].sum()),
-        bytes=shard.bytes,
-        rejects=len(rejects),
-    )
-    part = Part(build_digest=task.build_digest, shard=shard.model_dump(), totals=dict(totals), rejects=rejects)
-    storage.write(f"{task.name}.part.json", canonical_json(asdict(part)))
-    return part
-
-
-def _samples(task: Task, processor: Processor, totals: Counter[str], rejects: list[dict[str, Any]]) -> Iterator[Sample]:
-    """Samples of a shard; counts go to `totals`, what does not become a sample to `rejects`."""
-    row, stage, raw = task.row, task.stage, task.raw
-    for group in read_groups(row, stage, raw, open_rows(row, stage, raw), task.groups):
-        for item in _convert(group):
-            if isinstance(item, Example):
-                for made in _process(processor, item, task.settings.limits):
-                    if isinstance(made, Sample):
-                        totals["annotations"] += int(made.variants[0]["branch"][-1])
-                        yield made
-                    else:
-                        rejects.append(_reject(task.row.name, item.key, item.source, str(made)))
-            elif isinstance(item, Omitted):
-                rejects.append(_reject(task.row.name, group.key, item.source, item.reason, omitted=True))
-            else:
-                rejects.append(_reject(task.row.name, group.key, group.sources[0], str(item)))
-
-
-def _process(processor: Processor, example: Example, limits: Limits) -> Iterator[Sample | RejectedError]:
-    """The samples of an example: one, or its tree in halves until they fit. The record of a part says so."""
-    try:
-        yield processor(example, limits)
-    except OverlongError:
-        whole = example.annotations
-        middle = len(whole) // 2
-        for number, part in enumerate((whole[:middle], whole[middle:])):
-            half = replace(example, key=f"{example.key}-{'ab'[number]}", annotations=part)
-            for made in _process(processor, half, limits):
-                if isinstance(made, Sample):
-                    note = {"annotations": {"wanted": len(whole), "kept": len(part)}}
-                    made.record.setdefault("fitted", []).append(note)
-                yield made
-    except RejectedError as error:
-        yield error
-
-
-def _convert(group: Group) -> Iterator[Example | Omitted | RejectedError]:
-    """What the converter makes of a group; an error that its values cause ends the group and becomes a reject."""
-    try:
-        yield from convert(group)
-    except RejectedError as error:
-        yield error
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        yield RejectedError(f"{group.row.converter} failed on the row's values: {type(error).__name__}: {error}")
-
-
-def _reject(dataset: str, key: str, source: Source, reason: str, *, omitted: bool = False) -> dict[str, Any]:
-    place = {"dataset": dataset, "key": key, "file": source.file, "row": source.row}
-    return {**place, "reason": reason, "omitted": omitted}
+    return build_shard(task, _processor)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from molmo2.config import data_path
 from molmo2.processing import ProcessorSettings, build_processor
-from shards.builder import REJECT_BUDGET, BuildError, build_dataset, worker_pool
+from shards.build_folder import BuildError
+from shards.builder import REJECT_BUDGET, build_dataset, worker_pool
 from shards.catalog import STAGES, load_catalog
 from shards.download.manifest import unfinished_folders
 from shards.format import DatasetIndex

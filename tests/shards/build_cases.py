@@ -10,7 +10,8 @@ from typing import Any
 from molmo2.demo.sets import SETS, make_set, texts
 from molmo2.processing import ProcessorSettings, build_processor
 from molmo2.processing.tokenizer import train_demo_tokenizer
-from shards.builder import ProcessorFactory, build_dataset, worker_pool
+from shards.build_task import ProcessorFactory
+from shards.builder import build_dataset, worker_pool
 from shards.catalog import Catalog, Stage, load_catalog
 from shards.format import DatasetIndex
 
