@@ -1,14 +1,15 @@
 """One shard of a build: its groups of rows -> examples -> samples -> tar, sidecar and part.
 
 A task says which groups of rows; its part, a JSON with the counts and the rejects, is written last and makes the shard
-a finished one. Which tasks there are, and who runs them, is decided elsewhere (`shards.builder`).
+a finished one. An error leaves a record instead, and costs no other shard. Which tasks there are, and who runs them,
+is decided elsewhere (`shards.builder`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -62,6 +63,15 @@ class Part:
     rejects: list[dict[str, Any]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A shard that an error ended: not a fault of one row, for that would be a reject."""
+
+    build_digest: str
+    shard: str
+    reason: str
+
+
 def finished(task: Task, storage: LocalStorage) -> Part | None:
     """The part of a shard that an earlier run of the same build finished, if its files are what it says."""
     try:
@@ -74,10 +84,30 @@ def finished(task: Task, storage: LocalStorage) -> Part | None:
     return part if same and hashlib.sha256(sidecar).hexdigest() == shard.index_sha256 else None
 
 
+def failed(task: Task, storage: LocalStorage) -> Failure | None:
+    """The record of a shard that an earlier run of the same build could not make."""
+    try:
+        failure = Failure(**json.loads(storage.read(f"{task.name}.failed.json")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return failure if failure.build_digest == task.build_digest else None
+
+
+def try_shard(task: Task, processor: Processor) -> Part | Failure:
+    """Build a shard, or record why not. What the machine does (OSError, memory) is not the shard's, and is raised."""
+    try:
+        return build_shard(task, processor)
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    failure = Failure(build_digest=task.build_digest, shard=task.name, reason=reason)
+    LocalStorage(task.out).write(f"{task.name}.failed.json", canonical_json(asdict(failure)))
+    return failure
+
+
 def build_shard(task: Task, processor: Processor) -> Part:
     """Convert, process and write one shard; its part is written last."""
     storage, totals, rejects = LocalStorage(task.out), Counter[str](), list[dict[str, Any]]()
-    temporary = task.out / f".{task.name}.tar.{os.getpid()}.tmp"
+    temporary = task.out / f".{task.name}.tar.{uuid.uuid4().hex[:8]}.tmp"
     samples = _samples(task, processor, totals, rejects)
     try:
         shard, rows = write_shard(temporary, task.name, samples, processor.layout, task.settings.num_variants)
@@ -94,6 +124,7 @@ def build_shard(task: Task, processor: Processor) -> Part:
         rejects=len(rejects),
     )
     part = Part(build_digest=task.build_digest, shard=shard.model_dump(), totals=dict(totals), rejects=rejects)
+    storage.path(f"{task.name}.failed.json").unlink(missing_ok=True)
     storage.write(f"{task.name}.part.json", canonical_json(asdict(part)))
     return part
 
