@@ -76,6 +76,19 @@ class LocalStorage:
         """See `Storage.write`."""
         _replace(self.path(name), io.BytesIO(data))
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Create a file whole, or return False and leave the one that is there; of several writers one succeeds."""
+        target = self.path(name)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            _replace(temporary, io.BytesIO(data))
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
     def publish(self, path: Path, name: str) -> None:
         """See `Storage.publish`."""
         target = self.path(name)

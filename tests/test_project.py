@@ -13,7 +13,8 @@ import shards
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAVES = {"schema", "format", "layout", "storage", "s3", "media"}
-BUILD = {"catalog", "download", "sources", "convert", "writer", "builder", "verify", "repair"}
+BUILD = {"catalog", "download", "sources", "convert", "writer", "verify", "repair"}
+BUILD |= {"builder", "build_pool", "build_task", "build_folder"}
 STREAM = {"dataset", "mixture", "order", "packing", "plan", "reader", "collate", "loader"}
 
 

@@ -2,25 +2,33 @@
 
     python tools/build_shards.py --stage sft
     python tools/build_shards.py --stage sft --catalog demo --datasets demo-points demo-chat --workers 4
+    srun --ntasks 8 python tools/build_shards.py --stage sft --workers 16    # tasks 0/8 to 7/8; then once without srun
 
-Finished datasets are kept, and a build that was killed continues with the shards that are missing.
+Finished datasets are kept, and a build that was killed continues with the shards that are missing. Task r/N builds
+every N-th shard of each dataset from r on; when all tasks are done, one run of the whole writes the indexes.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
+import re
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from molmo2.config import data_path
 from molmo2.processing import ProcessorSettings, build_processor
-from shards.builder import REJECT_BUDGET, BuildError, build_dataset, worker_pool
+from shards.build_folder import BuildError
+from shards.build_pool import worker_pool
+from shards.builder import REJECT_BUDGET, Built, build_dataset
 from shards.catalog import STAGES, load_catalog
 from shards.download.manifest import unfinished_folders
-from shards.format import DatasetIndex
+from shards.format import REJECTS_NAME
 from shards.sources.parquet import MissingSourceError, SourceError
 
 
@@ -33,6 +41,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--raw", type=Path, default=data_path("raw"), help="raw data (%(default)s)")
     parser.add_argument("--out", type=Path, default=data_path("shards"), help="shards (%(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    parser.add_argument(
+        "--task",
+        type=task_of,
+        metavar="r/N",
+        help="build this share of the shards; 0/1 is the whole (what SLURM_ARRAY_TASK_*, SLURM_PROCID or RANK say)",
+    )
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="of the shards that are missing, only those that failed"
+    )
     parser.add_argument("--overwrite", action="store_true", help="throw away shards that other settings made")
     parser.add_argument(
         "--reject-budget", type=float, default=REJECT_BUDGET, help="largest share of rejected examples (%(default)s)"
@@ -40,9 +57,40 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def task_of(text: str) -> tuple[int, int]:
+    """(r, N) of "r/N".
+
+    Raises:
+        ArgumentTypeError: not of this form, or r not in 0..N-1.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: write r/N with r in 0..N-1, such as 0/4")
+    return int(found[1]), int(found[2])
+
+
+def task_from(variables: Mapping[str, str]) -> tuple[int, int]:
+    """(r, N) as the launcher says it; (0, 1) without one.
+
+    Raises:
+        ValueError: a job array with gaps, whose missing numbers nobody would build.
+    """
+    first = int(variables.get("SLURM_ARRAY_TASK_MIN", 0))
+    if "SLURM_ARRAY_TASK_ID" in variables:
+        last, number = int(variables["SLURM_ARRAY_TASK_MAX"]), int(variables["SLURM_ARRAY_TASK_COUNT"])
+        if number != last - first + 1:
+            raise ValueError(f"array of {number} jobs numbered {first} to {last}: give --task r/N, which then is exact")
+        return int(variables["SLURM_ARRAY_TASK_ID"]) - first, number
+    for rank, number_name in (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE")):
+        if rank in variables and number_name in variables:
+            return int(variables[rank]), int(variables[number_name])
+    return 0, 1
+
+
 def main() -> None:
     """Build every selected dataset in turn."""
     args = parse_args()
+    share = args.task or task_from(os.environ)
     catalog = load_catalog(args.catalog)
     settings = catalog.stages[args.stage]
     make_processor = functools.partial(
@@ -57,19 +105,21 @@ def main() -> None:
     rows, failed = catalog.select(args.stage, args.datasets), []
     with worker_pool(make_processor, args.workers) as pool:
         for row in rows:
-            since = time.perf_counter()
+            out, since = args.out / args.stage / row.name, time.perf_counter()
             try:
                 if unfinished := unfinished_folders(row, args.raw):
                     raise MissingSourceError(f"{row.name}: the download of {', '.join(unfinished)} is not finished")
-                index = build_dataset(
+                built = build_dataset(
                     row,
                     args.stage,
                     settings,
                     make_processor,
                     raw=args.raw / row.folder,
-                    out=args.out / args.stage / row.name,
+                    out=out,
                     pool=pool,
+                    share=share,
                     overwrite=args.overwrite,
+                    retry_failed=args.retry_failed,
                     reject_budget=args.reject_budget,
                 )
             except (SourceError, BuildError) as error:  # the other datasets are none the worse for it
@@ -77,18 +127,29 @@ def main() -> None:
                 print(f"build_shards: {error}{hint}", file=sys.stderr)
                 failed.append(row.name)
                 continue
-            report(index, time.perf_counter() - since)
+            report(f"{args.stage}/{row.name}", built, share, out, time.perf_counter() - since)
     if failed:
         sys.exit(f"build_shards: not built, {len(failed)} of {len(rows)}: {', '.join(failed)}")
 
 
-def report(index: DatasetIndex, seconds: float) -> None:
-    """Print one line on a finished dataset."""
-    totals = index.totals
+def report(label: str, built: Built, share: tuple[int, int], out: Path, seconds: float) -> None:
+    """Print what a finished dataset holds, with what was left out and why, or what a share of it came to."""
+    speed = f"{built.num_made} shards in {seconds:.1f} s"
+    if built.num_made:
+        speed += f", {built.made['samples'] / seconds:.1f} samples/s"
+    if built.index is None:
+        print(f"{label}: task {share[0]}/{share[1]}: {speed}; {built.num_kept} were there; the whole is not closed yet")
+        return
+    totals = built.index.totals
     print(
-        f"{index.stage}/{index.dataset}: {totals.samples} samples, {totals.tokens:,} tokens, {totals.crops} crops, "
-        f"{totals.bytes / 1e6:.1f} MB in {len(index.shards)} shards, {totals.rejects} left out, {seconds:.1f} s"
+        f"{label}: {totals.samples} samples (message trees) of {totals.annotations} annotations, "
+        f"{totals.tokens:,} tokens, {totals.crops} crops, {totals.frames} frames, {totals.bytes / 1e9:.3f} GB in "
+        f"{len(built.index.shards)} shards, {totals.rejects} left out; made {speed}"
     )
+    with open(out / REJECTS_NAME, "rb") as file:
+        reasons = Counter(json.loads(line)["reason"].split(":")[0] for line in file)
+    for reason, count in reasons.most_common(5):
+        print(f"  left out: {count} x {reason}")
 
 
 if __name__ == "__main__":

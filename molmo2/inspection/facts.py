@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.builder import BUILD_NAME
+from shards.build_folder import BUILD_NAME
 from shards.dataset import Dataset, open_dataset
 from shards.format import INDEX_NAME, REJECTS_NAME, DatasetIndex
 from shards.storage import Storage, open_storage

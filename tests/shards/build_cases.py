@@ -10,7 +10,9 @@ from typing import Any
 from molmo2.demo.sets import SETS, make_set, texts
 from molmo2.processing import ProcessorSettings, build_processor
 from molmo2.processing.tokenizer import train_demo_tokenizer
-from shards.builder import ProcessorFactory, build_dataset, worker_pool
+from shards.build_pool import worker_pool
+from shards.build_task import ProcessorFactory
+from shards.builder import Built, build_dataset
 from shards.catalog import Catalog, Stage, load_catalog
 from shards.format import DatasetIndex
 
@@ -40,7 +42,14 @@ def factory(raw: Path, stage: Stage, num_variants: int = 4) -> ProcessorFactory:
 
 
 def build(raw: Path, out: Path, name: str, stage: Stage = "sft", **options: Any) -> DatasetIndex:
-    """Build one dataset of the demo catalog into out/name."""
+    """Build one dataset of the demo catalog into out/name; the index of the whole."""
+    index = build_share(raw, out, name, stage, **options).index
+    assert index is not None
+    return index
+
+
+def build_share(raw: Path, out: Path, name: str, stage: Stage = "sft", **options: Any) -> Built:
+    """As `build`, for `share` (r, n) as well."""
     rows = catalog(stage)
     (row,) = rows.select(stage, [name])
     settings = options.pop("settings", rows.stages[stage])

@@ -23,7 +23,7 @@ import pytest
 import webdataset as wds
 from build_cases import build, catalog, tree
 
-from shards.builder import BuildError
+from shards.build_folder import BuildError
 from shards.catalog import Filter, Stage
 from shards.format import TOKEN_DTYPE
 from shards.sources.parquet import SourceError
