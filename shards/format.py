@@ -1,6 +1,6 @@
 """Shard format, version 1: names, dtypes and the index, shared by the builder and the reader.
 
-`docs/shard-format.md` is the specification. This file opens no tar and knows no tokenizer.
+`docs/shard-format.md` is the specification. This file reads no file and knows no tokenizer.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tarfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -181,3 +183,20 @@ def tar_members(span: bytes) -> dict[str, bytes]:
         members[name] = span[start : start + size]
         position = start + -(-size // BLOCK) * BLOCK
     return members
+
+
+def whole_headers(data: bytes) -> Iterator[tuple[int, int, str]]:
+    """Begin, end and key of every member in `data` whose tar header has a right checksum, whatever else is damaged.
+
+    The end is where the next header should lie; a member that is cut short ends with `data`.
+    """
+    position = 0
+    while position + BLOCK <= len(data):
+        try:
+            member = tarfile.TarInfo.frombuf(data[position : position + BLOCK], "ascii", "strict")
+        except (tarfile.HeaderError, UnicodeDecodeError):
+            position += BLOCK
+            continue
+        end = position + BLOCK + -(-member.size // BLOCK) * BLOCK
+        yield position, min(end, len(data)), member.name.split(".", 1)[0]
+        position = end

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.dataset import Tars
-from shards.format import KEY_PATTERN, TOKEN_DTYPE, FormatError, span_hash, tar_members
+from shards.format import TOKEN_DTYPE, FormatError, span_hash, tar_members, whole_headers
 from shards.layout import sample_visuals
 from shards.plan import Draw
 from shards.storage import UnavailableError
@@ -45,7 +45,7 @@ class StoredSample:
 class Damage:
     """A sample that could not be read, and where it lies: what the quarantine list records.
 
-    `key` is None where not even the first tar header can be believed.
+    `key` is None where no tar header of the sample is whole.
     """
 
     dataset: str
@@ -77,8 +77,8 @@ def read_sample(tars: Tars, draw: Draw) -> StoredSample | Damage:
             raise
         except (ReadError, FormatError, OSError) as error:
             reason = str(error)
-    name = span[:100].split(b".")[0].decode("ascii", "replace")
-    return damage(tars, draw, name if KEY_PATTERN.fullmatch(name) else None, f"{reason} ({ATTEMPTS} reads)")
+    key = next((key for _, _, key in whole_headers(span)), None)
+    return damage(tars, draw, key, f"{reason} ({ATTEMPTS} reads)")
 
 
 def damage(tars: Tars, draw: Draw, key: str | None, reason: str) -> Damage:

@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from shards import media
 from shards.format import (
-    BLOCK,
     INDEX_NAME,
     KEY_PATTERN,
     REJECTS_NAME,
@@ -33,6 +32,7 @@ from shards.format import (
     parse_index,
     span_hash,
     tar_members,
+    whole_headers,
 )
 from shards.layout import VisualLayout, expand, sample_visuals, visual_crops
 from shards.storage import Storage, open_storage
@@ -119,13 +119,13 @@ def _verify_shard(
         if offset != end:
             yield {"problem": f"sample at byte {offset}, but the one before ends at {end}", "offset": offset}
         end = offset + span
-        key = _key(data[offset : offset + BLOCK])
+        key = _key(data[offset:end], int(row["key_hash"]))
         try:
             sums["annotations"] += verify_span(data[offset:end], key, row, index.num_variants, layout)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             problem = str(error) if isinstance(error, FormatError) else f"{type(error).__name__}: {error}"
             yield {"problem": problem, "key": key, "offset": offset}
-        if key in seen:
+        if key and key in seen:
             yield {"problem": f"key occurs twice, first in {seen[key]}", "key": key, "offset": offset}
         seen[key] = f"{shard.name}.tar"
     if data[end:].strip(b"\0"):
@@ -185,6 +185,7 @@ def _verify_content(files: dict[str, bytes], row: npt.NDArray[np.void], num_vari
     return annotations
 
 
-def _key(header: bytes) -> str:
-    """The key in a tar header, readable even where the header is damaged."""
-    return header[:100].split(b"\0")[0].decode("ascii", "replace").split(".", 1)[0]
+def _key(span: bytes, hashed: int) -> str:
+    """The key of a sample: the one that the sidecar means, if any header has it, else that of the first header."""
+    keys = [key for _, _, key in whole_headers(span)]
+    return next((key for key in keys if key_hash(key) == hashed), keys[0] if keys else "")
