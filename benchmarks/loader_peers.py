@@ -1,0 +1,304 @@
+"""One loader in one process: what `bench_loader.py` starts in the peers' environment, where this project is not.
+
+    python loader_peers.py prepare webdataset DIR          write DIR's samples in the loader's own format
+    python loader_peers.py run webdataset DIR --decode     measure; the last line is JSON
+
+Every reader gives an endless stream of samples, each with its text's tokens and its frames: as bytes, or decoded to
+uint8 arrays. Decoders are each project's own choice: PIL for webdataset, Energon and MDS, torchvision for LitData.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import resource
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+BATCH = 8  # samples; also those of a step
+Stream = Iterator[Any]
+
+
+class AbsentError(Exception):
+    """Something that a loader's API cannot do, or not in reasonable time."""
+
+
+def tars(folder: Path) -> list[str]:
+    return [str(path) for path in sorted((folder / "ours" / "bench").glob("*.tar"))]
+
+
+def stored_samples(folder: Path) -> Iterator[dict[str, bytes]]:
+    """Files of every sample, by the part of their name after the key."""
+    for path in tars(folder):
+        with tarfile.open(path) as tar:
+            for _, members in itertools.groupby(tar, lambda member: member.name.split(".", 1)[0]):
+                yield {member.name.split(".", 1)[1]: tar.extractfile(member).read() for member in members}
+
+
+def forever(make: Callable[[], Any]) -> Stream:
+    while True:
+        yield from make()
+
+
+def batches_of(samples: Stream) -> Stream:
+    while True:
+        yield [next(samples) for _ in range(BATCH)]
+
+
+def skipped(samples: Stream, step: int, most: int = 10_000) -> Stream:
+    """The stream after `step` steps, for a loader that knows no position."""
+    if step > most:
+        raise AbsentError("no state to resume from; reading all samples before takes too long")
+    for _ in range(step * BATCH):
+        next(samples)
+    return samples
+
+
+def pixels_by_pil(data: bytes) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def array(data: bytes) -> Any:
+    import numpy as np
+
+    return np.load(io.BytesIO(data))
+
+
+# --- one reader per loader: (folder, decode, step) -> samples, standing after `step` steps ---------------------------
+
+
+def webdataset(folder: Path, decode: bool, step: int) -> Stream:
+    import webdataset as wds
+
+    mark_start()
+    dataset = wds.WebDataset(tars(folder), shardshuffle=False)
+    return skipped(forever(lambda: dataset.decode("rgb8") if decode else dataset), step)
+
+
+def prepare_mds(folder: Path) -> None:
+    from streaming import MDSWriter
+
+    columns = dict.fromkeys(next(stored_samples(folder)), "bytes")
+    with MDSWriter(out=str(folder / "mds"), columns=columns) as writer:
+        for sample in stored_samples(folder):
+            writer.write(sample)
+
+
+def mds(folder: Path, decode: bool, step: int) -> Stream:
+    from streaming import StreamingDataset
+
+    mark_start()
+    dataset = StreamingDataset(local=str(folder / "mds"), shuffle=False, batch_size=BATCH)
+    if step:
+        epoch, sample = divmod(step * BATCH, dataset.size)
+        state = dataset.state_dict(sample, True)
+        dataset.load_state_dict({**state, "epoch": epoch})
+    samples = forever(lambda: dataset)
+    return map(decoded_columns, samples) if decode else samples
+
+
+def decoded_columns(sample: dict[str, bytes], decode: Callable[[bytes], Any] = pixels_by_pil) -> dict[str, Any]:
+    frames = {name: decode(data) for name, data in sample.items() if name.endswith(".jpg")}
+    return {"json": json.loads(sample["json"]), "tokens0.npy": array(sample["tokens0.npy"]), **frames}
+
+
+def same(sample: Any) -> Any:
+    return sample
+
+
+def prepare_litdata(folder: Path) -> None:
+    from litdata import optimize
+
+    optimize(
+        same,
+        inputs=list(stored_samples(folder)),
+        output_dir=str(folder / "litdata"),
+        chunk_bytes="64MB",
+        num_workers=1,
+        keep_data_ordered=True,
+        start_method="fork",
+        verbose=False,
+    )
+
+
+def litdata(folder: Path, decode: bool, step: int) -> Stream:
+    import torch
+    from litdata import StreamingDataLoader, StreamingDataset
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    def loader() -> Any:
+        dataset = StreamingDataset(str(folder / "litdata"), shuffle=False, max_cache_size="10GB")
+        return StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0, collate_fn=same)
+
+    mark_start()
+    made = loader()
+    if step:
+        epochs, steps = divmod(step, len(made))
+        iterator = iter(loader_before := loader())
+        for _ in range(steps):
+            next(iterator)
+        state = {**loader_before.state_dict(), "current_epoch": epochs + 1}
+        iterator.close() if hasattr(iterator, "close") else None
+        mark_start()  # a checkpoint holds this state already
+        made.load_state_dict(state)
+
+    def pixels(data: bytes) -> Any:
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+    samples = (sample for batch in forever(lambda: made) for sample in batch)
+    return (decoded_columns(sample, pixels) for sample in samples) if decode else samples
+
+
+def prepare_energon(folder: Path) -> None:
+    from megatron.energon.flavors.webdataset import BaseWebdatasetFactory
+
+    root = folder / "energon"
+    root.mkdir()
+    names = []
+    for path in map(Path, tars(folder)):
+        (root / path.name).symlink_to(path)
+        names.append(path.name)
+    BaseWebdatasetFactory.prepare_dataset(root, names, split_parts_ratio=[("train", 1.0)], shuffle_seed=None, workers=1)
+    (root / ".nv-meta" / "dataset.yaml").write_text("__module__: megatron.energon\n__class__: CrudeWebdataset\n")
+
+
+def energon(folder: Path, decode: bool, step: int) -> Stream:
+    from megatron import energon as me
+
+    @me.edataclass
+    class Stored(me.Sample):
+        files: dict[str, Any]
+
+    @me.stateless
+    def cook(sample: Any) -> Any:
+        return Stored(
+            **me.basic_sample_keys(sample), files={name: data for name, data in sample.items() if name[0] != "_"}
+        )
+
+    class Encoder(me.DefaultTaskEncoder):
+        cookers = (me.Cooker(cook),)
+        decoder = me.SampleDecoder(image_decode="rgb8") if decode else None
+
+        def batch(self, samples: Any) -> Any:
+            return samples
+
+    workers = me.WorkerConfig(rank=0, world_size=1, num_workers=0)
+
+    def loader() -> Any:
+        dataset = me.get_train_dataset(
+            folder / "energon",
+            worker_config=workers,
+            batch_size=BATCH,
+            shuffle_buffer_size=None,
+            max_samples_per_sequence=None,
+            task_encoder=Encoder(),
+        )
+        return me.get_savable_loader(dataset)
+
+    mark_start()
+    made = loader()
+    if step > 10_000:
+        raise AbsentError("a state exists only after reading all samples before it, which takes too long")
+    if step:
+        iterator = iter(before := loader())
+        for _ in range(step):
+            next(iterator)
+        state = before.save_state_rank()
+        mark_start()
+        made = loader()
+        made.restore_state_rank(state)
+    return (sample for batch in forever(lambda: made) for sample in batch)
+
+
+READERS: dict[str, Callable[[Path, bool, int], Stream]] = {
+    "webdataset": webdataset,
+    "mds": mds,
+    "litdata": litdata,
+    "energon": energon,
+}
+PREPARE: dict[str, Callable[[Path], None]] = {
+    "mds": prepare_mds,
+    "litdata": prepare_litdata,
+    "energon": prepare_energon,
+}
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+_start = {"seconds": 0.0, "bytes": 0.0}
+
+
+def mark_start() -> None:
+    """From now on the time and the bytes to the first batch are counted: libraries are imported."""
+    _start.update(seconds=time.perf_counter(), bytes=bytes_read())
+
+
+def cpu_seconds() -> float:
+    """Of this process, all its threads, and its children that ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def bytes_read() -> int:
+    """Bytes that this process asked the system for, from disk or from its cache."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(read: Callable[[int], Stream], step: int, seconds: float) -> dict[str, float]:
+    """Open the stream at a step, take a batch, then samples for `seconds` of CPU time (0: only the first batch)."""
+    mark_start()
+    batches = batches_of(read(step))
+    next(batches)
+    result = {"first_batch": time.perf_counter() - _start["seconds"], "first_bytes": bytes_read() - _start["bytes"]}
+    if seconds:
+        read_before, wall, cpu, count = bytes_read(), time.perf_counter(), cpu_seconds(), 0
+        while cpu_seconds() - cpu < seconds:
+            count += len(next(batches))
+        used = cpu_seconds() - cpu
+        result |= {
+            "samples": count,
+            "per_cpu_second": count / used,
+            "per_second": count / (time.perf_counter() - wall),
+            "bytes_per_sample": (bytes_read() - read_before) / count,
+        }
+    return result | {"peak_bytes": peak_bytes()}
+
+
+def report(read: Callable[[int], Stream], step: int, seconds: float) -> None:
+    """Print what `measure` finds, or why there is nothing, as JSON."""
+    try:
+        print(json.dumps(measure(read, step, seconds)))
+    except AbsentError as error:
+        print(json.dumps({"absent": str(error)}))
+
+
+def main() -> None:
+    """Prepare or measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("prepare", "run"))
+    parser.add_argument("loader", choices=sorted(READERS))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--decode", action="store_true")
+    parser.add_argument("--step", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=0.0, help="of CPU time")
+    args = parser.parse_args()
+    if args.what == "prepare":
+        if args.loader in PREPARE:
+            PREPARE[args.loader](args.folder)
+        return
+    report(lambda step: READERS[args.loader](args.folder, args.decode, step), args.step, args.seconds)
+
+
+if __name__ == "__main__":
+    main()
