@@ -33,6 +33,7 @@ from shards.format import (
     parse_index,
     span_hash,
     tar_members,
+    whole_headers,
 )
 from shards.layout import VisualLayout
 from shards.schema import Sample
@@ -184,7 +185,7 @@ def _scan(
         return np.zeros(0, index_dtype(num_variants)), [], [lost], 0
     rows, kept, dropped, annotations, end = [], [], [], 0, 0
     for old, offset, span in _spans(storage, name, info, num_variants, data):
-        key = data[offset : offset + 100].split(b".", 1)[0].decode("ascii", "replace")
+        key = next((key for _, _, key in whole_headers(data[offset : offset + span])), "")
         try:
             row = _row(data[offset : offset + span], key, num_variants, layout) if old is None else old.copy()
             annotations += verify_span(data[offset : offset + span], key, row, num_variants, layout)
@@ -210,22 +211,16 @@ def _spans(
 
 
 def _walk(data: bytes) -> Iterator[tuple[int, int]]:
-    """Offset and length of every run of tar members with one key; damage in a header ends at the next whole one."""
-    start, key, position = 0, b"", 0
-    while position + BLOCK <= len(data) and data[position : position + BLOCK].strip(b"\0"):
-        header = data[position : position + BLOCK]
-        found = header[:100].split(b".", 1)[0]
-        try:
-            size = int(header[124:136].rstrip(b"\0 "), 8)
-        except ValueError:
-            size = 0
+    """Offset and length of every run of tar members with one key, from the headers that are whole."""
+    start, end, key = 0, 0, None
+    for begin, after, found in whole_headers(data):
         if found != key:
-            if position > start:
-                yield start, position - start
-            start, key = position, found
-        position += BLOCK + -(-size // BLOCK) * BLOCK
-    if position > start:
-        yield start, min(position, len(data)) - start
+            if key is not None:
+                yield start, end - start
+            start, key = begin, found
+        end = after
+    if key is not None:
+        yield start, end - start
 
 
 def _row(span: bytes, key: str, num_variants: int, layout: VisualLayout) -> npt.NDArray[np.void]:
