@@ -6,8 +6,8 @@
 Samples are text alone (300 tokens), and text with four JPEG frames of 378 x 378 pixels. They are written once to a
 temporary folder: as our shards, which webdataset and Energon read as they are, and converted to MDS and to LitData's
 chunks. Every figure is of a process of its own without workers, on a warm page cache. Peers read in the order of the
-files, their cheapest; ours reads in the plan's order and verifies every checksum. A batch, and a step, is 8 samples; of
-ours a pack of up to 5,120 tokens, which is 8 samples with frames and 16 of text.
+files (Energon of files in random order), their cheapest; ours reads in the plan's order and verifies every checksum.
+A batch, and a step, is 8 samples; of ours a pack of up to 5,120 tokens, which is 8 samples with frames and 16 of text.
 
     bytes        tokens and frames in memory, frames as JPEG: ours parses the tokens, the peers give bytes
     decoded      frames as uint8 pixels, tokens as arrays; ours also expands tokens to inputs and labels

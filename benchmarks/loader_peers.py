@@ -135,7 +135,7 @@ def litdata(folder: Path, decode: bool, step: int) -> Stream:
     from torchvision.io import ImageReadMode, decode_jpeg
 
     def loader() -> Any:
-        dataset = StreamingDataset(str(folder / "litdata"), shuffle=False, max_cache_size="10GB")
+        dataset = StreamingDataset(str(folder / "litdata"), shuffle=False, max_cache_size="30GB")
         return StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0, collate_fn=same)
 
     mark_start()
@@ -153,7 +153,9 @@ def litdata(folder: Path, decode: bool, step: int) -> Stream:
     def pixels(data: bytes) -> Any:
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
 
-    samples = (sample for batch in forever(lambda: made) for sample in batch)
+    views = (sample for batch in forever(lambda: made) for sample in batch)
+    # The items are views of a memory map, of which nothing has been read.
+    samples = ({name: bytes(data) for name, data in view.items()} for view in views)
     return (decoded_columns(sample, pixels) for sample in samples) if decode else samples
 
 
