@@ -16,8 +16,9 @@ A batch, and a step, is 8 samples; of ours a pack of up to 5,120 tokens, which i
     read         bytes asked from the system per sample, the page cache's included, memory maps not
 
 The peers are installed once, into an environment that sees no package of this one, in the user's cache folder; a peer
-that cannot be installed or run is absent, with the reason. Not here: shuffling, worker processes, buckets. The last
-line is one JSON object; what was not measured is not in it.
+that cannot be installed or run is absent, with the reason. Then all of it from a real S3 server that answers 50 ms
+late, by the clock (`loader_far.py`). Not here: shuffling. The last line is one JSON object; what was not measured is
+not in it.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import loader_far
 import numpy as np
 from bench_plan import cpu_name
-from loader_peers import READERS, AbsentError, Stream, report
+from loader_peers import FAR, READERS, AbsentError, Stream, report
 
 from shards.collate import decode_crops, open_sample
 from shards.format import FORMAT_VERSION, TOKEN_DTYPE, DatasetIndex, Totals
@@ -209,8 +211,9 @@ def started(command: list[str], env: dict[str, str], limit: float) -> dict[str, 
     except subprocess.TimeoutExpired:
         return {"absent": f"not done in {limit:.0f} s"}
     if done.returncode:
-        return {"absent": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]}
-    lines = done.stdout.strip().splitlines()
+        told = [line for line in done.stderr.splitlines() if len(line.strip()) > 10] or [f"exit code {done.returncode}"]
+        return {"absent": told[-1][:200]}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]  # preparing may print other things
     return dict(json.loads(lines[-1])) if lines else {}
 
 
@@ -235,6 +238,29 @@ def measure_all(python: Path, name: str, folder: Path, seconds: float) -> dict[s
     }
     way = ["--decode"] if name == "ours, packed" else []
     return found | {f"resume at {step:,}": case(python, name, folder, *way, "--step", str(step)) for step in STEPS}
+
+
+def measure_far(python: Path, folder: Path, peers: list[str], seconds: float) -> dict[str, dict[str, Any]]:
+    """Samples per second by the clock and the time to the first batch, decoded, from a bucket 50 ms away."""
+    run, found = ["--seconds", str(seconds)], {}
+    with loader_far.far_bucket(folder) as variables:
+        for name in loader_far.OURS:
+            command = [sys.executable, __file__, "--far", name, *run]
+            found[name] = started(command, dict(os.environ) | variables, LIMIT)
+        for name in (name for name in peers if name in FAR):
+            command = [str(python), str(HERE / "loader_peers.py"), "run", name, str(folder), "--far", *run]
+            found[name] = started(command, clean_environment() | variables, LIMIT)
+    return found
+
+
+def far_table(found: dict[str, dict[str, Any]]) -> None:
+    """Print what `measure_far` found."""
+    print(f"{'from a bucket':22s}{'samples/s':>11s}{'per CPU-second':>16s}{'first batch s':>15s}")
+    for name, each in found.items():
+        columns = (("per_second", ",.1f", 11), ("per_cpu_second", ",.1f", 16), ("first_batch", ".3f", 15))
+        print(f"{name:22s}" + "".join(f"{number(each, field, form):>{width}s}" for field, form, width in columns))
+        if "absent" in each:
+            print(f"absent: {name}: {each['absent']}")
 
 
 def number(found: dict[str, Any], field: str, form: str, scale: float = 1.0) -> str:
@@ -288,6 +314,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2040, help="in the dataset (%(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, help="CPU time of each measurement (%(default)s)")
     parser.add_argument("--ours", choices=sorted(OURS), help=argparse.SUPPRESS)  # one measurement, in a process
+    parser.add_argument("--far", choices=sorted(loader_far.OURS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--decode", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--step", type=int, default=0, help=argparse.SUPPRESS)
@@ -298,6 +325,9 @@ def main() -> None:
             args.step,
             args.seconds if not args.step else 0,
         )
+        return
+    if args.far:
+        report(lambda _: loader_far.ours_far(LAYOUT, args.far), 0, args.seconds, wall=True)
         return
     python, absent = environment()
     made: dict[str, Any] = {}
@@ -312,9 +342,11 @@ def main() -> None:
                     reasons[name] = f"no samples in its format: {problem}"
             names = [*OURS, *(name for name in READERS if name not in reasons)]
             results = {name: measure_all(python, name, folder, args.seconds) for name in names}
+            far = measure_far(python, folder, [name for name in READERS if name not in reasons], args.seconds)
             size = sum(path.stat().st_size for path in (folder / "ours" / "bench").glob("*.tar")) / args.samples
         print(f"\n{kind}: {args.samples:,} samples of {size / 1e3:.1f} kB, {cpu_name()}")
         table(results)
+        far_table(far)
         for name, reason in reasons.items():
             print(f"absent: {name}: {reason}")
         made |= bars(kind, results)

@@ -2,6 +2,7 @@
 
     python loader_peers.py prepare webdataset DIR          write DIR's samples in the loader's own format
     python loader_peers.py run webdataset DIR --decode     measure; the last line is JSON
+    python loader_peers.py run webdataset DIR --far        from the bucket that `loader_far.py` names in variables
 
 Every reader gives an endless stream of samples, each with its text's tokens and its frames: as bytes, or decoded to
 uint8 arrays. Decoders are each project's own choice: PIL for webdataset, Energon and MDS, torchvision for LitData.
@@ -13,8 +14,10 @@ import argparse
 import io
 import itertools
 import json
+import os
 import resource
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,6 +67,13 @@ def pixels_by_pil(data: bytes) -> Any:
     from PIL import Image
 
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def by_torchvision() -> Callable[[bytes], Any]:
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    return lambda data: decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
 def array(data: bytes) -> Any:
@@ -130,9 +140,7 @@ def prepare_litdata(folder: Path) -> None:
 
 
 def litdata(folder: Path, decode: bool, step: int) -> Stream:
-    import torch
     from litdata import StreamingDataLoader, StreamingDataset
-    from torchvision.io import ImageReadMode, decode_jpeg
 
     def loader() -> Any:
         dataset = StreamingDataset(str(folder / "litdata"), shuffle=False, max_cache_size="30GB")
@@ -150,13 +158,10 @@ def litdata(folder: Path, decode: bool, step: int) -> Stream:
         mark_start()  # a checkpoint holds this state already
         made.load_state_dict(state)
 
-    def pixels(data: bytes) -> Any:
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-
     views = (sample for batch in forever(lambda: made) for sample in batch)
     # The items are views of a memory map, of which nothing has been read.
     samples = ({name: bytes(data) for name, data in view.items()} for view in views)
-    return (decoded_columns(sample, pixels) for sample in samples) if decode else samples
+    return (decoded_columns(sample, by_torchvision()) for sample in samples) if decode else samples
 
 
 def prepare_energon(folder: Path) -> None:
@@ -220,6 +225,39 @@ def energon(folder: Path, decode: bool, step: int) -> Stream:
     return (sample for batch in forever(lambda: made) for sample in batch)
 
 
+# --- from a bucket: the same, decoded, from the start -----------------------------------------------------------------
+
+
+def webdataset_far() -> Stream:
+    import webdataset as wds
+
+    mark_start()
+    urls = [f"pipe:curl -s -f '{url}'" for url in json.loads(os.environ["FAR_URLS"])]
+    return forever(lambda: wds.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+
+
+def mds_far() -> Stream:
+    from streaming import StreamingDataset
+
+    mark_start()
+    local = tempfile.mkdtemp(dir=os.environ["FAR_CACHE"])
+    dataset = StreamingDataset(remote=f"s3://{os.environ['FAR']}/mds", local=local, shuffle=False, batch_size=BATCH)
+    return map(decoded_columns, forever(lambda: dataset))
+
+
+def litdata_far() -> Stream:
+    from litdata import StreamingDataLoader, StreamingDataset
+
+    mark_start()
+    options = {"endpoint_url": os.environ["S3_ENDPOINT_URL"], "region_name": "us-east-1"}
+    place = f"s3://{os.environ['FAR']}/litdata"
+    dataset = StreamingDataset(place, shuffle=False, storage_options=options, cache_dir=os.environ["FAR_CACHE"])
+    loader = StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0, collate_fn=same)
+    views = (sample for batch in forever(lambda: loader) for sample in batch)
+    return (decoded_columns({name: bytes(data) for name, data in view.items()}, by_torchvision()) for view in views)
+
+
+FAR: dict[str, Callable[[], Stream]] = {"webdataset": webdataset_far, "mds": mds_far, "litdata": litdata_far}
 READERS: dict[str, Callable[[Path, bool, int], Stream]] = {
     "webdataset": webdataset,
     "mds": mds,
@@ -257,30 +295,33 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(read: Callable[[int], Stream], step: int, seconds: float) -> dict[str, float]:
-    """Open the stream at a step, take a batch, then samples for `seconds` of CPU time (0: only the first batch)."""
+def measure(read: Callable[[int], Stream], step: int, seconds: float, wall: bool = False) -> dict[str, float]:
+    """Open the stream at a step, take a batch, then samples for `seconds` of CPU time (0: only the first batch).
+
+    `wall`: of time by the clock.
+    """
     mark_start()
     batches = batches_of(read(step))
     next(batches)
     result = {"first_batch": time.perf_counter() - _start["seconds"], "first_bytes": bytes_read() - _start["bytes"]}
     if seconds:
-        read_before, wall, cpu, count = bytes_read(), time.perf_counter(), cpu_seconds(), 0
-        while cpu_seconds() - cpu < seconds:
+        read_before, since, cpu, count = bytes_read(), time.perf_counter(), cpu_seconds(), 0
+        while (time.perf_counter() - since if wall else cpu_seconds() - cpu) < seconds:
             count += len(next(batches))
         used = cpu_seconds() - cpu
         result |= {
             "samples": count,
             "per_cpu_second": count / used,
-            "per_second": count / (time.perf_counter() - wall),
+            "per_second": count / (time.perf_counter() - since),
             "bytes_per_sample": (bytes_read() - read_before) / count,
         }
     return result | {"peak_bytes": peak_bytes()}
 
 
-def report(read: Callable[[int], Stream], step: int, seconds: float) -> None:
+def report(read: Callable[[int], Stream], step: int, seconds: float, wall: bool = False) -> None:
     """Print what `measure` finds, or why there is nothing, as JSON."""
     try:
-        print(json.dumps(measure(read, step, seconds)))
+        print(json.dumps(measure(read, step, seconds, wall)))
     except AbsentError as error:
         print(json.dumps({"absent": str(error)}))
 
@@ -294,7 +335,11 @@ def main() -> None:
     parser.add_argument("--decode", action="store_true")
     parser.add_argument("--step", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=0.0, help="of CPU time")
+    parser.add_argument("--far", action="store_true")
     args = parser.parse_args()
+    if args.far:
+        report(lambda step: FAR[args.loader](), 0, args.seconds, wall=True)
+        return
     if args.what == "prepare":
         if args.loader in PREPARE:
             PREPARE[args.loader](args.folder)

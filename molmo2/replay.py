@@ -122,7 +122,7 @@ def _messages(plan: Plan, draw: Draw) -> Iterator[str]:
     tars = plan.datasets[draw.dataset].tars
     name = Path(f"{tars.shards[draw.shard]}.tar")
     members = tar_members(tars.storage.read(str(name), draw.offset, draw.span))
-    record = json.loads(next(data for member, data in members.items() if member.endswith(".json")))
+    record = json.loads(bytes(next(data for member, data in members.items() if member.endswith(".json"))))
     visuals = record["visuals"]
     kinds = [f"{visual['time']:.1f} s" if visual["kind"] == "frame" else "image" for visual in visuals]
     yield f"    {record['key']} sees {', '.join(kinds[:8]) or 'text alone'}{' ...' if len(kinds) > 8 else ''}"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -161,7 +162,7 @@ def check_sidecar(rows: npt.NDArray[np.void], shard: ShardInfo, num_variants: in
         raise FormatError(f"{where}: {len(rows)} rows, index.json says {shard.samples}")
 
 
-def npy_rows(data: bytes, dtype: np.dtype[Any]) -> tuple[int, int]:
+def npy_rows(data: bytes | memoryview, dtype: np.dtype[Any]) -> tuple[int, int]:
     """First byte and number of the rows of a one-dimensional .npy file (format 1.0) of `dtype`.
 
     The header is compared, not parsed: numpy parses it with `ast`, which fails now and then in threads (CPython 3.11),
@@ -172,22 +173,25 @@ def npy_rows(data: bytes, dtype: np.dtype[Any]) -> tuple[int, int]:
     """
     start = 10 + int.from_bytes(data[8:10], "little")
     count, rest = divmod(len(data) - start, dtype.itemsize)
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-    wanted = repr(header)[:-1].encode() + b", }"
-    if rest or count < 0 or data[:8] != b"\x93NUMPY\x01\x00" or data[10:start].rstrip() != wanted:
-        raise FormatError(
-            f"no .npy rows of {dtype.names}: {data[:start][:200]!r} and {len(data) - start} bytes of rows"
-        )
+    head = bytes(data[:start])
+    if rest or count < 0 or head[:8] != b"\x93NUMPY\x01\x00" or head[10:].rstrip() != _npy_header(dtype) % count:
+        raise FormatError(f"no .npy rows of {dtype.names}: {head[:200]!r} and {len(data) - start} bytes of rows")
     return start, count
 
 
-def tar_members(span: bytes) -> dict[str, bytes]:
-    """Files of a run of tar members, by name. Plain headers only, as the writer makes them.
+@functools.lru_cache(maxsize=64)
+def _npy_header(dtype: np.dtype[Any]) -> bytes:
+    """The header of .npy rows, with a place for their number."""
+    return f"{{'descr': {np.lib.format.dtype_to_descr(dtype)!r}, 'fortran_order': False, 'shape': (%d,), }}".encode()
+
+
+def tar_members(span: bytes) -> dict[str, memoryview]:
+    """Files of a run of tar members, by name, as views. Plain headers only, as the writer makes them.
 
     Raises:
         FormatError: a header of another kind, or one that points past the end.
     """
-    members, position = {}, 0
+    members, position, view = {}, 0, memoryview(span)
     while position < len(span):
         header = span[position : position + BLOCK]
         name = header[:100].rstrip(b"\0").decode("ascii", "replace")
@@ -200,7 +204,7 @@ def tar_members(span: bytes) -> dict[str, bytes]:
         start = position + BLOCK
         if start + size > len(span):
             raise FormatError(f"member {name!r} ends past the sample")
-        members[name] = span[start : start + size]
+        members[name] = view[start : start + size]
         position = start + -(-size // BLOCK) * BLOCK
     return members
 

@@ -92,7 +92,7 @@ def encode_jpeg(pixels: Pixels, quality: int = 95) -> bytes:
     return data
 
 
-def decode_jpeg(data: bytes) -> Pixels:
+def decode_jpeg(data: bytes | memoryview) -> Pixels:
     """RGB uint8 [H, W, 3] of a JPEG, by the exact (not the fast) DCT: equal to Pillow's result.
 
     Raises:

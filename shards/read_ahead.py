@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from shards.plan import Cursor, Draw, PackSpec
 
-AT_ONCE = 16  # reads of one worker
+AT_ONCE = 48  # reads of one worker: a bucket answers late, but many at once
 DEPTH = 8  # micro-batches of one worker, at most
 T = TypeVar("T")
 

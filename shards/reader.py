@@ -37,7 +37,7 @@ class StoredSample:
     key: str
     tokens: npt.NDArray[np.void]
     visuals: list[dict[str, Any]]
-    images: dict[int, bytes]
+    images: dict[int, memoryview]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +115,7 @@ def parse_sample(span: bytes, variant: int) -> StoredSample:
     key = keys.pop()
     try:
         fields = {name.split(".", 1)[1]: data for name, data in members.items()}
-        record = json.loads(fields["json"])
+        record = json.loads(str(fields["json"], "utf-8"))
         stored = fields[f"tokens{variant}.npy"]
         start, count = npy_rows(stored, TOKEN_DTYPE)
         tokens = np.frombuffer(stored, TOKEN_DTYPE, count, start)

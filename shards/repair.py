@@ -227,7 +227,7 @@ def _row(span: bytes, key: str, num_variants: int, layout: VisualLayout) -> npt.
     """The sidecar row that the writer would have made of a sample."""
     if not KEY_PATTERN.fullmatch(key):
         raise FormatError(f"no key: {key[:40]!r}")
-    files = {name.split(".", 1)[1]: data for name, data in tar_members(span).items()}
+    files = {name.split(".", 1)[1]: bytes(data) for name, data in tar_members(span).items()}
     tokens = [np.load(io.BytesIO(files[f"tokens{k}.npy"]), allow_pickle=False) for k in range(num_variants)]
     row = index_row(layout, Sample(key=key, record=json.loads(files["json"]), variants=tuple(tokens)))
     row["span"], row["xxh64"] = len(span), span_hash(span)

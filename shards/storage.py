@@ -7,6 +7,7 @@ Local directories here, buckets in `shards.s3`; another kind of place needs the 
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import os
 import shutil
@@ -71,10 +72,7 @@ class LocalStorage:
         Raises:
             ValueError: the name is absolute or climbs out of the root.
         """
-        parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts or not parts.parts:
-            raise ValueError(f"{self.root}: unsafe file name {name!r}: it must be relative and stay below the root")
-        return Path(self.root, *parts.parts)
+        return _safe_path(self.root, name)
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """See `Storage.read`. pread, not mmap: a file cut short must not end in SIGBUS."""
@@ -135,6 +133,14 @@ class LocalStorage:
         root = Path(self.root)
         names = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
         return sorted(name for name in names if name.endswith(suffix))
+
+
+@functools.lru_cache(maxsize=4096)
+def _safe_path(root: str, name: str) -> Path:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or not parts.parts:
+        raise ValueError(f"{root}: unsafe file name {name!r}: it must be relative and stay below the root")
+    return Path(root, *parts.parts)
 
 
 def _replace(target: Path, source: IO[bytes]) -> None:

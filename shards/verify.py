@@ -143,7 +143,7 @@ def verify_span(span: bytes, key: str, row: npt.NDArray[np.void], num_variants: 
         raise FormatError(f"members of other samples: {', '.join(sorted(members))[:200]}")
     if key_hash(key) != row["key_hash"]:
         raise FormatError("the sidecar's key_hash is another key's")
-    return _verify_content({n.split(".", 1)[1]: d for n, d in members.items()}, row, num_variants, layout)
+    return _verify_content({n.split(".", 1)[1]: bytes(d) for n, d in members.items()}, row, num_variants, layout)
 
 
 def _verify_content(files: dict[str, bytes], row: npt.NDArray[np.void], num_variants: int, layout: VisualLayout) -> int:

@@ -98,7 +98,7 @@ def view_sample(dataset: Dataset, number: int, tokenizer: Tokenizer) -> SampleVi
         stored = parse_sample(span, draw.variant)
     except (ReadError, FormatError, OSError) as error:
         return SampleView(key=where, damage=f"{error}; run tools/verify_shards.py, and fetch or build it again")
-    record = json.loads(tar_members(span)[f"{stored.key}.json"])
+    record = json.loads(bytes(tar_members(span)[f"{stored.key}.json"]))
     layout = VisualLayout.from_json(dataset.index.processor["layout"])
     branches = tuple(_branches(stored, layout, tokenizer))
     texts = {branch.number: "".join(span.text for span in branch.spans) for branch in branches if branch.number}
@@ -214,15 +214,15 @@ def _pictures(stored: StoredSample, layout: VisualLayout, marks: dict[int, list[
         drawn = marks.get(i, [])
         if visual["kind"] == "frame":
             if shown is None or i in shown:
-                yield picture(stored.images[visual["view"]], f"{visual['time']:.1f} s", SMALL, marks=drawn)
+                yield picture(bytes(stored.images[visual["view"]]), f"{visual['time']:.1f} s", SMALL, marks=drawn)
             continue
         rows, cols = visual["tiling"]
         stride, side = layout.window_patches * layout.patch_size, layout.crop_size
         crops = tuple((col * stride, row * stride, side) for row in range(rows) for col in range(cols))
         if visual["canvas"] != visual["view"]:
-            yield picture(stored.images[visual["view"]], f"image {i + 1}, the whole", SMALL)
+            yield picture(bytes(stored.images[visual["view"]]), f"image {i + 1}, the whole", SMALL)
         caption = f"image {i + 1}, {rows} x {cols} crops"
-        yield picture(stored.images[visual["canvas"]], caption, LARGE, crops=crops, marks=drawn)
+        yield picture(bytes(stored.images[visual["canvas"]]), caption, LARGE, crops=crops, marks=drawn)
 
 
 def _shown(count: int, marked: Sequence[int]) -> set[int]:
