@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from shards import media
+from shards import decode, media
 from shards.media import MediaError, probe_video, read_frames
 from shards.schema import ImageRef, VideoRef
 
@@ -69,12 +69,12 @@ def test_sizes_that_decord_cannot_copy_go_to_pyav(tmp_path: Path) -> None:
 
 
 def test_decoders_agree_on_every_frame(tmp_path: Path) -> None:
-    ref = VideoRef(path=str(make_video(tmp_path / "a.mp4", "libx264")))
-    times = np.arange(0, 3, 1 / 60)
-    count = media._countable(ref.path)
-    assert count == SECONDS * FPS
-    ours = media._read_decord(ref.path, times, count)
-    assert (ours == media._read_pyav(ref.path, times)).all()
+    line = decode.read_timeline(str(make_video(tmp_path / "a.mp4", "libx264")))
+    every = line.at(np.arange(0, 3, 1 / 60))
+    assert line.countable and len(line.begins) == SECONDS * FPS
+    ours = decode.read_decord(str(tmp_path / "a.mp4"), line, every)
+    assert ours is not None
+    assert (ours == decode.read_pyav(str(tmp_path / "a.mp4"), line, every)).all()
     assert numbers(ours[::2]) == pytest.approx(range(90), abs=1.5)
 
 
@@ -92,9 +92,8 @@ def test_a_video_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     whole = make_video(tmp_path / "a.mp4", "libx264", size=256)
     fast = copy_packets(whole, tmp_path / "fast.mp4", slice(None), options={"movflags": "faststart"})
     fast.write_bytes(fast.read_bytes()[: int(fast.stat().st_size * 0.5)])
-    assert probe_video(VideoRef(path=str(fast))).duration == pytest.approx(3.0, abs=0.1)
-    with pytest.raises(MediaError, match=r"fast\.mp4"):
-        read_frames(VideoRef(path=str(fast)), [0.0, 3.0])
+    with pytest.raises(MediaError, match=r"fast\.mp4.*(cut short|cut off)"):
+        probe_video(VideoRef(path=str(fast)))
     with pytest.raises(MediaError, match="cut short"):
         read_frames(VideoRef(path=str(whole)), [0.0, 9.0])
 
