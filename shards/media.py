@@ -170,9 +170,9 @@ def check_end(path: str, end: float, times: npt.NDArray[np.float64]) -> None:
 def _probe(ref: VideoRef) -> VideoInfo:
     if ref.fps is not None:
         return _probe_folder(ref, ref.fps)
-    from shards import decode  # only the child needs decoders
+    from shards.timeline import read_timeline  # only the child needs decoders
 
-    line = decode.read_timeline(ref.path)
+    line = read_timeline(ref.path)
     return VideoInfo(
         duration=_clip(ref, line.duration),
         fps=line.fps,
@@ -186,9 +186,9 @@ def _probe(ref: VideoRef) -> VideoInfo:
 def _read(ref: VideoRef, times: tuple[float, ...]) -> Frames:
     if ref.fps is not None:
         return _read_folder(ref, ref.fps, times)
-    from shards import decode
+    from shards.decode import decode
 
-    return decode.decode(ref.path, np.asarray(times, np.float64) + (ref.start or 0.0))
+    return decode(ref.path, np.asarray(times, np.float64) + (ref.start or 0.0))
 
 
 # --- the child process -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import shards
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAVES = {"schema", "format", "layout", "storage", "s3", "media", "decode"}
+LEAVES = {"schema", "format", "layout", "storage", "s3", "media", "timeline", "decode"}
 BUILD = {"catalog", "download", "sources", "convert", "writer", "verify", "repair"}
 BUILD |= {"builder", "build_pool", "build_task", "build_folder"}
 STREAM = {"dataset", "mixture", "order", "packing", "plan", "reader", "collate", "loader"}

@@ -12,9 +12,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from shards import decode, media
+from shards import media
+from shards.decode import read_decord, read_pyav
 from shards.media import MediaError, probe_video, read_frames
 from shards.schema import ImageRef, VideoRef
+from shards.timeline import read_timeline
 
 SECONDS, FPS = 3, 30
 
@@ -69,12 +71,12 @@ def test_sizes_that_decord_cannot_copy_go_to_pyav(tmp_path: Path) -> None:
 
 
 def test_decoders_agree_on_every_frame(tmp_path: Path) -> None:
-    line = decode.read_timeline(str(make_video(tmp_path / "a.mp4", "libx264")))
+    line = read_timeline(str(make_video(tmp_path / "a.mp4", "libx264")))
     every = line.at(np.arange(0, 3, 1 / 60))
     assert line.countable and len(line.begins) == SECONDS * FPS
-    ours = decode.read_decord(str(tmp_path / "a.mp4"), line, every)
+    ours = read_decord(str(tmp_path / "a.mp4"), line, every)
     assert ours is not None
-    assert (ours == decode.read_pyav(str(tmp_path / "a.mp4"), line, every)).all()
+    assert (ours == read_pyav(str(tmp_path / "a.mp4"), line, every)).all()
     assert numbers(ours[::2]) == pytest.approx(range(90), abs=1.5)
 
 

@@ -52,7 +52,7 @@ def check(path: Path, first: int, decoder: str, count: int) -> None:
     _, begins = sequential(path, [])
     ends = [*begins[1:], info.duration]
     middles = [(begin + end) / 2 for begin, end in zip(begins, ends, strict=True)]
-    for times in (middles[::-1], middles[::7], middles[-1:], [0.0, info.duration]):
+    for times in (middles[::-1], middles[::7], middles[-1:], [begins[3], middles[-1]], [0.0, info.duration]):
         frames = read_frames(VideoRef(path=str(path)), times)
         expected, _ = sequential(path, times)
         assert frames.decoder == decoder
