@@ -27,6 +27,7 @@ import simplejpeg
 from shards.schema import ImageRef, VideoRef
 
 Pixels = npt.NDArray[np.uint8]
+Make = Callable[[Pixels], Any]
 MAX_PIXELS = 200_000_000  # of one image
 DEADLINE = 120.0  # seconds for one video
 ROUNDING = 1e-3  # seconds; decoders give frame times in float32
@@ -53,10 +54,15 @@ class VideoInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frames:
-    """Decoded frames uint8 [T, H, W, 3], and the name of the decoder that made them."""
+    """One thing for each time that was asked for: the frame, uint8 [H, W, 3], or what was made of it."""
 
-    pixels: Pixels
+    each: list[Any]
     decoder: str
+
+    @property
+    def pixels(self) -> Pixels:
+        """Frames of one size as one array [T, H, W, 3]."""
+        return np.stack(self.each)
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -113,14 +119,21 @@ def probe_video(ref: VideoRef, deadline: float = DEADLINE) -> VideoInfo:
     return info
 
 
-def read_frames(ref: VideoRef, times: Sequence[float], deadline: float = DEADLINE) -> Frames:
+def read_frames(ref: VideoRef, times: Sequence[float], make: Make | None = None, deadline: float = DEADLINE) -> Frames:
     """The frames shown at `times`, seconds from the start of the clip: for each the last one that begins no later.
+
+    With `make`, a function that can be pickled, they stay in the decoding process, one at a time, and what it makes of
+    each comes back: frames at full size fill gigabytes, and take as long to send as a tenth of decoding them.
 
     Raises:
         MediaError: missing, damaged, shorter than it says, or not decoded within `deadline` seconds.
     """
-    frames: Frames = _in_child(_read, deadline, ref, tuple(times))
+    frames: Frames = _in_child(_read, deadline, ref, tuple(times), make or _same)
     return frames
+
+
+def _same(pixels: Pixels) -> Pixels:
+    return pixels
 
 
 def _clip(ref: VideoRef, whole: float) -> float:
@@ -146,15 +159,20 @@ def _probe_folder(ref: VideoRef, fps: float) -> VideoInfo:
     return VideoInfo(duration=duration, fps=fps, num_frames=len(files), width=width, height=height, codec="images")
 
 
-def _read_folder(ref: VideoRef, fps: float, times: tuple[float, ...]) -> Frames:
+def _read_folder(ref: VideoRef, fps: float, times: tuple[float, ...], make: Make) -> Frames:
     files = _frame_files(ref)
     wanted = np.asarray(times, np.float64) + (ref.start or 0.0)
     check_end(ref.path, len(files) / fps, wanted)
     numbers = np.minimum(np.floor((wanted + ROUNDING) * fps).astype(int), len(files) - 1)
-    frames = [load_image(ImageRef(path=str(files[number]))) for number in numbers]
-    if len({frame.shape for frame in frames}) > 1:
+    made: dict[int, Any] = {}
+    shapes = set()
+    for number in np.unique(numbers).tolist():
+        frame = load_image(ImageRef(path=str(files[number])))
+        shapes.add(frame.shape)
+        made[number] = make(frame)
+    if len(shapes) > 1:
         raise MediaError(f"{ref.path}: frames of several sizes")
-    return Frames(pixels=np.stack(frames), decoder="pillow")
+    return Frames(each=[made[number] for number in numbers.tolist()], decoder="pillow")
 
 
 def check_end(path: str, end: float, times: npt.NDArray[np.float64]) -> None:
@@ -183,12 +201,12 @@ def _probe(ref: VideoRef) -> VideoInfo:
     )
 
 
-def _read(ref: VideoRef, times: tuple[float, ...]) -> Frames:
+def _read(ref: VideoRef, times: tuple[float, ...], make: Make) -> Frames:
     if ref.fps is not None:
-        return _read_folder(ref, ref.fps, times)
+        return _read_folder(ref, ref.fps, times, make)
     from shards.decode import decode
 
-    return decode(ref.path, np.asarray(times, np.float64) + (ref.start or 0.0))
+    return decode(ref.path, np.asarray(times, np.float64) + (ref.start or 0.0), make)
 
 
 # --- the child process -----------------------------------------------------------------------------------------------

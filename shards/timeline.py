@@ -112,31 +112,30 @@ def _timeline(path: str, size: int, changed: int) -> Timeline:
 
 def _packets(path: str, container: Any, stream: Any) -> tuple[list[Packet], float, Shape]:
     """The packets of the stream, the second at which the last one ends, and the shape of the first frame."""
-    packets, shape = list[Packet](), None
-    step = 1 / (stream.average_rate * stream.time_base) if stream.average_rate else 0
-    ends = {"video": 0.0, "all": 0.0}
-    dense = stream.codec_context.name in DENSE
+    packets, shape, ends = list[Packet](), None, dict[int, int]()
+    step = round(1 / (stream.average_rate * stream.time_base)) if stream.average_rate else 0
+    index, unit, dense = stream.index, stream.time_base, stream.codec_context.name in DENSE
     stream.codec_context.flags |= LOW_DELAY  # the first frame at once, and no other is wanted here
     for packet in container.demux():
-        mine = packet.stream_index == stream.index
-        shape = shape or (_shape(path, packet) if mine else None)
-        if not packet.size or (packet.pts is None and not mine):
+        pts, number = packet.pts, packet.stream_index
+        if number == index and shape is None:
+            shape = _shape(path, packet)
+        if not packet.size or (pts is None and number != index):
             continue
-        if packet.pts is None:
+        if pts is None:
             raise MediaError(f"{path}: frames without times of presentation")
-        end = float((packet.pts + (packet.duration or step)) * packet.time_base)
-        ends["all"] = max(ends["all"], end)
-        if not mine:
-            continue
-        ends["video"] = max(ends["video"], end)
-        packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
-        if packet.is_corrupt or (dense and HOLE in bytes(packet)):
-            what = "is cut off" if packet.is_corrupt else "has a hole of zeros"
-            raise MediaError(f"{path}: damaged, the packet at {float(packet.pts * packet.time_base):.2f} s {what}")
+        ends[number] = max(ends.get(number, pts), pts + (packet.duration or (step if number == index else 0)))
+        if number == index:
+            packets.append((pts, packet.is_keyframe, packet.is_discard))
+            if packet.is_corrupt or (dense and HOLE in bytes(packet)):
+                what = "is cut off" if packet.is_corrupt else "has a hole of zeros"
+                raise MediaError(f"{path}: damaged, the packet at {float(pts * unit):.2f} s {what}")
     if shape is None:
         raise MediaError(f"{path}: no frame could be decoded")
-    _check_claim(path, container, stream, ends, min((pts for pts, _, hidden in packets if not hidden), default=0))
-    return packets, ends["video"], shape
+    seconds = {number: float(end * container.streams[number].time_base) for number, end in ends.items()}
+    first = min((pts for pts, _, hidden in packets if not hidden), default=0)
+    _check_claim(path, container, stream, seconds, float(first * unit))
+    return packets, seconds[index], shape
 
 
 def _shape(path: str, packet: Any) -> Shape | None:
@@ -163,13 +162,13 @@ def _plain_colours(stream: Any) -> bool:
     return not (context.width % 2 or context.height % 2) and all(c.bits == 8 for c in context.format.components)
 
 
-def _check_claim(path: str, container: Any, stream: Any, ends: dict[str, float], first: int) -> None:
+def _check_claim(path: str, container: Any, stream: Any, ends: dict[int, float], first: float) -> None:
     """Compare what the header says with what is there: of the stream or, where it says nothing of it, of all."""
-    late = max(0.0, -float(first * stream.time_base))  # a stream may begin before 0
     if stream.duration is not None:
-        claimed, found = float(stream.duration * stream.time_base), ends["video"] + late
+        claimed, found = float(stream.duration * stream.time_base), ends[stream.index]
     else:
-        claimed, found = float(container.duration or 0) / 1e6, ends["all"] + late
+        claimed, found = float(container.duration or 0) / 1e6, max(ends.values())
+    found -= min(first, 0.0)
     if claimed > found + MISSING_TAIL:
         raise MediaError(f"{path}: ends at {found:.2f} s, its header says {claimed:.2f} s: cut short")
 

@@ -71,13 +71,30 @@ def test_sizes_that_decord_cannot_copy_go_to_pyav(tmp_path: Path) -> None:
 
 
 def test_decoders_agree_on_every_frame(tmp_path: Path) -> None:
-    line = read_timeline(str(make_video(tmp_path / "a.mp4", "libx264")))
-    every = line.at(np.arange(0, 3, 1 / 60))
-    assert line.countable and len(line.begins) == SECONDS * FPS
-    ours = read_decord(str(tmp_path / "a.mp4"), line, every)
-    assert ours is not None
-    assert (ours == read_pyav(str(tmp_path / "a.mp4"), line, every)).all()
-    assert numbers(ours[::2]) == pytest.approx(range(90), abs=1.5)
+    path = str(make_video(tmp_path / "a.mp4", "libx264"))
+    line = read_timeline(path)
+    assert line.countable and line.at(np.arange(0, 3, 1 / 60)).tolist() == [i // 2 for i in range(180)]
+    every = np.arange(SECONDS * FPS)
+    one, other = (read(path, line, every, np.copy) for read in (read_decord, read_pyav))
+    assert one is not None and one.keys() == other.keys() == set(range(SECONDS * FPS))
+    assert all((one[number] == other[number]).all() for number in one)
+    assert numbers(np.stack(list(one.values()))) == pytest.approx(range(90), abs=1.5)
+
+
+def test_what_is_made_of_frames_comes_back(tmp_path: Path) -> None:
+    ref = VideoRef(path=str(make_video(tmp_path / "a.mp4", "libx264")))
+    times = [0.0, 1.5, 0.5, 9.0, 3.0, 3.0]
+    with pytest.raises(MediaError, match="cut short"):
+        read_frames(ref, times, media.encode_jpeg)
+    del times[3]
+    made = read_frames(ref, times, media.encode_jpeg).each
+    assert made == [media.encode_jpeg(pixels) for pixels in read_frames(ref, times).pixels]
+    with pytest.raises(MediaError, match=r"a\.mp4: not a JPEG"):
+        read_frames(ref, times, _fail)
+
+
+def _fail(_: media.Pixels) -> None:
+    raise ValueError("not a JPEG")
 
 
 def test_videos_that_do_not_begin_at_zero_go_to_pyav(tmp_path: Path) -> None:
