@@ -28,7 +28,6 @@ HOLE = bytes(64)  # of a disk or a download
 DENSE = COUNTED_BY_DECORD | {"av1", "libdav1d"}  # whose entropy coding leaves no such run
 COMPLAINT = re.compile(r"\[([^\]]+) @ 0x[0-9a-f]+\] *(.+)")
 UPRIGHT = (1, 0, 0, 1)
-LOW_DELAY = 1 << 19  # a flag of libavcodec
 
 Turn = tuple[int, int, int, int]
 Packet = tuple[int, bool, bool]  # its time, whether it is a key frame, whether it is hidden; in order of decoding
@@ -115,7 +114,6 @@ def _packets(path: str, container: Any, stream: Any) -> tuple[list[Packet], floa
     packets, shape, ends = list[Packet](), None, dict[int, int]()
     step = round(1 / (stream.average_rate * stream.time_base)) if stream.average_rate else 0
     index, unit, dense = stream.index, stream.time_base, stream.codec_context.name in DENSE
-    stream.codec_context.flags |= LOW_DELAY  # the first frame at once, and no other is wanted here
     for packet in container.demux():
         pts, number = packet.pts, packet.stream_index
         if number == index and shape is None:
@@ -143,10 +141,12 @@ def _shape(path: str, packet: Any) -> Shape | None:
     import av
     from av.sidedata.sidedata import Type
 
+    codec = packet.stream.codec_context
     try:
-        frame = next(iter(packet.decode()), None)
+        frame = next(iter(codec.decode(packet) or codec.decode(None)), None)  # at once, not when its order is known
     except av.error.FFmpegError:  # it may begin with pictures that refer to what was cut away
-        return None
+        frame = None
+    codec.flush_buffers()
     if frame is None:
         return None
     matrix = next((bytes(side) for side in frame.side_data if side.type == Type.DISPLAYMATRIX), None)
