@@ -42,7 +42,7 @@ from shards.storage import LocalStorage
 
 REJECT_BUDGET = 0.05  # rejects over groups of rows
 MAX_FAILED = 5  # shards of one run; more of them are no accident
-BUILD_VERSION = 2  # raise it when converters or writer make other samples of the same settings
+BUILD_VERSION = 3  # raise it when decoding, converters or writer make other samples of the same settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

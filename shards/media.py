@@ -1,9 +1,7 @@
 """Images and videos: decode, probe, encode. What a model wants of them (sizes, frame times) is not decided here.
 
 A video is decoded in a child process with a deadline, since decoders can hang while they hold the interpreter; a
-child that is late is killed. decord comes first, PyAV takes the files that decord cannot be trusted with: those that
-it fails to read, whose frames it miscounts, and those that do not start at time 0 or that hide packets (an edit list),
-for which decord returns wrong frames without an error.
+child that is late is killed. Which decoder reads it, and which of its frames are taken, is `shards.decode`.
 """
 
 from __future__ import annotations
@@ -29,12 +27,13 @@ import simplejpeg
 from shards.schema import ImageRef, VideoRef
 
 Pixels = npt.NDArray[np.uint8]
+Make = Callable[[Pixels], Any]
 MAX_PIXELS = 200_000_000  # of one image
 DEADLINE = 120.0  # seconds for one video
 ROUNDING = 1e-3  # seconds; decoders give frame times in float32
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 DIGITS = re.compile(r"(\d+)")
-MISSING_TAIL = 1.0  # seconds after the last frame for which it may stand; beyond them the file is cut short
+MISSING_TAIL = 1.0  # seconds after the end of the last frame for which it may stand; beyond them a file is cut short
 
 
 class MediaError(ValueError):
@@ -55,10 +54,15 @@ class VideoInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frames:
-    """Decoded frames uint8 [T, H, W, 3], and the name of the decoder that made them."""
+    """One thing for each time that was asked for: the frame, uint8 [H, W, 3], or what was made of it."""
 
-    pixels: Pixels
+    each: list[Any]
     decoder: str
+
+    @property
+    def pixels(self) -> Pixels:
+        """Frames of one size as one array [T, H, W, 3]."""
+        return np.stack(self.each)
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -115,14 +119,21 @@ def probe_video(ref: VideoRef, deadline: float = DEADLINE) -> VideoInfo:
     return info
 
 
-def read_frames(ref: VideoRef, times: Sequence[float], deadline: float = DEADLINE) -> Frames:
+def read_frames(ref: VideoRef, times: Sequence[float], make: Make | None = None, deadline: float = DEADLINE) -> Frames:
     """The frames shown at `times`, seconds from the start of the clip: for each the last one that begins no later.
+
+    With `make`, a function that can be pickled, they stay in the decoding process, one at a time, and what it makes of
+    each comes back: frames at full size fill gigabytes, and take as long to send as a tenth of decoding them.
 
     Raises:
         MediaError: missing, damaged, shorter than it says, or not decoded within `deadline` seconds.
     """
-    frames: Frames = _in_child(_read, deadline, ref, tuple(times))
+    frames: Frames = _in_child(_read, deadline, ref, tuple(times), make or _same)
     return frames
+
+
+def _same(pixels: Pixels) -> Pixels:
+    return pixels
 
 
 def _clip(ref: VideoRef, whole: float) -> float:
@@ -148,119 +159,54 @@ def _probe_folder(ref: VideoRef, fps: float) -> VideoInfo:
     return VideoInfo(duration=duration, fps=fps, num_frames=len(files), width=width, height=height, codec="images")
 
 
-def _read_folder(ref: VideoRef, fps: float, times: tuple[float, ...]) -> Frames:
+def _read_folder(ref: VideoRef, fps: float, times: tuple[float, ...], make: Make) -> Frames:
     files = _frame_files(ref)
     wanted = np.asarray(times, np.float64) + (ref.start or 0.0)
-    _check_end(ref.path, (len(files) - 1) / fps, wanted)
+    check_end(ref.path, len(files) / fps, wanted)
     numbers = np.minimum(np.floor((wanted + ROUNDING) * fps).astype(int), len(files) - 1)
-    frames = [load_image(ImageRef(path=str(files[number]))) for number in numbers]
-    if len({frame.shape for frame in frames}) > 1:
+    made: dict[int, Any] = {}
+    shapes = set()
+    for number in np.unique(numbers).tolist():
+        frame = load_image(ImageRef(path=str(files[number])))
+        shapes.add(frame.shape)
+        made[number] = make(frame)
+    if len(shapes) > 1:
         raise MediaError(f"{ref.path}: frames of several sizes")
-    return Frames(pixels=np.stack(frames), decoder="pillow")
+    return Frames(each=[made[number] for number in numbers.tolist()], decoder="pillow")
+
+
+def check_end(path: str, end: float, times: npt.NDArray[np.float64]) -> None:
+    """Refuse times so late that repeating the last frame would hide that a video is cut short.
+
+    Raises:
+        MediaError: such a time.
+    """
+    if times.max() > end + MISSING_TAIL:
+        raise MediaError(f"{path}: ends at {end:.2f} s, a frame at {times.max():.2f} s is wanted: cut short")
 
 
 def _probe(ref: VideoRef) -> VideoInfo:
     if ref.fps is not None:
         return _probe_folder(ref, ref.fps)
-    import av
+    from shards.timeline import read_timeline  # only the child needs decoders
 
-    with av.open(ref.path) as container:
-        if not container.streams.video:
-            raise MediaError(f"{ref.path}: no video stream")
-        stream = container.streams.video[0]
-        fps = float(stream.average_rate or stream.guessed_rate or 0)
-        if stream.duration is not None and stream.time_base is not None:
-            whole = float(stream.duration * stream.time_base)
-        else:
-            whole = float(container.duration or 0) / 1e6
-        if fps <= 0 or whole <= 0:
-            raise MediaError(f"{ref.path}: no frame rate or no duration in the file")
-        return VideoInfo(
-            duration=_clip(ref, whole),
-            fps=fps,
-            num_frames=stream.frames or round(whole * fps),
-            width=stream.codec_context.width,
-            height=stream.codec_context.height,
-            codec=stream.codec_context.name,
-        )
+    line = read_timeline(ref.path)
+    return VideoInfo(
+        duration=_clip(ref, line.duration),
+        fps=line.fps,
+        num_frames=len(line.begins),
+        width=line.width,
+        height=line.height,
+        codec=line.codec,
+    )
 
 
-def _read(ref: VideoRef, times: tuple[float, ...]) -> Frames:
+def _read(ref: VideoRef, times: tuple[float, ...], make: Make) -> Frames:
     if ref.fps is not None:
-        return _read_folder(ref, ref.fps, times)
-    import decord
+        return _read_folder(ref, ref.fps, times, make)
+    from shards.decode import decode
 
-    wanted = np.asarray(times, np.float64) + (ref.start or 0.0)
-    count = _countable(ref.path)
-    if count is not None:
-        try:
-            return Frames(pixels=_read_decord(ref.path, wanted, count), decoder="decord")
-        except (decord.DECORDError, RuntimeError, ValueError):
-            pass  # PyAV decides whether the file is readable, and its error is the one that is told
-    return Frames(pixels=_read_pyav(ref.path, wanted), decoder="pyav")
-
-
-def _countable(path: str) -> int | None:
-    """Number of frames if decord's numbering can be believed: from 0, nothing hidden, and not AV1."""
-    import av
-
-    with av.open(path) as container:
-        stream = container.streams.video[0]
-        packets = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.pts is not None]
-        hidden = any(discard for _, discard in packets)
-        first = min((pts for pts, _ in packets), default=None)
-        if first != 0 or hidden or stream.start_time or stream.codec_context.name in {"av1", "libdav1d"}:
-            return None
-        return len(packets)
-
-
-def _read_decord(path: str, wanted: npt.NDArray[np.float64], count: int) -> Pixels:
-    import decord
-
-    reader = decord.VideoReader(path, num_threads=1)
-    starts = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
-    if len(reader) != count or not (np.diff(starts) > 0).all():
-        raise MediaError(f"{path}: decord counts {len(reader)} frames, the file {count}, or their times do not rise")
-    _check_end(path, float(starts[-1]), wanted)
-    numbers = np.maximum(np.searchsorted(starts, wanted + ROUNDING, side="right") - 1, 0)
-    pixels: Pixels = reader.get_batch(numbers).asnumpy()
-    return pixels
-
-
-def _read_pyav(path: str, wanted: npt.NDArray[np.float64]) -> Pixels:
-    """One pass over the file, keeping for each time the last frame that begins no later."""
-    import av
-
-    order = np.argsort(wanted, kind="stable")
-    chosen: list[Pixels] = []
-    previous, start, begins = None, 0.0, 0.0
-    with av.open(path) as container:
-        for frame in container.decode(container.streams.video[0]):
-            if frame.time is None:
-                continue
-            start = frame.time if previous is None else start
-            begins = frame.time - start
-            due = np.searchsorted(wanted[order], begins - ROUNDING)  # times before this frame
-            if previous is not None and len(chosen) < due:
-                chosen += [previous.to_ndarray(format="rgb24")] * int(due - len(chosen))
-            previous = frame
-            if len(chosen) == len(order):
-                break
-    if previous is None:
-        raise MediaError(f"{path}: no frame could be decoded")
-    if len(chosen) < len(order):
-        _check_end(path, begins, wanted)
-        chosen += [previous.to_ndarray(format="rgb24")] * (len(order) - len(chosen))
-    result = np.empty((len(order), *chosen[0].shape), np.uint8)
-    result[order] = chosen
-    return result
-
-
-def _check_end(path: str, last: float, wanted: npt.NDArray[np.float64]) -> None:
-    if wanted.max() > last + MISSING_TAIL:
-        raise MediaError(
-            f"{path}: the last frame lies at {last:.2f} s, one at {wanted.max():.2f} s is wanted: cut short"
-        )
+    return decode(ref.path, np.asarray(times, np.float64) + (ref.start or 0.0), make)
 
 
 # --- the child process -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Its *budget* is the one number by which visuals shrink: tiles per image, or fram
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -118,11 +119,15 @@ def check_points(example: Example, plan: Plan, fps: float) -> None:
                 )
 
 
-def _read(clip: Clip, plan: Plan) -> media.Frames:
+def _read(clip: Clip, plan: Plan, make: media.Make) -> media.Frames:
     try:
-        return media.read_frames(clip.ref, [visual["time"] for visual in plan.visuals])
+        return media.read_frames(clip.ref, [visual["time"] for visual in plan.visuals], make)
     except media.MediaError as error:
         raise RejectedError(f"media: {error}") from error
+
+
+def _view_file(layout: VisualLayout, rgb: Pixels) -> bytes:
+    return media.encode_jpeg(images.view(layout, rgb), JPEG_QUALITY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +144,12 @@ def store(layout: VisualLayout, opened: Opened, plans: Sequence[Plan]) -> Stored
     """Decode, resize and encode what the plans need, equal visuals once."""
     if isinstance(opened, Clip):
         (plan,) = plans
-        frames = _read(opened, plan)
-        files = [media.encode_jpeg(frame, JPEG_QUALITY) for frame in images.view(layout, frames.pixels)]
+        frames = _read(opened, plan, functools.partial(_view_file, layout))  # encoded where they are decoded
         times = [visual["time"] for visual in plan.visuals]
         records = [{"kind": "frame", "view": i, "time": time} for i, time in enumerate(times)]
         facts: dict[str, Any] = {"video": asdict(opened.info) | {"decoder": frames.decoder}}
-        return Stored(records, facts, files, [list(range(len(records)))])
-    records, files = [], []
+        return Stored(records, facts, frames.each, [list(range(len(records)))])
+    records, files = [], list[bytes]()
     views: dict[int, int] = {}
     canvases: dict[tuple[int, tuple[int, int]], int] = {}
     for visual in (visual for plan in plans for visual in plan.visuals):
@@ -155,7 +159,7 @@ def store(layout: VisualLayout, opened: Opened, plans: Sequence[Plan]) -> Stored
         canvases[number, tiling] = len(records)
         if number not in views:
             views[number] = len(files)
-            files.append(media.encode_jpeg(images.view(layout, opened[number]), JPEG_QUALITY))
+            files.append(_view_file(layout, opened[number]))
         canvas = views[number]
         if not images.canvas_is_view(tiling):
             canvas = len(files)
@@ -169,7 +173,7 @@ def store(layout: VisualLayout, opened: Opened, plans: Sequence[Plan]) -> Stored
 def model_inputs(layout: VisualLayout, opened: Opened, plan: Plan) -> tuple[Pixels, npt.NDArray[np.int64]]:
     """Crops uint8 [N, crop, crop, 3] and pooling [T, pool ** 2] into the flat [N * patches] axis, -1 pads."""
     if isinstance(opened, Clip):
-        crops = list(images.view(layout, _read(opened, plan).pixels)[:, None])
+        crops = list(_read(opened, plan, functools.partial(images.view, layout)).pixels[:, None])
     else:
         crops = []
         for visual in plan.visuals:

@@ -1,0 +1,295 @@
+"""What the builder costs beside bare decoding and encoding of the same frames.
+
+    python benchmarks/bench_build.py                     one to two minutes
+    python benchmarks/bench_build.py --videos 4 --images 16
+
+Two sources are made in a temporary folder, moving pictures with a grain as a camera has it: H.264 videos (640 x 360
+pixels, 30 frames a second, 10 seconds, one question each), and JPEG images in a parquet file (1024 x 768, one question
+each). The builder makes shards of them with Molmo2's geometry, four text variants and a small tokenizer.
+"Bare" is a loop over the same files: decode the same frames or the image, resize as the builder does, encode JPEG with
+the same library and quality, write nothing. For videos it is done with decord and with PyAV, a thread each.
+
+The main figure is CPU time, of the process and all that it started, since other work shares the cores: start-up is
+left out by a round that does not count, and the cheapest of several rounds does, all kinds in turn. Builder and bare
+loop both run in two processes, as a machine that builds is busy on all cores; one worker is there for the scaling, by
+the clock and by CPU time per sample. The bar is the share of the bare loop's throughput with the decoder that the
+builder takes for these files, decord. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import decord
+import numpy as np
+import PIL.Image
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from bench_plan import cpu_name
+
+from molmo2.demo.images import IMAGE_QA_SCHEMA
+from molmo2.demo.videos import QA_SCHEMA
+from molmo2.processing import Processor, Tokenizer, images
+from molmo2.processing.processor import STAGE_MODES
+from molmo2.processing.tokenizer import train_demo_tokenizer
+from molmo2.processing.video import frame_times
+from molmo2.processing.visuals import JPEG_QUALITY
+from shards.build_pool import worker_pool
+from shards.build_task import ProcessorFactory
+from shards.builder import build_dataset
+from shards.catalog import load_catalog
+from shards.layout import VisualLayout, VisualTokens
+from shards.media import encode_jpeg
+
+BASE_VOCAB = 512
+LAYOUT = VisualLayout(
+    tokens=VisualTokens.after(BASE_VOCAB), crop_size=378, patch_size=14, overlap_margin=4, image_pool=2, video_pool=3
+)
+DEMO, MOLMO2 = load_catalog("demo"), load_catalog("molmo2")
+VIDEO, IMAGE = "demo-video-qa", "demo-image-qa"
+RATE, SECONDS = 30, 10
+QUESTION, ANSWER = "Which way does it move, and how fast?", "Slowly to the right, and then out of the picture."
+
+
+ONE, TWO = "one worker", "two workers"
+Bare = Callable[[Path, int], tuple[int, int]]  # a raw folder and which half of it -> samples and frames
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Of one run: seconds by the clock and of CPU, samples, frames (or images)."""
+
+    wall: float
+    cpu: float
+    samples: int
+    frames: int
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def scenery(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Patches of several sizes, float32 [height, width, 3]."""
+    total = np.zeros((height, width, 3), np.float32)
+    for size in (8, 32, 128):
+        small = rng.integers(0, 256, (height // size + 2, width // size + 2, 3), np.uint8)
+        large = PIL.Image.fromarray(small).resize((width, height), PIL.Image.Resampling.BICUBIC)
+        total += np.asarray(large, np.float32) / 3
+    return total
+
+
+def grained(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
+    """As a camera sees it, uint8."""
+    grain = np.roll(rng.normal(0, 4, (picture.shape[0] // 4 + 1, picture.shape[1], 1)).astype(np.float32), 1)
+    noise = np.tile(grain, (4, 1, 1))[: picture.shape[0]]
+    return np.clip(picture + noise, 0, 255).astype(np.uint8)
+
+
+def write_video(path: Path, number: int, height: int, width: int) -> None:
+    """A camera that moves over a scene."""
+    rng = np.random.Generator(np.random.Philox(number))
+    steps = RATE * SECONDS
+    scene = scenery(rng, height + steps, width + 2 * steps)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE, options={"preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for step in range(steps):
+            frame = grained(rng, scene[step : step + height, 2 * step : 2 * step + width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_videos(raw: Path, count: int, height: int, width: int) -> Path:
+    """A raw folder in the layout of `demo-video-qa`."""
+    (raw / "videos").mkdir(parents=True)
+    (raw / "data").mkdir()
+    rows = []
+    for number in range(count):
+        write_video(raw / "videos" / f"{number}.mp4", number, height, width)
+        rows.append(
+            {
+                "video_id": str(number),
+                "Question": QUESTION,
+                "Answer": ANSWER,
+                "NegativeAnswers": ["It rests."],
+                "Category": "motion",
+            }
+        )
+    pq.write_table(pa.Table.from_pylist(rows, QA_SCHEMA), raw / "data" / "train-0.parquet")
+    return raw
+
+
+def write_images(raw: Path, count: int) -> Path:
+    """A raw folder in the layout of `demo-image-qa`."""
+    (raw / "data").mkdir(parents=True)
+    rng = np.random.Generator(np.random.Philox(0))
+    rows = []
+    for _ in range(count):
+        data = encode_jpeg(grained(rng, scenery(rng, 768, 1024)), 90)
+        rows.append({"image": {"bytes": data, "path": None}, "qa_pairs": {"question": [QUESTION], "answer": [ANSWER]}})
+    pq.write_table(pa.Table.from_pylist(rows, IMAGE_QA_SCHEMA), raw / "data" / "train-0.parquet")
+    return raw
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of all that live below it."""
+    me = psutil.Process()
+    return sum(sum(process.cpu_times()[:2]) for process in (me, *me.children(recursive=True)))
+
+
+def timed(run: Callable[[], tuple[int, int]]) -> Cost:
+    """Cost of `run`, which gives samples and frames. Processes that it starts must live on."""
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    samples, frames = run()
+    return Cost(wall=time.perf_counter() - wall, cpu=cpu_seconds() - cpu, samples=samples, frames=frames)
+
+
+def make_processor(tokenizer: Path) -> Processor:
+    """Molmo2's geometry with a small tokenizer."""
+    return Processor(LAYOUT, Tokenizer(tokenizer, BASE_VOCAB), STAGE_MODES["sft"], 4)
+
+
+def build(name: str, raw: Path, make: ProcessorFactory, pool: Executor | None, per_shard: int) -> tuple[int, int]:
+    """One build from nothing, thrown away; samples and frames."""
+    (row,) = DEMO.select("sft", [name])
+    settings = MOLMO2.stages["sft"].model_copy(update={"examples_per_shard": per_shard})
+    out = Path(tempfile.mkdtemp(prefix="out-", dir=raw.parent))
+    index = build_dataset(row, "sft", settings, make, raw=raw, out=out, pool=pool).index
+    assert index is not None
+    assert index.totals.rejects == 0, f"{name}: {index.totals.rejects} rejects"
+    shutil.rmtree(out)
+    return index.totals.samples, index.totals.frames or index.totals.samples
+
+
+def bare_decord(raw: Path, half: int) -> tuple[int, int]:
+    """decord alone, frames by number, of every other video."""
+    return _bare_videos(raw, half, decord_frames)
+
+
+def bare_pyav(raw: Path, half: int) -> tuple[int, int]:
+    """PyAV alone, from start to end, of every other video."""
+    return _bare_videos(raw, half, pyav_frames)
+
+
+def _bare_videos(raw: Path, half: int, read: Callable[[Path, np.ndarray], Iterator[np.ndarray]]) -> tuple[int, int]:
+    times, frames = np.array(frame_times(SECONDS, 2.0, 128)), 0
+    paths = sorted((raw / "videos").iterdir())[half::2]
+    for path in paths:
+        for frame in read(path, times):
+            encode_jpeg(images.view(LAYOUT, frame), JPEG_QUALITY)
+            frames += 1
+    return len(paths), frames
+
+
+def decord_frames(path: Path, times: np.ndarray) -> Iterator[np.ndarray]:
+    reader = decord.VideoReader(str(path), num_threads=1)
+    yield from reader.get_batch(np.minimum((times * RATE).astype(int), len(reader) - 1)).asnumpy()
+
+
+def pyav_frames(path: Path, times: np.ndarray) -> Iterator[np.ndarray]:
+    wanted = set(np.minimum((times * RATE).astype(int), RATE * SECONDS - 1).tolist())
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        for number, frame in enumerate(container.decode(stream)):
+            if number in wanted:
+                yield frame.to_ndarray(format="rgb24")
+
+
+def bare_images(raw: Path, half: int) -> tuple[int, int]:
+    """The view and the canvas of every other image."""
+    limits = MOLMO2.stages["sft"].limits
+    rows = pq.read_table(raw / "data" / "train-0.parquet").column("image").to_pylist()[half::2]
+    for row in rows:
+        with PIL.Image.open(io.BytesIO(row["bytes"])) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        tiling = images.choose_tiling(LAYOUT, *pixels.shape[:2], limits.image_crops)
+        for made in (images.view(LAYOUT, pixels), images.canvas(LAYOUT, pixels, tiling)):
+            encode_jpeg(made, JPEG_QUALITY)
+    return len(rows), len(rows)
+
+
+def in_both(pool: Executor, bare: Bare, raw: Path) -> tuple[int, int]:
+    """A half in each worker."""
+    halves = [future.result() for future in [pool.submit(bare, raw, half) for half in (0, 1)]]
+    return sum(samples for samples, _ in halves), sum(frames for _, frames in halves)
+
+
+def measure(name: str, raw: Path, bares: list[Bare], make: ProcessorFactory, rounds: int) -> dict[str, Cost]:
+    """The cheapest run of each kind."""
+    per_shard = pq.read_metadata(raw / "data" / "train-0.parquet").num_rows // 2
+    costs: dict[str, list[Cost]] = {}
+    with worker_pool(make, 2) as pool:
+        assert pool is not None
+        runs = {bare.__name__: functools.partial(in_both, pool, bare, raw) for bare in bares}
+        runs[TWO] = functools.partial(build, name, raw, make, pool, per_shard)
+        runs[ONE] = functools.partial(build, name, raw, make, None, per_shard)
+        for number in range(rounds + 1):
+            for label, run in runs.items():
+                cost = timed(run)
+                if number:  # the first warms up: imports, decoding processes, the page cache
+                    costs.setdefault(label, []).append(cost)
+    return {label: min(found, key=lambda cost: cost.cpu) for label, found in costs.items()}
+
+
+def summary(costs: dict[str, Cost]) -> dict[str, float]:
+    """Per second of CPU with both cores busy, the builder's share of each bare run, and scaling."""
+    one, two = costs[ONE], costs[TWO]
+    shares = {f"of_{label}": round(cost.cpu / two.cpu, 3) for label, cost in costs.items() if label not in {ONE, TWO}}
+    return {
+        "samples_per_core_second": round(two.samples / two.cpu, 2),
+        "frames_per_core_second": round(two.frames / two.cpu, 1),
+        "scaling_wall": round(one.wall / two.wall, 2),
+        "scaling_cpu": round(one.cpu / two.cpu, 3),
+    } | shares
+
+
+def main() -> None:
+    """Make the sources, measure, print the table and the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", type=int, default=8)
+    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=4, help="after the one that warms up (%(default)s)")
+    arguments = parser.parse_args()
+    root = Path(tempfile.mkdtemp(prefix="bench-build-"))
+    try:
+        train_demo_tokenizer([QUESTION, ANSWER], root / "tokenizer", BASE_VOCAB)
+        make = functools.partial(make_processor, root / "tokenizer")
+        videos = write_videos(root / "raw-videos", arguments.videos, 360, 640)
+        pictures = write_images(root / "raw-images", arguments.images)
+        results = {
+            "video": measure(VIDEO, videos, [bare_decord, bare_pyav], make, arguments.rounds),
+            "image": measure(IMAGE, pictures, [bare_images], make, arguments.rounds),
+        }
+    finally:
+        shutil.rmtree(root)
+    print(f"{'source':8s}{'run':14s}{'CPU ms a frame':>16s}{'CPU ms a sample':>17s}{'seconds':>9s}")
+    for source, costs in results.items():
+        for label, cost in costs.items():
+            print(
+                f"{source:8s}{label:14s}{cost.cpu / cost.frames * 1e3:16.2f}{cost.cpu / cost.samples * 1e3:17.1f}"
+                f"{cost.wall:9.2f}"
+            )
+    figures = {source: summary(costs) for source, costs in results.items()}
+    share = figures["video"]["of_bare_decord"]
+    bars = {"video_of_bare_decord": {"value": share, "bar": 0.9, "ok": share >= 0.9}}
+    print(json.dumps({"bench": "build", "hardware": cpu_name(), "figures": figures, "bars": bars}))
+
+
+if __name__ == "__main__":
+    main()
