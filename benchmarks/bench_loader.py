@@ -38,14 +38,14 @@ import numpy as np
 from bench_plan import cpu_name
 from loader_peers import READERS, AbsentError, Stream, report
 
-from shards.collate import decode_sample
+from shards.collate import decode_crops, open_sample
 from shards.format import FORMAT_VERSION, TOKEN_DTYPE, DatasetIndex, Totals
 from shards.layout import VisualLayout, VisualTokens
 from shards.loader import make_loader
 from shards.media import encode_jpeg
 from shards.mixture import MixtureSpec
-from shards.plan import Cursor, Plan, PlanSettings, open_plan
-from shards.reader import Damage, read_sample
+from shards.plan import Cursor, Draw, Plan, PlanSettings, open_plan
+from shards.reader import Damage, StoredSample, read_sample
 from shards.schema import Sample
 from shards.writer import npy_bytes, write_shard
 
@@ -147,8 +147,13 @@ def ours(folder: Path, decode: bool, step: int) -> Stream:
         for draw in (draw for pack in spec.packs for draw in pack.draws):
             found = read_sample(plan.datasets[draw.dataset].tars, draw)
             assert not isinstance(found, Damage), found
-            yield decode_sample(LAYOUT, draw, found) if decode else found
+            yield decoded(draw, found) if decode else found
         cursor = spec.cursor
+
+
+def decoded(draw: Draw, stored: StoredSample) -> Any:
+    """Expanded tokens and pixels of a sample."""
+    return open_sample(LAYOUT, draw, stored), decode_crops(LAYOUT, stored, range(len(stored.visuals)))
 
 
 def ours_batches(folder: Path, decode: bool, step: int) -> Stream:

@@ -41,6 +41,7 @@ from molmo2.parallel.loss_rows import share_loss_rows
 from molmo2.parallel.mesh import make_mesh
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
+from shards.share import split_visuals
 
 LENGTHS = (1024, 2048, 4096, 8192, 16_384, 36_864)
 DENSE_UP_TO = 8192
@@ -116,8 +117,9 @@ def whole_pack(rank: int, world: int, folder: str, answers: Any) -> None:
     segments[0, -words:] = 1
     weights = (segments == 1).float()
     before, since = peak_memory("cpu"), time.perf_counter()
+    own = split_visuals([1] * FRAMES, counts.tolist(), world)[rank].crops
     features, touch = encode_shared(
-        model.encode_visuals, pixels, pooling, torch.ones(FRAMES, dtype=torch.int64), counts,
+        model.encode_visuals, pixels[own], pooling, torch.ones(FRAMES, dtype=torch.int64), counts,
         config.patches_per_crop, config.crop_size, mesh,
     )  # fmt: skip
     x = model.embed(ids, features) + touch

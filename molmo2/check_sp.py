@@ -19,7 +19,7 @@ from molmo2.model.config import ModelConfig
 from molmo2.model.mask import MEMBER, PAD_SEGMENT, TRUNK
 from molmo2.model.molmo2 import Molmo2
 from molmo2.parallel.mesh import SINGLE, Mesh, MeshError
-from shards.collate import Batch
+from shards.collate import Batch, own_share
 from shards.plan import Cursor
 
 FRAMES, TOKENS = 3, 9  # visuals of the pack, and visual tokens of each
@@ -44,7 +44,7 @@ def check_sequence_parallel(model: Molmo2, recipe: Recipe, mesh: Mesh) -> dict[s
     training = model.training
     model.train()
     alone = _loss_and_gradients(TrainingModule(model, recipe, SINGLE), batch)
-    shared = _loss_and_gradients(TrainingModule(model, recipe, mesh), batch)
+    shared = _loss_and_gradients(TrainingModule(model, recipe, mesh), own_share(batch, mesh.sp_rank, mesh.sp))
     model.train(training)
     for name, value in shared.items():
         dist.all_reduce(value)

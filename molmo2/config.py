@@ -34,7 +34,7 @@ class RecipeError(ValueError):
 
 
 class Data(pydantic.BaseModel, extra="forbid", frozen=True):
-    """What is read. Nothing here but `workers` and `prefetch` may change without changing the batches."""
+    """What is read. Of these only the last four may change without changing the batches."""
 
     roots: tuple[str, ...] = Field(min_length=1)  # folders of datasets; a dataset is taken from the first that has it
     mixture: MixtureSpec
@@ -43,8 +43,11 @@ class Data(pydantic.BaseModel, extra="forbid", frozen=True):
     max_crops: NonNegativeInt  # ViT inputs of a pack, at most
     window: PositiveInt = 4096  # draws that are packed together
     seed: NonNegativeInt = 0
+    block: PositiveInt = 1  # neighbours in a shard that are read one after another, where seeks are dear; 1: none
     workers: NonNegativeInt = 2  # reader processes per rank; 0 reads in the training process
-    prefetch: PositiveInt = 4  # micro-batches that each worker holds ready
+    prefetch: PositiveInt = 4  # micro-batches that each worker holds ready, decoded
+    read_ahead_mib: NonNegativeInt = 256  # of samples as stored, that a rank reads from a bucket before they are needed
+    cache_mib: NonNegativeInt = 0  # of whole shards of tiny samples that a machine keeps on its disk, from a bucket
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Data:
@@ -196,6 +199,7 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
             packs_per_step=self.train.packs_per_step,
             window=data.window,
             seed=data.seed,
+            block=data.block,
         )
 
     @property

@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from molmo2.config import Recipe
+from shards.collate import ReadStats
 
 LOG_NAME = "log.jsonl"
 
@@ -93,22 +95,34 @@ class Monitor:
 
 
 class StepClock:
-    """Seconds of a step, and how many of them were spent waiting for data."""
+    """Seconds of a step, how many of them were spent waiting for data, and what one sample took to read and decode."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.waited = 0.0
+        self.seconds: dict[str, list[float]] = {"read": [], "decode": []}
 
     def waiting(self, since: float) -> None:
         """Count the time from `since` (perf_counter) until now as waiting."""
         self.waited += time.perf_counter() - since
 
-    def lap(self) -> tuple[float, float]:
-        """(seconds of the step, share of it spent waiting); starts the next step."""
+    def reads(self, stats: ReadStats) -> None:
+        """Count the samples of a batch."""
+        self.seconds["read"] += stats.read
+        self.seconds["decode"] += stats.decode
+
+    def lap(self) -> tuple[float, float, dict[str, float]]:
+        """Seconds of the step, share of it spent waiting, milliseconds of a sample by percentile; starts the next."""
         now = time.perf_counter()
         seconds, waited = now - self.start, self.waited
-        self.start, self.waited = now, 0.0
-        return seconds, waited / max(seconds, 1e-9)
+        percentiles = {
+            f"{name}_ms.p{percent}": 1000 * float(np.percentile(values, percent))
+            for name, values in self.seconds.items()
+            if values
+            for percent in (50, 95)
+        }
+        self.start, self.waited, self.seconds = now, 0.0, {"read": [], "decode": []}
+        return seconds, waited / max(seconds, 1e-9), percentiles
 
 
 def summarize(lines: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:

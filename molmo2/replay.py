@@ -20,8 +20,9 @@ from molmo2.model.molmo2 import Molmo2
 from molmo2.steps import Run
 from shards.collate import MEMBER, PAD_SEGMENT, Batch
 from shards.format import tar_members
-from shards.loader import MicroSpec, PackReader
+from shards.loader import pack_reader
 from shards.plan import Cursor, Draw, PackSpec, Plan, StepSpec
+from shards.read_ahead import MicroSpec
 
 TEXT_LENGTH = 300  # characters of a message that are shown
 
@@ -81,7 +82,7 @@ def show_losses(run: Run, step: StepSpec, fresh: Molmo2 | None = None) -> Iterat
         "" if done == number - 1 else f": {number - 1 - done} updates before it are not in them"
     )
     module = TrainingModule(model, run.recipe, run.mesh).to(run.device).eval()
-    reader = PackReader(run.plan, run.layout)
+    reader = pack_reader(run.plan, run.layout)
     for pack in step.packs:
         batch = reader[MicroSpec((pack,), step.divisor, step.cursor)].to(run.device)
         losses = member_losses(module, batch, len(pack.draws))

@@ -6,18 +6,20 @@ import json
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from molmo2 import checkpoint as checkpoints
 from molmo2.anomalies import LossHistory, action_for, describe
 from molmo2.checkpoint import CheckpointError
 from molmo2.config import Recipe
-from molmo2.metrics import Monitor, StepClock
+from molmo2.metrics import Monitor, StepClock, read_log
 from molmo2.model.config import ModelConfig
 from molmo2.optim import ComponentAdamW, set_learning_rates
 from molmo2.parallel.agree import on_rank_zero, say, write
@@ -25,11 +27,13 @@ from molmo2.parallel.mesh import Mesh
 from molmo2.watchdog import Watchdog
 from shards.collate import PAD_SEGMENT, Batch
 from shards.layout import VisualLayout
-from shards.loader import MicroSpec, PackReader, make_loader, micro_steps
+from shards.loader import make_loader, micro_steps, pack_reader
 from shards.plan import Cursor, Plan
+from shards.read_ahead import MicroSpec
 from shards.reader import Damage
 
 QUARANTINE_NAME = "quarantine.jsonl"
+DATA_NAME = "data.jsonl"
 ANOMALIES_NAME = "anomalies.jsonl"
 STOP_NAME = "stop"
 
@@ -83,10 +87,15 @@ class Totals(NamedTuple):
 
     loss: float
     z_loss: float
-    tokens: float
-    masked: float  # samples that were quarantined
     stopping: float  # ranks that were told to stop
-    by_dataset: dict[str, float]  # mean cross entropy of each dataset that is in the step
+    masked: float  # samples that were quarantined
+    crops: float
+    retries: float  # reads that were tried again
+    cache_hits: float  # reads from shards that were kept on the disk
+    megabytes: float  # read, as stored
+    tokens: float
+    losses: dict[str, float]  # mean cross entropy of each dataset that is in the step
+    tokens_of: dict[str, float]  # of each dataset that is in the step
 
 
 def same_on_peers(batch: Batch, mesh: Mesh) -> bool:
@@ -120,7 +129,8 @@ def agree_on_masked(run: Run, batch: Batch, cursor: Cursor) -> Batch:
     packs = tuple(step.packs[slot] for slot in batch.slots)
     known = {(each.dataset, each.shard, each.row): each for damages in found for each in damages}
     spec = MicroSpec(packs, step.divisor, step.cursor)
-    batch = PackReader(run.plan, run.layout).without(spec, known.values()).to(run.device)
+    reader = pack_reader(run.plan, run.layout, (run.mesh.sp_rank, run.mesh.sp))
+    batch = reader.without(spec, known.values()).to(run.device)
     if not same_on_peers(batch, run.mesh):
         raise TrainingError(
             f"step {batch.step + 1}: rank {run.mesh.rank} and its sp peers read different packs (slots {batch.slots}); "
@@ -148,27 +158,47 @@ def compute(
         The step's sums, and where the data stand after it.
     """
     train, step, names = run.recipe.train, cursor.step + 1, [dataset.name for dataset in run.plan.datasets]
-    sums = torch.zeros(5 + 2 * len(names), dtype=torch.float64, device=run.device)
+    sums = torch.zeros(len(Totals._fields) - 2 + 3 * len(names), dtype=torch.float64, device=run.device)
     for _ in range(micro_steps(train.packs_per_step, run.mesh.dp, train.micro_batch)):
         watchdog.enter("data", step)
         since = time.perf_counter()
         batch = next(batches).to(run.device)
         clock.waiting(since)
+        clock.reads(batch.reads)
         watchdog.enter("forward", step, batch.slots)
         batch = agree_on_masked(run, batch, cursor)
         record_masked(batch, run)
         loss, logged = engine(batch)
         watchdog.enter("backward", step, batch.slots)
         engine.backward(loss, scale_wrt_gas=False)
-        sums[:2] += logged[:2]
-        sums[5:] += logged[2:]
-        sums[2] += (batch.segment_ids != PAD_SEGMENT).sum() / run.mesh.sp
-        sums[3] += len(batch.masked) / run.mesh.sp
-    sums[4] = float(stop)
+        sums += sums_of(batch, logged, len(names), run.mesh.sp)
+    sums[2] = float(stop)
     dist.all_reduce(sums)
-    first, (losses, weights) = sums[:5].tolist(), sums[5:].view(2, -1).tolist()
-    means = {name: each / weight for name, each, weight in zip(names, losses, weights, strict=True) if weight}
-    return Totals._make([*first, means]), batch.cursor
+    first, by_dataset = sums[: -3 * len(names)].tolist(), sums[-3 * len(names) :].view(3, -1).tolist()
+    present = [(name, *values) for name, *values in zip(names, *by_dataset, strict=True)]
+    losses = {name: loss / weight for name, loss, weight, _ in present if weight}
+    tokens_of = {name: tokens for name, _, _, tokens in present if tokens}
+    return Totals._make([*first, losses, tokens_of]), batch.cursor
+
+
+def sums_of(batch: Batch, logged: Tensor, num_datasets: int, sp: int) -> Tensor:
+    """What this rank adds to a step's `Totals` for one micro-batch, float64; then loss, weight and tokens by dataset.
+
+    What the ranks of a group have in common is divided among them. Nothing here waits for the device.
+    """
+    inside, counts = batch.segment_ids != PAD_SEGMENT, batch.reads.counts
+    tokens = logged.new_zeros(num_datasets, dtype=torch.float64)
+    tokens.scatter_add_(0, batch.dataset_ids.flatten(), inside.flatten().double() / sp)
+    known = [0.0, len(batch.masked) / sp, len(batch.pixels), counts.get("retries", 0), counts.get("cache_hits", 0)]
+    known.append(counts.get("bytes", 0) / 1e6)
+    parts = (
+        logged[:2],
+        torch.tensor(known).to(logged.device, non_blocking=True),
+        tokens.sum()[None],
+        logged[2:],
+        tokens,
+    )
+    return torch.cat([part.double() for part in parts])
 
 
 def update(run: Run, engine: Any, optimizer: ComponentAdamW, progress: Progress, totals: Totals) -> bool:
@@ -206,7 +236,7 @@ def measurements(
 ) -> dict[str, float]:
     """One line of the log; ends the clock's lap."""
     train = run.recipe.train
-    seconds, data_wait = clock.lap()
+    seconds, data_wait, reads = clock.lap()
     return {
         "step": step,
         "loss": totals.loss,
@@ -218,14 +248,40 @@ def measurements(
         "tokens_per_second": totals.tokens / seconds,
         "data_wait": data_wait,
         "seconds": seconds,
+        "crops": round(totals.crops),
         "masked": round(totals.masked),
-        **{f"loss.{name}": mean for name, mean in totals.by_dataset.items()},
+        "retries": round(totals.retries),
+        "cache_hits": round(totals.cache_hits),
+        "megabytes": totals.megabytes,
+        **reads,
+        **{f"loss.{name}": mean for name, mean in totals.losses.items()},
+        **{f"tokens.{name}": round(count) for name, count in totals.tokens_of.items()},
     }
+
+
+def record_data(run: Run, progress: Progress) -> None:
+    """One line in `data.jsonl`: of every dataset its share as asked and as drawn, its epochs, and samples masked."""
+    window, total = progress.cursor.window, sum(run.plan.weights.values())
+    drawn, epochs = run.plan.draws_until(window), run.plan.epochs(window)
+    masked = Counter(line["dataset"] for line in read_log(run.recipe.run_dir / QUARANTINE_NAME))
+    line = {
+        name: {
+            "asked": weight / total,
+            "drawn": drawn[name] / max(1, sum(drawn.values())),
+            "epochs": epochs[name],
+            "masked": masked[name],
+        }
+        for name, weight in run.plan.weights.items()
+    }
+    with open(run.recipe.run_dir / DATA_NAME, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": progress.step, "windows": window, "datasets": line}) + "\n")
 
 
 def save(run: Run, engine: Any, progress: Progress) -> None:
     """Write a checkpoint; when that fails, the recipe says whether training goes on without."""
     recipe, state = run.recipe, run.plan.state(progress.cursor)
+    if run.mesh.rank == 0:
+        record_data(run, progress)
     losses = tuple(progress.history.losses)
     try:
         checkpoints.save(engine, recipe, run.model_config, progress.step, state, sp=run.mesh.sp, losses=losses)
@@ -247,9 +303,13 @@ def run_steps(
         run.layout,
         dp_rank=run.mesh.dp_rank,
         dp_size=run.mesh.dp,
+        sp_rank=run.mesh.sp_rank,
+        sp_size=run.mesh.sp,
         micro_batch=recipe.train.micro_batch,
         workers=recipe.data.workers,
         prefetch=recipe.data.prefetch,
+        read_ahead=recipe.data.read_ahead_mib << 20,
+        cache=recipe.data.cache_mib << 20,
     )
     clock, watchdog = StepClock(), Watchdog(run.mesh.rank, recipe.train.phase_deadline)
     try:

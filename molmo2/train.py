@@ -6,8 +6,8 @@
     python molmo2/train.py --recipe recipes/demo/stage1.yaml
 
 The last line trains on one rank. A run continues from its newest whole checkpoint by itself; SIGTERM, SIGUSR1 or a file
-`runs/<name>/stop` saves one and exits with 0. Written to `runs/<name>/`: log.jsonl, quarantine.jsonl, summary.json,
-checkpoints, TensorBoard.
+`runs/<name>/stop` saves one and exits with 0. Written to `runs/<name>/`: log.jsonl, data.jsonl, quarantine.jsonl,
+summary.json, checkpoints and TensorBoard.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from molmo2.parallel.mesh import SINGLE, Mesh, MeshError, check_mesh, make_mesh
 from molmo2.pretrained import first_weights
 from molmo2.processing.processor import ProcessorSettings, build_processor
 from molmo2.replay import find_step, show_losses, show_packs
-from molmo2.steps import ANOMALIES_NAME, QUARANTINE_NAME, Progress, Run, StopSignal, TrainingError, run_steps
+from molmo2.steps import ANOMALIES_NAME, DATA_NAME, QUARANTINE_NAME, Progress, Run, StopSignal, TrainingError, run_steps
 from shards.loader import QuarantineError
 from shards.plan import Cursor, PlanError, open_plan
 
@@ -206,7 +206,7 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, argument
 def clear_after(recipe: Recipe, step: int) -> None:
     """Forget what a run wrote after the step from which it goes on."""
     checkpoints.clear_after(checkpoints.checkpoints_dir(recipe.run_dir), step)
-    for name in (LOG_NAME, QUARANTINE_NAME, ANOMALIES_NAME, CHANGES_NAME):
+    for name in (LOG_NAME, QUARANTINE_NAME, ANOMALIES_NAME, CHANGES_NAME, DATA_NAME):
         cut_log(recipe.run_dir / name, step)
 
 

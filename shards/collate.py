@@ -1,24 +1,26 @@
 """Packs of read samples to a batch of tensors: expand, decode, lay one after another.
 
-A sample that could not be read is masked: its place in the row is padding, and nothing else moves.
+A sample that could not be read is masked: its place in the row is padding, and nothing else moves. Of the images and
+frames only the share of one rank is decoded.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shards.layout import Expanded, VisualLayout, expand, split_crops, visual_pooling
+from shards.layout import Expanded, VisualLayout, expand, split_crops, visual_crops, visual_pooling
 from shards.media import decode_jpeg
 from shards.plan import Cursor, Draw, PackSpec
 from shards.reader import Damage, ReadError, StoredSample
+from shards.share import split_visuals
 
 MEMBER = 100_000  # segment ids of one member of a pack lie in [number * MEMBER, (number + 1) * MEMBER)
 TRUNK = 10_000  # the shared trunk: above every branch, since a query sees segments that are not below its own
@@ -26,9 +28,22 @@ PAD_SEGMENT = 2**31 - 1
 Pixels = npt.NDArray[np.uint8]
 
 
+class ReadStats(NamedTuple):
+    """How long the samples of a batch took, seconds each, and what was counted since the batch before (`tally`)."""
+
+    read: tuple[float, ...] = ()
+    decode: tuple[float, ...] = ()
+    counts: Mapping[str, int] = {}
+
+
+NO_READS = ReadStats()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """One micro-batch. B packs of S tokens, N crops, T visual tokens, U visuals (images or frames).
+
+    A rank that shares its packs with others holds the crops of its own share of the visuals alone, all else whole.
 
     Attributes:
         input_ids: int64 [B, S].
@@ -38,13 +53,14 @@ class Batch:
         segment_ids: int32 [B, S]: member * MEMBER + (TRUNK, or the branch's number); padding is PAD_SEGMENT.
         is_visual: bool [B, S], tokens that see each other in both directions.
         dataset_ids: int64 [B, S], which of `Plan.datasets` a token comes from; 0 in padding.
-        pixels: uint8 [N, crop, crop, 3].
+        pixels: uint8 [own crops, crop, crop, 3].
         pooling: int64 [T, P], patches in the flat [N * patches] axis that each `<im_patch>` pools; -1 pads.
         visual_crops, visual_tokens: int64 [U], crops and visual tokens of every visual, in order.
         step, slots: where these packs stand in the plan.
         divisor: the sum of loss weights of the whole step, all ranks and micro-batches.
         cursor: the state of the data after this step.
         masked: samples that were damaged.
+        reads: how reading them went.
     """
 
     input_ids: Tensor
@@ -63,6 +79,7 @@ class Batch:
     divisor: float
     cursor: Cursor
     masked: tuple[Damage, ...]
+    reads: ReadStats = NO_READS
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on a device."""
@@ -79,33 +96,36 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecodedSample:
-    """One sample ready to be laid in a row: its tokens, and per visual its crops and what its tokens pool.
+class OpenedSample:
+    """One sample ready to be laid in a row, its images still JPEG.
 
     Attributes:
+        draw, stored: where it comes from.
         tokens: see `layout.Expanded`.
-        crops: one uint8 [crops, crop, crop, 3] per visual.
+        num_crops: of every visual.
         pooling: one int64 [visual tokens, pool ** 2] per visual, counting from the visual's own first patch; -1 pads.
     """
 
+    draw: Draw
+    stored: StoredSample
     tokens: Expanded
-    crops: tuple[Pixels, ...]
+    num_crops: tuple[int, ...]
     pooling: tuple[npt.NDArray[np.int64], ...]
 
 
-def decode_sample(layout: VisualLayout, draw: Draw, sample: StoredSample) -> DecodedSample:
-    """Expand a sample's tokens and decode its images.
+def open_sample(layout: VisualLayout, draw: Draw, sample: StoredSample) -> OpenedSample:
+    """Expand a sample's tokens.
 
     Raises:
-        ReadError: other lengths than the plan packed by, or an image is missing, no JPEG, or of another size.
+        ReadError: other lengths than the plan packed by, or a visual without what it needs.
     """
     try:
         tokens = expand(layout, sample.tokens, sample.visuals)
-        crops = tuple(decode_crops(layout, sample))
+        num_crops = tuple(visual_crops(visual) for visual in sample.visuals)
         pooling = tuple(visual_pooling(layout, visual) for visual in sample.visuals)
     except (KeyError, TypeError, ValueError) as error:
         raise ReadError(f"{type(error).__name__}: {error}") from None
-    found = (len(tokens.input_ids), sum(map(len, crops)))
+    found = (len(tokens.input_ids), sum(num_crops))
     if found != (draw.num_tokens, draw.num_crops):
         raise ReadError(
             f"{found[0]} tokens and {found[1]} crops, the index says {draw.num_tokens} and {draw.num_crops}; "
@@ -113,14 +133,14 @@ def decode_sample(layout: VisualLayout, draw: Draw, sample: StoredSample) -> Dec
         )
     if tokens.branch.max() >= TRUNK:
         raise ReadError(f"{tokens.branch.max()} annotations, at most {TRUNK - 1} fit a mask")
-    return DecodedSample(tokens=tokens, crops=crops, pooling=pooling)
+    return OpenedSample(draw=draw, stored=sample, tokens=tokens, num_crops=num_crops, pooling=pooling)
 
 
-def decode_crops(layout: VisualLayout, sample: StoredSample) -> Iterator[Pixels]:
-    """Crops of every visual, uint8 [crops, crop, crop, 3] each.
+def decode_crops(layout: VisualLayout, sample: StoredSample, visuals: range) -> list[Pixels]:
+    """Crops of some of a sample's visuals, by number, uint8 [crops, crop, crop, 3] each.
 
     Raises:
-        ValueError: an image is no JPEG, or not of the size that its tiling says; KeyError: there is no such image.
+        ReadError: an image is missing, no JPEG, or not of the size that its tiling says.
     """
     decoded: dict[int, Pixels] = {}  # an image of one tile has one file for view and canvas
 
@@ -131,24 +151,58 @@ def decode_crops(layout: VisualLayout, sample: StoredSample) -> Iterator[Pixels]
             raise ValueError(f"image {number} is {decoded[number].shape}, its tiling says {(height, width, 3)}")
         return decoded[number]
 
-    for visual in sample.visuals:
+    def crops(visual: dict[str, Any]) -> Pixels:
         view = decode(visual["view"], layout.crop_size, layout.crop_size)
         if visual["kind"] == "frame":
-            yield view[None]
-        else:
-            tiling = (visual["tiling"][0], visual["tiling"][1])
-            yield split_crops(layout, tiling, view, decode(visual["canvas"], *layout.canvas_size(tiling)))
+            return view[None]
+        tiling = (visual["tiling"][0], visual["tiling"][1])
+        return split_crops(layout, tiling, view, decode(visual["canvas"], *layout.canvas_size(tiling)))
+
+    try:
+        return [crops(sample.visuals[number]) for number in visuals]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReadError(f"{type(error).__name__}: {error}") from None
+
+
+def own_visuals(samples: Sequence[OpenedSample], rank: int, ranks: int) -> Iterator[tuple[OpenedSample, range]]:
+    """Of every sample, the visuals in the share of one of the ranks that share these packs."""
+    crops = [count for sample in samples for count in sample.num_crops]
+    tokens = [len(part) for sample in samples for part in sample.pooling]
+    own, first = split_visuals(crops, tokens, ranks)[rank].visuals, 0
+    for sample in samples:
+        count = len(sample.num_crops)
+        yield sample, range(max(0, own.start - first), min(count, own.stop - first))
+        first += count
+
+
+def own_share(batch: Batch, rank: int, ranks: int) -> Batch:
+    """A batch that holds all crops, with the crops of one rank's share alone."""
+    share = split_visuals(batch.visual_crops.tolist(), batch.visual_tokens.tolist(), ranks)[rank]
+    return dataclasses.replace(batch, pixels=batch.pixels[share.crops])
 
 
 def collate(
     layout: VisualLayout,
     packs: Sequence[PackSpec],
-    samples: Sequence[Sequence[DecodedSample | Damage]],
+    samples: Sequence[OpenedSample | Damage],
+    crops: Sequence[Pixels],
     sequence_length: int,
     divisor: float,
     cursor: Cursor,
+    reads: ReadStats = NO_READS,
 ) -> Batch:
-    """A batch of packs; `samples[i][j]` is draw j of pack i, or what was wrong with it."""
+    """A batch of packs.
+
+    Args:
+        layout: the model's geometry.
+        packs: one row each.
+        samples: of all packs, one after another: each draw, or what was wrong with it.
+        crops: of the visuals in this rank's share, in order.
+        sequence_length: tokens of a row.
+        divisor: handed on, like the next two.
+        cursor: where the data stand afterwards.
+        reads: how reading went.
+    """
     fields: dict[str, npt.NDArray[Any]] = {
         "input_ids": np.zeros((len(packs), sequence_length), np.int64),
         "labels": np.zeros((len(packs), sequence_length), np.int64),
@@ -158,13 +212,13 @@ def collate(
         "is_visual": np.zeros((len(packs), sequence_length), np.bool_),
         "dataset_ids": np.zeros((len(packs), sequence_length), np.int64),
     }
-    kept, masked = [], []
-    for row, (pack, members) in enumerate(zip(packs, samples, strict=True)):
+    kept, masked, found = [], [], iter(samples)
+    for row, pack in enumerate(packs):
         start = 0
-        for member, (draw, sample) in enumerate(zip(pack.draws, members, strict=True)):
+        for member, draw in enumerate(pack.draws):
             place = (row, slice(start, start + draw.num_tokens))
             start += draw.num_tokens
-            if isinstance(sample, Damage):
+            if isinstance(sample := next(found), Damage):
                 masked.append(sample)
                 continue
             kept.append(sample)
@@ -177,7 +231,7 @@ def collate(
             fields["segment_ids"][place] = member * MEMBER + np.where(branch == 0, TRUNK, branch)
             fields["is_visual"][place] = tokens.is_visual
             fields["dataset_ids"][place] = draw.dataset
-    arrays = fields | _visual_fields(layout, kept)
+    arrays = fields | _visual_fields(layout, kept, crops)
     return Batch(
         **{name: torch.from_numpy(array) for name, array in arrays.items()},
         step=packs[0].step,
@@ -185,23 +239,26 @@ def collate(
         divisor=divisor,
         cursor=cursor,
         masked=tuple(masked),
+        reads=reads,
     )
 
 
-def _visual_fields(layout: VisualLayout, samples: Sequence[DecodedSample]) -> dict[str, npt.NDArray[Any]]:
+def _visual_fields(
+    layout: VisualLayout, samples: Sequence[OpenedSample], crops: Sequence[Pixels]
+) -> dict[str, npt.NDArray[Any]]:
     """The visual arrays of a batch; with no visual at all they are empty."""
-    crops = [part for sample in samples for part in sample.crops]
+    counts = [count for sample in samples for count in sample.num_crops]
     pooling = [part for sample in samples for part in sample.pooling]
     width = max((part.shape[1] for part in pooling), default=layout.image_pool**2)
     flat = np.full((sum(map(len, pooling)), width), -1, np.int64)
     token = patch = 0
-    for part, pixels in zip(pooling, crops, strict=True):
+    for part, count in zip(pooling, counts, strict=True):
         flat[token : token + len(part), : part.shape[1]] = np.where(part >= 0, part + patch, -1)
-        token, patch = token + len(part), patch + len(pixels) * layout.crop_patches**2
+        token, patch = token + len(part), patch + count * layout.crop_patches**2
     empty = np.zeros((0, layout.crop_size, layout.crop_size, 3), np.uint8)
     return {
         "pixels": np.concatenate([empty, *crops]),
         "pooling": flat,
-        "visual_crops": np.array([len(pixels) for pixels in crops], np.int64),
+        "visual_crops": np.array(counts, np.int64),
         "visual_tokens": np.array([len(part) for part in pooling], np.int64),
     }

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from shards.format import INDEX_NAME, DatasetIndex, FormatError, ShardInfo, check_sidecar, index_dtype, parse_index
+from shards.cache import ShardCache, cache_dir
+from shards.format import (
+    INDEX_NAME,
+    DatasetIndex,
+    FormatError,
+    ShardInfo,
+    check_sidecar,
+    index_dtype,
+    npy_rows,
+    parse_index,
+)
 from shards.storage import LocalStorage, Storage, open_storage
 
+SMALL = 64 << 10  # mean bytes of a sample, below which its shards are worth keeping whole on the local disk
 Array = npt.NDArray[Any]
 
 
@@ -23,11 +33,27 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Tars:
-    """What a reader needs of a dataset: small, so that it travels to worker processes, unlike the sidecars."""
+    """What a reader needs of a dataset: small, so that it travels to worker processes, unlike the sidecars.
+
+    `whole`: bytes and SHA-256 of the tars, where `cache` may keep them; else both are empty.
+    """
 
     name: str
     storage: Storage
     shards: tuple[str, ...]
+    cache: ShardCache | None = None
+    whole: tuple[tuple[int, str], ...] = ()
+
+    def read(self, shard: int, offset: int, length: int, *, past_cache: bool) -> bytes:
+        """A range of a tar; `past_cache`: what the cache holds was wrong."""
+        name = f"{self.shards[shard]}.tar"
+        if self.cache is None:
+            return self.storage.read(name, offset, length)
+        size, sha256 = self.whole[shard]
+        if past_cache:
+            self.cache.forget(sha256)
+            return self.storage.read(name, offset, length)
+        return self.cache.read(self.storage, name, size, sha256, offset, length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +86,8 @@ class Dataset:
         return shard, row, found
 
 
-def cache_dir() -> Path:
-    """Where sidecars from a bucket are kept, by their hash: `$XDG_CACHE_HOME/nanomolmo2` (default `~/.cache`)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nanomolmo2")
-
-
 def _load_sidecar(storage: Storage, shard: ShardInfo, num_variants: int) -> Array:
-    """Verified and memory-mapped; one from a bucket is first copied to the disk, once.
-
-    The header is compared, not parsed: numpy parses it with `ast`, which fails now and then in threads (CPython 3.11).
-    """
+    """Verified and memory-mapped; one from a bucket is first copied to the disk, once."""
     name, dtype = f"{shard.name}.idx.npy", index_dtype(num_variants)
     if isinstance(storage, LocalStorage):
         local, data = storage, storage.read(name)
@@ -79,10 +97,7 @@ def _load_sidecar(storage: Storage, shard: ShardInfo, num_variants: int) -> Arra
     found = hashlib.sha256(data).hexdigest()
     if found != shard.index_sha256:
         raise ValueError(f"sha256 {found[:16]}..., index.json says {shard.index_sha256[:16]}...")
-    start = 10 + int.from_bytes(data[8:10], "little")
-    count, rest = divmod(len(data) - start, dtype.itemsize)
-    if rest or repr(np.lib.format.dtype_to_descr(dtype)).encode() not in data[:start]:
-        raise ValueError(f"these are not the rows of {num_variants} variants")
+    start, count = npy_rows(data, dtype)
     # A plain array over the map: looking up rows of numpy's own memmap class costs several times more.
     return np.asarray(np.memmap(local.path(name), dtype, "r", start, (count,)))
 
@@ -172,3 +187,26 @@ def check_processor(dataset: Dataset, wanted: dict[str, Any]) -> None:
             f"{dataset.storage.root} was built by another processor than the recipe's:\n  {listed}\n"
             "rebuild it with tools/build_shards.py --overwrite, or use the model and tokenizer it was built for"
         )
+
+
+def with_cache(datasets: Iterable[Dataset], budget: int) -> tuple[Tars, ...]:
+    """What readers need of each dataset, with the cache for those that it can hold whole; the smallest come first."""
+    datasets = tuple(datasets)
+    sizes = {dataset.name: sum(shard.bytes for shard in dataset.index.shards) for dataset in datasets}
+    chosen, left = set(), budget
+    for dataset in sorted(datasets, key=lambda dataset: (sizes[dataset.name], dataset.name)):
+        size, remote = sizes[dataset.name], not isinstance(dataset.storage, LocalStorage)
+        if remote and size <= left and size < SMALL * len(dataset):
+            chosen.add(dataset.name)
+            left -= size
+    cache = ShardCache(cache_dir() / "shards", budget)
+    return tuple(
+        replace(
+            dataset.tars,
+            cache=cache,
+            whole=tuple((shard.bytes, shard.sha256) for shard in dataset.index.shards),
+        )
+        if dataset.name in chosen
+        else dataset.tars
+        for dataset in datasets
+    )

@@ -161,6 +161,26 @@ def check_sidecar(rows: npt.NDArray[np.void], shard: ShardInfo, num_variants: in
         raise FormatError(f"{where}: {len(rows)} rows, index.json says {shard.samples}")
 
 
+def npy_rows(data: bytes, dtype: np.dtype[Any]) -> tuple[int, int]:
+    """First byte and number of the rows of a one-dimensional .npy file (format 1.0) of `dtype`.
+
+    The header is compared, not parsed: numpy parses it with `ast`, which fails now and then in threads (CPython 3.11),
+    and a header from outside is better not evaluated at all.
+
+    Raises:
+        FormatError: another kind of array, or not as many bytes as its header says.
+    """
+    start = 10 + int.from_bytes(data[8:10], "little")
+    count, rest = divmod(len(data) - start, dtype.itemsize)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    wanted = repr(header)[:-1].encode() + b", }"
+    if rest or count < 0 or data[:8] != b"\x93NUMPY\x01\x00" or data[10:start].rstrip() != wanted:
+        raise FormatError(
+            f"no .npy rows of {dtype.names}: {data[:start][:200]!r} and {len(data) - start} bytes of rows"
+        )
+    return start, count
+
+
 def tar_members(span: bytes) -> dict[str, bytes]:
     """Files of a run of tar members, by name. Plain headers only, as the writer makes them.
 

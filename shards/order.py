@@ -53,6 +53,22 @@ def permute(positions: Ints, sizes: Ints, keys: U64) -> Ints:
     return value.astype(np.int64)
 
 
+def permute_blocks(positions: Ints, sizes: Ints, keys: U64, block: int) -> Ints:
+    """`permute`, but blocks of `block` neighbours stay together, for disks that seek slowly.
+
+    Blocks are permuted, and positions inside each block; what is left after the last whole block comes last.
+    """
+    if block == 1:
+        return permute(positions, sizes, keys)
+    whole = sizes // block
+    number, inside = np.divmod(positions, block)
+    tail = number == whole
+    # The tail is a block of its own, which stays where it is.
+    target = np.where(tail, number, permute(np.where(tail, 0, number), np.maximum(whole, 1), keys))
+    length = np.where(tail, np.maximum(sizes - whole * block, 1), block)
+    return target * block + permute(inside, length, epoch_keys(keys, target + 1))
+
+
 def _feistel(value: U64, half: U64, keys: U64) -> U64:
     """A bijection on the numbers of 2 * half bits."""
     low = (np.uint64(1) << half) - np.uint64(1)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from shards.dataset import Dataset, check_processor, differences, find_dataset
 from shards.format import digest
 from shards.mixture import MixtureSpec, draws_before, integer_weights, phase
-from shards.order import epoch_keys, key_of, permute, shuffled
+from shards.order import epoch_keys, key_of, permute_blocks, shuffled
 from shards.packing import pack
 
 PLAN_VERSION = 1
@@ -81,7 +81,8 @@ class StepSpec(NamedTuple):
 class PlanSettings:
     """What the order of batches depends on, beside the datasets and the mixture.
 
-    `window` is the length of a window in virtual time, about its number of draws; `packs_per_step` the global batch.
+    `window` is the length of a window in virtual time, about its number of draws; `packs_per_step` the global batch;
+    `block` the number of stored neighbours that an epoch takes one after another, 1 for none.
     """
 
     sequence_length: int
@@ -89,6 +90,7 @@ class PlanSettings:
     packs_per_step: int
     window: int = 4096
     seed: int = 0
+    block: int = 1
 
 
 class Plan:
@@ -204,7 +206,8 @@ class Plan:
         number = np.repeat(np.arange(len(counts)), counts)
         drawn = np.arange(ends[-1]) + np.repeat(before - ends + counts, counts)  # counts from the dataset's first draw
         epochs, positions = np.divmod(drawn, self._sizes[number])
-        ordinals = permute(positions, self._sizes[number], epoch_keys(self._order_keys[number], epochs))
+        keys = epoch_keys(self._order_keys[number], epochs)
+        ordinals = permute_blocks(positions, self._sizes[number], keys, self.settings.block)
         draws: list[Draw] = []
         for i in np.flatnonzero(counts).tolist():
             part = slice(int(ends[i] - counts[i]), int(ends[i]))

@@ -6,7 +6,6 @@ and putting packs together is `shards.collate`'s work; counting damages against 
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import time
@@ -17,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.dataset import Tars
-from shards.format import TOKEN_DTYPE, FormatError, span_hash, tar_members, whole_headers
+from shards.format import TOKEN_DTYPE, FormatError, npy_rows, span_hash, tar_members, whole_headers
 from shards.layout import sample_visuals
 from shards.plan import Draw
-from shards.storage import UnavailableError
+from shards.storage import UnavailableError, tally
 
 ATTEMPTS = 3
 PAUSE = 0.05  # seconds before the second attempt; doubles, with jitter
@@ -68,10 +67,12 @@ def read_sample(tars: Tars, draw: Draw) -> StoredSample | Damage:
     span, reason = b"", ""
     for attempt in range(ATTEMPTS):
         if attempt:
+            tally("retries")
             time.sleep(PAUSE * 2 ** (attempt - 1) * (1 + JITTER.random()))
         try:
-            span = tars.storage.read(f"{tars.shards[draw.shard]}.tar", draw.offset, draw.span)
+            span = tars.read(draw.shard, draw.offset, draw.span, past_cache=attempt > 0)
             check_span(span, draw)
+            tally("bytes", len(span))
             return parse_sample(span, draw.variant)
         except UnavailableError:
             raise
@@ -115,11 +116,11 @@ def parse_sample(span: bytes, variant: int) -> StoredSample:
     try:
         fields = {name.split(".", 1)[1]: data for name, data in members.items()}
         record = json.loads(fields["json"])
-        tokens = np.lib.format.read_array(io.BytesIO(fields[f"tokens{variant}.npy"]), allow_pickle=False)
+        stored = fields[f"tokens{variant}.npy"]
+        start, count = npy_rows(stored, TOKEN_DTYPE)
+        tokens = np.frombuffer(stored, TOKEN_DTYPE, count, start)
         visuals = sample_visuals(record, variant)
         images = {int(name[:-4]): data for name, data in fields.items() if name.endswith(".jpg")}
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ReadError(f"{type(error).__name__}: {error}") from None
-    if tokens.dtype != TOKEN_DTYPE or tokens.ndim != 1:
-        raise ReadError(f"tokens of dtype {tokens.dtype} and {tokens.ndim} dimensions")
     return StoredSample(key=key, tokens=tokens, visuals=visuals, images=images)

@@ -26,7 +26,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay, wait_exponential_jitter
 
-from shards.storage import UnavailableError
+from shards.storage import UnavailableError, tally
 
 LOG = logging.getLogger(__name__)
 DEADLINE = 120.0  # seconds of one read with all its attempts
@@ -227,6 +227,7 @@ def _wait(state: RetryCallState) -> float:
 
 
 def _log_retry(where: str, state: RetryCallState) -> None:
+    tally("retries")
     error = state.outcome.exception() if state.outcome else None
     LOG.warning("%s: attempt %d failed: %s; again in %.1f s", where, state.attempt_number, error, state.upcoming_sleep)
 

@@ -10,9 +10,28 @@ import errno
 import io
 import os
 import shutil
+import threading
 import uuid
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
+
+_TALLY: Counter[str] = Counter()
+_TALLY_LOCK = threading.Lock()
+
+
+def tally(name: str, count: int = 1) -> None:
+    """Count something that readers of this process met: "retries", "cache_hits", "bytes"."""
+    with _TALLY_LOCK:
+        _TALLY[name] += count
+
+
+def take_tally() -> dict[str, int]:
+    """What was counted since the last call."""
+    with _TALLY_LOCK:
+        found = dict(_TALLY)
+        _TALLY.clear()
+    return found
 
 
 class UnavailableError(OSError):

@@ -12,10 +12,10 @@ import pytest
 import shards
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAVES = {"schema", "format", "layout", "storage", "s3", "media"}
+LEAVES = {"schema", "format", "layout", "share", "storage", "s3", "media"}
 BUILD = {"catalog", "download", "sources", "convert", "writer", "verify", "repair"}
 BUILD |= {"builder", "build_pool", "build_task", "build_folder"}
-STREAM = {"dataset", "mixture", "order", "packing", "plan", "reader", "collate", "loader"}
+STREAM = {"cache", "dataset", "mixture", "order", "packing", "plan", "reader", "read_ahead", "collate", "loader"}
 
 
 def imported(path: Path) -> set[str]:

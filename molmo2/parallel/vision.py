@@ -2,58 +2,21 @@
 
 Every rank knows from the batch how many crops and tokens each visual has, so nothing is negotiated. The tower runs
 on every rank in every step, on a dummy crop times zero where there is no visual: otherwise the gradient hooks and
-collectives of the ranks would not match. A visual is never cut, since its pooling mixes its own patches only.
+collectives of the ranks would not match.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from molmo2.parallel.gather import all_gather
 from molmo2.parallel.mesh import Mesh
+from shards.share import split_visuals
 
 Encode = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """One rank's part of a batch: a run of crops and the run of pooled tokens that they give."""
-
-    crops: slice
-    tokens: slice
-
-    @property
-    def num_tokens(self) -> int:
-        """Pooled tokens of the part."""
-        return self.tokens.stop - self.tokens.start
-
-
-def split_visuals(crops: Sequence[int], tokens: Sequence[int], ranks: int) -> list[Share]:
-    """Contiguous shares of the visuals, balanced by crops, one a rank; a visual lies where its middle falls.
-
-    Args:
-        crops: number of crops of each visual.
-        tokens: number of pooled tokens of each visual.
-        ranks: number of shares. With one crop a visual, shares differ by one at most.
-    """
-    total = sum(crops)
-    edges: list[tuple[int, int]] = [(0, 0)] * ranks + [(total, sum(tokens))]
-    crop = token = 0
-    owner = 0
-    for num_crops, num_tokens in zip(crops, tokens, strict=True):
-        middle = (2 * crop + num_crops) * ranks // max(1, 2 * total)
-        for rank in range(owner + 1, middle + 1):
-            edges[rank] = (crop, token)
-        owner = max(owner, middle)
-        crop, token = crop + num_crops, token + num_tokens
-    for rank in range(owner + 1, ranks):
-        edges[rank] = (crop, token)
-    return [Share(slice(a[0], b[0]), slice(a[1], b[1])) for a, b in itertools.pairwise(edges)]
 
 
 def encode_shared(
@@ -70,7 +33,7 @@ def encode_shared(
 
     Args:
         encode: (pixels uint8 [n, H, W, 3], pooling [t, P]) -> features [t, d].
-        pixels: uint8 [N, H, W, 3], all crops.
+        pixels: uint8 [n, H, W, 3], the crops of this rank's share: what its loader decoded.
         pooling: int64 [T, P], indices into [N * patches_per_crop], -1 pads.
         visual_crops: int64 [U], crops of each visual.
         visual_tokens: int64 [U], pooled tokens of each visual.
@@ -84,10 +47,11 @@ def encode_shared(
     """
     shares = split_visuals(visual_crops.tolist(), visual_tokens.tolist(), mesh.sp)
     own = shares[mesh.sp_rank]
+    assert len(pixels) == own.crops.stop - own.crops.start
     if own.num_tokens:
         part = pooling[own.tokens]
         part = torch.where(part < 0, part, part - own.crops.start * patches_per_crop)
-        features = encode(pixels[own.crops], part)
+        features = encode(pixels, part)
     else:
         dummy = torch.zeros(1, crop_size, crop_size, 3, dtype=torch.uint8, device=pixels.device)
         features = encode(dummy, torch.zeros(1, 1, dtype=torch.int64, device=pixels.device)) * 0

@@ -15,7 +15,7 @@ from molmo2.model.config import PRESETS
 from molmo2.model.molmo2 import Molmo2
 from molmo2.optim import set_learning_rates
 from molmo2.parallel.mesh import SINGLE, make_mesh
-from shards.collate import PAD_SEGMENT, Batch
+from shards.collate import PAD_SEGMENT, Batch, own_share
 from shards.plan import Cursor
 
 TINY = PRESETS["tiny"]
@@ -118,7 +118,7 @@ def gradients(how: tuple[bool, tuple[int, int]]) -> list[tuple[Tensor, dict[str,
     for case in BATCHES:
         module = TrainingModule(model(heads), recipe(sp=mesh.sp), mesh).train()
         module.model.set_checkpointing(checkpointing, chunk_crops=1 if checkpointing else None)
-        loss, logged = module(make(case))
+        loss, logged = module(own_share(make(case), mesh.sp_rank, mesh.sp))
         loss.backward()
         dist.all_reduce(logged)
         for parameter in module.model.parameters():
@@ -142,7 +142,7 @@ def train(settings: list[tuple[str, int, int, bool]]) -> list[list[dict[str, flo
         for step in range(1, 4):
             set_learning_rates(optimizer, names, run.optim, step, 3)
             for number in range(mesh.dp_rank, len(BATCHES), mesh.dp):
-                loss, _ = engine(make(BATCHES[number]))
+                loss, _ = engine(own_share(make(BATCHES[number]), mesh.sp_rank, mesh.sp))
                 engine.backward(loss, scale_wrt_gas=False)
             engine.step()
             assert engine.was_step_applied()

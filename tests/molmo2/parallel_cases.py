@@ -10,6 +10,7 @@ from molmo2.parallel.loss_rows import share_loss_rows
 from molmo2.parallel.mesh import make_mesh
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
+from shards.share import split_visuals
 
 LENGTH, DIM = 24, 4
 
@@ -81,6 +82,7 @@ def vision(cases: list[tuple[list[int], list[int]]]) -> list[tuple[torch.Tensor,
         projection = torch.linspace(-1, 1, 12 * 5).reshape(12, 5).requires_grad_()
         pixels, pooling, weight = vision_inputs(crops, tokens)
         counts = torch.tensor(crops, dtype=torch.int64), torch.tensor(tokens, dtype=torch.int64)
+        pixels = pixels[split_visuals(crops, tokens, mesh.sp)[mesh.sp_rank].crops]
         features, touch = encode_shared(encoder(projection), pixels, pooling, *counts, PATCHES, CROP, mesh)
         own = torch.arange(len(features)) % mesh.sp == mesh.sp_rank
         ((features * weight).sum(1)[own].sum() + touch).backward()

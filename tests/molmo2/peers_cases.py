@@ -31,11 +31,19 @@ def read_step(root: str) -> list[dict[str, Any]]:
         plan=plan,
         layout=processor.layout,
     )
-    batches, found = make_loader(plan, Cursor(), run.layout, dp_rank=run.mesh.dp_rank, dp_size=run.mesh.dp), []
+    place = {name: getattr(run.mesh, name) for name in ("dp_rank", "sp_rank")}
+    batches, found = make_loader(plan, Cursor(), run.layout, dp_size=run.mesh.dp, sp_size=2, **place), []
     for _ in range(recipe.train.packs_per_step):
         read = next(batches)
         agreed = agree_on_masked(run, read, Cursor())
-        tensors = {name: getattr(agreed, name) for name in ("input_ids", "loss_weights", "segment_ids", "pixels")}
+        tensors = {name: getattr(agreed, name) for name in ("input_ids", "loss_weights", "segment_ids", "visual_crops")}
         masked = [each.row for each in agreed.masked]
-        found.append({"read": [each.row for each in read.masked], "masked": masked, "tensors": tensors})
+        found.append(
+            {
+                "read": [each.row for each in read.masked],
+                "masked": masked,
+                "tensors": tensors,
+                "pixels": len(agreed.pixels),
+            }
+        )
     return found

@@ -28,4 +28,5 @@ def test_a_sample_that_one_rank_finds_damaged_is_masked_on_both(tmp_path: Path) 
         assert one["masked"] == other["masked"] == other["read"]
         for name, tensor in one["tensors"].items():
             assert torch.equal(tensor, other["tensors"][name]), name
+        assert one["pixels"] + other["pixels"] == int(one["tensors"]["visual_crops"].sum())
     assert any(pack["tensors"]["loss_weights"].any() for pack in first)  # what is whole still counts

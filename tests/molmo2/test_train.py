@@ -66,7 +66,10 @@ def log(root: Path, name: str) -> list[dict[str, Any]]:
 def curve(root: Path, name: str) -> list[dict[str, Any]]:
     """The log without what a clock measured."""
     timed = {"seconds", "tokens_per_second", "data_wait"}
-    return [{key: value for key, value in line.items() if key not in timed} for line in log(root, name)]
+    return [
+        {key: value for key, value in line.items() if key not in timed and "_ms." not in key}
+        for line in log(root, name)
+    ]
 
 
 def wait_for(process: Any, condition: Callable[[], bool]) -> list[psutil.Process]:
@@ -101,6 +104,14 @@ def test_the_run_learns_and_records_every_step(root: Path) -> None:
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
     assert all(0.2 < line["fill"] <= 1 and line["tokens_per_second"] > 0 and line["masked"] == 0 for line in lines)
     assert lines[0]["lr.vit"] == pytest.approx(1.5e-3)
+    for line in lines:
+        assert sum(count for name, count in line.items() if name.startswith("tokens.")) == line["tokens"]
+        assert line["crops"] > 0 and line["megabytes"] > 0 and line["retries"] == line["cache_hits"] == 0
+        assert 0 < line["read_ms.p50"] <= line["read_ms.p95"] and 0 < line["decode_ms.p50"] <= line["decode_ms.p95"]
+    data = [json.loads(line) for line in (root / "runs/whole/data.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in data] == [4, 8, 12]
+    assert all(each["masked"] == 0 and each["asked"] > 0 for line in data for each in line["datasets"].values())
+    assert sum(each["asked"] for each in data[0]["datasets"].values()) == pytest.approx(1)
     assert min(lines[0][f"grad_norm.{name}"] for name in ("vit", "connector", "llm")) > 0
     summary = json.loads((root / "runs/whole/summary.json").read_text())
     assert (summary["steps"], summary["tokens"]) == (12, sum(line["tokens"] for line in lines))

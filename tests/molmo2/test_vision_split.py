@@ -10,20 +10,23 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 
 from molmo2.parallel.mesh import SINGLE
-from molmo2.parallel.vision import encode_shared, split_visuals
+from molmo2.parallel.vision import encode_shared
+from shards.share import split_visuals
 
 
 @given(visuals=st.lists(st.tuples(st.integers(1, 13), st.integers(1, 50)), max_size=40), ranks=st.integers(1, 9))
 def test_shares_are_whole_visuals_in_order(visuals: list[tuple[int, int]], ranks: int) -> None:
     crops, tokens = [v[0] for v in visuals], [v[1] for v in visuals]
     shares = split_visuals(crops, tokens, ranks)
-    bounds = {(sum(crops[:i]), sum(tokens[:i])) for i in range(len(crops) + 1)}
+    bounds = {(i, sum(crops[:i]), sum(tokens[:i])) for i in range(len(crops) + 1)}
     assert len(shares) == ranks
-    assert {(share.crops.start, share.tokens.start) for share in shares} <= bounds
+    assert {(share.visuals.start, share.crops.start, share.tokens.start) for share in shares} <= bounds
+    assert (shares[0].visuals.start, shares[-1].visuals.stop) == (0, len(crops))
     assert (shares[0].crops.start, shares[-1].crops.stop) == (0, sum(crops))
     assert (shares[0].tokens.start, shares[-1].tokens.stop) == (0, sum(tokens))
     for left, right in itertools.pairwise(shares):
-        assert (left.crops.stop, left.tokens.stop) == (right.crops.start, right.tokens.start)
+        assert (left.visuals.stop, left.crops.stop) == (right.visuals.start, right.crops.start)
+        assert left.tokens.stop == right.tokens.start
     largest = max((share.crops.stop - share.crops.start for share in shares), default=0)
     assert largest <= sum(crops) / ranks + max(crops, default=0)
 

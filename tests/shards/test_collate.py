@@ -7,7 +7,17 @@ import pytest
 import torch
 from toy import LAYOUT, make_sample, write_samples
 
-from shards.collate import MEMBER, PAD_SEGMENT, TRUNK, Batch, DecodedSample, collate, decode_sample
+from shards.collate import (
+    MEMBER,
+    PAD_SEGMENT,
+    TRUNK,
+    Batch,
+    OpenedSample,
+    collate,
+    decode_crops,
+    open_sample,
+    own_share,
+)
 from shards.dataset import Dataset, open_dataset
 from shards.layout import expand, visual_pooling
 from shards.media import decode_jpeg, encode_jpeg
@@ -39,13 +49,18 @@ def stored(dataset: Dataset, draw: Draw) -> StoredSample:
 def batch_of(dataset: Dataset, rows: list[list[int]], lost: tuple[int, ...] = ()) -> Batch:
     packs = [PackSpec(3, slot, tuple(draw_of(dataset, row) for row in members)) for slot, members in enumerate(rows)]
 
-    def read(draw: Draw) -> DecodedSample | Damage:
+    def read(draw: Draw) -> OpenedSample | Damage:
         if draw.row in lost:
             return Damage(dataset="toy", shard="000000", row=draw.row, key=None, offset=0, reason="test")
-        return decode_sample(LAYOUT, draw, stored(dataset, draw))
+        return open_sample(LAYOUT, draw, stored(dataset, draw))
 
-    samples = [[read(draw) for draw in pack.draws] for pack in packs]
-    return collate(LAYOUT, packs, samples, LENGTH, 7.5, Cursor(step=4, window=1, offset=2))
+    samples = [read(draw) for pack in packs for draw in pack.draws]
+    crops = [part for sample in samples if isinstance(sample, OpenedSample) for part in decoded(sample)]
+    return collate(LAYOUT, packs, samples, crops, LENGTH, 7.5, Cursor(step=4, window=1, offset=2))
+
+
+def decoded(sample: OpenedSample) -> list[np.ndarray]:
+    return decode_crops(LAYOUT, sample.stored, range(len(sample.num_crops)))
 
 
 def test_tokens_lie_one_sample_after_another(dataset: Dataset) -> None:
@@ -130,7 +145,7 @@ def test_a_lost_sample_is_padding_and_moves_nothing(dataset: Dataset, lost: int)
 def test_the_divisor_of_the_index_is_the_sum_of_the_weights(dataset: Dataset) -> None:
     for row in range(9):
         draw = draw_of(dataset, row)
-        sample = decode_sample(LAYOUT, draw, stored(dataset, draw))
+        sample = open_sample(LAYOUT, draw, stored(dataset, draw))
         assert sample.tokens.weights.sum() == pytest.approx(draw.loss_weight, rel=1e-6)
         assert draw.loss_weight > 0
 
@@ -139,18 +154,28 @@ def test_samples_that_were_built_wrong(dataset: Dataset) -> None:
     draw = draw_of(dataset, 1)
     sample = stored(dataset, draw)
     with pytest.raises(ReadError, match=r"\d+ tokens and \d+ crops, the index says 3 and"):
-        decode_sample(LAYOUT, draw._replace(num_tokens=3), sample)
-    with pytest.raises(ReadError, match=r"image 0 is \(40, 48, 3\), its tiling says \(48, 48, 3\)"):
-        small = encode_jpeg(np.zeros((40, 48, 3), np.uint8))
-        decode_sample(LAYOUT, draw, replace(sample, images=sample.images | {0: small}))
-    with pytest.raises(ReadError, match="KeyError: 1"):
-        decode_sample(LAYOUT, draw, replace(sample, images={0: sample.images[0]}))
-    with pytest.raises(ReadError, match="ValueError"):
-        decode_sample(LAYOUT, draw, replace(sample, images=sample.images | {0: b"no jpeg"}))
+        open_sample(LAYOUT, draw._replace(num_tokens=3), sample)
     with pytest.raises(ReadError, match="1 visual placeholders for 0 visuals"):
-        decode_sample(LAYOUT, draw, replace(sample, visuals=[]))
+        open_sample(LAYOUT, draw, replace(sample, visuals=[]))
     with pytest.raises(ReadError, match="KeyError: 'tiling'"):
-        decode_sample(LAYOUT, draw, replace(sample, visuals=[{"kind": "image", "view": 0, "canvas": 1}]))
+        open_sample(LAYOUT, draw, replace(sample, visuals=[{"kind": "image", "view": 0, "canvas": 1}]))
+    small = encode_jpeg(np.zeros((40, 48, 3), np.uint8))
+    wrong_images = {
+        r"image 0 is \(40, 48, 3\), its tiling says \(48, 48, 3\)": sample.images | {0: small},
+        "KeyError: 1": {0: sample.images[0]},
+        "ValueError": sample.images | {0: b"no jpeg"},
+    }
+    for words, images in wrong_images.items():
+        with pytest.raises(ReadError, match=words):
+            decoded(open_sample(LAYOUT, draw, replace(sample, images=images)))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_shares_of_the_pixels_make_the_whole(dataset: Dataset, ranks: int) -> None:
+    whole = batch_of(dataset, [[1, 2], [0], [5, 4]])
+    parts = [own_share(whole, rank, ranks) for rank in range(ranks)]
+    assert torch.equal(torch.cat([part.pixels for part in parts]), whole.pixels)
+    assert all(torch.equal(part.pooling, whole.pooling) for part in parts)
 
 
 def test_to_moves_every_tensor(dataset: Dataset) -> None:

@@ -1,5 +1,6 @@
 """The loader: equal steps whatever the ranks, workers and interruptions, and a budget for damaged samples."""
 
+import dataclasses
 import gc
 import hashlib
 import itertools
@@ -17,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import LAYOUT, write_dataset
 
+import shards.collate
 import shards.reader
 from shards.collate import Batch
-from shards.loader import PackReader, PlanSampler, QuarantineError, make_loader, micro_steps
+from shards.loader import PlanSampler, QuarantineError, make_loader, micro_steps, pack_reader
 from shards.mixture import MixtureSpec
 from shards.plan import Cursor, Plan, PlanSettings, open_plan
 from shards.storage import LocalStorage
@@ -96,10 +98,29 @@ def test_equal_steps_on_any_ranks_and_workers(
 
 
 def test_ranks_of_an_sp_group_hold_the_same_batches(plan: Plan) -> None:
-    """Ranks 2 and 3 of dp 4 x sp 2 are both dp rank 1."""
-    loaders = [make_loader(plan, Cursor(), LAYOUT, dp_rank=1, dp_size=4, workers=workers) for workers in (0, 1)]
-    for one, other in itertools.islice(zip(*loaders, strict=True), 6):
-        assert by_slot(one) == by_slot(other)
+    """Ranks 2 and 3 of dp 4 x sp 2 are both dp rank 1: equal but for the pixels, of which each has a part."""
+    whole = make_loader(plan, Cursor(), LAYOUT, dp_rank=1, dp_size=4)
+    shared = [
+        make_loader(plan, Cursor(), LAYOUT, dp_rank=1, dp_size=4, sp_rank=rank, sp_size=2, workers=rank)
+        for rank in (0, 1)
+    ]
+    for one, *parts in itertools.islice(zip(whole, *shared, strict=True), 6):
+        pixels = torch.cat([part.pixels for part in parts])
+        assert abs(len(parts[0].pixels) - len(parts[1].pixels)) <= int(one.visual_crops.max())
+        assert all(by_slot(dataclasses.replace(part, pixels=pixels)) == by_slot(one) for part in parts)
+
+
+def test_of_a_shared_pack_only_the_own_images_are_decoded(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, decode = [0, 0, 0], shards.collate.decode_jpeg
+    for number, share in enumerate([(0, 1), (0, 2), (1, 2)]):
+
+        def count(data: bytes, number: int = number) -> Any:
+            decoded[number] += 1
+            return decode(data)
+
+        monkeypatch.setattr(shards.collate, "decode_jpeg", count)
+        list(itertools.islice(make_loader(plan, Cursor(), LAYOUT, sp_rank=share[0], sp_size=share[1]), 20))
+    assert decoded[0] == decoded[1] + decoded[2] and 0.3 < decoded[1] / decoded[0] < 0.7
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -161,7 +182,7 @@ def test_resume_reads_only_what_it_trains_on(plan: Plan, monkeypatch: pytest.Mon
 
 def test_workers_get_no_index(plan: Plan) -> None:
     """What travels to a worker stays small, however large the datasets are."""
-    assert len(pickle.dumps(PackReader(plan, LAYOUT))) < 2000
+    assert len(pickle.dumps(pack_reader(plan, LAYOUT))) < 2000
     spec = next(iter(PlanSampler(plan, Cursor(), 0, 1, 1)))
     assert len(pickle.dumps(spec)) < 600
 

@@ -113,6 +113,6 @@ def test_whole_bytes_that_are_no_sample(dataset: Dataset) -> None:
     dtype = b"'descr': [('id', '<i4'), ('branch', '<i2'), ('weight', '<f4')]"
     pickled = spans[0].replace(dtype, b"'descr': '|O'".ljust(len(dtype)))
     assert pickled != spans[0]
-    with pytest.raises(ReadError, match="Object arrays cannot be loaded"):
+    with pytest.raises(ReadError, match=r"no \.npy rows"):
         parse_sample(pickled, 0)
     assert np.array_equal(parse_sample(spans[0], 1).tokens, make_sample("toy", 0).variants[1])

@@ -115,20 +115,20 @@ def test_wrong_keys_are_refused_with_a_remedy(bucket: str, monkeypatch: pytest.M
         storage.write("y", b"")
 
 
-def batches(root: str, workers: int, count: int = 6) -> list[Batch]:
+def batches(root: str, workers: int, count: int = 6, **options: int) -> list[Batch]:
     """The first micro-batches of a mixture of both datasets."""
     mixture = MixtureSpec.model_validate({"groups": {"all": {"rate": 1, "datasets": {"one": None, "two": None}}}})
     plan = open_plan([root], mixture, PlanSettings(sequence_length=512, max_crops=64, packs_per_step=2, window=32))
-    loader = make_loader(plan, Cursor(), LAYOUT, workers=workers)
+    loader = make_loader(plan, Cursor(), LAYOUT, workers=workers, **options)
     try:
         return [next(loader) for _ in range(count)]
     finally:
         loader.close()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_those_of_the_disk(bucket: str, local: Path, workers: int) -> None:
-    for ours, wanted in zip(batches(ROOT, workers), batches(str(local), 0), strict=True):
+@pytest.mark.parametrize(("workers", "options"), [(0, {}), (2, {}), (0, {"read_ahead": 0}), (2, {"cache": 1 << 30})])
+def test_batches_are_those_of_the_disk(bucket: str, local: Path, workers: int, options: dict[str, int]) -> None:
+    for ours, wanted in zip(batches(ROOT, workers, **options), batches(str(local), 0), strict=True):
         assert ours.slots == wanted.slots
         for field in ("input_ids", "labels", "loss_weights", "segment_ids", "pixels", "pooling"):
             assert np.array_equal(getattr(ours, field), getattr(wanted, field)), field
@@ -269,7 +269,7 @@ def test_no_answer_stops_the_loader(
     proxy: tuple[list[Fault], list[str]], local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An outage is not damage: nothing is masked."""
-    monkeypatch.setattr(shards.s3, "DEADLINE", 1.0)
+    monkeypatch.setattr(shards.s3, "DEADLINE", 4.0)
     mixture = MixtureSpec.model_validate({"groups": {"all": {"rate": 1, "datasets": {"one": None}}}})
     plan = open_plan([ROOT], mixture, PlanSettings(sequence_length=512, max_crops=64, packs_per_step=2, window=32))
     loader = make_loader(plan, Cursor(), LAYOUT, workers=1)
