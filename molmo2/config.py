@@ -71,7 +71,9 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     zero_stage: Literal[0, 1, 2, 3] = 2
     activation_checkpointing: bool = True
     z_loss: float = Field(default=1e-4, ge=0)  # times weight * logsumexp^2
-    seed: NonNegativeInt = 6198  # of weights that start from nothing
+    residual_dropout: float = Field(default=0.0, ge=0, lt=1)  # on what every sublayer of the language model adds
+    dropout_on: Literal["all", "response"] = "all"  # tokens, or those alone that predict one with a loss
+    seed: NonNegativeInt = 6198  # of weights that start from nothing, and of dropout
     checkpoint_every: PositiveInt = 1000
     keep_last: PositiveInt = 2
     on_full_disk: Literal["stop", "warn"] = "stop"  # when a checkpoint cannot be written; the last whole one stays

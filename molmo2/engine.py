@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from molmo2.config import COMPONENTS, Recipe
 from molmo2.loss import rows_per_chunk, weighted_loss
 from molmo2.model.attention import masked_attention
+from molmo2.model.dropout import Dropout, mixed
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
 from molmo2.optim import ComponentAdamW, parameter_groups
@@ -46,10 +47,9 @@ class TrainingModule(nn.Module):
         super().__init__()
         self.model = model
         self.mesh = mesh
-        self.z_loss = recipe.train.z_loss
+        self.train_settings = recipe.train
         self.num_datasets = len(recipe.data.drawn.dataset_names)
         self.chunk_rows = rows_per_chunk(model.config.text.vocab_size)
-        self.agree_on_chunks = recipe.train.zero_stage == 3
         self.attend = ulysses(masked_attention, mesh, model.config.text.num_heads, model.config.text.num_kv_heads)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -75,10 +75,11 @@ class TrainingModule(nn.Module):
         length = x.shape[1] // mesh.sp
         own = slice(mesh.sp_rank * length, (mesh.sp_rank + 1) * length)
         mask = AttentionMask(batch.segment_ids, batch.is_visual)
-        hidden = model.decode(x[:, own], batch.position_ids[:, own], mask, attend=self.attend)
+        dropout = self._dropout(batch, own)
+        hidden = model.decode(x[:, own], batch.position_ids[:, own], mask, attend=self.attend, dropout=dropout)
         rows = share_loss_rows(hidden, batch.labels, batch.loss_weights, batch.dataset_ids, mesh)
         sums = weighted_loss(
-            *(rows.hidden, rows.labels, rows.weights, model.lm_head, self.z_loss, self.chunk_rows),
+            *(rows.hidden, rows.labels, rows.weights, model.lm_head, self.train_settings.z_loss, self.chunk_rows),
             num_chunks=self._num_chunks(rows.weights),
             datasets=rows.datasets,
             num_datasets=self.num_datasets,
@@ -86,8 +87,16 @@ class TrainingModule(nn.Module):
         both = torch.stack([sums.cross_entropy, sums.z]) / batch.divisor
         return both.sum() * mesh.world, torch.cat([both.detach(), sums.by_dataset.flatten()])
 
+    def _dropout(self, batch: Batch, own: slice) -> Dropout | None:
+        settings = self.train_settings
+        if not (self.training and settings.residual_dropout):
+            return None
+        hit = torch.ones_like(batch.loss_weights) if settings.dropout_on == "all" else batch.loss_weights > 0
+        packs = tuple(mixed(settings.seed, batch.step, slot) for slot in batch.slots)
+        return Dropout(rates=hit[:, own] * settings.residual_dropout, packs=packs, start=own.start)
+
     def _num_chunks(self, weights: Tensor) -> int:
-        if not self.agree_on_chunks:
+        if self.train_settings.zero_stage < 3:
             return 1
         count = (weights > 0).sum().div(self.chunk_rows, rounding_mode="floor") + 1
         dist.all_reduce(count, op=dist.ReduceOp.MAX)

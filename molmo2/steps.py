@@ -22,7 +22,7 @@ from molmo2.config import Recipe
 from molmo2.metrics import Monitor, StepClock, read_log
 from molmo2.model.config import ModelConfig
 from molmo2.optim import ComponentAdamW, set_learning_rates
-from molmo2.parallel.agree import say, write
+from molmo2.parallel.agree import on_rank_zero, say, write
 from molmo2.parallel.mesh import Mesh
 from molmo2.watchdog import Watchdog
 from shards.collate import PAD_SEGMENT, Batch
@@ -35,6 +35,7 @@ from shards.reader import Damage
 QUARANTINE_NAME = "quarantine.jsonl"
 DATA_NAME = "data.jsonl"
 ANOMALIES_NAME = "anomalies.jsonl"
+STOP_NAME = "stop"
 
 
 class TrainingError(ValueError):
@@ -51,6 +52,13 @@ class StopSignal:
 
     def _note(self, number: int, frame: Any) -> None:
         self.seen = True
+
+    def asked(self, run: Run) -> bool:
+        """Whether this rank was told to stop: by a signal or, looked for by rank 0 alone, a file in the run's folder.
+
+        One rank, since a shared file system may show a new file to some machines a step later than to others.
+        """
+        return self.seen or (run.mesh.rank == 0 and (run.recipe.run_dir / STOP_NAME).exists())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,7 +315,7 @@ def run_steps(
     try:
         for step in range(progress.step + 1, steps + 1):
             rates = set_learning_rates(optimizer, names, recipe.optim, step, steps)
-            totals, cursor = compute(run, engine, batches, clock, watchdog, progress.cursor, stop.seen)
+            totals, cursor = compute(run, engine, batches, clock, watchdog, progress.cursor, stop.asked(run))
             watchdog.enter("update", step)
             updated = update(run, engine, optimizer, progress, totals)
             progress.step, progress.cursor = step, cursor
@@ -319,6 +327,7 @@ def run_steps(
                 watchdog.enter("checkpoint", step)
                 save(run, engine, progress)
             if stopping:
+                on_rank_zero(lambda: (recipe.run_dir / STOP_NAME).unlink(missing_ok=True))
                 break
     finally:
         watchdog.stop()

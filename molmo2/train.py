@@ -5,9 +5,9 @@
     torchrun --nproc_per_node 8 molmo2/train.py --recipe recipes/demo/stage2.yaml --set train.steps=100
     python molmo2/train.py --recipe recipes/demo/stage1.yaml
 
-The last line trains on one rank. A run continues from its newest whole checkpoint by itself; SIGTERM or SIGUSR1 saves
-one and exits with 0. Written to `runs/<name>/`: log.jsonl, data.jsonl, quarantine.jsonl, summary.json, checkpoints
-and TensorBoard.
+The last line trains on one rank. A run continues from its newest whole checkpoint by itself; SIGTERM, SIGUSR1 or a file
+`runs/<name>/stop` saves one and exits with 0. Written to `runs/<name>/`: log.jsonl, data.jsonl, quarantine.jsonl,
+summary.json, checkpoints and TensorBoard.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def take_over(run: Run, state: dict[str, Any]) -> Cursor:
 
 
 def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, arguments: argparse.Namespace) -> bool:
-    """Train one stage; False when a signal stopped it before its end."""
+    """Train one stage; False when it was told to stop before its end."""
     mesh = agreed(lambda: place(recipe))
     run = agreed(lambda: prepare(recipe, mesh, device))
     directory = checkpoints.checkpoints_dir(recipe.run_dir)
@@ -195,7 +195,7 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, argument
     engine.destroy()
     if progress.step < recipe.train.steps:
         say(
-            f"{recipe.name}: stopped by a signal after step {progress.step} of {recipe.train.steps}; "
+            f"{recipe.name}: stopped as asked after step {progress.step} of {recipe.train.steps}; "
             "start again to continue"
         )
         return False

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from molmo2.model.attention import masked_attention
 from molmo2.model.config import ModelConfig
 from molmo2.model.connector import Connector
+from molmo2.model.dropout import Dropout
 from molmo2.model.mask import AttentionMask
 from molmo2.model.text import Attend, Cache, Decoder, Mask
 from molmo2.model.vit import VisionTransformer
@@ -104,9 +105,10 @@ class Molmo2(nn.Module):
         mask: Mask,
         attend: Attend = masked_attention,
         cache: Cache | None = None,
+        dropout: Dropout | None = None,
     ) -> Tensor:
         """Embeddings [B, S, d] and positions int64 [B, S] to final-normed hidden states [B, S, d]."""
-        return self.text(x, position_ids, mask, attend, cache)
+        return self.text(x, position_ids, mask, attend, cache, dropout)
 
     def forward(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from molmo2.model.config import TextConfig
+from molmo2.model.dropout import Dropout
 
 
 class Mask(Protocol):
@@ -127,7 +128,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
-        self.norm_after = config.norm_after
+        self.layer, self.norm_after = layer, config.norm_after
         self.attention = SelfAttention(config, layer)
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -139,14 +140,22 @@ class Layer(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, attend: Attend, cache: Cache | None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Mask,
+        attend: Attend,
+        cache: Cache | None,
+        dropout: Dropout | None = None,
     ) -> Tensor:
         """[B, S, d] to the same."""
         if self.norm_after:
-            x = x + self.attention_norm(self.attention(x, rope, mask, attend, cache))
-            return x + self.mlp_norm(self._mlp(x))
-        x = x + self.attention(self.attention_norm(x), rope, mask, attend, cache)
-        return x + self._mlp(self.mlp_norm(x))
+            added = self.attention_norm(self.attention(x, rope, mask, attend, cache))
+        else:
+            added = self.attention(self.attention_norm(x), rope, mask, attend, cache)
+        x = x + (dropout(added, 2 * self.layer) if dropout else added)
+        added = self.mlp_norm(self._mlp(x)) if self.norm_after else self._mlp(self.mlp_norm(x))
+        return x + (dropout(added, 2 * self.layer + 1) if dropout else added)
 
 
 class Embedding(nn.Module):
@@ -190,13 +199,19 @@ class Decoder(nn.Module):
         return tables
 
     def forward(
-        self, x: Tensor, position_ids: Tensor, mask: Mask, attend: Attend, cache: Cache | None = None
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        mask: Mask,
+        attend: Attend,
+        cache: Cache | None = None,
+        dropout: Dropout | None = None,
     ) -> Tensor:
         """Embeddings [B, S, d], positions [B, S] to final-normed hidden states [B, S, d]."""
         tables = self.rope(position_ids)
         scaled = self.config.rope_scaling.layers if self.config.rope_scaling else ()
         for number, layer in enumerate(self.layers):
-            arguments = (x, tables[number in scaled], mask, attend, cache)
+            arguments = (x, tables[number in scaled], mask, attend, cache, dropout)
             if self.checkpointing and self.training:
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:

@@ -107,16 +107,16 @@ def make(case: tuple[int, int, bool]) -> Batch:
     return batch(case[0], case[1], weightless=case[2])
 
 
-def gradients(how: tuple[bool, tuple[int, int]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+def gradients(how: tuple[bool, tuple[int, int], float]) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Loss and gradients of each batch with the sequence split over all ranks, averaged as DeepSpeed does.
 
-    `how`: whether activations are recomputed (and crops taken one at a time), and the heads of `model`.
+    `how`: whether activations are recomputed (and crops taken one at a time), the heads of `model`, and the dropout.
     """
-    checkpointing, heads = how
+    checkpointing, heads, dropout = how
     mesh = make_mesh(dist.get_world_size())
     results = []
     for case in BATCHES:
-        module = TrainingModule(model(heads), recipe(sp=mesh.sp), mesh).train()
+        module = TrainingModule(model(heads), recipe(sp=mesh.sp, residual_dropout=dropout), mesh).train()
         module.model.set_checkpointing(checkpointing, chunk_crops=1 if checkpointing else None)
         loss, logged = module(own_share(make(case), mesh.sp_rank, mesh.sp))
         loss.backward()

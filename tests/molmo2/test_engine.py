@@ -18,7 +18,7 @@ from molmo2.parallel.mesh import SINGLE
     [(2, False, (6, 3)), (2, True, (5, 1)), (3, False, (7, 1)), (4, False, (6, 2)), (8, True, (14, 2))],
 )
 def test_sequence_parallel_gradients_equal_one_rank(world: int, checkpointing: bool, heads: tuple[int, int]) -> None:
-    ranks = run_ranks(world, engine_cases.gradients, (checkpointing, heads))
+    ranks = run_ranks(world, engine_cases.gradients, (checkpointing, heads, 0.0))
     for number, case in enumerate(engine_cases.BATCHES):
         module = TrainingModule(engine_cases.model(heads), engine_cases.recipe(), SINGLE).train()
         loss, logged = module(engine_cases.make(case))

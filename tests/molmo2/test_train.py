@@ -175,10 +175,20 @@ def test_sigterm_on_one_rank_saves_and_exits_with_zero(root: Path) -> None:
     )
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert "stopped by a signal after step" in output
+    assert "stopped as asked after step" in output
     assert len(log(root, "stopped")) < 12
     train(root, recipe, launcher="torchrun")
     assert curve(root, "stopped") == curve(root, "whole")
+
+
+def test_a_stop_file_saves_exits_with_zero_and_is_taken_away(root: Path) -> None:
+    recipe = toy_run.write_recipe(root / "filed.yaml", "filed", steps=12, checkpoint_every=100)
+    file = root / "runs/filed/stop"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert "filed: stopped as asked after step 1 of 12" in train(root, recipe)
+    assert not file.exists()
+    assert [path.name for path in (root / "runs/filed/checkpoints").iterdir()] == ["step-00000001"]
 
 
 def test_stages_hand_over_and_finished_ones_are_skipped(root: Path) -> None:
