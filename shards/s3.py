@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -232,14 +233,23 @@ def _log_retry(where: str, state: RetryCallState) -> None:
     LOG.warning("%s: attempt %d failed: %s; again in %.1f s", where, state.attempt_number, error, state.upcoming_sleep)
 
 
+_CREATING = threading.Lock()
+os.register_at_fork(before=_CREATING.acquire, after_in_parent=_CREATING.release, after_in_child=_CREATING.release)
+
+
 # Connections do not survive a fork: each process has its own.
 @functools.lru_cache(maxsize=1)
 def _connections(pid: int) -> urllib3.PoolManager:
     return urllib3.PoolManager(num_pools=8, maxsize=POOL)
 
 
-@functools.lru_cache(maxsize=1)
 def _client(pid: int) -> Any:
+    with _CREATING:  # many threads ask for the first one at once, and making one takes a while
+        return _new_client(pid)
+
+
+@functools.lru_cache(maxsize=1)
+def _new_client(pid: int) -> Any:
     config = Config(
         signature_version="s3v4",
         retries={"mode": "standard", "total_max_attempts": 8},

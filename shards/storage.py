@@ -14,9 +14,11 @@ import shutil
 import threading
 import uuid
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 
+AT_ONCE = 48  # reads of one process: a bucket answers late, but many at once
 _TALLY: Counter[str] = Counter()
 _TALLY_LOCK = threading.Lock()
 
@@ -33,6 +35,20 @@ def take_tally() -> dict[str, int]:
         found = dict(_TALLY)
         _TALLY.clear()
     return found
+
+
+def read_threads() -> ThreadPoolExecutor:
+    """This process's threads for reads that wait; they last as long as the process.
+
+    A thread that ends takes a lock inside OpenSSL (hashing, TLS). A process that is forked at that moment inherits the
+    lock taken, and its own threads wait for ever: seen when workers started right after a plan was opened.
+    """
+    return _read_threads(os.getpid())
+
+
+@functools.lru_cache(maxsize=1)
+def _read_threads(pid: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(AT_ONCE, "read")  # threads do not survive a fork: one pool a process
 
 
 class UnavailableError(OSError):
