@@ -127,6 +127,17 @@ class Anomalies(pydantic.BaseModel, extra="forbid", frozen=True):
     max_skips: PositiveInt = 5  # in a row
 
 
+class Evaluation(pydantic.BaseModel, extra="forbid", frozen=True):
+    """What a run is judged by while it trains: shards that it does not train on. Nothing here changes the training."""
+
+    roots: tuple[str, ...] = Field(min_length=1)  # as in `data`
+    datasets: tuple[str, ...] = Field(min_length=1)
+    every: PositiveInt = 1000  # training steps
+    steps: PositiveInt = 1  # batches of train.packs_per_step packs, always the same
+    samples: NonNegativeInt = 4  # answers that are generated and shown
+    max_new_tokens: PositiveInt = 64  # of an answer
+
+
 class Logging(pydantic.BaseModel, extra="forbid", frozen=True):
     """What is written beside `log.jsonl`, which is always written."""
 
@@ -173,6 +184,7 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
     train: Train
     optim: Optim
     anomalies: Anomalies = Anomalies()
+    eval: Evaluation | None = None
     logging: Logging = Logging()
 
     @pydantic.model_validator(mode="after")
@@ -207,7 +219,7 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
     @property
     def roots(self) -> list[str]:
         """The folders of datasets, as paths and URLs."""
-        return [root if "://" in root else str(data_path(root)) for root in self.data.roots]
+        return root_paths(self.data.roots)
 
     @property
     def run_dir(self) -> Path:
@@ -218,6 +230,11 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
 def data_path(name: str | Path = "") -> Path:
     """A path below `MOLMO2_DATA` (default `./data`); an absolute `name` stays as it is."""
     return Path(os.environ.get("MOLMO2_DATA", "data")) / name
+
+
+def root_paths(roots: Sequence[str]) -> list[str]:
+    """Folders of datasets, as paths and URLs."""
+    return [root if "://" in root else str(data_path(root)) for root in roots]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -73,12 +73,23 @@ class Monitor:
             f"loss {values['loss']:.4f} | {values['tokens_per_second']:,.0f} tok/s | "
             f"wait {values['data_wait']:.0%} | fill {values['fill']:.1%}"
         )
-        numbers = {name.replace(".", "/"): value for name, value in values.items() if name != "step"}
+        self.plot(line["step"], {name: value for name, value in values.items() if name != "step"})
+
+    def plot(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers for TensorBoard and W&B alone; a dot in a name becomes a slash."""
+        numbers = {name.replace(".", "/"): value for name, value in values.items()}
         if self.tensorboard is not None:
             for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, line["step"])
+                self.tensorboard.add_scalar(name, value, step)
         if self.wandb is not None:
-            self.wandb.log(numbers, step=line["step"])
+            self.wandb.log(numbers, step=step)
+
+    def show(self, step: int, number: int, text: str, image: Any = None) -> None:
+        """One generated sample for TensorBoard; `image`: of PIL."""
+        if self.tensorboard is not None:
+            self.tensorboard.add_text(f"samples/{number}", text, step)
+            if image is not None:
+                self.tensorboard.add_image(f"samples/{number}", np.asarray(image), step, dataformats="HWC")
 
     def say(self, text: str) -> None:
         """A message that does not tear the progress bar."""

@@ -17,7 +17,7 @@ from molmo2.anomalies import sample_name
 from molmo2.checkpoint import Checkpoint
 from molmo2.engine import TrainingModule
 from molmo2.model.molmo2 import Molmo2
-from molmo2.steps import Run
+from molmo2.run import Run
 from shards.collate import MEMBER, PAD_SEGMENT, Batch
 from shards.format import tar_members
 from shards.loader import pack_reader

@@ -18,28 +18,20 @@ from torch import Tensor
 from molmo2 import checkpoint as checkpoints
 from molmo2.anomalies import LossHistory, action_for, describe
 from molmo2.checkpoint import CheckpointError
-from molmo2.config import Recipe
+from molmo2.held_out import EVAL_NAME, evaluate, write_samples
 from molmo2.metrics import Monitor, StepClock, read_log
-from molmo2.model.config import ModelConfig
 from molmo2.optim import ComponentAdamW, set_learning_rates
 from molmo2.parallel.agree import on_rank_zero, say, write
-from molmo2.parallel.mesh import Mesh
+from molmo2.run import Run, TrainingError, agree_on_masked
 from molmo2.watchdog import Watchdog
 from shards.collate import PAD_SEGMENT, Batch
-from shards.layout import VisualLayout
-from shards.loader import make_loader, micro_steps, pack_reader
-from shards.plan import Cursor, Plan
-from shards.read_ahead import MicroSpec
-from shards.reader import Damage
+from shards.loader import make_loader, micro_steps
+from shards.plan import Cursor
 
 QUARANTINE_NAME = "quarantine.jsonl"
 DATA_NAME = "data.jsonl"
 ANOMALIES_NAME = "anomalies.jsonl"
 STOP_NAME = "stop"
-
-
-class TrainingError(ValueError):
-    """The run cannot go on: the loss is no number any more, or ranks that share a pack read different data."""
 
 
 class StopSignal:
@@ -59,18 +51,6 @@ class StopSignal:
         One rank, since a shared file system may show a new file to some machines a step later than to others.
         """
         return self.seen or (run.mesh.rank == 0 and (run.recipe.run_dir / STOP_NAME).exists())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """A checked recipe on its ranks: everything that training needs and nothing that changes while it trains."""
-
-    recipe: Recipe
-    mesh: Mesh
-    device: torch.device
-    model_config: ModelConfig
-    plan: Plan
-    layout: VisualLayout
 
 
 @dataclass(slots=True)
@@ -96,47 +76,6 @@ class Totals(NamedTuple):
     tokens: float
     losses: dict[str, float]  # mean cross entropy of each dataset that is in the step
     tokens_of: dict[str, float]  # of each dataset that is in the step
-
-
-def same_on_peers(batch: Batch, mesh: Mesh) -> bool:
-    """Whether the ranks that share a pack hold the same one; every one of them must call it."""
-    if mesh.sp_group is None:
-        return True
-    parts = (batch.input_ids, batch.labels, batch.segment_ids, batch.loss_weights > 0, batch.visual_tokens)
-    own = torch.stack([part.sum(dtype=torch.int64) for part in parts])
-    low, high = own.clone(), own.clone()
-    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=mesh.sp_group)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=mesh.sp_group)
-    return torch.equal(low, high)
-
-
-def agree_on_masked(run: Run, batch: Batch, cursor: Cursor) -> Batch:
-    """The batch, with every sample masked that any rank of its group found damaged; collective in the group.
-
-    Args:
-        run: the run.
-        batch: what this rank read.
-        cursor: where the batch's step begins.
-
-    Raises:
-        TrainingError: the ranks read different packs all the same.
-    """
-    if same_on_peers(batch, run.mesh):
-        return batch
-    found: list[tuple[Damage, ...]] = [()] * run.mesh.sp
-    dist.all_gather_object(found, batch.masked, group=run.mesh.sp_group)
-    step = run.plan.step(cursor)
-    packs = tuple(step.packs[slot] for slot in batch.slots)
-    known = {(each.dataset, each.shard, each.row): each for damages in found for each in damages}
-    spec = MicroSpec(packs, step.divisor, step.cursor)
-    reader = pack_reader(run.plan, run.layout, (run.mesh.sp_rank, run.mesh.sp))
-    batch = reader.without(spec, known.values()).to(run.device)
-    if not same_on_peers(batch, run.mesh):
-        raise TrainingError(
-            f"step {batch.step + 1}: rank {run.mesh.rank} and its sp peers read different packs (slots {batch.slots}); "
-            "check the shards with tools/verify_shards.py on every machine"
-        )
-    return batch
 
 
 def record_masked(batch: Batch, run: Run) -> None:
@@ -291,6 +230,21 @@ def save(run: Run, engine: Any, progress: Progress) -> None:
         say(f"{recipe.name}: WARNING: goes on without a checkpoint: {error}")
 
 
+def judge(run: Run, engine: Any, step: int, monitor: Monitor | None) -> None:
+    """Held-out losses to `eval.jsonl`, generated answers to `samples/`; collective."""
+    values, samples = evaluate(run, engine)
+    if monitor is None:
+        return
+    with open(run.recipe.run_dir / EVAL_NAME, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, **values}) + "\n")
+    monitor.plot(step, {f"held_out.{name}": value for name, value in values.items()})
+    images = write_samples(run.recipe.run_dir, step, samples)
+    for number, (sample, image) in enumerate(zip(samples, images, strict=True)):
+        text = f"{sample.dataset}/{sample.key}\n\n{sample.prompt}\n\n{sample.answer}\n\n(expected: {sample.expected})"
+        monitor.show(step, number, text, image)
+    write(f"{run.recipe.name}: step {step}, held-out loss {values['loss']:.4f}")
+
+
 def run_steps(
     run: Run, engine: Any, optimizer: ComponentAdamW, names: list[str], progress: Progress, stop: StopSignal
 ) -> None:
@@ -323,6 +277,10 @@ def run_steps(
                 line = measurements(run, step, totals, rates, optimizer, clock)
                 monitor.step(line if updated else line | {"skipped": 1})
             stopping = totals.stopping > 0
+            if recipe.eval is not None and (step == steps or step % recipe.eval.every == 0):
+                watchdog.enter("evaluation", step)
+                judge(run, engine, step, monitor)
+                clock.lap()  # no step's time
             if stopping or step == steps or step % recipe.train.checkpoint_every == 0:
                 watchdog.enter("checkpoint", step)
                 save(run, engine, progress)

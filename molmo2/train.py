@@ -34,6 +34,7 @@ from molmo2.config import FirstWeights, Recipe, data_path, load_recipe
 from molmo2.engine import start_distributed, start_engine
 from molmo2.estimate import dry_run
 from molmo2.foreign_config import differences
+from molmo2.held_out import open_held_out
 from molmo2.metrics import LOG_NAME, cut_log, read_log, summarize
 from molmo2.model.config import PRESETS
 from molmo2.model.molmo2 import Molmo2
@@ -42,7 +43,8 @@ from molmo2.parallel.mesh import SINGLE, Mesh, MeshError, check_mesh, make_mesh
 from molmo2.pretrained import first_weights
 from molmo2.processing.processor import ProcessorSettings, build_processor
 from molmo2.replay import find_step, show_losses, show_packs
-from molmo2.steps import ANOMALIES_NAME, DATA_NAME, QUARANTINE_NAME, Progress, Run, StopSignal, TrainingError, run_steps
+from molmo2.run import Run, TrainingError
+from molmo2.steps import ANOMALIES_NAME, DATA_NAME, QUARANTINE_NAME, Progress, StopSignal, run_steps
 from shards.loader import QuarantineError
 from shards.plan import Cursor, PlanError, open_plan
 
@@ -105,6 +107,8 @@ def prepare(recipe: Recipe, mesh: Mesh, device: torch.device) -> Run:
         model_config=PRESETS[recipe.model],
         plan=plan,
         layout=processor.layout,
+        tokenizer=processor.tokenizer,
+        held_out=open_held_out(recipe, processor.settings),
     )
 
 

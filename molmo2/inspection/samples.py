@@ -103,7 +103,7 @@ def view_sample(dataset: Dataset, number: int, tokenizer: Tokenizer) -> SampleVi
     branches = tuple(_branches(stored, layout, tokenizer))
     texts = {branch.number: "".join(span.text for span in branch.spans) for branch in branches if branch.number}
     frames = sum(visual["kind"] == "frame" for visual in stored.visuals)
-    pictures = tuple(_pictures(stored, layout, _marks(stored.visuals, texts)))
+    pictures = drawn(stored, layout, texts)
     notes = [f"fitted: {json.dumps(note)}" for note in record.get("fitted", ())]
     if frames > MOST_FRAMES:
         notes.append(f"{len(pictures)} of {frames} frames are shown")
@@ -180,6 +180,11 @@ def _visual_names(visuals: Sequence[dict[str, Any]], layout: VisualLayout) -> It
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def drawn(stored: StoredSample, layout: VisualLayout, texts: dict[int, str]) -> tuple[Picture, ...]:
+    """A sample's pictures with the points and tracks of `texts`, which go by number of the annotation (from 1)."""
+    return tuple(_pictures(stored, layout, _marks(stored.visuals, texts)))
 
 
 def _marks(visuals: Sequence[dict[str, Any]], texts: dict[int, str]) -> dict[int, list[Mark]]:

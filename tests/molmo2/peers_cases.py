@@ -11,7 +11,7 @@ from molmo2.config import load_recipe
 from molmo2.model.config import PRESETS
 from molmo2.parallel.mesh import make_mesh
 from molmo2.processing.processor import ProcessorSettings, build_processor
-from molmo2.steps import Run, agree_on_masked
+from molmo2.run import Run, agree_on_masked
 from shards.loader import make_loader
 from shards.plan import Cursor, open_plan
 
@@ -30,6 +30,7 @@ def read_step(root: str) -> list[dict[str, Any]]:
         model_config=PRESETS["tiny"],
         plan=plan,
         layout=processor.layout,
+        tokenizer=processor.tokenizer,
     )
     place = {name: getattr(run.mesh, name) for name in ("dp_rank", "sp_rank")}
     batches, found = make_loader(plan, Cursor(), run.layout, dp_size=run.mesh.dp, sp_size=2, **place), []

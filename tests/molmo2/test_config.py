@@ -64,7 +64,7 @@ def test_all_errors_are_told_at_once_with_the_nearest_name(tmp_path: Path) -> No
         "optim.llm.warmup: unknown key; did you mean warmup_steps?",
         "data.sequence_length: Input should be a valid integer",
         "data.mixture.groups.text.rte: unknown key; did you mean rate?",
-        "colour: unknown key; known: anomalies, data, init, logging, model,",
+        "colour: unknown key; known: anomalies, data, eval, init, logging, model,",
     ):
         assert expected in told
 

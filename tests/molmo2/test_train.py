@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 import toy_run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from molmo2.checkpoint import load_weights
 
@@ -179,6 +180,31 @@ def test_sigterm_on_one_rank_saves_and_exits_with_zero(root: Path) -> None:
     assert len(log(root, "stopped")) < 12
     train(root, recipe, launcher="torchrun")
     assert curve(root, "stopped") == curve(root, "whole")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_being_judged_moves_nothing_and_leaves_losses_and_samples(root: Path, stage: int) -> None:
+    name = f"judged{stage}"
+    recipe = toy_run.write_recipe(root / f"{name}.yaml", name, steps=12, checkpoint_every=100, zero_stage=stage)
+    judged = "eval={roots: [shards/sft], datasets: [toy], every: 4, samples: 3, max_new_tokens: 12}"
+    train(root, recipe, "--set", judged, "logging.tensorboard=true")
+    if stage == 1:
+        assert curve(root, name) == curve(root, "whole")
+    else:
+        assert_same_curve(root, name, "whole", 1e-5)
+    lines = [json.loads(line) for line in (root / f"runs/{name}/eval.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert lines[0]["loss"] == lines[0]["loss.toy"] > lines[-1]["loss"] and lines[0]["masked"] == 0
+    folder = root / f"runs/{name}/samples/step-00000012"
+    samples = json.loads((folder / "samples.json").read_text())
+    assert len(samples) == 3
+    assert {sample["expected"] for sample in samples} <= {*toy_run.COLOURS, "a square"}
+    assert all("colour?" in sample["prompt"] or "shape?" in sample["prompt"] for sample in samples)
+    pictures = [sample["picture"] for sample in samples if sample["picture"]]
+    assert pictures and all((folder / picture).stat().st_size for picture in pictures)
+    events = EventAccumulator(str(root / f"runs/{name}/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("held_out/loss")] == [4, 8, 12]
+    assert [event.step for event in events.Images(f"samples/{samples.index(next(s for s in samples if s['picture']))}")]
 
 
 def test_a_stop_file_saves_exits_with_zero_and_is_taken_away(root: Path) -> None:
