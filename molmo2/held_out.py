@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,5 +172,7 @@ def write_samples(run_dir: Path, step: int, samples: list[Shown]) -> list[Image.
         if image is not None:
             image.save(folder / f"{number}.jpg", quality=90)
         lines.append(line | {"picture": None if image is None else f"{number}.jpg"})
-    (folder / "samples.json").write_text(json.dumps(lines, indent=1) + "\n")
+    temporary = folder / "samples.tmp"
+    temporary.write_text(json.dumps(lines, indent=1) + "\n")
+    os.replace(temporary, folder / "samples.json")  # the report reads it, whatever was killed before
     return images

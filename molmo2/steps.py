@@ -23,13 +23,13 @@ from molmo2.metrics import Monitor, StepClock, read_log
 from molmo2.optim import ComponentAdamW, set_learning_rates
 from molmo2.parallel.agree import on_rank_zero, say, write
 from molmo2.run import Run, TrainingError, agree_on_masked
+from molmo2.run_report import DATA_NAME, REPORT_NAME, write_report
 from molmo2.watchdog import Watchdog
 from shards.collate import PAD_SEGMENT, Batch
 from shards.loader import make_loader, micro_steps
 from shards.plan import Cursor
 
 QUARANTINE_NAME = "quarantine.jsonl"
-DATA_NAME = "data.jsonl"
 ANOMALIES_NAME = "anomalies.jsonl"
 STOP_NAME = "stop"
 
@@ -228,6 +228,11 @@ def save(run: Run, engine: Any, progress: Progress) -> None:
         if recipe.train.on_full_disk == "stop":
             raise
         say(f"{recipe.name}: WARNING: goes on without a checkpoint: {error}")
+    if run.mesh.rank == 0:
+        try:
+            write_report(recipe)
+        except OSError as error:  # no reason to stop a run
+            write(f"{recipe.name}: WARNING: no {REPORT_NAME}: {error}", sys.stderr)
 
 
 def judge(run: Run, engine: Any, step: int, monitor: Monitor | None) -> None:

@@ -44,7 +44,8 @@ from molmo2.pretrained import first_weights
 from molmo2.processing.processor import ProcessorSettings, build_processor
 from molmo2.replay import find_step, show_losses, show_packs
 from molmo2.run import Run, TrainingError
-from molmo2.steps import ANOMALIES_NAME, DATA_NAME, QUARANTINE_NAME, Progress, StopSignal, run_steps
+from molmo2.run_report import DATA_NAME
+from molmo2.steps import ANOMALIES_NAME, QUARANTINE_NAME, Progress, StopSignal, run_steps
 from shards.loader import QuarantineError
 from shards.plan import Cursor, PlanError, open_plan
 

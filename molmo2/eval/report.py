@@ -51,8 +51,11 @@ def averaged(values: Sequence[float], most: int = MOST_POINTS) -> list[tuple[flo
     return [(i * size + (len(run) + 1) / 2, sum(run) / len(run)) for i, run in enumerate(runs)]
 
 
-def curve(values: Sequence[float]) -> str:
-    """An SVG line of `values` over their number, with the extremes written on the axes; "" for fewer than two."""
+def curve(values: Sequence[float], label: str = "loss by step", last: int | None = None) -> str:
+    """An SVG line of `values` over their number, with the extremes written on the axes; "" for fewer than two.
+
+    `last`: the step of the last value, where it is not their number.
+    """
     points = averaged(values)
     if len(points) < 2:
         return ""
@@ -67,14 +70,14 @@ def curve(values: Sequence[float]) -> str:
     line = " ".join(place(step, value) for step, value in points)
     floor = HEIGHT - BOTTOM + 4
     labels = (
-        (f"{top:.2f}", 0, 14),
-        (f"{bottom:.2f}", 0, floor),
+        (f"{top:.3g}", 0, 14),
+        (f"{bottom:.3g}", 0, floor),
         ("1", LEFT, HEIGHT),
-        (str(len(values)), WIDTH - 34, HEIGHT),
+        (str(last or len(values)), WIDTH - 34, HEIGHT),
     )
     texts = "".join(f'<text x="{x}" y="{y}">{html.escape(text)}</text>' for text, x, y in labels)
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 6}" width="{WIDTH}" role="img" aria-label="loss by step">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 6}" width="{WIDTH}" role="img" aria-label="{html.escape(label)}">'
         f'<path d="M{LEFT},4V{floor}H{WIDTH}" fill="none" stroke="#999"/>'
         f'<polyline points="{line}" fill="none" stroke="#1f5fa8" stroke-width="1.5"/>{texts}</svg>'
     )

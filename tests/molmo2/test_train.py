@@ -202,6 +202,8 @@ def test_being_judged_moves_nothing_and_leaves_losses_and_samples(root: Path, st
     assert all("colour?" in sample["prompt"] or "shape?" in sample["prompt"] for sample in samples)
     pictures = [sample["picture"] for sample in samples if sample["picture"]]
     assert pictures and all((folder / picture).stat().st_size for picture in pictures)
+    page = (root / f"runs/{name}/report.html").read_text()
+    assert "12 of 12" in page and "held-out loss by step" in page and "data:image/jpeg" in page and "100.0%" in page
     events = EventAccumulator(str(root / f"runs/{name}/tensorboard")).Reload()
     assert [event.step for event in events.Scalars("held_out/loss")] == [4, 8, 12]
     assert [event.step for event in events.Images(f"samples/{samples.index(next(s for s in samples if s['picture']))}")]
