@@ -77,6 +77,7 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     seed: NonNegativeInt = 6198  # of weights that start from nothing, and of dropout
     checkpoint_every: PositiveInt = 1000
     keep_last: PositiveInt = 2
+    mirror: str | None = None  # a bucket, s3://…, to which checkpoints are copied, and from which a run continues
     on_full_disk: Literal["stop", "warn"] = "stop"  # when a checkpoint cannot be written; the last whole one stays
     phase_deadline: PositiveFloat = 1800.0  # seconds without progress after which a rank says where it is, and ends
     log_every: PositiveInt = 1  # steps between two refreshes of the progress bar and of TensorBoard

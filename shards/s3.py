@@ -1,4 +1,4 @@
-"""S3 behind the five verbs of `shards.storage`, on any endpoint that speaks it.
+"""S3 behind the six verbs of `shards.storage`, on any endpoint that speaks it.
 
 Credentials, region and endpoint come from where every S3 client finds them: `AWS_*` variables, `~/.aws`, the roles of
 a machine. Ranges are read with plain pooled GETs on presigned URLs: the whole deadline is ours, and a read costs a
@@ -161,6 +161,11 @@ class S3Storage:
         except FileNotFoundError:
             return None
         return int(found["ContentLength"])
+
+    def remove(self, name: str) -> None:
+        """See `storage.Storage.remove`."""
+        with self._errors(name):
+            _client(os.getpid()).delete_object(Bucket=self.bucket, Key=self.key(name))
 
     def list(self, suffix: str = "") -> list[str]:
         """See `storage.Storage.list`."""

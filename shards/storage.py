@@ -1,6 +1,6 @@
-"""Five verbs over a place where files lie: read, write, publish, size, list.
+"""Six verbs over a place where files lie: read, write, publish, size, remove, list.
 
-Local directories here, buckets in `shards.s3`; another kind of place needs the same five methods and a line in
+Local directories here, buckets in `shards.s3`; another kind of place needs the same six methods and a line in
 `open_storage`. Names are relative, with "/" between parts, and never leave the root.
 """
 
@@ -71,6 +71,9 @@ class Storage(Protocol):
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, None when absent."""
+
+    def remove(self, name: str) -> None:
+        """Delete a file; one that is absent is no error."""
 
     def list(self, suffix: str = "") -> list[str]:
         """Sorted names below the root that end with `suffix`; unfinished files are left out."""
@@ -143,6 +146,10 @@ class LocalStorage:
             return self.path(name).stat().st_size
         except FileNotFoundError:
             return None
+
+    def remove(self, name: str) -> None:
+        """See `Storage.remove`."""
+        self.path(name).unlink(missing_ok=True)
 
     def list(self, suffix: str = "") -> list[str]:
         """See `Storage.list`."""
