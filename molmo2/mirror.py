@@ -158,7 +158,7 @@ def main() -> int:
     try:
         send(Path(checkpoint), url, int(keep))
     except (OSError, ValueError) as error:
-        print(f"{checkpoint}: {error}", file=sys.stderr)
+        sys.stderr.write(f"{checkpoint}: {error}\n")
         return 1
     return 0
 
