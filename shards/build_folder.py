@@ -1,7 +1,8 @@
-"""The folder of a build: locked while one is at work, marked with the build's settings, refused to another's.
+"""The place of a build: locked while one is at work, marked with the build's settings, refused to another's.
 
-A build of the whole dataset has the folder to itself. Builds of a share of it have it together: files appear whole,
-under names that are their own, and removing is left to the build of the whole.
+A build of the whole dataset has a folder to itself. Builds of a share of it have it together: files appear whole,
+under names that are their own, and removing is left to the build of the whole. A bucket knows no lock: builds with the
+same settings make the same bytes, and others are told by the mark, before and after.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from shards.format import INDEX_NAME, canonical_json, digest
-from shards.storage import LocalStorage
+from shards.storage import LocalStorage, Storage
 
 BUILD_NAME = "build.json"
 OWN_FILES = re.compile(
-    r"\d{6}\.(tar|idx\.npy|part\.json|failed\.json)|(index|build|repair)\.json|(rejects|repairs)\.jsonl|\..+\.tmp"
+    r"\d{6}\.(tar|idx\.npy|part\.json|failed\.json)|(index|build|repair|report)\.json|(rejects|repairs)\.jsonl|\..+\.tmp"
 )
 
 
@@ -28,8 +29,12 @@ class BuildError(ValueError):
 
 
 @contextmanager
-def locked(out: Path, *, shared: bool = False) -> Iterator[None]:
-    """Keep other builds out of the folder, or only those of the whole; the kernel drops a killed process's lock."""
+def locked(storage: Storage, *, shared: bool = False) -> Iterator[None]:
+    """Keep other builds out of a folder, or only those of the whole; the kernel drops a killed process's lock."""
+    if not isinstance(storage, LocalStorage):
+        yield
+        return
+    out = Path(storage.root)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as file:
         try:
@@ -39,23 +44,24 @@ def locked(out: Path, *, shared: bool = False) -> Iterator[None]:
         yield
 
 
-def claim(storage: LocalStorage, build: dict[str, Any], overwrite: bool) -> None:
-    """Mark the folder as this build's, or refuse another's; remove what a killed build left unfinished."""
+def claim(storage: Storage, build: dict[str, Any], overwrite: bool) -> None:
+    """Mark the place as this build's, or refuse another's; remove what a killed build left unfinished."""
     found = _mark(storage, build)
     if digest(found) != digest(build):
         if not overwrite:
             raise _other_build(storage, found, build)
-        storage.path(INDEX_NAME).unlink(missing_ok=True)  # first: from here on the dataset is not whole
-        for path in Path(storage.root).iterdir():
-            if OWN_FILES.fullmatch(path.name):
-                path.unlink()
-    for path in Path(storage.root).glob(".*.tmp"):
-        path.unlink()
+        storage.remove(INDEX_NAME)  # first: from here on the dataset is not whole
+        for name in storage.list():
+            if OWN_FILES.fullmatch(name):
+                storage.remove(name)
+    if isinstance(storage, LocalStorage):
+        for path in Path(storage.root).glob(".*.tmp"):
+            path.unlink()
     storage.write(BUILD_NAME, canonical_json(build))
 
 
-def join(storage: LocalStorage, build: dict[str, Any]) -> None:
-    """Mark the folder beside others that do the same at this moment: the first decides, all must have its settings."""
+def join(storage: Storage, build: dict[str, Any]) -> None:
+    """Mark the place beside others that do the same at this moment: the first decides, all must have its settings."""
     found = _mark(storage, build)
     if digest(found) == digest(build):
         storage.create(BUILD_NAME, canonical_json(build))
@@ -64,8 +70,15 @@ def join(storage: LocalStorage, build: dict[str, Any]) -> None:
         raise _other_build(storage, found, build)
 
 
-def _mark(storage: LocalStorage, build: dict[str, Any]) -> Any:
-    """The settings that the folder is marked with; `build` where it is nobody's yet."""
+def check_mark(storage: Storage, build: dict[str, Any]) -> None:
+    """Refuse when another build has overwritten the mark meanwhile, which can happen in a bucket."""
+    found = _mark(storage, build)
+    if digest(found) != digest(build):
+        raise _other_build(storage, found, build)
+
+
+def _mark(storage: Storage, build: dict[str, Any]) -> Any:
+    """The settings that the place is marked with; `build` where it is nobody's yet."""
     try:
         return json.loads(storage.read(BUILD_NAME))
     except FileNotFoundError:
@@ -74,7 +87,7 @@ def _mark(storage: LocalStorage, build: dict[str, Any]) -> Any:
         return {}
 
 
-def _other_build(storage: LocalStorage, found: Any, build: dict[str, Any]) -> BuildError:
+def _other_build(storage: Storage, found: Any, build: dict[str, Any]) -> BuildError:
     return BuildError(
         f"{storage.root} was built with other settings: {'; '.join(_differences(found, build)[:5])}; "
         "give --overwrite (without --task) to build it anew, or choose another --out"

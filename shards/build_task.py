@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from shards.convert.reading import convert, open_rows, read_groups
 from shards.format import ShardInfo, canonical_json
 from shards.layout import VisualLayout
 from shards.schema import Example, Limits, OverlongError, RejectedError, Sample, Source
-from shards.storage import LocalStorage
+from shards.storage import LocalStorage, Storage, open_storage
 from shards.writer import npy_bytes, write_shard
 
 
@@ -48,7 +49,7 @@ class Task:
     row: Row
     stage: Stage
     raw: Path
-    out: Path
+    out: str
     settings: StageSettings
     build_digest: str
 
@@ -72,7 +73,7 @@ class Failure:
     reason: str
 
 
-def finished(task: Task, storage: LocalStorage) -> Part | None:
+def finished(task: Task, storage: Storage) -> Part | None:
     """The part of a shard that an earlier run of the same build finished, if its files are what it says."""
     try:
         part = Part(**json.loads(storage.read(f"{task.name}.part.json")))
@@ -84,7 +85,7 @@ def finished(task: Task, storage: LocalStorage) -> Part | None:
     return part if same and hashlib.sha256(sidecar).hexdigest() == shard.index_sha256 else None
 
 
-def failed(task: Task, storage: LocalStorage) -> Failure | None:
+def failed(task: Task, storage: Storage) -> Failure | None:
     """The record of a shard that an earlier run of the same build could not make."""
     try:
         failure = Failure(**json.loads(storage.read(f"{task.name}.failed.json")))
@@ -100,14 +101,16 @@ def try_shard(task: Task, processor: Processor) -> Part | Failure:
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
     failure = Failure(build_digest=task.build_digest, shard=task.name, reason=reason)
-    LocalStorage(task.out).write(f"{task.name}.failed.json", canonical_json(asdict(failure)))
+    open_storage(task.out).write(f"{task.name}.failed.json", canonical_json(asdict(failure)))
     return failure
 
 
 def build_shard(task: Task, processor: Processor) -> Part:
     """Convert, process and write one shard; its part is written last."""
-    storage, totals, rejects = LocalStorage(task.out), Counter[str](), list[dict[str, Any]]()
-    temporary = task.out / f".{task.name}.tar.{uuid.uuid4().hex[:8]}.tmp"
+    storage, totals, rejects = open_storage(task.out), Counter[str](), list[dict[str, Any]]()
+    # Beside its place, where that is a folder; else wherever there is room, until it is sent.
+    folder = Path(storage.root) if isinstance(storage, LocalStorage) else Path(tempfile.gettempdir())
+    temporary = folder / f".{task.name}.tar.{uuid.uuid4().hex[:8]}.tmp"
     samples = _samples(task, processor, totals, rejects)
     try:
         shard, rows = write_shard(temporary, task.name, samples, processor.layout, task.settings.num_variants)
@@ -124,7 +127,7 @@ def build_shard(task: Task, processor: Processor) -> Part:
         rejects=len(rejects),
     )
     part = Part(build_digest=task.build_digest, shard=shard.model_dump(), totals=dict(totals), rejects=rejects)
-    storage.path(f"{task.name}.failed.json").unlink(missing_ok=True)
+    storage.remove(f"{task.name}.failed.json")
     storage.write(f"{task.name}.part.json", canonical_json(asdict(part)))
     return part
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from shards.build_folder import BuildError, claim, join, locked
+from shards.build_folder import BuildError, check_mark, claim, join, locked
 from shards.build_pool import build_all
 from shards.build_task import Failure, Part, Processor, ProcessorFactory, Task, failed, finished
 from shards.catalog import Row, Stage, StageSettings
@@ -38,7 +38,7 @@ from shards.format import (
     canonical_json,
     digest,
 )
-from shards.storage import LocalStorage
+from shards.storage import Storage, open_storage
 
 REJECT_BUDGET = 0.05  # rejects over groups of rows
 MAX_FAILED = 5  # shards of one run; more of them are no accident
@@ -69,14 +69,14 @@ def build_dataset(
     make_processor: ProcessorFactory,
     *,
     raw: Path,
-    out: Path,
+    out: str | Path,
     pool: Executor | None = None,
     share: tuple[int, int] = (0, 1),
     overwrite: bool = False,
     retry_failed: bool = False,
     reject_budget: float = REJECT_BUDGET,
 ) -> Built:
-    """Build one dataset of the catalog, or a share of it, into the folder `out`, or continue.
+    """Build one dataset of the catalog, or a share of it, into a folder or a bucket, or continue.
 
     Args:
         row: the dataset.
@@ -84,7 +84,7 @@ def build_dataset(
         settings: limits, variants, examples per shard.
         make_processor: makes this process's processor; `pool` has its own.
         raw: the dataset's folder of raw files.
-        out: the folder of shards; nothing in it may belong to another build unless `overwrite`.
+        out: the place of the shards, a folder or s3://…; nothing in it may belong to another build unless `overwrite`.
         pool: a `worker_pool` made with the same `make_processor`; without one, this process does the work.
         share: (r, n) for task r of n; (0, 1) is the whole, which alone writes the index.
         overwrite: throw away what another build left there; for the whole only.
@@ -100,10 +100,9 @@ def build_dataset(
     if not 0 <= rank < number or (overwrite and not whole):
         raise BuildError(f"{label}: task {rank}/{number}: r must be in 0..N-1, and only 0/1 may overwrite")
     processor = make_processor()
-    build, tasks = _plan(row, stage, settings, processor, raw, out)
-    mine = tasks[rank::number]
-    with _explained(label), locked(out, shared=not whole):
-        storage = LocalStorage(out)
+    build, tasks = _plan(row, stage, settings, processor, raw, str(out))
+    mine, storage = tasks[rank::number], open_storage(out)
+    with _explained(label), locked(storage, shared=not whole):
         if whole:
             claim(storage, build, overwrite)
         else:
@@ -112,7 +111,7 @@ def build_dataset(
         missing = [task for task in mine if task.name not in kept]
         waiting = [task for task in missing if not retry_failed or failed(task, storage)]
         if missing:
-            storage.path(INDEX_NAME).unlink(missing_ok=True)
+            storage.remove(INDEX_NAME)
         with closing(_run(waiting, mine, kept, processor, pool, label)) as running:
             for results in running:
                 _check_budget(storage, mine, results, reject_budget)
@@ -130,13 +129,14 @@ def build_dataset(
             _write_rejects(storage, ordered)
             index = _index(row, stage, settings, processor, build, ordered)
             if index.totals.samples == 0:
-                raise BuildError(f"{label}: no sample was made; {out / REJECTS_NAME} says why")
+                raise BuildError(f"{label}: no sample was made; {storage.root}/{REJECTS_NAME} says why")
+            check_mark(storage, build)
             storage.write(INDEX_NAME, (index.model_dump_json(indent=1) + "\n").encode())
     return Built(index=index, made=made, num_made=len(waiting), num_kept=len(kept))
 
 
 def _plan(
-    row: Row, stage: Stage, settings: StageSettings, processor: Processor, raw: Path, out: Path
+    row: Row, stage: Stage, settings: StageSettings, processor: Processor, raw: Path, out: str
 ) -> tuple[dict[str, Any], list[Task]]:
     """The settings that the bytes of a dataset follow from, and its tasks: the same wherever it is asked."""
     if row.converter not in CONVERTERS:
@@ -234,12 +234,12 @@ def _index(
     )
 
 
-def _write_rejects(storage: LocalStorage, parts: list[Part]) -> None:
+def _write_rejects(storage: Storage, parts: list[Part]) -> None:
     rejects = [reject for part in parts for reject in part.rejects]
     storage.write(REJECTS_NAME, b"".join(canonical_json(reject) + b"\n" for reject in rejects))
 
 
-def _check_budget(storage: LocalStorage, tasks: list[Task], results: dict[str, Part | Failure], budget: float) -> None:
+def _check_budget(storage: Storage, tasks: list[Task], results: dict[str, Part | Failure], budget: float) -> None:
     """Stop as soon as the tasks cannot stay within the budget.
 
     Shards with rejects are built again by the next try: whoever mends a source expects that.
@@ -252,7 +252,7 @@ def _check_budget(storage: LocalStorage, tasks: list[Task], results: dict[str, P
         return
     _write_rejects(storage, list(parts.values()))
     for name in faulty:
-        storage.path(f"{name}.part.json").unlink(missing_ok=True)
+        storage.remove(f"{name}.part.json")
     reasons = Counter(reject["reason"].split(":")[0] for reject in rejects).most_common(5)
     listed = "".join(f"\n  {count} x {reason}" for reason, count in reasons)
     first = rejects[0]

@@ -1,4 +1,4 @@
-"""S3 behind the six verbs of `shards.storage`, on any endpoint that speaks it.
+"""S3 behind the seven verbs of `shards.storage`, on any endpoint that speaks it.
 
 Credentials, region and endpoint come from where every S3 client finds them: `AWS_*` variables, `~/.aws`, the roles of
 a machine. Ranges are read with plain pooled GETs on presigned URLs: the whole deadline is ours, and a read costs a
@@ -147,10 +147,26 @@ class S3Storage:
         with self._errors(name):
             _client(os.getpid()).put_object(Bucket=self.bucket, Key=self.key(name), Body=data)
 
+    def create(self, name: str, data: bytes) -> bool:
+        """See `storage.Storage.create`: a put on the condition that there is no such object."""
+        with self._errors(name):
+            try:
+                _client(os.getpid()).put_object(Bucket=self.bucket, Key=self.key(name), Body=data, IfNoneMatch="*")
+            except ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):  # one is there, or on its way
+                    return False
+                raise
+        return True
+
     def publish(self, path: Path, name: str) -> None:
-        """See `storage.Storage.publish`: large files go up in parts; the local file is removed afterwards."""
+        """See `storage.Storage.publish`: large files go up in parts; the local file is removed afterwards.
+
+        The client sends a checksum of every part, and the size is compared.
+        """
         with self._errors(name):
             _client(os.getpid()).upload_file(str(path), self.bucket, self.key(name))
+        if (found := self.size(name)) != path.stat().st_size:
+            raise UnavailableError(f"{self.root}/{name}: {found} bytes after {path.stat().st_size} were sent")
         path.unlink()
 
     def size(self, name: str) -> int | None:

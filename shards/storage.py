@@ -1,6 +1,6 @@
-"""Six verbs over a place where files lie: read, write, publish, size, remove, list.
+"""Seven verbs over a place where files lie: read, write, create, publish, size, remove, list.
 
-Local directories here, buckets in `shards.s3`; another kind of place needs the same six methods and a line in
+Local directories here, buckets in `shards.s3`; another kind of place needs the same seven methods and a line in
 `open_storage`. Names are relative, with "/" between parts, and never leave the root.
 """
 
@@ -66,6 +66,9 @@ class Storage(Protocol):
     def write(self, name: str, data: bytes) -> None:
         """Create or replace a file atomically: a reader sees the old bytes or the new ones."""
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Create a file whole, or return False and leave the one that is there; of several writers one succeeds."""
+
     def publish(self, path: Path, name: str) -> None:
         """Move a finished local file to `name`, atomically."""
 
@@ -113,7 +116,7 @@ class LocalStorage:
         _replace(self.path(name), io.BytesIO(data))
 
     def create(self, name: str, data: bytes) -> bool:
-        """Create a file whole, or return False and leave the one that is there; of several writers one succeeds."""
+        """See `Storage.create`."""
         target = self.path(name)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:

@@ -30,6 +30,9 @@ from shards.catalog import STAGES, load_catalog
 from shards.download.manifest import unfinished_folders
 from shards.format import REJECTS_NAME
 from shards.sources.parquet import MissingSourceError, SourceError
+from shards.storage import open_storage
+
+REPORT_NAME = "report.json"
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--catalog", default="molmo2", help="name of a catalog, or a YAML file (%(default)s)")
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help="only these (all of the stage)")
     parser.add_argument("--raw", type=Path, default=data_path("raw"), help="raw data (%(default)s)")
-    parser.add_argument("--out", type=Path, default=data_path("shards"), help="shards (%(default)s)")
+    parser.add_argument("--out", default=str(data_path("shards")), help="shards, a folder or s3://… (%(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
     parser.add_argument(
         "--task",
@@ -105,7 +108,7 @@ def main() -> None:
     rows, failed = catalog.select(args.stage, args.datasets), []
     with worker_pool(make_processor, args.workers) as pool:
         for row in rows:
-            out, since = args.out / args.stage / row.name, time.perf_counter()
+            out, since = f"{args.out.rstrip('/')}/{args.stage}/{row.name}", time.perf_counter()
             try:
                 if unfinished := unfinished_folders(row, args.raw):
                     raise MissingSourceError(f"{row.name}: the download of {', '.join(unfinished)} is not finished")
@@ -132,22 +135,28 @@ def main() -> None:
         sys.exit(f"build_shards: not built, {len(failed)} of {len(rows)}: {', '.join(failed)}")
 
 
-def report(label: str, built: Built, share: tuple[int, int], out: Path, seconds: float) -> None:
-    """Print what a finished dataset holds, with what was left out and why, or what a share of it came to."""
+def report(label: str, built: Built, share: tuple[int, int], out: str, seconds: float) -> None:
+    """Print what a finished dataset holds, with what was left out and why, or what a share of it came to.
+
+    Of a whole dataset it is written to `report.json` as well, of which nothing else depends.
+    """
     speed = f"{built.num_made} shards in {seconds:.1f} s"
     if built.num_made:
         speed += f", {built.made['samples'] / seconds:.1f} samples/s"
     if built.index is None:
         print(f"{label}: task {share[0]}/{share[1]}: {speed}; {built.num_kept} were there; the whole is not closed yet")
         return
-    totals = built.index.totals
+    totals, storage = built.index.totals, open_storage(out)
+    rejects = storage.read(REJECTS_NAME).splitlines()
+    reasons = Counter(json.loads(line)["reason"].split(":")[0] for line in rejects)
+    made = {"shards": built.num_made, "seconds": seconds, "samples_per_second": built.made["samples"] / seconds}
+    told = {**totals.model_dump(), "shards": len(built.index.shards), "left_out": dict(reasons), "made": made}
+    storage.write(REPORT_NAME, (json.dumps(told, indent=1) + "\n").encode())
     print(
         f"{label}: {totals.samples} samples (message trees) of {totals.annotations} annotations, "
         f"{totals.tokens:,} tokens, {totals.crops} crops, {totals.frames} frames, {totals.bytes / 1e9:.3f} GB in "
         f"{len(built.index.shards)} shards, {totals.rejects} left out; made {speed}"
     )
-    with open(out / REJECTS_NAME, "rb") as file:
-        reasons = Counter(json.loads(line)["reason"].split(":")[0] for line in file)
     for reason, count in reasons.most_common(5):
         print(f"  left out: {count} x {reason}")
 

@@ -48,7 +48,7 @@ def build(raw: Path, out: Path, name: str, stage: Stage = "sft", **options: Any)
     return index
 
 
-def build_share(raw: Path, out: Path, name: str, stage: Stage = "sft", **options: Any) -> Built:
+def build_share(raw: Path, out: str | Path, name: str, stage: Stage = "sft", **options: Any) -> Built:
     """As `build`, for `share` (r, n) as well."""
     rows = catalog(stage)
     (row,) = rows.select(stage, [name])
@@ -56,7 +56,7 @@ def build_share(raw: Path, out: Path, name: str, stage: Stage = "sft", **options
     row = row.model_copy(update=options.pop("row", {}))
     make = factory(raw, stage, settings.num_variants)
     with worker_pool(make, options.pop("workers", 1)) as pool:
-        return build_dataset(row, stage, settings, make, raw=raw / name, out=out / name, pool=pool, **options)
+        return build_dataset(row, stage, settings, make, raw=raw / name, out=f"{out}/{name}", pool=pool, **options)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
