@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils.checkpoint import checkpoint
 
 from molmo2.model.mask import MEMBER, PAD_SEGMENT, AttentionMask, allowed
 from molmo2.model.text import Mask
@@ -90,16 +89,52 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Ten
 
     Packs of short samples gain most: dense attention computes every pair of the row.
     """
-    outputs = []
-    recompute = torch.is_grad_enabled() and q.shape[2] > SHORT
-    for span in mask.made(key_spans):
-        keys = slice(span.first_key, span.last_key)
-        inputs = (q[:, :, span.start : span.stop], k[:, :, keys], v[:, :, keys], mask.segment_ids, mask.is_visual, span)
-        if recompute:
-            outputs.append(checkpoint(_tile_attention, *inputs, use_reentrant=False, preserve_rng_state=False))
-        else:
-            outputs.append(_tile_attention(*inputs))
+    spans = mask.made(key_spans)
+    if torch.is_grad_enabled() and q.shape[2] > SHORT:
+        return cast(Tensor, _RecomputedTiles.apply(q, k, v, mask, spans))
+    outputs = [_tile(q, k, v, mask, span) for span in spans]
     return torch.cat(outputs, dim=2)
+
+
+def _tile(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, span: Span) -> Tensor:
+    keys = slice(span.first_key, span.last_key)
+    rows = q[:, :, span.start : span.stop]
+    return _tile_attention(rows, k[:, :, keys], v[:, :, keys], mask.segment_ids, mask.is_visual, span)
+
+
+class _RecomputedTiles(torch.autograd.Function):
+    """All tiles as one operation, which keeps its inputs alone.
+
+    Left to autograd, every tile would add a gradient as long as the row to those of the keys: work that grows as the
+    square of the row, whatever the mask.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, spans: list[Span]) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.mask, ctx.spans = mask, spans
+        out = torch.empty_like(q)
+        for span in spans:
+            out[:, :, span.start : span.stop] = _tile(q, k, v, mask, span)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        whole = [torch.zeros_like(each, dtype=torch.float32) for each in (q, k, v)]
+        for span in ctx.spans:
+            rows, keys = slice(span.start, span.stop), slice(span.first_key, span.last_key)
+            with torch.enable_grad():
+                places = (rows, keys, keys)
+                parts = [
+                    each[:, :, place].detach().requires_grad_() for each, place in zip((q, k, v), places, strict=True)
+                ]
+                out = _tile_attention(parts[0], parts[1], parts[2], ctx.mask.segment_ids, ctx.mask.is_visual, span)
+            for total, place, part in zip(
+                whole, places, torch.autograd.grad(out, parts, grads[0][:, :, rows]), strict=True
+            ):
+                total[:, :, place] += part
+        return (*(total.to(each.dtype) for total, each in zip(whole, (q, k, v), strict=True)), None, None)
 
 
 def _blocks(values: Tensor, fill: Any) -> Tensor:
