@@ -63,6 +63,7 @@ test: $(INSTALLED) browser lint types
 bench: $(INSTALLED)
 	python benchmarks/bench_plan.py
 	$(CPU) python benchmarks/bench_model.py
+	$(CPU) python benchmarks/bench_build.py
 
 clean-demo:
 	rm -rf $(MOLMO2_DATA)

@@ -1,19 +1,19 @@
 """What the builder costs beside bare decoding and encoding of the same frames.
 
-    python benchmarks/bench_build.py                     one to two minutes
-    python benchmarks/bench_build.py --videos 4 --images 16
+    python benchmarks/bench_build.py                     a minute and a half
+    python benchmarks/bench_build.py --videos 2 --images 8
 
 Two sources are made in a temporary folder, moving pictures with a grain as a camera has it: H.264 videos (640 x 360
-pixels, 30 frames a second, 10 seconds, one question each), and JPEG images in a parquet file (1024 x 768, one question
-each). The builder makes shards of them with Molmo2's geometry, four text variants and a small tokenizer.
-"Bare" is a loop over the same files: decode the same frames or the image, resize as the builder does, encode JPEG with
-the same library and quality, write nothing. For videos it is done with decord and with PyAV, a thread each.
+pixels, 30 frames a second, 20 seconds, about the median of Molmo2's video sets) and JPEG images in a parquet file
+(1024 x 768), with one question each. The builder makes shards of them with Molmo2's geometry, four text variants and a
+small tokenizer. "Bare" is a loop over the same files: decode the same frames or the image, resize as the builder does,
+encode JPEG with the same library and quality, write nothing; videos with decord and with PyAV, a thread each.
 
 The main figure is CPU time, of the process and all that it started, since other work shares the cores: start-up is
-left out by a round that does not count, and the cheapest of several rounds does, all kinds in turn. Builder and bare
-loop both run in two processes, as a machine that builds is busy on all cores; one worker is there for the scaling, by
-the clock and by CPU time per sample. The bar is the share of the bare loop's throughput with the decoder that the
-builder takes for these files, decord. The last line is one JSON object.
+left out by a round that does not count; of the others, all kinds in turn, the median does. Builder and bare loop both
+run in two processes, as a machine that builds is busy on all cores; one worker is there for the scaling, by the clock
+(which means little when others use the cores) and by CPU time per sample. The bar is the share of the bare loop's
+throughput with the decoder that the builder takes for these files, decord. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
+from typing import Literal
 
 import av
 import decord
@@ -59,7 +61,7 @@ LAYOUT = VisualLayout(
 )
 DEMO, MOLMO2 = load_catalog("demo"), load_catalog("molmo2")
 VIDEO, IMAGE = "demo-video-qa", "demo-image-qa"
-RATE, SECONDS = 30, 10
+RATE, SECONDS = 30, 20
 QUESTION, ANSWER = "Which way does it move, and how fast?", "Slowly to the right, and then out of the picture."
 
 
@@ -165,14 +167,13 @@ def make_processor(tokenizer: Path) -> Processor:
 
 
 def build(name: str, raw: Path, make: ProcessorFactory, pool: Executor | None, per_shard: int) -> tuple[int, int]:
-    """One build from nothing, thrown away; samples and frames."""
+    """One build from nothing, into a folder beside `raw`; samples and frames."""
     (row,) = DEMO.select("sft", [name])
     settings = MOLMO2.stages["sft"].model_copy(update={"examples_per_shard": per_shard})
     out = Path(tempfile.mkdtemp(prefix="out-", dir=raw.parent))
     index = build_dataset(row, "sft", settings, make, raw=raw, out=out, pool=pool).index
     assert index is not None
     assert index.totals.rejects == 0, f"{name}: {index.totals.rejects} rejects"
-    shutil.rmtree(out)
     return index.totals.samples, index.totals.frames or index.totals.samples
 
 
@@ -230,8 +231,8 @@ def in_both(pool: Executor, bare: Bare, raw: Path) -> tuple[int, int]:
     return sum(samples for samples, _ in halves), sum(frames for _, frames in halves)
 
 
-def measure(name: str, raw: Path, bares: list[Bare], make: ProcessorFactory, rounds: int) -> dict[str, Cost]:
-    """The cheapest run of each kind."""
+def measure(name: str, raw: Path, bares: list[Bare], make: ProcessorFactory, rounds: int) -> dict[str, list[Cost]]:
+    """The runs of each kind, a round after the other."""
     per_shard = pq.read_metadata(raw / "data" / "train-0.parquet").num_rows // 2
     costs: dict[str, list[Cost]] = {}
     with worker_pool(make, 2) as pool:
@@ -242,27 +243,39 @@ def measure(name: str, raw: Path, bares: list[Bare], make: ProcessorFactory, rou
         for number in range(rounds + 1):
             for label, run in runs.items():
                 cost = timed(run)
+                for out in raw.parent.glob("out-*"):
+                    shutil.rmtree(out)
                 if number:  # the first warms up: imports, decoding processes, the page cache
                     costs.setdefault(label, []).append(cost)
-    return {label: min(found, key=lambda cost: cost.cpu) for label, found in costs.items()}
+    return costs
 
 
-def summary(costs: dict[str, Cost]) -> dict[str, float]:
+def typical(costs: list[Cost]) -> Cost:
+    """Median times of equal runs."""
+    return replace(costs[0], wall=median(cost.wall for cost in costs), cpu=median(cost.cpu for cost in costs))
+
+
+def ratio(over: list[Cost], under: list[Cost], time: Literal["cpu", "wall"] = "cpu") -> float:
+    """Median over the rounds: what slows one run of a round mostly slows its neighbours too."""
+    return round(median(getattr(a, time) / getattr(b, time) for a, b in zip(over, under, strict=True)), 3)
+
+
+def summary(costs: dict[str, list[Cost]]) -> dict[str, float]:
     """Per second of CPU with both cores busy, the builder's share of each bare run, and scaling."""
     one, two = costs[ONE], costs[TWO]
-    shares = {f"of_{label}": round(cost.cpu / two.cpu, 3) for label, cost in costs.items() if label not in {ONE, TWO}}
+    ours = typical(two)
     return {
-        "samples_per_core_second": round(two.samples / two.cpu, 2),
-        "frames_per_core_second": round(two.frames / two.cpu, 1),
-        "scaling_wall": round(one.wall / two.wall, 2),
-        "scaling_cpu": round(one.cpu / two.cpu, 3),
-    } | shares
+        "samples_per_core_second": round(ours.samples / ours.cpu, 2),
+        "frames_per_core_second": round(ours.frames / ours.cpu, 1),
+        "scaling_wall": ratio(one, two, "wall"),
+        "scaling_cpu": ratio(one, two),
+    } | {f"of_{label}": ratio(found, two) for label, found in costs.items() if label not in {ONE, TWO}}
 
 
 def main() -> None:
     """Make the sources, measure, print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", type=int, default=8)
+    parser.add_argument("--videos", type=int, default=4)
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=4, help="after the one that warms up (%(default)s)")
     arguments = parser.parse_args()
@@ -280,7 +293,8 @@ def main() -> None:
         shutil.rmtree(root)
     print(f"{'source':8s}{'run':14s}{'CPU ms a frame':>16s}{'CPU ms a sample':>17s}{'seconds':>9s}")
     for source, costs in results.items():
-        for label, cost in costs.items():
+        for label, found in costs.items():
+            cost = typical(found)
             print(
                 f"{source:8s}{label:14s}{cost.cpu / cost.frames * 1e3:16.2f}{cost.cpu / cost.samples * 1e3:17.1f}"
                 f"{cost.wall:9.2f}"

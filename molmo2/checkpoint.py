@@ -271,9 +271,15 @@ def clear_after(directory: Path, step: int) -> None:
 def open_checkpoint(name: str | Path, say: Callable[[str], None] = print) -> Checkpoint:
     """A checkpoint by its own path, by the path of its run, or by the run's name: then the newest whole one.
 
+    A run's mirror, s3://…/<run>, is a path too: its newest copy is brought into the cache.
+
     Raises:
         CheckpointError: there is none, or the one that was named is damaged.
     """
+    if "://" in str(name):
+        from molmo2.mirror import cached  # which copies checkpoints, and so needs this module
+
+        name = cached(str(name), say)
     for path in (Path(name), data_path("runs") / name):
         if (path / META).exists() or (path.name.startswith("step-") and path.is_dir()):
             wrong = damage(path)

@@ -70,12 +70,14 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     precision: Literal["fp32", "bf16"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 2
     activation_checkpointing: bool = True
+    offload: tuple[Literal["activations", "optimizer"], ...] = ()  # kept in the CPU's memory: slower, and less of a GPU
     z_loss: float = Field(default=1e-4, ge=0)  # times weight * logsumexp^2
     residual_dropout: float = Field(default=0.0, ge=0, lt=1)  # on what every sublayer of the language model adds
     dropout_on: Literal["all", "response"] = "all"  # tokens, or those alone that predict one with a loss
     seed: NonNegativeInt = 6198  # of weights that start from nothing, and of dropout
     checkpoint_every: PositiveInt = 1000
     keep_last: PositiveInt = 2
+    mirror: str | None = None  # a bucket, s3://…, to which checkpoints are copied, and from which a run continues
     on_full_disk: Literal["stop", "warn"] = "stop"  # when a checkpoint cannot be written; the last whole one stays
     phase_deadline: PositiveFloat = 1800.0  # seconds without progress after which a rank says where it is, and ends
     log_every: PositiveInt = 1  # steps between two refreshes of the progress bar and of TensorBoard
@@ -86,6 +88,12 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
         # masters at stage 0.
         if self.precision == "bf16" and self.zero_stage < 2:
             raise ValueError(f"precision bf16 needs zero_stage 2 or 3, not {self.zero_stage}")
+        if "optimizer" in self.offload and self.zero_stage == 0:
+            raise ValueError("offload of the optimizer needs zero_stage 1, 2 or 3")
+        if "activations" in self.offload and not self.activation_checkpointing:
+            raise ValueError(
+                "offload of activations needs activation_checkpointing: the inputs of layers are what moves"
+            )
         return self
 
     @property

@@ -135,13 +135,16 @@ def deepspeed_config(recipe: Recipe, universal: bool = False) -> dict[str, Any]:
     """DeepSpeed's JSON, derived. Batch sizes and accumulation are ours: it is only told the micro-batch."""
     train = recipe.train
     half = train.precision == "bf16"
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if "optimizer" in train.offload else {}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "managed_gradient_accumulation": False,  # backward any number of times, then step
         "gradient_clipping": 0.0,  # explicit, since its default is 1.0
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # ours runs on the CPU as it is
         "zero_optimization": {
             "stage": train.zero_stage,
+            **offload,
             "overlap_comm": False,
             # One sub-group to a component: otherwise ZeRO-3 would show the optimizer only a part of its gradient.
             "sub_group_size": 10**12,
@@ -167,7 +170,8 @@ def start_engine(
     """
     if recipe.optim.freeze_base_embedding:
         model.text.embedding.base.requires_grad_(False)
-    model.set_checkpointing(recipe.train.activation_checkpointing, recipe.train.chunk_crops)
+    train = recipe.train
+    model.set_checkpointing(train.activation_checkpointing, train.chunk_crops, "activations" in train.offload)
     components = model.parameter_groups()
     assert set(components) == set(COMPONENTS)
     optimizer = ComponentAdamW(

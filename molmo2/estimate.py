@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,10 @@ def state_bytes(recipe: Recipe, config: ModelConfig, world: int) -> dict[str, fl
     return {
         "parameters": every * (2 if half else 4) / (world if stage == 3 else 1),
         "gradients": trained * 4 / (world if stage >= 2 else 1),  # added up in float32
-        "optimizer": trained * (12 if half else 8) / (world if stage >= 1 else 1),  # with masters of bfloat16
+        "optimizer": 0.0
+        if "optimizer" in recipe.train.offload
+        # with masters of bfloat16
+        else trained * (12 if half else 8) / (world if stage >= 1 else 1),
         "buckets": 2 * min(BUCKET, trained) * (2 if half else 4) if stage else 0,
     }
 
@@ -135,8 +139,9 @@ def activation_bytes(recipe: Recipe, config: ModelConfig, kept: Kept) -> dict[st
     at_once = min(crops, train.chunk_crops or crops)
     layers, blocks = config.text.num_layers, config.vit.num_layers
     if train.activation_checkpointing:
-        text = tokens * (kept.layer_input * layers + LAYER_PEAK * kept.layer)
-        vision = crops * kept.block_input * blocks + at_once * LAYER_PEAK * kept.block
+        inputs = 0 if "activations" in train.offload else 1
+        text = tokens * (inputs * kept.layer_input * layers + LAYER_PEAK * kept.layer)
+        vision = inputs * crops * kept.block_input * blocks + at_once * LAYER_PEAK * kept.block
     else:
         text, vision = tokens * kept.layer * layers, crops * kept.block * blocks
     heads = config.text.num_heads + 2 * config.text.num_kv_heads
@@ -177,11 +182,12 @@ def step_flops(recipe: Recipe) -> float:
 def changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """What one may change when a card is too small, the cheapest first; each step keeps those before it."""
     train = recipe.train
-    wanted = [
+    wanted: list[tuple[str, Any]] = [
         ("train.activation_checkpointing", True),
         ("train.micro_batch", 1),
         ("train.zero_stage", 3),
         *(("train.sp", sp) for sp in (2, 4, 8)),
+        ("train.offload", ("activations", "optimizer")),
     ]
     said: list[str] = []
     for path, value in wanted:
@@ -191,7 +197,8 @@ def changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         ):
             continue
         train = train.model_copy(update={name: value})
-        said = [*(text for text in said if not text.startswith(path)), f"{path}={value}"]
+        shown = f"[{','.join(value)}]" if isinstance(value, tuple) else value
+        said = [*(text for text in said if not text.startswith(path)), f"{path}={shown}"]
         yield " ".join(said), recipe.model_copy(update={"train": train})
 
 

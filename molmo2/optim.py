@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from molmo2.config import COMPONENTS, Group, Optim
@@ -49,7 +50,9 @@ class ComponentAdamW(torch.optim.AdamW):
                 continue
             square = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in gradients]).sum()
             if self.partitioned and dist.is_initialized():
+                square = square.to(get_accelerator().current_device_name())  # offloaded gradients are on the CPU
                 dist.all_reduce(square)
+                square = square.to(gradients[0].device)
             norm = square.sqrt()
             self.norms[group["name"]] = norm
             scales[group["name"]] = (gradients, torch.clamp(group["max_norm"] / (norm + 1e-6), max=1.0))

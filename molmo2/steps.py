@@ -20,6 +20,7 @@ from molmo2.anomalies import LossHistory, action_for, describe
 from molmo2.checkpoint import CheckpointError
 from molmo2.held_out import EVAL_NAME, evaluate, write_samples
 from molmo2.metrics import Monitor, StepClock, gpu_use, read_log
+from molmo2.mirror import Sender
 from molmo2.optim import ComponentAdamW, set_learning_rates
 from molmo2.parallel.agree import on_rank_zero, say, write
 from molmo2.run import Run, TrainingError, agree_on_masked
@@ -217,18 +218,23 @@ def record_data(run: Run, progress: Progress) -> None:
         file.write(json.dumps({"step": progress.step, "windows": window, "datasets": line}) + "\n")
 
 
-def save(run: Run, engine: Any, progress: Progress) -> None:
-    """Write a checkpoint; when that fails, the recipe says whether training goes on without."""
+def save(run: Run, engine: Any, progress: Progress, sender: Sender | None) -> None:
+    """Write a checkpoint and begin to send it; when writing fails, the recipe says whether training goes on without."""
     recipe, state = run.recipe, run.plan.state(progress.cursor)
+    if sender is not None:
+        sender.wait()  # what it sends may be dropped now
     if run.mesh.rank == 0:
         record_data(run, progress)
     losses = tuple(progress.history.losses)
     try:
-        checkpoints.save(engine, recipe, run.model_config, progress.step, state, sp=run.mesh.sp, losses=losses)
+        path = checkpoints.save(engine, recipe, run.model_config, progress.step, state, sp=run.mesh.sp, losses=losses)
     except CheckpointError as error:  # raised by all ranks together
         if recipe.train.on_full_disk == "stop":
             raise
         say(f"{recipe.name}: WARNING: goes on without a checkpoint: {error}")
+    else:
+        if sender is not None:
+            sender.start(path)
     if run.mesh.rank == 0:
         try:
             write_report(recipe)
@@ -257,6 +263,7 @@ def run_steps(
     """Train to the end or to a signal, and save; `progress` is kept up to date."""
     recipe, steps = run.recipe, run.recipe.train.steps
     monitor = Monitor(recipe, progress.step) if run.mesh.rank == 0 else None
+    sender = Sender(recipe, say) if run.mesh.rank == 0 else None
     batches = make_loader(
         run.plan,
         progress.cursor,
@@ -289,11 +296,13 @@ def run_steps(
                 clock.lap()  # no step's time
             if stopping or step == steps or step % recipe.train.checkpoint_every == 0:
                 watchdog.enter("checkpoint", step)
-                save(run, engine, progress)
+                save(run, engine, progress, sender)
             if stopping:
                 on_rank_zero(lambda: (recipe.run_dir / STOP_NAME).unlink(missing_ok=True))
                 break
     finally:
         watchdog.stop()
+        if sender is not None:
+            sender.wait()
         if monitor is not None:
             monitor.close()

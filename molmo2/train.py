@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from molmo2 import checkpoint as checkpoints
-from molmo2 import elastic
+from molmo2 import elastic, mirror
 from molmo2.anomalies import LossHistory
 from molmo2.check_sp import check_sequence_parallel
 from molmo2.checkpoint import Checkpoint, CheckpointError
@@ -171,8 +171,7 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, argument
     """Train one stage; False when it was told to stop before its end."""
     mesh = agreed(lambda: place(recipe))
     run = agreed(lambda: prepare(recipe, mesh, device))
-    directory = checkpoints.checkpoints_dir(recipe.run_dir)
-    found = on_rank_zero(lambda: checkpoints.find_newest(directory, say))
+    found = on_rank_zero(lambda: mirror.newest(recipe, say))
     done = 0 if found is None else found.step
     if done >= recipe.train.steps:
         say(f"{recipe.name}: finished at step {done}; nothing to do")

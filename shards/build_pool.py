@@ -43,6 +43,7 @@ _processor: Processor | None = None
 
 def _start_worker(make_processor: ProcessorFactory) -> None:
     global _processor
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded, which resizes images
     threading.Thread(target=_follow_parent, daemon=True).start()
     _processor = make_processor()
 

@@ -193,41 +193,55 @@ def expand(layout: VisualLayout, stored: npt.NDArray[np.void], visuals: list[dic
     Raises:
         ValueError: the number of placeholders is not the number of visuals, or branches are out of order.
     """
-    ids, branch = stored["id"], stored["branch"].astype(np.int64)
+    ids, branch = np.ascontiguousarray(stored["id"]), stored["branch"].astype(np.int64)
     holders = np.flatnonzero((ids == layout.tokens.image) | (ids == layout.tokens.video))
     if len(holders) != len(visuals):
         raise ValueError(f"{len(holders)} visual placeholders for {len(visuals)} visuals")
-    if len(ids) == 0 or branch[0] != 0 or np.any((np.diff(branch) != 0) & (np.diff(branch) != 1)):
+    steps = branch[1:] - branch[:-1]
+    if len(ids) == 0 or branch[0] != 0 or ((steps != 0) & (steps != 1)).any():
         raise ValueError("branches must start at 0 and rise by 1")
-    last = np.append(branch[1:] != branch[:-1], True) & (branch > 0)  # the EOS of each branch
-    labels = np.append(ids[1:], 0)
-    weights = np.append(stored["weight"][1:], 0)
-    ends = np.append(branch[1:] != branch[:-1], True)
-    labels, weights = np.where(ends, 0, labels), np.where(ends, 0, weights)  # nothing is predicted across a border
-    counts = np.ones(len(ids), np.int64)
+    ends = np.append(np.flatnonzero(steps), len(ids) - 1)  # the last token of the trunk and of every branch
+    labels, weights = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.float32)
+    labels[:-1], weights[:-1] = ids[1:], stored["weight"][1:]
+    labels[ends], weights[ends] = 0, 0  # nothing is predicted across a border
     pieces = [visual_tokens(layout, visual) for visual in visuals]
+    counts = np.ones(len(ids), np.int64)
     counts[holders] = [len(piece) for piece in pieces]
-    counts[last] = 0
-    out_ids = np.repeat(ids, counts)
-    out_branch = np.repeat(branch, counts)
+    counts[ends[branch[ends] > 0]] = 0  # the EOS of each branch
+    out_ids, out_branch = np.repeat(ids, counts), np.repeat(branch, counts)
     # A placeholder's label belongs after its last token; inside it nothing is predicted.
-    tails = np.cumsum(counts) - 1
+    tails, kept = np.cumsum(counts) - 1, counts > 0
     out_labels, out_weights = np.zeros(len(out_ids), np.int32), np.zeros(len(out_ids), np.float32)
-    kept = counts > 0
     out_labels[tails[kept]], out_weights[tails[kept]] = labels[kept], weights[kept]
-    for holder, piece in zip(holders, pieces, strict=True):
-        out_ids[tails[holder] + 1 - len(piece) : tails[holder] + 1] = piece
-    trunk = int(np.count_nonzero(out_branch == 0))
-    starts = np.searchsorted(out_branch, out_branch, side="left")
-    positions = np.arange(len(out_ids)) - starts + np.where(out_branch > 0, trunk, 0)
+    for tail, piece in zip(tails[holders].tolist(), pieces, strict=True):
+        out_ids[tail + 1 - len(piece) : tail + 1] = piece
+    starts = np.searchsorted(out_branch, np.arange(branch[-1] + 1))  # of the trunk and of every branch
+    positions = np.arange(len(out_ids)) - starts[out_branch]
+    if len(starts) > 1:
+        positions[starts[1] :] += starts[1]  # a branch goes on after the trunk
     return Expanded(
         input_ids=out_ids,
         labels=out_labels,
         weights=out_weights,
         branch=out_branch.astype(np.int16),
         position_ids=positions.astype(np.int32),
-        is_visual=np.isin(out_ids, layout.tokens.bidirectional),
+        is_visual=_is_bidirectional(layout.tokens, out_ids),
     )
+
+
+def _is_bidirectional(tokens: VisualTokens, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    lowest, table = _bidirectional_table(tokens)
+    found = ids - lowest
+    inside = (found >= 0) & (found < len(table))
+    inside[inside] = table[found[inside]]
+    return inside
+
+
+@functools.lru_cache(maxsize=16)
+def _bidirectional_table(tokens: VisualTokens) -> tuple[int, npt.NDArray[np.bool_]]:
+    """The lowest of the ids, and for each id from there on whether it is one of them."""
+    ids = np.array(tokens.bidirectional)
+    return int(ids.min()), np.isin(np.arange(ids.min(), ids.max() + 1), ids)
 
 
 def expanded_length(layout: VisualLayout, stored: npt.NDArray[np.void], visuals: list[dict[str, Any]]) -> int:

@@ -214,6 +214,7 @@ def _read(ref: VideoRef, times: tuple[float, ...], make: Make) -> Frames:
 
 def _serve(connection: Connection, parent: int) -> None:
     """Answer (function, arguments) until the pipe closes."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded: builders have a process per core
     while os.getppid() == parent:
         try:
             function, arguments = connection.recv()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from shards.format import digest
 from shards.mixture import MixtureSpec, draws_before, integer_weights, phase
 from shards.order import epoch_keys, key_of, permute_blocks, shuffled
 from shards.packing import pack
+from shards.storage import read_threads
 
 PLAN_VERSION = 1
 Array = npt.NDArray[Any]
@@ -247,8 +247,8 @@ def open_plan(
     Raises:
         DatasetError, FormatError, MixtureError, PlanError: see there.
     """
-    with ThreadPoolExecutor(8) as pool:  # sidecars are read and hashed
-        datasets = list(pool.map(lambda name: find_dataset(tuple(roots), name), mixture.dataset_names))
+    opened = read_threads().map(lambda name: find_dataset(tuple(roots), name), mixture.dataset_names)
+    datasets = list(opened)  # sidecars are read and hashed
     if processor is not None:
         for dataset in datasets:
             check_processor(dataset, processor)

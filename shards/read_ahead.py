@@ -6,16 +6,14 @@ which further draws to begin. Results do not depend on it: a draw that was not b
 
 from __future__ import annotations
 
-import functools
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Generic, NamedTuple, TypeVar
 
 from shards.plan import Cursor, Draw, PackSpec
+from shards.storage import read_threads
 
-AT_ONCE = 48  # reads of one worker: a bucket answers late, but many at once
 DEPTH = 8  # micro-batches of one worker, at most
 T = TypeVar("T")
 
@@ -80,7 +78,7 @@ class ReadAhead(Generic[T]):
         """Begin to read what is not under way."""
         for draw in draws:
             if draw not in self.under_way:
-                self.under_way[draw] = _threads(os.getpid()).submit(self.read, draw)
+                self.under_way[draw] = read_threads().submit(self.read, draw)
 
     def take(self, draw: Draw) -> T:
         """The result for a draw, which is then forgotten."""
@@ -92,9 +90,3 @@ class ReadAhead(Generic[T]):
         for future in self.under_way.values():
             future.cancel()
         self.under_way.clear()
-
-
-@functools.lru_cache(maxsize=1)
-def _threads(pid: int) -> ThreadPoolExecutor:
-    """This process's threads for reading: they do not survive a fork."""
-    return ThreadPoolExecutor(AT_ONCE, "read")

@@ -1,4 +1,4 @@
-"""S3 behind the five verbs of `shards.storage`, on any endpoint that speaks it.
+"""S3 behind the six verbs of `shards.storage`, on any endpoint that speaks it.
 
 Credentials, region and endpoint come from where every S3 client finds them: `AWS_*` variables, `~/.aws`, the roles of
 a machine. Ranges are read with plain pooled GETs on presigned URLs: the whole deadline is ours, and a read costs a
@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -161,6 +162,11 @@ class S3Storage:
             return None
         return int(found["ContentLength"])
 
+    def remove(self, name: str) -> None:
+        """See `storage.Storage.remove`."""
+        with self._errors(name):
+            _client(os.getpid()).delete_object(Bucket=self.bucket, Key=self.key(name))
+
     def list(self, suffix: str = "") -> list[str]:
         """See `storage.Storage.list`."""
         prefix = f"{self.prefix}/" if self.prefix else ""
@@ -232,14 +238,23 @@ def _log_retry(where: str, state: RetryCallState) -> None:
     LOG.warning("%s: attempt %d failed: %s; again in %.1f s", where, state.attempt_number, error, state.upcoming_sleep)
 
 
+_CREATING = threading.Lock()
+os.register_at_fork(before=_CREATING.acquire, after_in_parent=_CREATING.release, after_in_child=_CREATING.release)
+
+
 # Connections do not survive a fork: each process has its own.
 @functools.lru_cache(maxsize=1)
 def _connections(pid: int) -> urllib3.PoolManager:
     return urllib3.PoolManager(num_pools=8, maxsize=POOL)
 
 
-@functools.lru_cache(maxsize=1)
 def _client(pid: int) -> Any:
+    with _CREATING:  # many threads ask for the first one at once, and making one takes a while
+        return _new_client(pid)
+
+
+@functools.lru_cache(maxsize=1)
+def _new_client(pid: int) -> Any:
     config = Config(
         signature_version="s3v4",
         retries={"mode": "standard", "total_max_attempts": 8},

@@ -1,6 +1,6 @@
-"""Five verbs over a place where files lie: read, write, publish, size, list.
+"""Six verbs over a place where files lie: read, write, publish, size, remove, list.
 
-Local directories here, buckets in `shards.s3`; another kind of place needs the same five methods and a line in
+Local directories here, buckets in `shards.s3`; another kind of place needs the same six methods and a line in
 `open_storage`. Names are relative, with "/" between parts, and never leave the root.
 """
 
@@ -14,9 +14,11 @@ import shutil
 import threading
 import uuid
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 
+AT_ONCE = 48  # reads of one process: a bucket answers late, but many at once
 _TALLY: Counter[str] = Counter()
 _TALLY_LOCK = threading.Lock()
 
@@ -33,6 +35,20 @@ def take_tally() -> dict[str, int]:
         found = dict(_TALLY)
         _TALLY.clear()
     return found
+
+
+def read_threads() -> ThreadPoolExecutor:
+    """This process's threads for reads that wait; they last as long as the process.
+
+    A thread that ends takes a lock inside OpenSSL (hashing, TLS). A process that is forked at that moment inherits the
+    lock taken, and its own threads wait for ever: seen when workers started right after a plan was opened.
+    """
+    return _read_threads(os.getpid())
+
+
+@functools.lru_cache(maxsize=1)
+def _read_threads(pid: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(AT_ONCE, "read")  # threads do not survive a fork: one pool a process
 
 
 class UnavailableError(OSError):
@@ -55,6 +71,9 @@ class Storage(Protocol):
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, None when absent."""
+
+    def remove(self, name: str) -> None:
+        """Delete a file; one that is absent is no error."""
 
     def list(self, suffix: str = "") -> list[str]:
         """Sorted names below the root that end with `suffix`; unfinished files are left out."""
@@ -127,6 +146,10 @@ class LocalStorage:
             return self.path(name).stat().st_size
         except FileNotFoundError:
             return None
+
+    def remove(self, name: str) -> None:
+        """See `Storage.remove`."""
+        self.path(name).unlink(missing_ok=True)
 
     def list(self, suffix: str = "") -> list[str]:
         """See `Storage.list`."""

@@ -62,13 +62,14 @@ class Molmo2(nn.Module):
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
         return self
 
-    def set_checkpointing(self, enabled: bool, chunk_crops: int | None = None) -> None:
+    def set_checkpointing(self, enabled: bool, chunk_crops: int | None = None, offload: bool = False) -> None:
         """Recompute each layer's activations in the backward pass instead of keeping them.
 
         With `chunk_crops` the vision transformer works on so many crops at a time, so that it is a chunk's layer that
-        is recomputed at once, and not that of 384 frames.
+        is recomputed at once, and not that of 384 frames. With `offload` the layers' inputs wait in the CPU's memory.
         """
         self.vit.checkpointing = self.text.checkpointing = enabled
+        self.vit.offload = self.text.offload = offload
         self.vit.chunk_crops = chunk_crops
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:

@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from molmo2.model.config import TextConfig
 from molmo2.model.dropout import Dropout
+from molmo2.model.recompute import recomputed
 
 
 class Mask(Protocol):
@@ -181,7 +181,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = False
+        self.checkpointing = self.offload = False
         self.embedding = Embedding(config)
         self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -213,7 +213,7 @@ class Decoder(nn.Module):
         for number, layer in enumerate(self.layers):
             arguments = (x, tables[number in scaled], mask, attend, cache, dropout)
             if self.checkpointing and self.training:
-                x = checkpoint(layer, *arguments, use_reentrant=False)
+                x = recomputed(layer, *arguments, offload=self.offload)
             else:
                 x = layer(*arguments)
         return self.norm(x)

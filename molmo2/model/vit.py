@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from molmo2.model.config import VitConfig
+from molmo2.model.recompute import recomputed
 
 
 def to_patches(pixels: Tensor, patch_size: int) -> Tensor:
@@ -71,7 +71,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VitConfig, patch_size: int, num_patches: int) -> None:
         super().__init__()
         self.config, self.patch_size = config, patch_size
-        self.checkpointing = False
+        self.checkpointing = self.offload = False
         self.chunk_crops: int | None = None  # crops computed at once; None: all
         self.patch_embedding = nn.Linear(patch_size * patch_size * 3, config.hidden_size)
         self.positions = nn.Parameter(torch.empty(num_patches, config.hidden_size))
@@ -86,7 +86,10 @@ class VisionTransformer(nn.Module):
         x = self.patch_embedding(patches) + self.positions
         outputs = {}
         for number, block in enumerate(self.blocks):
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+            if self.checkpointing and self.training:
+                x = recomputed(block, x, offload=self.offload)
+            else:
+                x = block(x)
             if number in self.config.feature_layers:
                 outputs[number] = x
         return torch.cat([outputs[number] for number in self.config.feature_layers], dim=-1)

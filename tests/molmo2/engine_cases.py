@@ -129,13 +129,12 @@ def gradients(how: tuple[bool, tuple[int, int], float]) -> list[tuple[Tensor, di
     return results  # type: ignore[return-value]
 
 
-def train(settings: list[tuple[str, int, int, bool]]) -> list[list[dict[str, float]]]:
-    """For each (precision, ZeRO stage, sp, base embedding frozen): train three steps, save; the gradient norms."""
+def train(settings: list[tuple[Any, ...]]) -> list[list[dict[str, float]]]:
+    """For each (precision, ZeRO stage, sp, base embedding frozen, offload …): the gradient norms of three steps."""
     results = []
-    for precision, stage, sp, frozen in settings:
-        run = recipe(
-            f"{precision}-{stage}-{sp}-{frozen}", frozen, precision=precision, zero_stage=stage, sp=sp, steps=3
-        )
+    for precision, stage, sp, frozen, *offload in settings:
+        name = "-".join(map(str, (precision, stage, sp, frozen, *offload)))
+        run = recipe(name, frozen, precision=precision, zero_stage=stage, sp=sp, steps=3, offload=offload)
         mesh = make_mesh(sp)
         engine, optimizer, names = start_engine(model(), run, mesh)
         norms = []

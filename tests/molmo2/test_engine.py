@@ -34,7 +34,7 @@ def test_sequence_parallel_gradients_equal_one_rank(world: int, checkpointing: b
                 torch.testing.assert_close(got[name] / scale, parameter.grad / scale, rtol=0, atol=1e-5)
 
 
-SETTINGS = [  # precision, ZeRO stage, sp, base embedding frozen
+SETTINGS = [  # precision, ZeRO stage, sp, base embedding frozen, offload
     ("fp32", 0, 1, False),
     ("fp32", 1, 1, False),
     ("fp32", 2, 2, False),
@@ -45,6 +45,10 @@ SETTINGS = [  # precision, ZeRO stage, sp, base embedding frozen
     ("fp32", 1, 2, True),
     ("bf16", 2, 1, True),
     ("fp32", 3, 1, True),
+    ("fp32", 1, 1, False, "optimizer"),
+    ("fp32", 2, 2, False, "optimizer", "activations"),
+    ("fp32", 3, 2, False, "optimizer", "activations"),
+    ("bf16", 3, 1, False, "optimizer"),
 ]
 EMBEDDING = "text.embedding.base"
 
@@ -55,8 +59,8 @@ def test_trained_weights_do_not_depend_on_ranks_or_zero_stage(tmp_path: Path, mo
     ranks = run_ranks(2, engine_cases.start, (str(tmp_path), SETTINGS))
     alone, norms = engine_cases.train_alone()
     assert min(step["vit"] for step in norms) > 0.05  # clipping binds
-    for number, (precision, stage, sp, frozen) in enumerate(SETTINGS):
-        config, weights, meta = load_weights(f"{precision}-{stage}-{sp}-{frozen}")
+    for number, (precision, stage, sp, frozen, *offload) in enumerate(SETTINGS):
+        config, weights, meta = load_weights("-".join(map(str, (precision, stage, sp, frozen, *offload))))
         assert config == engine_cases.CONFIG
         assert (meta["zero_stage"], meta["sp"], meta["finished"]) == (stage, sp, True)
         assert set(weights) == set(alone.state_dict())

