@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from molmo2.config import Recipe, data_path
+from molmo2.lora import merged
 from molmo2.model.config import ModelConfig
 
 FORMAT = 1
@@ -325,7 +326,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _consolidate(directory: Path) -> dict[str, Tensor]:
-    """Float32 weights from DeepSpeed's files, on the CPU; a tensor with two names stands under the first."""
+    """Float32 weights from DeepSpeed's files, adapters merged, on the CPU; a tensor with two names stands once."""
     states = directory / STATES
     found: dict[str, Tensor] = {}
     module = states / "mp_rank_00_model_states.pt"
@@ -342,7 +343,7 @@ def _consolidate(directory: Path) -> dict[str, Tensor]:
         if tensor.data_ptr() not in seen or tensor.numel() == 0:
             weights[name.removeprefix(PREFIX)] = tensor.float().contiguous()
         seen.add(tensor.data_ptr())
-    return weights
+    return merged(weights, json.loads((directory / RECIPE).read_text()))
 
 
 def load_states(engine: Any, directory: Path) -> None:

@@ -113,6 +113,13 @@ class Group(pydantic.BaseModel, extra="forbid", frozen=True):
     clip: PositiveFloat = 1.0
 
 
+class Lora(pydantic.BaseModel, extra="forbid", frozen=True):
+    """Low-rank adapters on the language model, whose own weights stay as they are."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0  # what an adapter adds is multiplied by alpha / rank
+
+
 class Optim(pydantic.BaseModel, extra="forbid", frozen=True):
     """AdamW over three groups of parameters."""
 
@@ -123,6 +130,7 @@ class Optim(pydantic.BaseModel, extra="forbid", frozen=True):
     eps: PositiveFloat = 1e-6
     weight_decay: float = Field(default=0.0, ge=0)
     final_lr_fraction: Fraction = 0.1
+    lora: Lora | None = None
     freeze_base_embedding: bool = True  # Molmo2 leaves the base token table as it is; a new model must learn it
 
 
@@ -199,6 +207,11 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
     def _check(self) -> Recipe:
         if self.init == self.name:
             raise ValueError(f"init names the run itself ({self.name}); name the run of the stage before, or null")
+        if self.optim.lora is not None and self.train.zero_stage == 3:
+            raise ValueError(
+                "optim.lora with train.zero_stage 3 is not tried by us and refused; frozen weights have no optimizer "
+                "states, so train.zero_stage=2 needs little more memory"
+            )
         if self.data.sequence_length % self.train.sp:
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} is not a multiple of train.sp {self.train.sp}: "

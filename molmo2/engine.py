@@ -21,6 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from molmo2.config import COMPONENTS, Recipe
+from molmo2.lora import add_adapters
 from molmo2.loss import rows_per_chunk, weighted_loss
 from molmo2.model.attention import masked_attention
 from molmo2.model.dropout import Dropout, mixed
@@ -170,6 +171,8 @@ def start_engine(
     """
     if recipe.optim.freeze_base_embedding:
         model.text.embedding.base.requires_grad_(False)
+    if recipe.optim.lora is not None:
+        add_adapters(model, recipe.optim.lora, recipe.train.seed)
     train = recipe.train
     model.set_checkpointing(train.activation_checkpointing, train.chunk_crops, "activations" in train.offload)
     components = model.parameter_groups()

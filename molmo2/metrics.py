@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from molmo2.config import Recipe
@@ -85,11 +88,14 @@ class Monitor:
             self.wandb.log(numbers, step=step)
 
     def show(self, step: int, number: int, text: str, image: Any = None) -> None:
-        """One generated sample for TensorBoard; `image`: of PIL."""
+        """One generated sample for TensorBoard and, with its picture alone, W&B; `image`: of PIL."""
         if self.tensorboard is not None:
             self.tensorboard.add_text(f"samples/{number}", text, step)
             if image is not None:
                 self.tensorboard.add_image(f"samples/{number}", np.asarray(image), step, dataformats="HWC")
+        if self.wandb is not None and image is not None:
+            wandb = importlib.import_module("wandb")
+            self.wandb.log({f"samples/{number}": wandb.Image(image, caption=text)}, step=step)
 
     def say(self, text: str) -> None:
         """A message that does not tear the progress bar."""
@@ -157,6 +163,20 @@ def summarize(lines: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def gpu_use() -> dict[str, float]:
+    """Peak memory of this rank's GPU, GiB, and its utilisation, percent; empty without a GPU.
+
+    Utilisation needs NVML's Python binding (nvidia-ml-py), which torch does not bring, and a GPU that tells it.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    found = {"gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+    if importlib.util.find_spec("pynvml"):
+        with contextlib.suppress(importlib.import_module("pynvml").NVMLError):
+            found["gpu_utilization"] = float(torch.cuda.utilization())
+    return found
+
+
 def _finite(value: Any) -> Any:
     """JSON has no NaN; `null` marks a number that is not one."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -165,4 +185,5 @@ def _finite(value: Any) -> Any:
 def _start_wandb(recipe: Recipe) -> Any:
     wandb = importlib.import_module("wandb")  # an extra; `train.py` has checked that it is there
     settings = recipe.model_dump(mode="json")
-    return wandb.init(project=recipe.logging.wandb, name=recipe.name, id=recipe.name, resume="allow", config=settings)
+    names = {"project": recipe.logging.wandb, "name": recipe.name, "id": recipe.name}
+    return wandb.init(**names, dir=str(recipe.run_dir), resume="allow", config=settings)

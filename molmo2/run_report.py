@@ -22,7 +22,7 @@ from molmo2.metrics import LOG_NAME, read_log
 
 REPORT_NAME = "report.html"
 DATA_NAME = "data.jsonl"
-CURVES = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "fill", "gpu_utilization")
+CURVES = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "fill", "gpu_utilization", "gpu_memory_gib")
 Lines = Sequence[Mapping[str, Any]]
 
 

@@ -19,7 +19,7 @@ from molmo2 import checkpoint as checkpoints
 from molmo2.anomalies import LossHistory, action_for, describe
 from molmo2.checkpoint import CheckpointError
 from molmo2.held_out import EVAL_NAME, evaluate, write_samples
-from molmo2.metrics import Monitor, StepClock, read_log
+from molmo2.metrics import Monitor, StepClock, gpu_use, read_log
 from molmo2.mirror import Sender
 from molmo2.optim import ComponentAdamW, set_learning_rates
 from molmo2.parallel.agree import on_rank_zero, say, write
@@ -194,6 +194,7 @@ def measurements(
         "cache_hits": round(totals.cache_hits),
         "megabytes": totals.megabytes,
         **reads,
+        **gpu_use(),
         **{f"loss.{name}": mean for name, mean in totals.losses.items()},
         **{f"tokens.{name}": round(count) for name, count in totals.tokens_of.items()},
     }

@@ -98,6 +98,8 @@ def prepare(recipe: Recipe, mesh: Mesh, device: torch.device) -> Run:
     """Check everything that can be known before a model is built: tokenizer, shards, processor."""
     if recipe.logging.wandb and not importlib.util.find_spec("wandb"):
         raise ValueError("logging.wandb is set, but wandb is not installed; pip install wandb, or set it to null")
+    if recipe.optim.lora is not None and not importlib.util.find_spec("peft"):
+        raise ValueError("optim.lora is set, but peft is not installed; pip install peft, or set it to null")
     tokenizer = str(data_path(recipe.tokenizer))
     processor = build_processor(ProcessorSettings(preset=recipe.model, tokenizer_dir=tokenizer, stage=recipe.stage))
     plan = open_plan(recipe.roots, recipe.data.drawn, recipe.plan_settings, processor.settings)

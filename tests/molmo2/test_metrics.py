@@ -1,15 +1,21 @@
 """The log of a run: every step once, whatever happened, and the same numbers in TensorBoard."""
 
+import importlib.machinery
 import json
 import math
+import sys
+import time
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from molmo2.config import Recipe, load_recipe
-from molmo2.metrics import LOG_NAME, Monitor, cut_log, read_log, summarize
+from molmo2.metrics import LOG_NAME, Monitor, cut_log, gpu_use, read_log, summarize
 
 DEMO = Path(__file__).resolve().parents[2] / "recipes/demo/stage1.yaml"
 
@@ -55,6 +61,45 @@ def test_every_step_stands_once_after_a_restart(recipe: Recipe, capsys: pytest.C
     events = EventAccumulator(str(recipe.run_dir / "tensorboard")).Reload()
     assert {"loss", "lr/vit", "fill"} <= set(events.Tags()["scalars"])
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 9.0), (2, 8.0), (3, 2.0), (4, 1.0)]
+
+
+def test_wandb_without_a_network_has_every_number_and_the_samples(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logging = recipe.logging.model_copy(update={"wandb": "project", "tensorboard": False})
+    monitor = Monitor(recipe.model_copy(update={"logging": logging}), 0)
+    for step in (1, 2):
+        monitor.step(line(step, 3.125 - step))
+    monitor.plot(2, {"held_out.loss": 4.625})
+    monitor.show(2, 0, "an answer", Image.new("RGB", (4, 4)))
+    monitor.close()
+    (path,) = recipe.run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    # Protobuf: names and JSON values stand in it as they are. W&B's own process may write it just after `finish`.
+    wanted = (b"loss", b"lr/vit", b"2.125", b"1.125", b"held_out/loss", b"4.625", b"samples/0", b"an answer")
+    end = time.monotonic() + 20
+    while (missing := [each for each in wanted if each not in path.read_bytes()]) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not missing
+
+
+def test_a_gpu_tells_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_use() == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 29)
+    binding = types.ModuleType("pynvml")
+    binding.__spec__ = importlib.machinery.ModuleSpec("pynvml", None)
+    binding.NVMLError = type("NVMLError", (Exception,), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pynvml", binding)
+    monkeypatch.setattr(torch.cuda, "utilization", lambda: 87)
+    assert gpu_use() == {"gpu_memory_gib": 1.5, "gpu_utilization": 87.0}
+
+    def refused() -> int:
+        raise binding.NVMLError
+
+    monkeypatch.setattr(torch.cuda, "utilization", refused)
+    assert gpu_use() == {"gpu_memory_gib": 1.5}
 
 
 def test_what_is_no_number_is_null_in_the_log(recipe: Recipe) -> None:
