@@ -1,7 +1,8 @@
 """What a prediction is worth: text against the annotation that was asked, one number from 0 to 1.
 
-Every metric also gives the chance level where it follows from the question (options, size of the boxes). VQA scores,
-ANLS, caption judges and masks are not here.
+Every metric also gives the chance level where it follows from the question (options, size of the boxes). Here are the
+kinds of metrics and those without a library; `metrics_text`, `metrics_points`, `metrics_tracks` and
+`metrics_captions` hold the others.
 """
 
 from __future__ import annotations
@@ -31,6 +32,19 @@ class Score:
 Metric = Callable[[str, Annotation, Mapping[str, Any]], Score]
 
 
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A prediction, what was asked, and the row: what a corpus metric takes of every question."""
+
+    prediction: str
+    asked: Annotation
+    row: Mapping[str, Any]
+
+
+# all answers of a benchmark to one number, for scores that are no mean over questions
+CorpusMetric = Callable[[Sequence[Answered]], float]
+
+
 def _plain(text: str) -> str:
     return " ".join(text.lower().strip().rstrip(".").split())
 
@@ -50,10 +64,24 @@ def read_count(text: str) -> int | None:
     return 0 if "none" in plain.lower() else None
 
 
+def asked_count(asked: Annotation) -> int:
+    """The right number: of points, or the answer's own.
+
+    Raises:
+        ValueError: an answer that states no number.
+    """
+    if isinstance(asked, Points):
+        return asked.count
+    assert isinstance(asked, Text)
+    count = read_count(asked.answer)
+    if count is None:
+        raise ValueError(f"the answer {asked.answer!r} to {asked.question!r} states no number to count to")
+    return count
+
+
 def count_exact(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
-    """The number that the answer states is the number of points."""
-    assert isinstance(asked, Points)
-    return Score(float(read_count(prediction) == asked.count))
+    """The number that the answer states is the right one."""
+    return Score(float(read_count(prediction) == asked_count(asked)))
 
 
 def choice_of(text: str, options: Sequence[str]) -> int | None:
