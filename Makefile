@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo demo-steps install browser lint types test bench clean-demo
+.PHONY: demo demo-steps install browser slurm lint types test bench clean-demo
 
 PYTHON ?= python3
 VENV := .venv
@@ -34,6 +34,12 @@ browser:
 	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } \
 	  || echo 'no chromium here: tests that need a browser are skipped'
 
+# A Slurm of two nodes for the tests of the batch scripts; without it they are skipped, and say so.
+slurm:
+	@command -v slurmctld >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge >/dev/null; } \
+	  || echo 'no slurm-wlm here: tests that need it are skipped'
+
 demo: $(INSTALLED)
 	@start=$$SECONDS; $(MAKE) --no-print-directory demo-steps; echo "make demo took $$((SECONDS - start)) s"
 
@@ -57,7 +63,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	mypy
 
-test: $(INSTALLED) browser lint types
+test: $(INSTALLED) browser slurm lint types
 	$(CPU) python -m pytest
 
 bench: $(INSTALLED)

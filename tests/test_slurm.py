@@ -1,0 +1,102 @@
+"""The batch scripts of recipes/launch on a real Slurm of two nodes: training, a signal, and building."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import toy_run
+import yaml
+from build_cases import make_raw, tree
+from slurm_cluster import cluster, slurm, wait_for, why_not
+from test_train import ROOT, log, train
+
+pytestmark = [pytest.mark.dist, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+SMALL = ["--gpus-per-node=0", "--cpus-per-task=1", "--time=10", "--open-mode=append"]  # two nodes of one CPU
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    folder = tmp_path_factory.mktemp("slurm")
+    with cluster(folder) as variables:
+        yield variables
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    toy_run.build_toy(root)
+    return root
+
+
+def submit(variables: dict[str, str], root: Path, *arguments: str) -> str:
+    """The number of a job that trains or builds with the data of `root`."""
+    extra = {"MOLMO2_DATA": str(root), "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    environment = variables | extra
+    command = ["sbatch", "--parsable", f"--chdir={ROOT}", f"--output={root}/%x-%A.log", *arguments]
+    return slurm(environment, *command).strip()
+
+
+def finished(variables: dict[str, str], root: Path, job: str) -> None:
+    """Wait for a job, and see that it ended well."""
+
+    def state() -> str:
+        return slurm(variables, "scontrol", "show", "job", job)
+
+    for _ in range(1200):
+        if "JobState=PENDING" not in (now := state()) and "JobState=RUNNING" not in now and "COMPLETING" not in now:
+            break
+        time.sleep(0.2)
+    told = "".join(path.read_text() for path in root.glob(f"*{job}*.log"))
+    assert "JobState=COMPLETED" in now and "FAILED" not in now, f"{now}\n{told}"
+
+
+def test_two_nodes_train_like_one_machine(nodes: dict[str, str], root: Path) -> None:
+    script = str(ROOT / "recipes/launch/train.slurm")
+    alone = toy_run.write_recipe(root / "alone.yaml", "alone", steps=4)
+    train(root, alone)
+    recipe = toy_run.write_recipe(root / "nodes.yaml", "nodes", steps=4)
+    job = submit(nodes, root, "--ntasks-per-node=1", *SMALL, script, str(recipe), "--set", "logging.tensorboard=false")
+    finished(nodes, root, job)
+    assert "on 2 ranks" in (root / f"molmo2-{job}.log").read_text()
+    losses = [[line["loss"] for line in log(root, name)] for name in ("alone", "nodes")]
+    assert losses[0] == losses[1] and len(losses[1]) == 4
+
+
+def test_a_job_that_is_told_so_saves_and_ends_well(nodes: dict[str, str], root: Path) -> None:
+    script = str(ROOT / "recipes/launch/train.slurm")
+    recipe = toy_run.write_recipe(root / "told.yaml", "told", steps=5000, checkpoint_every=5000)
+    job = submit(nodes, root, "--ntasks-per-node=1", *SMALL, script, str(recipe))
+    wait_for(lambda: len(log(root, "told")) >= 2, lambda: (root / f"molmo2-{job}.log").read_text())
+    slurm(nodes, "scancel", "--signal=USR1", job)
+    finished(nodes, root, job)
+    steps = len(log(root, "told"))
+    assert 2 <= steps < 5000
+    assert [path.name for path in (root / "runs/told/checkpoints").iterdir()] == [f"step-{steps:08d}"]
+
+
+def test_an_array_builds_the_bytes_of_one_job(nodes: dict[str, str], tmp_path: Path) -> None:
+    script, raw = str(ROOT / "recipes/launch/build.slurm"), make_raw(tmp_path / "raw")
+    catalog = yaml.safe_load((ROOT / "shards/catalog/demo.yaml").read_text())
+    catalog["stages"]["sft"]["examples_per_shard"] = 16
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(catalog))
+    for name, arrays in (("alone", []), ("array", ["--array=0-1"])):
+        options = [
+            "--catalog",
+            str(tmp_path / "small.yaml"),
+            "--datasets",
+            "demo-cap",
+            "--raw",
+            str(raw),
+            "--out",
+            str(tmp_path / name),
+        ]
+        for array in (arrays, []) if arrays else ([],):
+            job = submit(nodes, tmp_path, *array, *SMALL, script, "sft", *options)
+            finished(nodes, tmp_path, job)
+    alone, array = (
+        {n: d for n, d in tree(tmp_path / name).items() if "report" not in n} for name in ("alone", "array")
+    )
+    assert alone == array and sum(name.endswith(".tar") for name in alone) > 2
+    logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))
+    assert "task 0/2: " in logs and "task 1/2: " in logs
