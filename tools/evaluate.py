@@ -1,14 +1,17 @@
 """Evaluate a checkpoint on held-out data.
 
     python tools/evaluate.py --checkpoint demo-stage3 --benchmarks demo
-    python tools/evaluate.py --checkpoint data/runs/demo-stage2/checkpoints/step-00000600 --limit 50
+    python tools/evaluate.py --checkpoint OWNER/NAME --benchmarks image,next-qa --limit 200
+    torchrun --nproc-per-node 8 tools/evaluate.py --checkpoint stage3 --benchmarks video --loss pixmo-cap
 
-Prints a table beside the chance levels and writes it, with some answers, as JSON next to the run's checkpoints.
+Prints a table beside the chance levels; writes it, with some answers, as JSON and the worst answers as an HTML page,
+next to the run's checkpoints. Answers are kept: start a killed evaluation again and it goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import sys
@@ -17,17 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
 from molmo2.config import data_path
-from molmo2.eval.benchmarks import SUITES
-from molmo2.eval.report import percent
-from molmo2.eval.runner import evaluate
+from molmo2.eval.answers import weights_digest
+from molmo2.eval.benchmarks import SUITES, Suite, choose
+from molmo2.eval.held_out import held_out_loss
+from molmo2.eval.report import percent, render_worst
+from molmo2.eval.runner import BATCH_SIZE, STAGE, Outcome, Ranks, Subject, evaluate
 from molmo2.model.molmo2 import Molmo2
-from molmo2.open_model import open_model
+from molmo2.open_model import OpenedModel, open_model
 from molmo2.processing import ProcessorSettings, build_processor
-from shards.catalog import load_catalog
+from shards.catalog import Catalog, CatalogError, load_catalog
+from shards.sources.parquet import MissingSourceError
+
+LOSS_CATALOGS = ("demo", "molmo2-eval", "molmo2")
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,15 +47,45 @@ def parse_args() -> argparse.Namespace:
         required=True,
         help="a run or a checkpoint of it (name or path), or an exported or released model (directory, OWNER/NAME)",
     )
-    parser.add_argument("--benchmarks", default="demo", choices=sorted(SUITES))
-    parser.add_argument("--limit", type=int, help="at most so many questions of each benchmark (all)")
+    parser.add_argument(
+        "--benchmarks",
+        help=f"suites ({', '.join(SUITES)}) and single benchmarks, commas between (demo, or none by --loss)",
+    )
+    parser.add_argument("--loss", help="datasets, commas between: the mean loss of their evaluation rows")
+    parser.add_argument(
+        "--limit", type=int, help="at most so many questions of each benchmark, examples of a loss (all)"
+    )
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="questions at once (%(default)s)")
     parser.add_argument("--raw", type=Path, default=data_path("raw"), help="raw data (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file (evaluation-BENCHMARKS.json in the run's directory)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--device", default=default_device(), help="(%(default)s)")
     args = parser.parse_args()
-    if args.limit is not None and args.limit < 1:
-        parser.error(f"--limit {args.limit}: ask at least one question")
+    for name in ("limit", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: ask at least one question")
+    if not args.benchmarks and not args.loss:
+        args.benchmarks = "demo"
     return args
+
+
+def default_device() -> str:
+    """This rank's GPU, or the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def join_ranks() -> Ranks:
+    """This process among those of a launcher; alone without one."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Ranks()
+    # Files carry the answers; ranks only wait for one another, as long as the slowest needs.
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+
+    def wait() -> None:
+        dist.barrier()
+
+    return Ranks(rank=dist.get_rank(), world=world, wait=wait)
 
 
 def results_table(title: str, results: list[dict[str, Any]]) -> Table:
@@ -59,39 +98,129 @@ def results_table(title: str, results: list[dict[str, Any]]) -> Table:
     for result in results:
         shown = (percent(result[key]) for key in ("score", "chance", "target"))
         table.add_row(result["name"], result["metric"], str(result["num_questions"]), *shown)
+        for name, value in result["corpus"].items():
+            table.add_row("", f"{name}, all answers", "", f"{value:.3f}", "", "")
     return table
+
+
+def run_suites(
+    suites: list[Suite], args: argparse.Namespace, subject: Subject, answers: Path, digest: str, ranks: Ranks
+) -> Outcome:
+    """All suites; one without its catalog is skipped as a whole."""
+    whole = Outcome()
+    for suite in suites:
+        try:
+            catalog = load_catalog(suite.catalog)
+        except CatalogError as error:
+            whole.skipped.update({one.name: str(error) for one in suite.benchmarks})
+            continue
+        found = evaluate(suite, catalog, args.raw, subject, answers, digest, limit=args.limit, ranks=ranks)
+        whole.results.extend(found.results)
+        whole.skipped.update(found.skipped)
+    return whole
+
+
+def loss_catalogs(names: list[str]) -> dict[str, Catalog]:
+    """The catalog in which each of these datasets has an evaluation row.
+
+    Raises:
+        ValueError: a dataset has none anywhere.
+    """
+    catalogs = {}
+    for name in LOSS_CATALOGS:
+        try:
+            catalogs[name] = load_catalog(name)
+        except CatalogError as error:
+            if "no catalog" not in str(error):
+                raise
+    rows = {one: {row.name for row in catalog.rows if STAGE in row.stages} for one, catalog in catalogs.items()}
+    homes = {name: next((one for one in rows if name in rows[one]), None) for name in names}
+    if missing := [name for name, home in homes.items() if home is None]:
+        known = ", ".join(sorted(set().union(*rows.values())))
+        raise ValueError(f"--loss {', '.join(missing)}: no evaluation row in {', '.join(catalogs)}; known: {known}")
+    return {name: catalogs[home] for name, home in homes.items() if home is not None}
+
+
+def run_losses(
+    args: argparse.Namespace, subject: Subject, answers: Path, digest: str, ranks: Ranks, skipped: dict[str, str]
+) -> list[dict[str, Any]]:
+    """The losses that `--loss` asks for, on rank 0; datasets that are not at hand go to `skipped`."""
+    names = [name.strip() for name in args.loss.split(",")] if args.loss else []
+    found = []
+    for name, catalog in loss_catalogs(names).items():
+        try:
+            one = held_out_loss(name, catalog, args.raw, subject, answers, digest, limit=args.limit, ranks=ranks)
+        except MissingSourceError as error:
+            (row,) = catalog.select(STAGE, [name])
+            skipped[f"loss of {name}"] = f"{error}\n  {catalog.how_to_get(row)}"
+            continue
+        found.extend([one] if one else [])
+    return found
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file in one step."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def show(title: str, document: dict[str, Any]) -> None:
+    """Table, losses and what was skipped."""
+    console = Console()
+    if document["results"]:
+        console.print(results_table(f"{title}, held-out data", document["results"]))
+    for one in document["losses"]:
+        counts = f"{one['num_examples']} examples, {one['num_rejected']} rejected"
+        print(f"loss of {one['dataset']}: {one['loss']:.4f} ({counts})")
+    for name, reason in document["skipped"].items():
+        print(f"skipped {name}: {reason}")
+
+
+def open_subject(opened: OpenedModel, args: argparse.Namespace) -> Subject:
+    """The model on its device, and its processor."""
+    settings = ProcessorSettings(
+        preset=opened.config.name, tokenizer_dir=str(opened.tokenizer_dir), stage=STAGE, num_variants=1
+    )
+    device = torch.device(args.device)
+    model = Molmo2.with_weights(opened.config, opened.weights).to(device).eval()
+    return Subject(model=model, processor=build_processor(settings), device=device, batch_size=args.batch_size)
 
 
 def main() -> None:
     """Load, ask, score, write."""
     args = parse_args()
     since = time.perf_counter()
-    suite = SUITES[args.benchmarks]
-    catalog = load_catalog(suite.catalog)
+    suites = choose(args.benchmarks) if args.benchmarks else []
+    ranks = join_ranks()
     opened = open_model(args.checkpoint)
-    settings = ProcessorSettings(
-        preset=opened.config.name, tokenizer_dir=str(opened.tokenizer_dir), stage="eval", num_variants=1
-    )
-    model = Molmo2.with_weights(opened.config, opened.weights)
-    processor = build_processor(settings)
-    results = evaluate(suite, catalog, args.raw, model, processor, limit=args.limit, device=torch.device(args.device))
+    subject = open_subject(opened, args)
     # Beside the checkpoints of a run; in a model's own directory.
     folder = opened.path.parent.parent if "run" in opened.origin else opened.path
-    out = args.out or folder / f"evaluation-{args.benchmarks}.json"
+    asked = (args.benchmarks or "loss").replace(" ", "").replace(",", "+")
+    out = args.out or folder / f"evaluation-{asked}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    answers, digest = out.parent / "answers", weights_digest(opened.weights)
+    outcome = run_suites(suites, args, subject, answers, digest, ranks)
+    losses = run_losses(args, subject, answers, digest, ranks, outcome.skipped)
+    if ranks.rank:
+        return
     document: dict[str, Any] = {
         "benchmarks": args.benchmarks,
         "checkpoint": str(opened.path),
         **{key: opened.origin[key] for key in ("run", "step") if key in opened.origin},
         "seconds": round(time.perf_counter() - since, 1),
-        "results": results,
+        "results": outcome.results,
+        "losses": losses,
+        "skipped": outcome.skipped,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(temporary, out)
     title = f"{opened.origin['run']}, step {opened.origin['step']}" if "run" in opened.origin else args.checkpoint
-    Console().print(results_table(f"{title}, held-out data", results))
-    print(f"written to {out} ({document['seconds']} s)")
+    show(title, document)
+    if not outcome.results and not losses:
+        raise ValueError("nothing could be asked: all of it was skipped, see above")
+    write(out, json.dumps(document, indent=1) + "\n")
+    write(out.with_suffix(".html"), render_worst(f"{title}: evaluation", document))
+    print(f"written to {out} and {out.with_suffix('.html').name} ({document['seconds']} s)")
 
 
 if __name__ == "__main__":
@@ -99,3 +228,6 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,33 +1,12 @@
-"""Benchmarks as data: which dataset of a catalog is asked, how answers are scored, what guessing is worth."""
+"""The suites: benchmarks over one catalog, and how a choice among them is read. `published` has those of the paper."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from molmo2.eval.metrics import Metric, count_exact, exact_match, points_in_boxes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Benchmark:
-    """One row of the result table.
-
-    Attributes:
-        name: unique in the suite.
-        dataset: name in the catalog; its "eval" stage is asked.
-        metric: scores one answer.
-        chance: what a blind guess is worth; None where the metric knows.
-        target: what the demo wants to reach.
-        max_new_tokens: longest answer.
-        columns: columns of the source that the metric needs beyond the converter's.
-    """
-
-    name: str
-    dataset: str
-    metric: Metric
-    chance: float | None = None
-    target: float | None = None
-    max_new_tokens: int = 12
-    columns: tuple[str, ...] = ()
+from molmo2.eval.benchmark import Benchmark
+from molmo2.eval.metrics import count_exact, exact_match, points_in_boxes
+from molmo2.eval.published import IMAGE, MULTI_IMAGE, POINTING, TRACKING, VIDEO, WITHOUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +35,7 @@ SUITES = {
                 dataset="demo-count",
                 metric=points_in_boxes,
                 max_new_tokens=112,
-                columns=("boxes",),
+                columns={"boxes": "boxes"},
             ),
             Benchmark(
                 name="pointing",  # at the one digit, of up to three, that the question names
@@ -64,7 +43,7 @@ SUITES = {
                 metric=points_in_boxes,
                 target=0.6,
                 max_new_tokens=80,
-                columns=("boxes",),
+                columns={"boxes": "boxes"},
             ),
             Benchmark(
                 name="video QA",
@@ -74,5 +53,32 @@ SUITES = {
                 target=0.7,
             ),
         ),
-    )
+    ),
+    "image": Suite("molmo2-eval", IMAGE),
+    "multi-image": Suite("molmo2-eval", MULTI_IMAGE),
+    "video": Suite("molmo2-eval", VIDEO),
+    "pointing": Suite("molmo2-eval", POINTING),
+    "tracking": Suite("molmo2-eval", TRACKING),
 }
+
+
+def choose(names: str) -> list[Suite]:
+    """Suites with the benchmarks that `names` asks for: names of suites and of benchmarks, commas between them.
+
+    Raises:
+        ValueError: a name that is neither, with the reason where it is a dataset without a benchmark.
+    """
+    asked = [name.strip() for name in names.split(",")]
+    known = {benchmark.name for suite in SUITES.values() for benchmark in suite.benchmarks}
+    for name in asked:
+        if name not in SUITES and name not in known:
+            suites, single = ", ".join(SUITES), ", ".join(sorted(known))
+            why = WITHOUT.get(name, f"unknown; suites: {suites}; benchmarks: {single}")
+            raise ValueError(f"--benchmarks {name!r}: {why}")
+    alone = set(asked) - set(SUITES)  # a suite goes before a benchmark of its name
+    chosen = []
+    for name, suite in SUITES.items():
+        wanted = tuple(one for one in suite.benchmarks if name in asked or one.name in alone)
+        if wanted:
+            chosen.append(replace(suite, benchmarks=wanted))
+    return chosen

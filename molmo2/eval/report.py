@@ -1,4 +1,4 @@
-"""A report of several runs and one evaluation, as one HTML file without scripts or links to other files."""
+"""A report of several runs and one evaluation, and a page of the worst answers: each one HTML file, no scripts."""
 
 from __future__ import annotations
 
@@ -92,10 +92,17 @@ def render(title: str, stages: Sequence[Stage], evaluation: Mapping[str, Any], f
         evaluation: what `tools/evaluate.py` wrote.
         facts: lines below the heading, name and value.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
     curves = [(stage.summary["name"], curve(stage.losses)) for stage in stages]
-    return environment.get_template("report.html").render(
+    return _template("report.html").render(
         title=title, stages=[stage.summary for stage in stages], curves=curves, evaluation=evaluation, facts=facts
     )
+
+
+def render_worst(title: str, evaluation: Mapping[str, Any]) -> str:
+    """A page of the scores and, for each benchmark, the answers with the lowest ones; `evaluation` as in `render`."""
+    return _template("worst.html").render(title=title, evaluation=evaluation)
+
+
+def _template(name: str) -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(name)

@@ -1,14 +1,15 @@
 """Ask a model the questions of a suite: validation rows -> examples -> prompts -> greedy answers -> scores.
 
-Rows go through the same converters and processor as training data. Only one process and one device are used.
+Rows go through the same converters and processor as training data. Ranks share the questions and meet in the folder of
+answers (`answers`), never on the wire, so that a killed run goes on with any number of them.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,18 +18,23 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from molmo2.eval.benchmarks import Benchmark, Suite
-from molmo2.eval.metrics import Score
+from molmo2.eval.answers import Line, Store
+from molmo2.eval.benchmark import Benchmark
+from molmo2.eval.benchmarks import Suite
+from molmo2.eval.metrics import Answered, Score
 from molmo2.model.generate import PromptTensors, generate
 from molmo2.model.molmo2 import Molmo2
 from molmo2.processing import Processor, Prompt
-from shards.catalog import Catalog, Row
+from shards.catalog import Catalog, CatalogError, Row
 from shards.convert.reading import convert, open_rows, read_groups
-from shards.schema import Annotation, Example, Limits
+from shards.schema import Annotation, Chat, Choice, Example, Limits, Points, Text, Tracks
+from shards.sources.parquet import MissingSourceError
+from shards.sources.paths import at
 
 STAGE: Final = "eval"
-BATCH_SIZE = 32
-SHOWN = 8  # answers that the report shows with their picture
+BATCH_SIZE: Final = 32
+CHUNK: Final = 4  # batches whose prompts are in memory at once; the longer ones of a chunk share a batch
+SHOWN = 8  # answers that the reports show with their picture, the first and the worst
 FRAMES_SHOWN = 6
 
 
@@ -41,6 +47,11 @@ class Question:
     row: Mapping[str, Any]
 
     @property
+    def name(self) -> str:
+        """Unique in its dataset."""
+        return f"{self.example.key}#{self.number}"
+
+    @property
     def asked(self) -> Annotation:
         """The annotation."""
         return self.example.annotations[self.number]
@@ -51,61 +62,91 @@ class Answer:
     """A scored prediction."""
 
     question: Question
-    prompt: Prompt
     text: str
     score: Score
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """This process among those that share the questions; `wait` returns when all have called it."""
+
+    rank: int = 0
+    world: int = 1
+    wait: Callable[[], None] = lambda: None
+
+
+ALONE: Final = Ranks()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """Who is asked. `processor` is of stage "eval", the model on `device` and in evaluation."""
+
+    model: Molmo2
+    processor: Processor
+    device: torch.device
+    batch_size: int = BATCH_SIZE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Summaries of the benchmarks that were asked (empty but on rank 0), and why others were not, by name."""
+
+    results: list[dict[str, Any]] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
 def read_examples(row: Row, raw: Path, columns: Sequence[str] = ()) -> Iterator[tuple[Example, Mapping[str, Any]]]:
-    """Examples of a dataset's validation split with the first row of each; `columns`: beyond the converter's.
+    """Examples of a dataset's validation split with their row; `columns`: beyond the converter's.
 
     Raises:
         SourceError: files or columns are missing.
         RejectedError: a row that the converter refuses; validation data must be whole.
+        ValueError: columns are wanted, and an example was made of several rows.
     """
     table = open_rows(row, STAGE, raw / row.folder, columns)
     for numbers in table.groups(row.group_by):
+        if columns and len(numbers) > 1:
+            raise ValueError(
+                f"{row.name}: {len(numbers)} rows make one example, and its metric needs {', '.join(columns)} of one; "
+                "take `group_by` from the catalog row"
+            )
         for group in read_groups(row, STAGE, raw / row.folder, table, [numbers], columns):
             for example in convert(group):
                 if isinstance(example, Example):
                     yield example, group.values[0]
 
 
-def questions(row: Row, raw: Path, columns: Sequence[str] = (), limit: int | None = None) -> list[Question]:
-    """The first `limit` questions of a dataset, all annotations of an example one after the other."""
+def questions(row: Row, raw: Path, columns: Mapping[str, str], limit: int | None = None) -> list[Question]:
+    """The first `limit` questions of a dataset, all annotations of an example one after the other.
+
+    `columns`: field of a question's row -> column of the source.
+    """
     found: list[Question] = []
-    for example, values in read_examples(row, raw, columns):
-        found += [Question(example=example, number=i, row=values) for i in range(len(example.annotations))]
+    for example, values in read_examples(row, raw, list(columns.values())):
+        fields = {name: at(values, column) for name, column in columns.items()}
+        found += [Question(example=example, number=i, row=fields) for i in range(len(example.annotations))]
         if limit is not None and len(found) >= limit:
             break
     return found[:limit]
 
 
-def ask(
-    model: Molmo2,
-    processor: Processor,
-    limits: Limits,
-    benchmark: Benchmark,
-    asked: Sequence[Question],
-    device: torch.device,
-) -> list[Answer]:
-    """Greedy answers to all questions, scored, in the order given. Questions of like length share a batch."""
-    prompts = [
-        processor.prompt(question.example, limits, question.number)
-        for question in tqdm(asked, desc=f"{benchmark.name}: prompts", unit="q", leave=False)
-    ]
-    order = sorted(range(len(asked)), key=lambda i: len(prompts[i].input_ids))
-    texts = [""] * len(asked)
-    batches = [order[first : first + BATCH_SIZE] for first in range(0, len(order), BATCH_SIZE)]
-    for batch in tqdm(batches, desc=f"{benchmark.name}: answers", unit="batch", leave=False):
-        inputs = [PromptTensors.of(prompts[i], device) for i in batch]
-        rows = generate(model, inputs, benchmark.max_new_tokens, processor.tokenizer.eos)
-        for i, ids in zip(batch, rows, strict=True):
-            texts[i] = processor.tokenizer.decode(ids)
-    return [
-        Answer(question=question, prompt=prompt, text=text, score=benchmark.metric(text, question.asked, question.row))
-        for question, prompt, text in zip(asked, prompts, texts, strict=True)
-    ]
+def ask(subject: Subject, limits: Limits, benchmark: Benchmark, asked: Sequence[Question]) -> Iterator[Line]:
+    """Greedy answers to all questions. Of a few batches at a time, questions of like length share a batch."""
+    size = subject.batch_size
+    with tqdm(total=len(asked), desc=benchmark.name, unit="q", leave=False) as bar:
+        for first in range(0, len(asked), size * CHUNK):
+            chunk = asked[first : first + size * CHUNK]
+            prompts = [subject.processor.prompt(one.example, limits, one.number) for one in chunk]
+            order = sorted(range(len(chunk)), key=lambda i: len(prompts[i].input_ids))
+            for start in range(0, len(order), size):
+                batch = order[start : start + size]
+                inputs = [PromptTensors.of(prompts[i], subject.device) for i in batch]
+                tokenizer = subject.processor.tokenizer
+                rows = generate(subject.model, inputs, benchmark.max_new_tokens, tokenizer.eos)
+                for i, ids in zip(batch, rows, strict=True):
+                    yield Line(chunk[i].name, tokenizer.decode(ids))
+                bar.update(len(batch))
 
 
 def picture(prompt: Prompt) -> str | None:
@@ -121,63 +162,124 @@ def picture(prompt: Prompt) -> str | None:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def summarize(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, Any]:
-    """Score, chance level, and the first answers, as JSON."""
+def wanted(asked: Annotation) -> str:
+    """The annotation's own answer, readable."""
+    match asked:
+        case Choice():
+            return asked.options[asked.answer]
+        case Points():
+            return f"{asked.count} of {asked.label}"
+        case Tracks():
+            return f"tracks of {asked.label}"
+        case Chat():
+            return asked.turns[-1].text
+        case Text():
+            return asked.answer
+
+
+def summarize(benchmark: Benchmark, answers: Sequence[Answer], show: Callable[[Question], Prompt]) -> dict[str, Any]:
+    """Scores, chance level, the first answers and the worst, as JSON; `show` makes the prompt of a question."""
+
+    def shown(answer: Answer) -> dict[str, Any]:
+        prompt = show(answer.question)
+        return {
+            "key": answer.question.example.key,
+            "prompt": prompt.text.removeprefix("user: "),
+            "wanted": wanted(answer.question.asked),
+            "prediction": answer.text,
+            "score": answer.score.value,
+            "picture": picture(prompt),
+        }
+
     chances = [answer.score.chance for answer in answers if answer.score.chance is not None]
     chance = benchmark.chance if benchmark.chance is not None else (sum(chances) / len(chances) if chances else None)
+    whole = [Answered(answer.text, answer.question.asked, answer.question.row) for answer in answers]
+    worst = sorted((answer for answer in answers if answer.score.value < 1), key=lambda answer: answer.score.value)
     return {
         "name": benchmark.name,
         "dataset": benchmark.dataset,
         "metric": benchmark.metric.__name__,
         "num_questions": len(answers),
         "score": sum(answer.score.value for answer in answers) / len(answers),
+        "corpus": {metric.__name__: metric(whole) for metric in benchmark.corpus},
         "chance": chance,
         "target": benchmark.target,
-        "answers": [
-            {
-                "key": answer.question.example.key,
-                "prompt": answer.prompt.text.removeprefix("user: "),
-                "prediction": answer.text,
-                "score": answer.score.value,
-                "picture": picture(answer.prompt),
-            }
-            for answer in answers[:SHOWN]
-        ],
+        "answers": [shown(answer) for answer in answers[:SHOWN]],
+        "worst": [shown(answer) for answer in worst[:SHOWN]],
     }
+
+
+def run_benchmark(
+    benchmark: Benchmark, asked: Sequence[Question], subject: Subject, limits: Limits, store: Store, ranks: Ranks
+) -> dict[str, Any] | None:
+    """Ask what has no answer yet, and sum up; None but on rank 0.
+
+    Raises:
+        ValueError: answers are missing after all ranks have answered, or a question cannot be scored.
+    """
+    known = store.read()
+    own = [question for question in asked[ranks.rank :: ranks.world] if question.name not in known]
+    with store.writer(ranks.rank) as write:
+        for line in ask(subject, limits, benchmark, own):
+            write(line)
+    ranks.wait()
+    if ranks.rank:
+        return None
+    answers = [
+        Answer(question=question, text=text, score=benchmark.metric(text, question.asked, question.row))
+        for question, text in zip(asked, store.take([question.name for question in asked]), strict=True)
+    ]
+    return summarize(benchmark, answers, lambda one: subject.processor.prompt(one.example, limits, one.number))
 
 
 def evaluate(
     suite: Suite,
     catalog: Catalog,
     raw: Path,
-    model: Molmo2,
-    processor: Processor,
+    subject: Subject,
+    answers: Path,
+    checkpoint: str,
     *,
     limit: int | None = None,
-    device: torch.device | None = None,
-) -> list[dict[str, Any]]:
-    """Run every benchmark of a suite; returns their summaries.
+    ranks: Ranks = ALONE,
+) -> Outcome:
+    """Run every benchmark of a suite whose data are there; all ranks together.
 
     Args:
         suite: the benchmarks.
         catalog: where their datasets are described; its "eval" stage gives the limits of a prompt.
         raw: directory of raw data.
-        model: weights loaded; moved to `device` and set to evaluation.
-        processor: of stage "eval".
+        subject: who is asked.
+        answers: folder of the answers, the same for all ranks.
+        checkpoint: digest of the weights; other weights or settings ask anew.
         limit: questions of each benchmark, at most.
-        device: CPU by default.
+        ranks: who shares the questions.
 
     Raises:
-        ValueError: a dataset is missing, has no question, or has one that does not fit the limits.
+        ValueError: a dataset has no question, or has one that does not fit the limits.
     """
-    device = device or torch.device("cpu")
-    model = model.to(device).eval()
     limits = catalog.stages[STAGE].limits
-    results = []
+    outcome = Outcome()
     for benchmark in suite.benchmarks:
-        (row,) = catalog.select(STAGE, [benchmark.dataset])
-        asked = questions(row, raw, benchmark.columns, limit)
+        try:
+            (row,) = catalog.select(STAGE, [benchmark.dataset])
+        except CatalogError:
+            outcome.skipped[benchmark.name] = f"the catalog has no evaluation row {benchmark.dataset!r}"
+            continue
+        try:
+            asked = questions(row, raw, benchmark.columns, limit)
+        except MissingSourceError as error:
+            outcome.skipped[benchmark.name] = f"{error}\n  {catalog.how_to_get(row)}"
+            continue
         if not asked:
             raise ValueError(f"benchmark {benchmark.name}: {raw / row.name} holds no question; make the data anew")
-        results.append(summarize(benchmark, ask(model, processor, limits, benchmark, asked, device)))
-    return results
+        settings = {
+            "checkpoint": checkpoint,
+            "processor": subject.processor.settings,
+            "row": row.build_settings(),
+            "limits": asdict(limits),
+            "max_new_tokens": benchmark.max_new_tokens,
+        }
+        result = run_benchmark(benchmark, asked, subject, limits, Store.of(answers, benchmark.name, settings), ranks)
+        outcome.results.extend([result] if result else [])
+    return outcome

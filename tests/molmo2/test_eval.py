@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from molmo2.demo.sets import SETS, make_set, texts
 from molmo2.eval.benchmarks import SUITES
@@ -18,7 +19,7 @@ from molmo2.eval.metrics import (
     read_count,
 )
 from molmo2.eval.report import Stage, averaged, curve, read_stage, render
-from molmo2.eval.runner import evaluate, questions
+from molmo2.eval.runner import Subject, evaluate, questions
 from molmo2.model.config import PRESETS
 from molmo2.model.molmo2 import Molmo2
 from molmo2.processing import ProcessorSettings, build_processor
@@ -116,20 +117,21 @@ def test_every_benchmark_asks_held_out_rows_in_one_form(demo):
         assert len(questions(row, raw, benchmark.columns, limit=3)) == 3
 
 
-def test_evaluation_asks_everything_and_scores_it(demo):
+def test_evaluation_asks_everything_and_scores_it(demo, tmp_path):
     """An untrained model: the answers are noise, the figures must be in range, batches must not change them."""
     raw, processor = demo
     suite = SUITES["demo"]
     catalog = load_catalog(suite.catalog)
     model = Molmo2(PRESETS["tiny"]).init_weights(0)
-    results = evaluate(suite, catalog, raw, model, processor, limit=3)
+    subject = Subject(model=model.eval(), processor=processor, device=torch.device("cpu"))
+    results = evaluate(suite, catalog, raw, subject, tmp_path / "3", "digest", limit=3).results
     assert [result["name"] for result in results] == [b.name for b in suite.benchmarks]
     for result in results:
         assert result["num_questions"] == 3
         assert 0 <= result["score"] <= 1
         assert 0 < result["chance"] < 0.5
         assert all(answer["picture"].startswith("data:image/png;base64,") for answer in result["answers"])
-    alone = evaluate(suite, catalog, raw, model, processor, limit=1)
+    alone = evaluate(suite, catalog, raw, subject, tmp_path / "1", "digest", limit=1).results
     for one, many in zip(alone, results, strict=True):
         assert one["answers"][0] == many["answers"][0]
 

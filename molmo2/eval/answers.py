@@ -1,0 +1,105 @@
+"""Answers on disk: `ANSWERS/<benchmark>-<digest>/rank-00000.jsonl`, appended to, so that what is said stays said.
+
+The digest is of the weights and of every setting that an answer hangs on; other ones have a folder of their own. Not in
+it are the bytes of images and videos: whoever changes raw data in place removes the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor
+
+from shards.format import digest
+
+
+class Line(NamedTuple):
+    """The answer to a question, by the question's name."""
+
+    question: str
+    text: str
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Hash of names, shapes, dtypes and bytes."""
+    state = xxhash.xxh3_128()
+    for name, tensor in sorted(weights.items()):
+        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The answers of one benchmark under one digest."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, root: Path, name: str, settings: Mapping[str, Any]) -> Store:
+        """The folder below `root` for answers that hang on `settings` (JSON)."""
+        return cls(root / f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}-{digest(dict(settings))[:16]}")
+
+    def read(self) -> dict[str, str]:
+        """Every rank's answers, question -> text; a last line that a killed process left half is no answer.
+
+        Raises:
+            ValueError: a line elsewhere that is none.
+        """
+        found = {}
+        for path in sorted(self.folder.glob("rank-*.jsonl")):
+            lines = path.read_bytes().split(b"\n")
+            for number, line in enumerate(lines, 1):
+                if not line:
+                    continue
+                try:
+                    loaded = json.loads(line)
+                    found[loaded["question"]] = str(loaded["text"])
+                except (ValueError, KeyError, TypeError) as error:
+                    if number == len(lines):
+                        continue
+                    raise ValueError(f"{path}, line {number}: no answer ({error}); remove the line") from None
+        return found
+
+    def take(self, questions: Sequence[str]) -> list[str]:
+        """The texts of these questions.
+
+        Raises:
+            ValueError: some have no answer.
+        """
+        texts = self.read()
+        if missing := [question for question in questions if question not in texts]:
+            raise ValueError(f"{self.folder}: {len(missing)} answers are missing ({missing[0]}, ...); start it again")
+        return [texts[question] for question in questions]
+
+    @contextlib.contextmanager
+    def writer(self, rank: int) -> Iterator[Callable[[Line], None]]:
+        """Appends answers to the rank's file, each on disk for other processes at once."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"rank-{rank:05d}.jsonl"
+        _drop_half_line(path)
+        with path.open("a", encoding="utf-8") as file:
+
+            def write(line: Line) -> None:
+                file.write(json.dumps(line._asdict()) + "\n")
+                file.flush()
+
+            yield write
+
+
+def _drop_half_line(path: Path) -> None:
+    """Cut what a killed process left after the last end of line."""
+    if path.exists():
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            with path.open("r+b") as file:
+                file.truncate(whole)
