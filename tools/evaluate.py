@@ -2,7 +2,8 @@
 
     python tools/evaluate.py --checkpoint demo-stage3 --benchmarks demo
     python tools/evaluate.py --checkpoint OWNER/NAME --benchmarks image,next-qa --limit 200
-    torchrun --nproc-per-node 8 tools/evaluate.py --checkpoint stage3 --benchmarks video --loss pixmo-cap
+    python tools/evaluate.py --checkpoint demo-stage3 --loss demo-image-qa,demo-video-qa
+    torchrun --nproc-per-node 8 tools/evaluate.py --checkpoint stage3 --benchmarks video
 
 Prints a table beside the chance levels; writes it, with some answers, as JSON and the worst answers as an HTML page,
 next to the run's checkpoints. Answers are kept: start a killed evaluation again and it goes on.
@@ -98,6 +99,8 @@ def results_table(title: str, results: list[dict[str, Any]]) -> Table:
     for result in results:
         shown = (percent(result[key]) for key in ("score", "chance", "target"))
         table.add_row(result["name"], result["metric"], str(result["num_questions"]), *shown)
+        if result["num_left_out"]:
+            table.add_row("", f"{result['num_left_out']} rows left out", "", "", "", "")
         for name, value in result["corpus"].items():
             table.add_row("", f"{name}, all answers", "", f"{value:.3f}", "", "")
     return table
@@ -142,12 +145,17 @@ def loss_catalogs(names: list[str]) -> dict[str, Catalog]:
 
 
 def run_losses(
-    args: argparse.Namespace, subject: Subject, answers: Path, digest: str, ranks: Ranks, skipped: dict[str, str]
+    catalogs: dict[str, Catalog],
+    args: argparse.Namespace,
+    subject: Subject,
+    answers: Path,
+    digest: str,
+    ranks: Ranks,
+    skipped: dict[str, str],
 ) -> list[dict[str, Any]]:
-    """The losses that `--loss` asks for, on rank 0; datasets that are not at hand go to `skipped`."""
-    names = [name.strip() for name in args.loss.split(",")] if args.loss else []
+    """The losses of these datasets (`loss_catalogs`), on rank 0; datasets that are not at hand go to `skipped`."""
     found = []
-    for name, catalog in loss_catalogs(names).items():
+    for name, catalog in catalogs.items():
         try:
             one = held_out_loss(name, catalog, args.raw, subject, answers, digest, limit=args.limit, ranks=ranks)
         except MissingSourceError as error:
@@ -192,6 +200,7 @@ def main() -> None:
     args = parse_args()
     since = time.perf_counter()
     suites = choose(args.benchmarks) if args.benchmarks else []
+    catalogs = loss_catalogs([name.strip() for name in args.loss.split(",")] if args.loss else [])
     ranks = join_ranks()
     opened = open_model(args.checkpoint)
     subject = open_subject(opened, args)
@@ -202,7 +211,7 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     answers, digest = out.parent / "answers", weights_digest(opened.weights)
     outcome = run_suites(suites, args, subject, answers, digest, ranks)
-    losses = run_losses(args, subject, answers, digest, ranks, outcome.skipped)
+    losses = run_losses(catalogs, args, subject, answers, digest, ranks, outcome.skipped)
     if ranks.rank:
         return
     document: dict[str, Any] = {

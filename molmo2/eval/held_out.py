@@ -81,7 +81,7 @@ def held_out_loss(
     Arguments are those of `runner.evaluate`. Resumed in the same way, example by example.
 
     Returns:
-        JSON: loss, weight, num_examples, num_rejected and the first reasons; None but on rank 0.
+        JSON: loss, weight, num_examples, num_rejected with the first reasons, num_left_out; None but on rank 0.
 
     Raises:
         ValueError: there is no example, or none with a loss.
@@ -89,7 +89,8 @@ def held_out_loss(
     """
     (row,) = catalog.select(STAGE, [dataset])
     examples = []
-    for example, _ in read_examples(row, raw):
+    left_out: list[str] = []
+    for example, _ in read_examples(row, raw, left_out=left_out):
         examples.append(example)
         if len(examples) == limit:
             break
@@ -119,5 +120,6 @@ def held_out_loss(
         "weight": weight,
         "num_examples": len(found) - len(rejected),
         "num_rejected": len(rejected),
+        "num_left_out": len(left_out),
         "rejected": rejected[:REJECTS_SHOWN],
     }

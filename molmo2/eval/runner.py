@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ BATCH_SIZE: Final = 32
 CHUNK: Final = 4  # batches whose prompts are in memory at once; the longer ones of a chunk share a batch
 SHOWN = 8  # answers that the reports show with their picture, the first and the worst
 FRAMES_SHOWN = 6
+REASONS_SHOWN = 3  # of rows that were left out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +98,12 @@ class Outcome:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def read_examples(row: Row, raw: Path, columns: Sequence[str] = ()) -> Iterator[tuple[Example, Mapping[str, Any]]]:
+def read_examples(
+    row: Row, raw: Path, columns: Sequence[str] = (), left_out: list[str] | None = None
+) -> Iterator[tuple[Example, Mapping[str, Any]]]:
     """Examples of a dataset's validation split with their row; `columns`: beyond the converter's.
+
+    Reasons of the rows that the catalog or the converter leaves out are appended to `left_out`.
 
     Raises:
         SourceError: files or columns are missing.
@@ -115,15 +121,19 @@ def read_examples(row: Row, raw: Path, columns: Sequence[str] = ()) -> Iterator[
             for example in convert(group):
                 if isinstance(example, Example):
                     yield example, group.values[0]
+                elif left_out is not None:
+                    left_out.append(example.reason)
 
 
-def questions(row: Row, raw: Path, columns: Mapping[str, str], limit: int | None = None) -> list[Question]:
+def questions(
+    row: Row, raw: Path, columns: Mapping[str, str], limit: int | None = None, left_out: list[str] | None = None
+) -> list[Question]:
     """The first `limit` questions of a dataset, all annotations of an example one after the other.
 
-    `columns`: field of a question's row -> column of the source.
+    `columns`: field of a question's row -> column of the source; `left_out` as in `read_examples`.
     """
     found: list[Question] = []
-    for example, values in read_examples(row, raw, list(columns.values())):
+    for example, values in read_examples(row, raw, list(columns.values()), left_out):
         fields = {name: at(values, column) for name, column in columns.items()}
         found += [Question(example=example, number=i, row=fields) for i in range(len(example.annotations))]
         if limit is not None and len(found) >= limit:
@@ -267,7 +277,8 @@ def evaluate(
             outcome.skipped[benchmark.name] = f"the catalog has no evaluation row {benchmark.dataset!r}"
             continue
         try:
-            asked = questions(row, raw, benchmark.columns, limit)
+            left_out: list[str] = []
+            asked = questions(row, raw, benchmark.columns, limit, left_out)
         except MissingSourceError as error:
             outcome.skipped[benchmark.name] = f"{error}\n  {catalog.how_to_get(row)}"
             continue
@@ -281,5 +292,7 @@ def evaluate(
             "max_new_tokens": benchmark.max_new_tokens,
         }
         result = run_benchmark(benchmark, asked, subject, limits, Store.of(answers, benchmark.name, settings), ranks)
-        outcome.results.extend([result] if result else [])
+        if result:
+            reasons = dict(Counter(left_out).most_common(REASONS_SHOWN))
+            outcome.results.append({**result, "num_left_out": len(left_out), "left_out": reasons})
     return outcome

@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from molmo2.model.config import PRESETS
 from molmo2.model.molmo2 import Molmo2
 from molmo2.processing import ProcessorSettings, build_processor
 from molmo2.processing.tokenizer import train_demo_tokenizer
-from shards.catalog import load_catalog
+from shards.catalog import Filter, load_catalog
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = SUITES["demo"]
@@ -134,6 +135,26 @@ def test_columns_of_a_row_need_a_row_for_each_example(demo):
     grouped = CATALOG.select("eval", ["demo-count"])[0].model_copy(update={"group_by": "label"})
     with pytest.raises(ValueError, match=r"rows make one example.*boxes"):
         questions(grouped, raw, {"marks": "boxes"})
+
+
+def test_rows_left_out_are_counted(demo, tmp_path):
+    raw, subject = demo
+    (row,) = CATALOG.select("eval", ["demo-image-qa"])
+    answers = [example.annotations[0].answer for example, _ in read_examples(row, raw)]
+    rule = Filter(column="qa_pairs.answer", op="not_in", value=[[answers[0]]])
+    catalog = CATALOG.model_copy(update={"rows": (row.model_copy(update={"filters": (rule,)}),)})
+    suite = replace(DEMO, benchmarks=DEMO.benchmarks[:1])
+    (result,) = evaluate(suite, catalog, raw, subject, tmp_path, "d").results
+    assert result["num_left_out"] == answers.count(answers[0])
+    assert result["num_left_out"] + result["num_questions"] == len(answers)
+    assert all("filter: qa_pairs.answer" in reason for reason in result["left_out"])
+
+
+def test_an_unknown_dataset_of_a_loss_is_refused_first(monkeypatch):
+    """Before the model is opened: there is none of that name."""
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--checkpoint", "no-such-run", "--loss", "demo-cap"])
+    with pytest.raises(SystemExit, match="--loss demo-cap: no evaluation row in demo"):
+        runpy.run_path(str(ROOT / "tools/evaluate.py"), run_name="__main__")
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
