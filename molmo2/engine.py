@@ -8,10 +8,13 @@ of the whole step, and gradients are exact for any dp, sp, micro-batch and stage
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import deepspeed
@@ -33,6 +36,24 @@ from molmo2.parallel.mesh import Mesh
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
 from shards.collate import Batch
+
+# Of DeepSpeed's keys those that change neither what is computed nor what the recipe says.
+ENGINE_KEYS = frozenset({"aio", "comms_logger", "dump_state", "flops_profiler", "memory_breakdown"})
+ZERO_KEYS = frozenset(
+    {
+        "allgather_bucket_size",
+        "allgather_partitions",
+        "contiguous_gradients",
+        "reduce_bucket_size",
+        "reduce_scatter",
+        "round_robin_gradients",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_param_persistence_threshold",
+        "stage3_prefetch_bucket_size",
+        "zero_hpz_partition_size",
+    }
+)
 
 
 class TrainingModule(nn.Module):
@@ -132,8 +153,34 @@ def _free_name_of_shared_memory() -> None:
     (Path("/dev/shm") / name).unlink(missing_ok=True)
 
 
-def deepspeed_config(recipe: Recipe, universal: bool = False) -> dict[str, Any]:
-    """DeepSpeed's JSON, derived. Batch sizes and accumulation are ours: it is only told the micro-batch."""
+def read_engine_keys(path: Path | None) -> dict[str, Any]:
+    """What a user adds to DeepSpeed's JSON (`--deepspeed_config`): buffers, prefetching, profiling, and nothing else.
+
+    Raises:
+        ValueError: no JSON object, or keys that the recipe decides or that would change what is computed; all are named.
+    """
+    if path is None:
+        return {}
+    added = json.loads(path.read_text())
+    if not isinstance(added, dict) or not isinstance(added.get("zero_optimization", {}), dict):
+        raise ValueError(f"{path}: write a JSON object, with an object in zero_optimization")
+    refused = [name for name in added if name not in ENGINE_KEYS | {"zero_optimization"}]
+    refused += [f"zero_optimization.{name}" for name in added.get("zero_optimization", {}) if name not in ZERO_KEYS]
+    if refused:
+        raise ValueError(
+            f"{path}: {', '.join(refused)}: the recipe decides that, or it changes what is computed; allowed: "
+            f"{', '.join(sorted(ENGINE_KEYS))}, and of zero_optimization {', '.join(sorted(ZERO_KEYS))}"
+        )
+    return added
+
+
+def deepspeed_config(
+    recipe: Recipe, universal: bool = False, added: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """DeepSpeed's JSON, derived. Batch sizes and accumulation are ours: it is only told the micro-batch.
+
+    `added`: see `read_engine_keys`.
+    """
     train = recipe.train
     half = train.precision == "bf16"
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if "optimizer" in train.offload else {}
@@ -149,6 +196,7 @@ def deepspeed_config(recipe: Recipe, universal: bool = False) -> dict[str, Any]:
             "overlap_comm": False,
             # One sub-group to a component: otherwise ZeRO-3 would show the optimizer only a part of its gradient.
             "sub_group_size": 10**12,
+            **added.get("zero_optimization", {}),
         },
         "checkpoint": {"tag_validation": "Ignore", "load_universal": universal},
         "steps_per_print": 10**12,
@@ -156,15 +204,15 @@ def deepspeed_config(recipe: Recipe, universal: bool = False) -> dict[str, Any]:
     }
     if half:
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    return config
+    return config | {name: value for name, value in added.items() if name != "zero_optimization"}
 
 
 def start_engine(
-    model: Molmo2, recipe: Recipe, mesh: Mesh, universal: bool = False
+    model: Molmo2, recipe: Recipe, mesh: Mesh, universal: bool = False, added: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[Any, ComponentAdamW, list[str]]:
     """Freeze what the recipe freezes and wrap model and optimizer; collective.
 
-    `universal`: the engine will load states in the format for any number of ranks.
+    `universal`: the engine will load states in the format for any number of ranks. `added`: see `read_engine_keys`.
 
     Returns:
         The engine, the optimizer inside it, and the names of its groups in order.
@@ -186,7 +234,9 @@ def start_engine(
     )
     names = [group["name"] for group in optimizer.param_groups]
     engine, *_ = deepspeed.initialize(
-        model=TrainingModule(model, recipe, mesh), optimizer=optimizer, config=deepspeed_config(recipe, universal)
+        model=TrainingModule(model, recipe, mesh),
+        optimizer=optimizer,
+        config=deepspeed_config(recipe, universal, added),
     )
     engine.train()
     return engine, optimizer, names

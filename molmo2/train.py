@@ -31,7 +31,7 @@ from molmo2.anomalies import LossHistory
 from molmo2.check_sp import check_sequence_parallel
 from molmo2.checkpoint import Checkpoint, CheckpointError
 from molmo2.config import FirstWeights, Recipe, data_path, load_recipe
-from molmo2.engine import start_distributed, start_engine
+from molmo2.engine import read_engine_keys, start_distributed, start_engine
 from molmo2.estimate import dry_run
 from molmo2.foreign_config import differences
 from molmo2.held_out import open_held_out
@@ -69,6 +69,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--replay", type=int, metavar="STEP", help="loss of each sample of a step, before its update")
     parser.add_argument("--change-data", action="store_true", help="go on with other data or another mixture")
     parser.add_argument("--check-sp", action="store_true", help="compare a small pack on one rank and on a group first")
+    parser.add_argument("--deepspeed_config", type=Path, metavar="JSON", help="buffers, prefetching, profiling to add")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(argv)
 
@@ -172,6 +173,7 @@ def take_over(run: Run, state: dict[str, Any]) -> Cursor:
 def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, arguments: argparse.Namespace) -> bool:
     """Train one stage; False when it was told to stop before its end."""
     mesh = agreed(lambda: place(recipe))
+    added = agreed(lambda: read_engine_keys(arguments.deepspeed_config))
     run = agreed(lambda: prepare(recipe, mesh, device))
     found = on_rank_zero(lambda: mirror.newest(recipe, say))
     done = 0 if found is None else found.step
@@ -194,7 +196,7 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, argument
     if arguments.check_sp and mesh.sp > 1:
         differing = check_sequence_parallel(model.to(device), recipe, mesh)
         say(f"{recipe.name}: sp {mesh.sp} agrees with one rank to {max(differing.values()):.1e}")
-    engine, optimizer, names = start_engine(model, recipe, mesh, universal is not None)
+    engine, optimizer, names = start_engine(model, recipe, mesh, universal is not None, added)
     progress = agreed(lambda: resume(run, engine, found, universal, arguments.change_data))
     on_rank_zero(lambda: shutil.rmtree(universal) if universal else None)
     run_steps(run, engine, optimizer, names, progress, stop)

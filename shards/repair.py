@@ -68,20 +68,21 @@ class RepairError(ValueError):
     """A dataset that cannot be repaired: what its index said is not to be found."""
 
 
-def repair_dataset(folder: Path, copy: Storage | None = None) -> Iterator[Repaired]:
+def repair_dataset(folder: Path, copy: Storage | None = None, *, reindex: bool = False) -> Iterator[Repaired]:
     """Make a dataset whole again; yields the shards that needed it, as they are done.
 
     Args:
         folder: the dataset.
         copy: another place with the same dataset, from which shards are taken whose bytes are those of the index.
+        reindex: believe the tars that are there and nothing that the indexes say of them: all indexes are made anew.
 
     Raises:
         RepairError: neither an index nor what it can be made from.
     """
     storage, index = LocalStorage(folder), _last_index(folder)
     layout = VisualLayout.from_json(index.processor["layout"])
-    names = [shard.name for shard in index.shards] or sorted(name[:-4] for name in storage.list(".tar"))
-    known = {shard.name: shard for shard in index.shards}
+    known = {} if reindex else {shard.name: shard for shard in index.shards}
+    names = list(known) or sorted(name[:-4] for name in storage.list(".tar"))
     storage.write(SET_ASIDE, index.model_dump_json().encode())
     storage.path(INDEX_NAME).unlink(missing_ok=True)  # from here on the dataset is not whole
     shards, sums = [], dict.fromkeys(Totals.model_fields, 0)

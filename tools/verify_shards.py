@@ -7,7 +7,8 @@
 
 A folder may be one dataset or hold many, on disk or in a bucket. `--repair` makes damaged datasets on disk whole:
 shards are fetched from a copy (`--from` has the same folders below it), else their damaged samples are dropped; indexes
-that are lost are made anew from the shards. What was dropped stands in `repairs.jsonl` of the dataset.
+that are lost are made anew from the shards. What was dropped stands in `repairs.jsonl` of the dataset. `--reindex` makes
+all indexes anew, as if they were lost: what lies in the tars is believed as long as it parses.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ def num_bytes(folder: str) -> int:
         return 0
 
 
-def repair(datasets: list[str], folders: list[str], copy: str | None) -> None:
-    """Make every damaged dataset whole, and say what was done."""
+def repair(datasets: list[str], folders: list[str], copy: str | None, reindex: bool) -> None:
+    """Make every damaged dataset whole, or index every one anew, and say what was done."""
     for dataset in datasets:
         if "://" in dataset:
             raise ValueError(f"{dataset}: only a dataset on disk is repaired; copy it here and back")
-        if not any(isinstance(found, Finding) for found in verify_dataset(dataset)):
+        if not reindex and not any(isinstance(found, Finding) for found in verify_dataset(dataset)):
             continue
         root = max((folder.rstrip("/") for folder in folders if dataset.startswith(folder.rstrip("/"))), key=len)
         place = None if copy is None else open_storage(copy.rstrip("/") + dataset.removeprefix(root))
-        for done in repair_dataset(Path(dataset), place):
+        for done in repair_dataset(Path(dataset), place, reindex=reindex):
             how = "fetched" if done.fetched else f"{done.kept} samples kept, {len(done.dropped)} findings dropped"
             print(f"REPAIRED {dataset} / {done.shard}.tar: {how}{', checksums were lost' if done.unchecked else ''}")
             for finding in done.dropped:
@@ -53,6 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="datasets, or folders of datasets")
     parser.add_argument("--repair", action="store_true", help="fetch or drop what is damaged and write new indexes")
+    parser.add_argument("--reindex", action="store_true", help="make all indexes anew from the shards, believing these")
     parser.add_argument("--from", dest="copy", metavar="PLACE", help="where the same folders lie whole")
     args = parser.parse_args()
     folders = args.folders
@@ -61,8 +63,8 @@ def main() -> int:
     datasets = [dataset for folder in folders for dataset in find_datasets(folder)]
     if not datasets:
         sys.exit(f"verify_shards: no shards at or below {', '.join(folders)}; build some, or correct the path")
-    if args.repair:
-        repair(datasets, folders, args.copy)
+    if args.repair or args.reindex:
+        repair(datasets, folders, args.copy, args.reindex)
     num_findings = num_shards = 0
     total = sum(map(num_bytes, datasets))
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", mininterval=0.5) as bar:

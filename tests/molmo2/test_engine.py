@@ -8,7 +8,7 @@ import torch
 from ranks import run_ranks
 
 from molmo2.checkpoint import load_weights
-from molmo2.engine import TrainingModule, deepspeed_config
+from molmo2.engine import TrainingModule, deepspeed_config, read_engine_keys
 from molmo2.parallel.mesh import SINGLE
 
 
@@ -81,3 +81,20 @@ def test_deepspeed_is_told_neither_to_clip_nor_to_split_sequences() -> None:
     assert config["gradient_clipping"] == 0.0
     assert config["managed_gradient_accumulation"] is False
     assert not {"sequence_parallel_size", "train_batch_size", "gradient_accumulation_steps"} & set(config)
+
+
+def test_a_user_may_add_buffers_and_nothing_that_the_recipe_decides(tmp_path: Path) -> None:
+    path, recipe = tmp_path / "ds.json", engine_cases.recipe()
+    assert deepspeed_config(recipe, added=read_engine_keys(None)) == deepspeed_config(recipe)
+    path.write_text('{"zero_optimization": {"reduce_bucket_size": 1000}, "comms_logger": {"enabled": true}}')
+    config = deepspeed_config(recipe, added=read_engine_keys(path))
+    assert config["zero_optimization"] == deepspeed_config(recipe)["zero_optimization"] | {"reduce_bucket_size": 1000}
+    assert config["comms_logger"] == {"enabled": True} and config["gradient_clipping"] == 0.0
+    path.write_text('{"zero_optimization": {"stage": 3}, "optimizer": {}, "gradient_clipping": 1.0}')
+    with pytest.raises(
+        ValueError, match=r"ds.json: optimizer, gradient_clipping, zero_optimization\.stage: the recipe"
+    ):
+        read_engine_keys(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="write a JSON object"):
+        read_engine_keys(path)

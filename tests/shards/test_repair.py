@@ -151,3 +151,16 @@ def test_the_command_line(whole: Path, damaged: Path) -> None:
     flip(damaged / "000001.tar", offsets(damaged)[1] + 600)
     run = subprocess.run(command[:-2], capture_output=True, text=True)
     assert run.returncode == 0 and "7 samples kept, 1 findings dropped" in run.stdout
+
+
+def test_reindexing_believes_the_tars_and_not_the_indexes(damaged: Path, whole: Path) -> None:
+    """A shard that somebody took away and one whose sidecar tells something else: neither is damage then."""
+    (damaged / "000000.tar").unlink()
+    shutil.copy(damaged / "000002.idx.npy", damaged / "000001.idx.npy")
+    done = list(repair_dataset(damaged, reindex=True))
+    assert all(not each.dropped for each in done)
+    assert findings(damaged) == []
+    names = [shard["name"] for shard in index_of(damaged)["shards"]]
+    assert names == [shard["name"] for shard in index_of(whole / "demo-cap")["shards"]][1:]
+    kept = {shard["name"]: shard for shard in index_of(damaged)["shards"]}
+    assert all(kept[shard["name"]] == shard for shard in index_of(whole / "demo-cap")["shards"][1:])
