@@ -157,7 +157,7 @@ def read_engine_keys(path: Path | None) -> dict[str, Any]:
     """What a user adds to DeepSpeed's JSON (`--deepspeed_config`): buffers, prefetching, profiling, and nothing else.
 
     Raises:
-        ValueError: no JSON object, or keys that the recipe decides or that would change what is computed; all are named.
+        ValueError: no JSON object, or keys that the recipe decides or that change what is computed; all are named.
     """
     if path is None:
         return {}

@@ -7,8 +7,8 @@
 
 A folder may be one dataset or hold many, on disk or in a bucket. `--repair` makes damaged datasets on disk whole:
 shards are fetched from a copy (`--from` has the same folders below it), else their damaged samples are dropped; indexes
-that are lost are made anew from the shards. What was dropped stands in `repairs.jsonl` of the dataset. `--reindex` makes
-all indexes anew, as if they were lost: what lies in the tars is believed as long as it parses.
+that are lost are made anew from the shards. What was dropped stands in `repairs.jsonl` of the dataset. `--reindex`
+makes all indexes anew, as if they were lost: what lies in the tars is believed as long as it parses.
 """
 
 from __future__ import annotations
