@@ -6,7 +6,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -95,13 +95,15 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
         finally:
             for process in reversed(started):
                 # What a killed slurmd leaves behind (slurmstepd) is a child of its own, elsewhere.
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    child.kill()
+                with suppress(psutil.NoSuchProcess):
+                    for child in psutil.Process(process.pid).children(recursive=True):
+                        child.kill()
                 process.kill()
                 process.wait()
             for stray in psutil.process_iter(["name", "environ"]):
                 if (stray.info["environ"] or {}).get("SLURM_CONF") == str(config) and stray.pid != os.getpid():
-                    stray.kill()
+                    with suppress(psutil.NoSuchProcess):
+                        stray.kill()
 
 
 def wait_for(condition: Callable[[], bool], told: Callable[[], str]) -> None:
