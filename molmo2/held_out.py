@@ -19,15 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import Tensor
 
 from molmo2.config import Recipe, root_paths
+from molmo2.eval.questions import prompt_of
 from molmo2.inspection.pictures import Picture, raster
 from molmo2.inspection.samples import drawn
-from molmo2.model.generate import PromptTensors, generate
-from molmo2.model.mask import TRUNK
+from molmo2.model.generate import generate
 from molmo2.run import Run, agree_on_masked
-from shards.collate import Batch
 from shards.loader import pack_reader
 from shards.mixture import MixtureSpec
 from shards.plan import Cursor, Draw, PackSpec, Plan, StepSpec, open_plan
@@ -110,7 +108,7 @@ def answers(run: Run, model: Any, plan: Plan) -> Iterator[Shown]:
     reader = pack_reader(plan, run.layout)
     for draw in chosen(step, settings.samples):
         pack = PackSpec(0, 0, (draw,))
-        found = question(reader[MicroSpec((pack,), step.divisor, step.cursor)].to(run.device))
+        found = prompt_of(reader[MicroSpec((pack,), step.divisor, step.cursor)].to(run.device))
         missing = torch.tensor(float(found is None), device=run.device)  # damaged, or nothing in it is answered
         dist.all_reduce(missing)
         if found is None or missing:
@@ -140,25 +138,6 @@ def chosen(step: StepSpec, count: int) -> list[Draw]:
     groups = [list(group) for _, group in itertools.groupby(draws, key=lambda draw: draw.dataset)]
     turns = itertools.chain.from_iterable(itertools.zip_longest(*groups))
     return [draw for draw in turns if draw is not None][:count]
-
-
-def question(batch: Batch) -> tuple[PromptTensors, Tensor] | None:
-    """The trunk and the first branch of a batch of one sample up to its answer, and the answer's tokens int64 [n]."""
-    segments = batch.segment_ids[0]
-    branches = segments[segments < TRUNK]
-    own = (segments == TRUNK) | (segments == branches.min()) if len(branches) else segments == TRUNK
-    places = (batch.loss_weights[0][own] > 0).nonzero().flatten()
-    if not len(places):
-        return None
-    first = int(places[0])
-    answer = places[places - torch.arange(len(places), device=places.device) == first]  # of the first turn alone
-    prompt = PromptTensors(
-        input_ids=batch.input_ids[0][own][: first + 1],
-        is_visual=batch.is_visual[0][own][: first + 1],
-        pixels=batch.pixels,
-        pooling=batch.pooling,
-    )
-    return prompt, batch.labels[0][own][answer]
 
 
 def write_samples(run_dir: Path, step: int, samples: list[Shown]) -> list[Image.Image | None]:

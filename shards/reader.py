@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shards.asked import MEMBER_NAME
 from shards.dataset import Tars
 from shards.format import TOKEN_DTYPE, FormatError, npy_rows, span_hash, tar_members, whole_headers
 from shards.layout import sample_visuals
@@ -32,12 +33,16 @@ class ReadError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredSample:
-    """One variant of one sample as stored: tokens unexpanded, images still JPEG, numbered as in the record."""
+    """One variant of one sample as stored: tokens unexpanded, images still JPEG, numbered as in the record.
+
+    `asked`: the member that `shards.asked` reads, where there is one.
+    """
 
     key: str
     tokens: npt.NDArray[np.void]
     visuals: list[dict[str, Any]]
     images: dict[int, memoryview]
+    asked: memoryview | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,4 +128,4 @@ def parse_sample(span: bytes, variant: int) -> StoredSample:
         images = {int(name[:-4]): data for name, data in fields.items() if name.endswith(".jpg")}
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ReadError(f"{type(error).__name__}: {error}") from None
-    return StoredSample(key=key, tokens=tokens, visuals=visuals, images=images)
+    return StoredSample(key=key, tokens=tokens, visuals=visuals, images=images, asked=fields.get(MEMBER_NAME))

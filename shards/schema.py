@@ -7,6 +7,7 @@ start of the clip, whatever the source used. Tokens and geometry are not here: t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,22 +66,32 @@ class Cue:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
-    """A caption (no question) or an open question with its answer."""
+class Annotated:
+    """What every annotation has.
+
+    `facts`: what a metric reads beside the answer, columns of the source by the names of the catalog's `facts`. They
+    are kept in stage "eval" alone.
+    """
 
     style: str
+    facts: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text(Annotated):
+    """A caption (no question) or an open question with its answer."""
+
     answer: str
     question: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class Choice(Annotated):
     """A multiple-choice question; `answer` is an index into `options`.
 
     Options that are labels themselves, letters drawn on an image for instance, are not `labelled` once more.
     """
 
-    style: str
     question: str
     options: tuple[str, ...]
     answer: int
@@ -96,10 +107,9 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chat:
+class Chat(Annotated):
     """A conversation of several turns."""
 
-    style: str
     turns: tuple[Turn, ...]
 
 
@@ -112,10 +122,9 @@ class PointGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Points:
+class Points(Annotated):
     """Everything that `label` names, pointed at. No groups means that there is none."""
 
-    style: str
     label: str
     groups: tuple[PointGroup, ...]
     question: str = ""
@@ -135,10 +144,9 @@ class TrackGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tracks:
+class Tracks(Annotated):
     """Objects named by `label`, followed through a video at `fps` answers per second."""
 
-    style: str
     label: str
     fps: float
     groups: tuple[TrackGroup, ...]
@@ -188,11 +196,12 @@ class Sample:
     """What a shard stores for one example.
 
     `variants`: K arrays of `format.TOKEN_DTYPE`, visual placeholders unexpanded. `images`: JPEG files, stored as
-    `000.jpg`, `001.jpg`, … `record`: the readable JSON, `docs/shard-format.md` lists its fields; the reader uses
+    `000.jpg`, `001.jpg`, … `asked`: in stage "eval" the annotation of every branch. `record`: the readable JSON, `docs/shard-format.md` lists its fields; the reader uses
     `record["visuals"]` and `record["variants"][k].get("visuals")`.
     """
 
     key: str
     record: dict[str, Any]
     variants: tuple[npt.NDArray[np.void], ...]
-    images: tuple[bytes, ...] = field(default=())
+    images: tuple[bytes, ...] = ()
+    asked: tuple[Annotation, ...] = ()

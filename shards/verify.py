@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards import media
+from shards.asked import MEMBER_NAME, read_asked
 from shards.format import (
     INDEX_NAME,
     KEY_PATTERN,
@@ -150,7 +151,12 @@ def _verify_content(files: dict[str, bytes], row: npt.NDArray[np.void], num_vari
     """Raise where a sample's files and its sidecar row disagree; returns its number of annotations."""
     record = json.loads(files["json"])
     images = {int(n[:-4]): media.decode_jpeg(d).shape for n, d in files.items() if n.endswith(".jpg")}
-    expected = {"json", *(f"tokens{k}.npy" for k in range(num_variants)), *(f"{i:03d}.jpg" for i in range(len(images)))}
+    asked = {MEMBER_NAME} & set(files)
+    expected = asked | {
+        "json",
+        *(f"tokens{k}.npy" for k in range(num_variants)),
+        *(f"{i:03d}.jpg" for i in range(len(images))),
+    }
     if set(files) != expected:
         raise FormatError(f"members {sorted(set(files) ^ expected)} are missing or unexpected")
     size = layout.crop_size
@@ -164,7 +170,7 @@ def _verify_content(files: dict[str, bytes], row: npt.NDArray[np.void], num_vari
     num_frames = sum(visual["kind"] == "frame" for visual in record["visuals"])
     if num_frames != row["num_frames"]:
         raise FormatError(f"{num_frames} frames, the sidecar says {row['num_frames']}")
-    annotations = 0
+    annotations, num_asked = 0, len(read_asked(files[MEMBER_NAME])) if asked else None
     for k in range(num_variants):
         tokens = np.load(io.BytesIO(files[f"tokens{k}.npy"]), allow_pickle=False)
         if tokens.dtype != TOKEN_DTYPE:
@@ -182,6 +188,8 @@ def _verify_content(files: dict[str, bytes], row: npt.NDArray[np.void], num_vari
         if wrong:
             raise FormatError(f"variant {k}: {'; '.join(wrong)}")
         annotations = annotations if k else int(tokens["branch"][-1])
+    if num_asked not in {None, annotations}:
+        raise FormatError(f"{num_asked} annotations in {MEMBER_NAME}, {annotations} branches")
     return annotations
 
 

@@ -12,7 +12,7 @@ import pytest
 import shards
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAVES = {"schema", "format", "layout", "share", "storage", "s3", "media", "timeline", "decode"}
+LEAVES = {"schema", "asked", "format", "layout", "share", "storage", "s3", "media", "timeline", "decode"}
 BUILD = {"catalog", "download", "sources", "convert", "writer", "verify", "repair"}
 BUILD |= {"builder", "build_pool", "build_task", "build_folder"}
 STREAM = {"cache", "dataset", "mixture", "order", "packing", "plan", "reader", "read_ahead", "collate", "loader"}

@@ -1,5 +1,6 @@
 """Evaluate a checkpoint on held-out data.
 
+    python tools/build_shards.py --stage eval --catalog demo
     python tools/evaluate.py --checkpoint demo-stage3 --benchmarks demo
     python tools/evaluate.py --checkpoint OWNER/NAME --benchmarks image,next-qa --limit 200
     python tools/evaluate.py --checkpoint demo-stage3 --loss demo-image-qa,demo-video-qa
@@ -30,12 +31,11 @@ from molmo2.eval.answers import weights_digest
 from molmo2.eval.benchmarks import SUITES, Suite, choose
 from molmo2.eval.held_out import held_out_loss
 from molmo2.eval.report import percent, render_worst
-from molmo2.eval.runner import BATCH_SIZE, STAGE, Outcome, Ranks, Subject, evaluate
+from molmo2.eval.runner import BATCH_SIZE, STAGE, NotBuiltError, Outcome, Ranks, Subject, evaluate
 from molmo2.model.molmo2 import Molmo2
 from molmo2.open_model import OpenedModel, open_model
 from molmo2.processing import ProcessorSettings, build_processor
-from shards.catalog import Catalog, CatalogError, load_catalog
-from shards.sources.parquet import MissingSourceError
+from shards.catalog import load_catalog
 
 LOSS_CATALOGS = ("demo", "molmo2-eval", "molmo2")
 
@@ -52,12 +52,10 @@ def parse_args() -> argparse.Namespace:
         "--benchmarks",
         help=f"suites ({', '.join(SUITES)}) and single benchmarks, commas between (demo, or none by --loss)",
     )
-    parser.add_argument("--loss", help="datasets, commas between: the mean loss of their evaluation rows")
-    parser.add_argument(
-        "--limit", type=int, help="at most so many questions of each benchmark, examples of a loss (all)"
-    )
+    parser.add_argument("--loss", help="datasets, commas between: the mean loss of their evaluation samples")
+    parser.add_argument("--limit", type=int, help="at most so many samples (images, videos) of each dataset (all)")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="questions at once (%(default)s)")
-    parser.add_argument("--raw", type=Path, default=data_path("raw"), help="raw data (%(default)s)")
+    parser.add_argument("--shards", default=str(data_path("shards")), help="a folder or s3://… (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file (evaluation-BENCHMARKS.json in the run's directory)")
     parser.add_argument("--device", default=default_device(), help="(%(default)s)")
     args = parser.parse_args()
@@ -109,43 +107,31 @@ def results_table(title: str, results: list[dict[str, Any]]) -> Table:
 def run_suites(
     suites: list[Suite], args: argparse.Namespace, subject: Subject, answers: Path, digest: str, ranks: Ranks
 ) -> Outcome:
-    """All suites; one without its catalog is skipped as a whole."""
+    """All suites together."""
     whole = Outcome()
     for suite in suites:
-        try:
-            catalog = load_catalog(suite.catalog)
-        except CatalogError as error:
-            whole.skipped.update({one.name: str(error) for one in suite.benchmarks})
-            continue
-        found = evaluate(suite, catalog, args.raw, subject, answers, digest, limit=args.limit, ranks=ranks)
+        found = evaluate(suite, args.shards, subject, answers, digest, limit=args.limit, ranks=ranks)
         whole.results.extend(found.results)
         whole.skipped.update(found.skipped)
     return whole
 
 
-def loss_catalogs(names: list[str]) -> dict[str, Catalog]:
+def loss_catalogs(names: list[str]) -> dict[str, str]:
     """The catalog in which each of these datasets has an evaluation row.
 
     Raises:
         ValueError: a dataset has none anywhere.
     """
-    catalogs = {}
-    for name in LOSS_CATALOGS:
-        try:
-            catalogs[name] = load_catalog(name)
-        except CatalogError as error:
-            if "no catalog" not in str(error):
-                raise
-    rows = {one: {row.name for row in catalog.rows if STAGE in row.stages} for one, catalog in catalogs.items()}
-    homes = {name: next((one for one in rows if name in rows[one]), None) for name in names}
-    if missing := [name for name, home in homes.items() if home is None]:
+    rows = {one: {row.name for row in load_catalog(one).rows if STAGE in row.stages} for one in LOSS_CATALOGS}
+    homes = {name: next((one for one in rows if name in rows[one]), "") for name in names}
+    if missing := [name for name, home in homes.items() if not home]:
         known = ", ".join(sorted(set().union(*rows.values())))
-        raise ValueError(f"--loss {', '.join(missing)}: no evaluation row in {', '.join(catalogs)}; known: {known}")
-    return {name: catalogs[home] for name, home in homes.items() if home is not None}
+        raise ValueError(f"--loss {', '.join(missing)}: no evaluation row in {', '.join(rows)}; known: {known}")
+    return homes
 
 
 def run_losses(
-    catalogs: dict[str, Catalog],
+    catalogs: dict[str, str],
     args: argparse.Namespace,
     subject: Subject,
     answers: Path,
@@ -153,14 +139,13 @@ def run_losses(
     ranks: Ranks,
     skipped: dict[str, str],
 ) -> list[dict[str, Any]]:
-    """The losses of these datasets (`loss_catalogs`), on rank 0; datasets that are not at hand go to `skipped`."""
+    """The losses of these datasets (`loss_catalogs`), on rank 0; datasets that are not built go to `skipped`."""
     found = []
     for name, catalog in catalogs.items():
         try:
-            one = held_out_loss(name, catalog, args.raw, subject, answers, digest, limit=args.limit, ranks=ranks)
-        except MissingSourceError as error:
-            (row,) = catalog.select(STAGE, [name])
-            skipped[f"loss of {name}"] = f"{error}\n  {catalog.how_to_get(row)}"
+            one = held_out_loss(name, catalog, args.shards, subject, answers, digest, limit=args.limit, ranks=ranks)
+        except NotBuiltError as error:
+            skipped[f"loss of {name}"] = str(error)
             continue
         found.extend([one] if one else [])
     return found
@@ -179,7 +164,7 @@ def show(title: str, document: dict[str, Any]) -> None:
     if document["results"]:
         console.print(results_table(f"{title}, held-out data", document["results"]))
     for one in document["losses"]:
-        counts = f"{one['num_examples']} examples, {one['num_rejected']} rejected"
+        counts = f"{one['num_samples']} samples, {one['num_left_out']} left out"
         print(f"loss of {one['dataset']}: {one['loss']:.4f} ({counts})")
     for name, reason in document["skipped"].items():
         print(f"skipped {name}: {reason}")

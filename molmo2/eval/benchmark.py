@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from molmo2.eval.metrics import CorpusMetric, Metric
 
@@ -19,8 +18,6 @@ class Benchmark:
         chance: what a blind guess is worth; None where the metric knows.
         target: what the demo wants to reach.
         max_new_tokens: longest answer.
-        columns: field of the row that the metric reads -> column of the source; a benchmark that has some needs a
-            row of the source for each example.
         corpus: scores of all answers together, reported beside the mean of `metric`.
     """
 
@@ -30,5 +27,4 @@ class Benchmark:
     chance: float | None = None
     target: float | None = None
     max_new_tokens: int = 12
-    columns: Mapping[str, str] = field(default_factory=dict)
     corpus: tuple[CorpusMetric, ...] = ()

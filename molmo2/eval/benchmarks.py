@@ -35,7 +35,6 @@ SUITES = {
                 dataset="demo-count",
                 metric=points_in_boxes,
                 max_new_tokens=112,
-                columns={"boxes": "boxes"},
             ),
             Benchmark(
                 name="pointing",  # at the one digit, of up to three, that the question names
@@ -43,7 +42,6 @@ SUITES = {
                 metric=points_in_boxes,
                 target=0.6,
                 max_new_tokens=80,
-                columns={"boxes": "boxes"},
             ),
             Benchmark(
                 name="video QA",

@@ -1,14 +1,13 @@
-"""The loss of held-out rows, of any dataset: rows -> samples as for training -> the mean weighted cross entropy.
+"""The loss of held-out samples, of any dataset with shards of stage "eval": the mean weighted cross entropy.
 
-One example is one sequence; variants are not drawn, prompts have the form of stage "eval". Shards are not needed:
-`molmo2/held_out.py` judges a run by those while it trains.
+One sample is one sequence, in the form of stage "eval". `molmo2/held_out.py` judges a run by packs of such samples
+while it trains.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,13 @@ import torch
 from tqdm import tqdm
 
 from molmo2.eval.answers import Line, Store
-from molmo2.eval.runner import ALONE, STAGE, Ranks, Subject, read_examples
+from molmo2.eval.questions import as_batch, draws_of, read_samples
+from molmo2.eval.runner import ALONE, Ranks, Subject, left_out, open_built
 from molmo2.loss import rows_per_chunk, weighted_loss
 from molmo2.model.mask import AttentionMask
-from shards.catalog import Catalog
-from shards.collate import Batch, collate, decode_crops, open_sample
-from shards.layout import VisualLayout, expand, sample_visuals, visual_crops
-from shards.plan import Cursor, Draw, PackSpec
-from shards.reader import StoredSample
-from shards.schema import Example, RejectedError, Sample
-
-REJECTS_SHOWN = 3
-
-
-def as_batch(layout: VisualLayout, sample: Sample) -> Batch:
-    """A batch of this sample alone, as the loader makes it of a shard."""
-    images = {number: memoryview(data) for number, data in enumerate(sample.images)}
-    visuals = sample_visuals(sample.record, 0)
-    stored = StoredSample(key=sample.key, tokens=sample.variants[0], visuals=visuals, images=images)
-    length = len(expand(layout, stored.tokens, visuals).input_ids)
-    draw = Draw(0, 0, 0, 0, 0, 0, 0, length, sum(map(visual_crops, visuals)), 0.0)
-    opened = open_sample(layout, draw, stored)
-    crops = decode_crops(layout, opened.stored, range(len(visuals)))
-    return collate(layout, [PackSpec(0, 0, (draw,))], [opened], crops, length, 1.0, Cursor())
+from shards.collate import Batch
+from shards.dataset import Tars
+from shards.plan import Draw
 
 
 @torch.no_grad()
@@ -53,22 +36,23 @@ def sums_of(subject: Subject, batch: Batch) -> tuple[float, float]:
     return float(sums.cross_entropy), float(batch.loss_weights.double().sum())
 
 
-def _scored(subject: Subject, catalog: Catalog, examples: list[Example], name: str) -> Iterator[Line]:
-    limits = catalog.stages[STAGE].limits
-    for example in tqdm(examples, desc=f"{name}: loss", unit="ex", leave=False):
-        try:
-            batch = as_batch(subject.processor.layout, subject.processor(example, limits))
-        except RejectedError as error:
-            yield Line(example.key, json.dumps({"rejected": str(error)}))
-            continue
-        total, weight = sums_of(subject, batch)
-        yield Line(example.key, json.dumps({"loss": total, "weight": weight}))
+def _scored(subject: Subject, tars: Tars, draws: Sequence[Draw]) -> Iterator[Line]:
+    with tqdm(total=len(draws), desc=f"{tars.name}: loss", unit="sample", leave=False) as bar:
+        for draw, stored in read_samples(tars, draws):
+            total, weight = sums_of(subject, as_batch(subject.processor.layout, draw, stored))
+            yield Line(name_of(draw), json.dumps({"loss": total, "weight": weight}))
+            bar.update()
+
+
+def name_of(draw: Draw) -> str:
+    """A sample's place in its dataset."""
+    return f"{draw.shard}/{draw.row}"
 
 
 def held_out_loss(
-    dataset: str,
-    catalog: Catalog,
-    raw: Path,
+    name: str,
+    catalog: str,
+    shards: str,
     subject: Subject,
     answers: Path,
     checkpoint: str,
@@ -76,50 +60,31 @@ def held_out_loss(
     limit: int | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any] | None:
-    """Mean weighted cross entropy over the first `limit` examples of a dataset's evaluation rows.
+    """Mean weighted cross entropy over the first `limit` samples of a dataset of stage "eval".
 
-    Arguments are those of `runner.evaluate`. Resumed in the same way, example by example.
+    Arguments are those of `runner.evaluate`. Resumed in the same way, sample by sample.
 
     Returns:
-        JSON: loss, weight, num_examples, num_rejected with the first reasons, num_left_out; None but on rank 0.
+        JSON: loss, weight, num_samples, num_left_out with the first reasons; None but on rank 0.
 
     Raises:
-        ValueError: there is no example, or none with a loss.
-        SourceError: the data are not there.
+        NotBuiltError: the shards are not there.
+        ValueError: they are damaged, another processor's, or none of them has a loss.
     """
-    (row,) = catalog.select(STAGE, [dataset])
-    examples = []
-    left_out: list[str] = []
-    for example, _ in read_examples(row, raw, left_out=left_out):
-        examples.append(example)
-        if len(examples) == limit:
-            break
-    settings: Mapping[str, Any] = {
-        "checkpoint": checkpoint,
-        "processor": subject.processor.settings,
-        "row": row.build_settings(),
-        "limits": asdict(catalog.stages[STAGE].limits),
-    }
-    store = Store.of(answers, f"loss-{dataset}", settings)
+    dataset = open_built(name, shards, catalog, subject)
+    settings = {"checkpoint": checkpoint, "data": dataset.index.digest}
+    store, draws = Store.of(answers, f"loss-{name}", settings), draws_of(dataset, limit)
     known = store.read()
-    own = [example for example in examples[ranks.rank :: ranks.world] if example.key not in known]
+    own = [draw for draw in draws[ranks.rank :: ranks.world] if name_of(draw) not in known]
     with store.writer(ranks.rank) as write:
-        for line in _scored(subject, catalog, own, dataset):
+        for line in _scored(subject, dataset.tars, own):
             write(line)
     ranks.wait()
     if ranks.rank:
         return None
-    found = [json.loads(text) for text in store.take([example.key for example in examples])]
-    rejected = [one["rejected"] for one in found if "rejected" in one]
-    weight = sum(one["weight"] for one in found if "weight" in one)
+    found = [json.loads(text) for text in store.take([name_of(draw) for draw in draws])]
+    weight = sum(one["weight"] for one in found)
     if not weight:
-        raise ValueError(f"{dataset}: {len(examples)} examples, {len(rejected)} rejected, none with a loss: {rejected}")
-    return {
-        "dataset": dataset,
-        "loss": sum(one["loss"] for one in found if "loss" in one) / weight,
-        "weight": weight,
-        "num_examples": len(found) - len(rejected),
-        "num_rejected": len(rejected),
-        "num_left_out": len(left_out),
-        "rejected": rejected[:REJECTS_SHOWN],
-    }
+        raise ValueError(f"{name}: {len(found)} samples, none with a loss")
+    loss = sum(one["loss"] for one in found) / weight
+    return {"dataset": name, "loss": loss, "weight": weight, "num_samples": len(found), **left_out(dataset)}

@@ -1,7 +1,7 @@
 """The published evaluations of Molmo2: a benchmark for each, or the reason why there is none.
 
-The datasets are rows of the catalog "molmo2-eval". Columns are those of the published tables; where a set keeps its
-masks in other files, the row has to join them under these names.
+The datasets are rows of the catalog "molmo2-eval". What a metric reads beside the answer (`answers`,
+`masks`, `fps`, ...) is in the row's `facts`, under the names in the metric's docstring.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ VIDEO_TOKENS: Final = 2048
 TRACK_TOKENS: Final = 4096
 
 
-def _short(dataset: str, metric: Metric, answers: str = "answers") -> Benchmark:
-    return Benchmark(name=dataset, dataset=dataset, metric=metric, columns={"answers": answers})
+def _short(dataset: str, metric: Metric) -> Benchmark:
+    return Benchmark(name=dataset, dataset=dataset, metric=metric)
 
 
 def _choice(dataset: str, metric: Metric = multiple_choice) -> Benchmark:
@@ -40,7 +40,6 @@ def _track(dataset: str) -> Benchmark:
         dataset=dataset,
         metric=track_f1,
         max_new_tokens=TRACK_TOKENS,
-        columns={"masks": "masks", "fps": "fps"},
         corpus=(hota,),
     )
 
@@ -48,12 +47,12 @@ def _track(dataset: str) -> Benchmark:
 IMAGE = (
     _short("vqa-v2", vqa_accuracy),
     _short("text-vqa", vqa_accuracy),
-    Benchmark(name="chart-qa", dataset="chart-qa", metric=relaxed_accuracy),
+    _short("chart-qa", relaxed_accuracy),
     _short("doc-qa", anls),
     _short("info-qa", anls),
     _choice("ai2d"),
     _choice("a-okvqa"),
-    _short("a-okvqa-da", direct_answer, "direct_answers"),
+    _short("a-okvqa-da", direct_answer),
     _choice("mmmu", answer_or_choice),
     _choice("real-world-qa", answer_or_choice),
     _choice("math-vista", answer_or_choice),
@@ -73,7 +72,6 @@ VIDEO = (
         dataset="molmo2-cap-eval",
         metric=rouge_l,
         max_new_tokens=VIDEO_TOKENS,
-        columns={"statements": "atomic_statements", "answers": "aggregated_caption"},
         corpus=(cider,),
     ),
 )
@@ -84,14 +82,12 @@ POINTING = (
         dataset="pixmo-points-eval",
         metric=point_f1,
         max_new_tokens=POINT_TOKENS,
-        columns={"masks": "masks"},
     ),
     Benchmark(
         name="point-bench",
         dataset="point-bench",
         metric=all_in_mask,
         max_new_tokens=POINT_TOKENS,
-        columns={"mask": "mask"},
     ),
     _count("molmo2-video-count-eval", tokens=VIDEO_TOKENS),
     _count("molmo2-video-count-eval", count_close, suffix="-close", tokens=VIDEO_TOKENS),
@@ -100,7 +96,6 @@ POINTING = (
         dataset="molmo2-video-point-eval",
         metric=video_point_f1,
         max_new_tokens=VIDEO_TOKENS,
-        columns={"times": "two_fps_timestamps", "masks": "masks"},
     ),
 )
 

@@ -1,16 +1,18 @@
-"""Ask a model the questions of a suite: validation rows -> examples -> prompts -> greedy answers -> scores.
+"""Ask a model the questions of a suite: samples of stage "eval" -> prompts -> greedy answers -> scores.
 
-Rows go through the same converters and processor as training data. Ranks share the questions and meet in the folder of
-answers (`answers`), never on the wire, so that a killed run goes on with any number of them.
+Ranks share the samples and meet in the folder of answers (`answers`), never on the wire, so that a killed run goes on
+with any number of them. Reading samples and cutting prompts is `questions`' work.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import io
+import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,40 +25,28 @@ from molmo2.eval.answers import Line, Store
 from molmo2.eval.benchmark import Benchmark
 from molmo2.eval.benchmarks import Suite
 from molmo2.eval.metrics import Answered, Score
+from molmo2.eval.questions import Question, as_batch, draws_of, prompt_of, questions_of, read_samples
 from molmo2.model.generate import PromptTensors, generate
 from molmo2.model.molmo2 import Molmo2
-from molmo2.processing import Processor, Prompt
-from shards.catalog import Catalog, CatalogError, Row
-from shards.convert.reading import convert, open_rows, read_groups
-from shards.schema import Annotation, Chat, Choice, Example, Limits, Points, Text, Tracks
-from shards.sources.parquet import MissingSourceError
-from shards.sources.paths import at
+from molmo2.processing import Processor
+from shards.collate import Batch
+from shards.dataset import Dataset, Tars, check_processor, open_dataset
+from shards.format import INDEX_NAME, REJECTS_NAME
+from shards.plan import Draw
+from shards.reader import StoredSample
+from shards.schema import Annotation, Chat, Choice, Points, Text, Tracks
+from shards.storage import open_storage
 
 STAGE: Final = "eval"
 BATCH_SIZE: Final = 32
-CHUNK: Final = 4  # batches whose prompts are in memory at once; the longer ones of a chunk share a batch
+CHUNK: Final = 4  # batches whose samples are in memory at once; the longer ones of a chunk share a batch
 SHOWN = 8  # answers that the reports show with their picture, the first and the worst
 FRAMES_SHOWN = 6
 REASONS_SHOWN = 3  # of rows that were left out
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """One annotation of one example, and the rows it was made from."""
-
-    example: Example
-    number: int
-    row: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        """Unique in its dataset."""
-        return f"{self.example.key}#{self.number}"
-
-    @property
-    def asked(self) -> Annotation:
-        """The annotation."""
-        return self.example.annotations[self.number]
+class NotBuiltError(ValueError):
+    """A dataset without finished shards of stage "eval"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +60,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """This process among those that share the questions; `wait` returns when all have called it."""
+    """This process among those that share the samples; `wait` returns when all have called it."""
 
     rank: int = 0
     world: int = 1
@@ -98,75 +88,45 @@ class Outcome:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def read_examples(
-    row: Row, raw: Path, columns: Sequence[str] = (), left_out: list[str] | None = None
-) -> Iterator[tuple[Example, Mapping[str, Any]]]:
-    """Examples of a dataset's validation split with their row; `columns`: beyond the converter's.
+def ask(subject: Subject, benchmark: Benchmark, tars: Tars, draws: Sequence[Draw], known: Set[str]) -> Iterator[Line]:
+    """Greedy answers to the questions of these samples that are not `known`. Questions of like length share a batch."""
+    size, tokenizer, layout = subject.batch_size, subject.processor.tokenizer, subject.processor.layout
 
-    Reasons of the rows that the catalog or the converter leaves out are appended to `left_out`.
+    def answered(batch: Sequence[tuple[Question, StoredSample]]) -> Iterator[Line]:
+        prompts = [prompt_of(as_batch(layout, one.draw, stored), one.number) for one, stored in batch]
+        inputs = [_on(prompt[0], subject.device) for prompt in prompts if prompt is not None]
+        if len(inputs) < len(batch):
+            names = [one.name for (one, _), prompt in zip(batch, prompts, strict=True) if prompt is None]
+            raise ValueError(f"{benchmark.dataset}: {names[0]} has no answer that could be asked for")
+        rows = generate(subject.model, inputs, benchmark.max_new_tokens, tokenizer.eos)
+        for (one, _), ids in zip(batch, rows, strict=True):
+            yield Line(one.name, tokenizer.decode(ids))
 
-    Raises:
-        SourceError: files or columns are missing.
-        RejectedError: a row that the converter refuses; validation data must be whole.
-        ValueError: columns are wanted, and an example was made of several rows.
-    """
-    table = open_rows(row, STAGE, raw / row.folder, columns)
-    for numbers in table.groups(row.group_by):
-        if columns and len(numbers) > 1:
-            raise ValueError(
-                f"{row.name}: {len(numbers)} rows make one example, and its metric needs {', '.join(columns)} of one; "
-                "take `group_by` from the catalog row"
-            )
-        for group in read_groups(row, STAGE, raw / row.folder, table, [numbers], columns):
-            for example in convert(group):
-                if isinstance(example, Example):
-                    yield example, group.values[0]
-                elif left_out is not None:
-                    left_out.append(example.reason)
-
-
-def questions(
-    row: Row, raw: Path, columns: Mapping[str, str], limit: int | None = None, left_out: list[str] | None = None
-) -> list[Question]:
-    """The first `limit` questions of a dataset, all annotations of an example one after the other.
-
-    `columns`: field of a question's row -> column of the source; `left_out` as in `read_examples`.
-    """
-    found: list[Question] = []
-    for example, values in read_examples(row, raw, list(columns.values()), left_out):
-        fields = {name: at(values, column) for name, column in columns.items()}
-        found += [Question(example=example, number=i, row=fields) for i in range(len(example.annotations))]
-        if limit is not None and len(found) >= limit:
-            break
-    return found[:limit]
+    waiting: list[tuple[Question, StoredSample]] = []
+    with tqdm(total=len(draws), desc=benchmark.name, unit="sample", leave=False) as bar:
+        for draw, stored in read_samples(tars, draws):
+            waiting += [(one, stored) for one in questions_of(draw, stored) if one.name not in known]
+            bar.update()
+            if len(waiting) >= size * CHUNK or draw is draws[-1]:
+                waiting.sort(key=lambda pair: pair[0].draw.num_tokens)
+                for first in range(0, len(waiting), size):
+                    yield from answered(waiting[first : first + size])
+                waiting = []
 
 
-def ask(subject: Subject, limits: Limits, benchmark: Benchmark, asked: Sequence[Question]) -> Iterator[Line]:
-    """Greedy answers to all questions. Of a few batches at a time, questions of like length share a batch."""
-    size = subject.batch_size
-    with tqdm(total=len(asked), desc=benchmark.name, unit="q", leave=False) as bar:
-        for first in range(0, len(asked), size * CHUNK):
-            chunk = asked[first : first + size * CHUNK]
-            prompts = [subject.processor.prompt(one.example, limits, one.number) for one in chunk]
-            order = sorted(range(len(chunk)), key=lambda i: len(prompts[i].input_ids))
-            for start in range(0, len(order), size):
-                batch = order[start : start + size]
-                inputs = [PromptTensors.of(prompts[i], subject.device) for i in batch]
-                tokenizer = subject.processor.tokenizer
-                rows = generate(subject.model, inputs, benchmark.max_new_tokens, tokenizer.eos)
-                for i, ids in zip(batch, rows, strict=True):
-                    yield Line(chunk[i].name, tokenizer.decode(ids))
-                bar.update(len(batch))
+def _on(prompt: PromptTensors, device: torch.device) -> PromptTensors:
+    return PromptTensors(**{item.name: getattr(prompt, item.name).to(device) for item in fields(prompt)})
 
 
-def picture(prompt: Prompt) -> str | None:
+def picture(batch: Batch, visuals: Sequence[Mapping[str, Any]]) -> str | None:
     """What the model saw, as a data URI: the first crop, or some frames side by side; None for text."""
-    if not len(prompt.pixels):
+    if not visuals:
         return None
-    frames = prompt.pixels[:1]
-    if prompt.visuals[0]["kind"] == "frame":
-        chosen = np.unique(np.linspace(0, len(prompt.pixels) - 1, FRAMES_SHOWN).round().astype(int))
-        frames = prompt.pixels[chosen]
+    pixels = batch.pixels.numpy()
+    frames = pixels[:1]
+    if visuals[0]["kind"] == "frame":
+        chosen = np.unique(np.linspace(0, len(pixels) - 1, FRAMES_SHOWN).round().astype(int))
+        frames = pixels[chosen]
     buffer = io.BytesIO()
     Image.fromarray(np.concatenate(list(frames), axis=1)).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -187,23 +147,29 @@ def wanted(asked: Annotation) -> str:
             return asked.answer
 
 
-def summarize(benchmark: Benchmark, answers: Sequence[Answer], show: Callable[[Question], Prompt]) -> dict[str, Any]:
-    """Scores, chance level, the first answers and the worst, as JSON; `show` makes the prompt of a question."""
+def shown(subject: Subject, tars: Tars, answer: Answer) -> dict[str, Any]:
+    """An answer for the reports, with what the model was asked and saw; reads the sample again."""
+    question, processor = answer.question, subject.processor
+    ((_, stored),) = read_samples(tars, [question.draw])
+    batch = as_batch(processor.layout, question.draw, stored)
+    found = prompt_of(batch, question.number)
+    ids = [] if found is None else found[0].input_ids.tolist()
+    text = processor.tokenizer.decode([token for token in ids if token < processor.tokenizer.base_vocab])
+    return {
+        "key": question.key,
+        "prompt": text,
+        "wanted": wanted(question.asked),
+        "prediction": answer.text,
+        "score": answer.score.value,
+        "picture": picture(batch, stored.visuals),
+    }
 
-    def shown(answer: Answer) -> dict[str, Any]:
-        prompt = show(answer.question)
-        return {
-            "key": answer.question.example.key,
-            "prompt": prompt.text.removeprefix("user: "),
-            "wanted": wanted(answer.question.asked),
-            "prediction": answer.text,
-            "score": answer.score.value,
-            "picture": picture(prompt),
-        }
 
+def summarize(benchmark: Benchmark, answers: Sequence[Answer], show: Callable[[Answer], Any]) -> dict[str, Any]:
+    """Scores, chance level, the first answers and the worst, as JSON; `show` is for those (`shown`)."""
     chances = [answer.score.chance for answer in answers if answer.score.chance is not None]
     chance = benchmark.chance if benchmark.chance is not None else (sum(chances) / len(chances) if chances else None)
-    whole = [Answered(answer.text, answer.question.asked, answer.question.row) for answer in answers]
+    whole = [Answered(answer.text, answer.question.asked, answer.question.asked.facts) for answer in answers]
     worst = sorted((answer for answer in answers if answer.score.value < 1), key=lambda answer: answer.score.value)
     return {
         "name": benchmark.name,
@@ -214,13 +180,13 @@ def summarize(benchmark: Benchmark, answers: Sequence[Answer], show: Callable[[Q
         "corpus": {metric.__name__: metric(whole) for metric in benchmark.corpus},
         "chance": chance,
         "target": benchmark.target,
-        "answers": [shown(answer) for answer in answers[:SHOWN]],
-        "worst": [shown(answer) for answer in worst[:SHOWN]],
+        "answers": [show(answer) for answer in answers[:SHOWN]],
+        "worst": [show(answer) for answer in worst[:SHOWN]],
     }
 
 
 def run_benchmark(
-    benchmark: Benchmark, asked: Sequence[Question], subject: Subject, limits: Limits, store: Store, ranks: Ranks
+    benchmark: Benchmark, tars: Tars, draws: Sequence[Draw], subject: Subject, store: Store, ranks: Ranks
 ) -> dict[str, Any] | None:
     """Ask what has no answer yet, and sum up; None but on rank 0.
 
@@ -228,24 +194,46 @@ def run_benchmark(
         ValueError: answers are missing after all ranks have answered, or a question cannot be scored.
     """
     known = store.read()
-    own = [question for question in asked[ranks.rank :: ranks.world] if question.name not in known]
     with store.writer(ranks.rank) as write:
-        for line in ask(subject, limits, benchmark, own):
+        for line in ask(subject, benchmark, tars, draws[ranks.rank :: ranks.world], known.keys()):
             write(line)
     ranks.wait()
     if ranks.rank:
         return None
+    asked = [question for draw, stored in read_samples(tars, draws) for question in questions_of(draw, stored)]
     answers = [
-        Answer(question=question, text=text, score=benchmark.metric(text, question.asked, question.row))
+        Answer(question=question, text=text, score=benchmark.metric(text, question.asked, question.asked.facts))
         for question, text in zip(asked, store.take([question.name for question in asked]), strict=True)
     ]
-    return summarize(benchmark, answers, lambda one: subject.processor.prompt(one.example, limits, one.number))
+    return summarize(benchmark, answers, functools.partial(shown, subject, tars))
+
+
+def open_built(name: str, shards: str, catalog: str, subject: Subject) -> Dataset:
+    """A dataset of stage "eval".
+
+    Raises:
+        NotBuiltError: it is not there; says what builds it.
+        DatasetError: it was built for another model or tokenizer.
+    """
+    root = f"{shards.rstrip('/')}/{STAGE}"
+    if open_storage(f"{root}/{name}").size(INDEX_NAME) is None:
+        command = f"python tools/build_shards.py --catalog {catalog} --stage {STAGE} --datasets {name}"
+        raise NotBuiltError(f"{root}/{name} is not built:\n  {command}")
+    dataset = open_dataset(root, name)
+    check_processor(dataset, subject.processor.settings)
+    return dataset
+
+
+def left_out(dataset: Dataset) -> dict[str, Any]:
+    """How many rows or examples the build has left out, and the commonest reasons."""
+    rejects = dataset.storage.read(REJECTS_NAME).splitlines() if dataset.index.totals.rejects else []
+    reasons = Counter(json.loads(line)["reason"] for line in rejects)
+    return {"num_left_out": len(rejects), "left_out": dict(reasons.most_common(REASONS_SHOWN))}
 
 
 def evaluate(
     suite: Suite,
-    catalog: Catalog,
-    raw: Path,
+    shards: str,
     subject: Subject,
     answers: Path,
     checkpoint: str,
@@ -253,46 +241,34 @@ def evaluate(
     limit: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Outcome:
-    """Run every benchmark of a suite whose data are there; all ranks together.
+    """Run every benchmark of a suite whose data are built; all ranks together.
 
     Args:
         suite: the benchmarks.
-        catalog: where their datasets are described; its "eval" stage gives the limits of a prompt.
-        raw: directory of raw data.
+        shards: folder or URL of the shards of all stages.
         subject: who is asked.
         answers: folder of the answers, the same for all ranks.
-        checkpoint: digest of the weights; other weights or settings ask anew.
-        limit: questions of each benchmark, at most.
-        ranks: who shares the questions.
+        checkpoint: digest of the weights; other weights, data or settings ask anew.
+        limit: samples of each benchmark, at most.
+        ranks: who shares the samples.
 
     Raises:
-        ValueError: a dataset has no question, or has one that does not fit the limits.
+        ValueError: shards that are damaged, or that another processor made.
     """
-    limits = catalog.stages[STAGE].limits
     outcome = Outcome()
     for benchmark in suite.benchmarks:
         try:
-            (row,) = catalog.select(STAGE, [benchmark.dataset])
-        except CatalogError:
-            outcome.skipped[benchmark.name] = f"the catalog has no evaluation row {benchmark.dataset!r}"
+            dataset = open_built(benchmark.dataset, shards, suite.catalog, subject)
+        except NotBuiltError as error:
+            outcome.skipped[benchmark.name] = str(error)
             continue
-        try:
-            left_out: list[str] = []
-            asked = questions(row, raw, benchmark.columns, limit, left_out)
-        except MissingSourceError as error:
-            outcome.skipped[benchmark.name] = f"{error}\n  {catalog.how_to_get(row)}"
-            continue
-        if not asked:
-            raise ValueError(f"benchmark {benchmark.name}: {raw / row.name} holds no question; make the data anew")
         settings = {
             "checkpoint": checkpoint,
-            "processor": subject.processor.settings,
-            "row": row.build_settings(),
-            "limits": asdict(limits),
+            "data": dataset.index.digest,
             "max_new_tokens": benchmark.max_new_tokens,
         }
-        result = run_benchmark(benchmark, asked, subject, limits, Store.of(answers, benchmark.name, settings), ranks)
+        store, draws = Store.of(answers, benchmark.name, settings), draws_of(dataset, limit)
+        result = run_benchmark(benchmark, dataset.tars, draws, subject, store, ranks)
         if result:
-            reasons = dict(Counter(left_out).most_common(REASONS_SHOWN))
-            outcome.results.append({**result, "num_left_out": len(left_out), "left_out": reasons})
+            outcome.results.append({**result, **left_out(dataset)})
     return outcome

@@ -163,7 +163,8 @@ class Processor:
         if notes := [note for part in parts for note in part.notes]:
             record["fitted"] = notes
         variants = tuple(tokens[variant] for variant in range(self.num_variants))
-        return Sample(key=example.key, record=record, variants=variants, images=tuple(stored.files))
+        asked = tuple(_tree(example.annotations, None)) if self.mode == "eval" else ()
+        return Sample(key=example.key, record=record, variants=variants, images=tuple(stored.files), asked=asked)
 
     def prompt(self, example: Example, limits: Limits, annotation: int = 0) -> Prompt:
         """Model inputs that ask `example.annotations[annotation]`; its answer may be empty and is not used.
@@ -223,7 +224,7 @@ class Processor:
     def _fit(self, example: Example, opened: Opened, limits: Limits, tiles: int, members: Sequence[int]) -> _Fitted:
         """One plan for the variants `members`, and the branches of each that fit beside it."""
         full = plan = visuals.full_plan(self.layout, opened, limits, tiles)
-        if isinstance(opened, Clip) and opened.pointed:
+        if isinstance(opened, Clip) and opened.pointed and self.mode != "eval":  # there the frames are the rule's alone
             visuals.check_points(example, plan, limits.fps)
         floor = max(1, full.budget // SHRINK_AT_MOST)
         while True:

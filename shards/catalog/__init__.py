@@ -235,6 +235,7 @@ class Row(Strict):
         table: how they are read.
         converter: a name in `shards.convert.CONVERTERS`.
         columns: what the converter's fields are called in the files; dotted for a field of a struct ("meta.id").
+        facts: name -> column that a metric reads beside the answer; kept with every question of stage "eval".
         optional: columns that some of the files lack; they are null there.
         lookups: tables that are joined to the rows.
         group_by: column whose equal values make one example (one image or video), or None: a row is an example.
@@ -261,6 +262,7 @@ class Row(Strict):
     table: TableFormat = TableFormat()
     converter: str
     columns: dict[str, str]
+    facts: dict[str, str] = {}
     optional: tuple[str, ...] = ()
     lookups: tuple[Lookup, ...] = ()
     group_by: str | None = None
@@ -283,11 +285,11 @@ class Row(Strict):
         others = [*self.media_from, *(e.raw for e in self.exclude if e.raw)]
         return tuple(dict.fromkeys([self.folder, *others]))
 
-    @property
-    def used_columns(self) -> list[str]:
+    def used_columns(self, stage: Stage) -> list[str]:
         """Every column that is read, sorted; dotted paths as they are."""
         parts: tuple[Filter | Exclusion | Lookup, ...] = (*self.filters, *self.exclude, *self.lookups)
         others = {part.column for part in parts}
+        others |= set(self.facts.values()) if stage == "eval" else set()
         return sorted({*self.columns.values(), *others, *([self.group_by] if self.group_by else [])})
 
     def build_settings(self) -> dict[str, Any]:

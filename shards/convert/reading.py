@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from shards.catalog import Exclusion, Row, Stage, split_of
 from shards.convert import CONVERTERS
 from shards.convert.common import Group, Omitted
-from shards.schema import Example
+from shards.schema import Example, RejectedError
 from shards.sources.joined import open_joined
 from shards.sources.media_files import MediaFiles
 from shards.sources.parquet import MissingSourceError, SourceError
@@ -18,14 +18,13 @@ from shards.sources.paths import at
 from shards.sources.tables import Table, open_table
 
 
-def open_rows(row: Row, stage: Stage, raw: Path, more: Iterable[str] = ()) -> Table:
+def open_rows(row: Row, stage: Stage, raw: Path) -> Table:
     """The files of a dataset's split.
 
     Args:
         row: the dataset.
         stage: whose split.
         raw: the dataset's raw folder; other raw folders lie beside it.
-        more: columns to read beyond those that the row names.
 
     Raises:
         MissingSourceError: files, or a folder of media, that are not there.
@@ -36,7 +35,7 @@ def open_rows(row: Row, stage: Stage, raw: Path, more: Iterable[str] = ()) -> Ta
         if not folder.is_dir():
             raise MissingSourceError(f"{row.name}: {folder}: no such folder")
     try:
-        columns = {*row.used_columns, *more}
+        columns = set(row.used_columns(stage))
         own = {name for name in columns if name.partition(".")[0] not in {lookup.name for lookup in row.lookups}}
         table = open_table(raw, row.files[split_of(stage)], own - set(row.optional), row.table)
         table = open_joined(table, raw, row.lookups, columns)
@@ -49,11 +48,9 @@ def open_rows(row: Row, stage: Stage, raw: Path, more: Iterable[str] = ()) -> Ta
     return table
 
 
-def read_groups(
-    row: Row, stage: Stage, raw: Path, table: Table, groups: Sequence[Sequence[int]], more: Iterable[str] = ()
-) -> Iterator[Group]:
-    """The groups of rows with these numbers; `raw` and `more` as in `open_rows`."""
-    rows = iter(table.read([number for numbers in groups for number in numbers], {*row.used_columns, *more}))
+def read_groups(row: Row, stage: Stage, raw: Path, table: Table, groups: Sequence[Sequence[int]]) -> Iterator[Group]:
+    """The groups of rows with these numbers; `raw` as in `open_rows`."""
+    rows = iter(table.read([number for numbers in groups for number in numbers], row.used_columns(stage)))
     others = tuple(raw.parent / name for name in row.media_from)
     media = MediaFiles(root=raw, templates=row.media, others=others)
     for numbers in groups:
@@ -63,7 +60,11 @@ def read_groups(
 
 
 def convert(group: Group) -> Iterator[Example | Omitted]:
-    """What becomes of a group: an `Omitted` for each row that the catalog leaves out, then the converter's."""
+    """What becomes of a group: an `Omitted` for each row that the catalog leaves out, then the converter's.
+
+    Raises:
+        RejectedError: by the converter; or facts are wanted and it is unclear from which row an annotation is.
+    """
     stay = []
     for index in range(len(group.values)):
         if reason := _left_out(group, index):
@@ -72,7 +73,25 @@ def convert(group: Group) -> Iterator[Example | Omitted]:
             stay.append(index)
     if stay:
         sources, values = tuple(group.sources[i] for i in stay), tuple(group.values[i] for i in stay)
-        yield from CONVERTERS[group.row.converter](replace(group, sources=sources, values=values))
+        kept = replace(group, sources=sources, values=values)
+        for made in CONVERTERS[group.row.converter](kept):
+            yield _with_facts(kept, made) if isinstance(made, Example) else made
+
+
+def _with_facts(group: Group, example: Example) -> Example:
+    """In stage "eval" every annotation with the facts of its row: there is one row, or one for each annotation."""
+    facts, rows, annotations = group.row.facts, group.values, example.annotations
+    if not facts or group.stage != "eval":
+        return example
+    if len(rows) not in {1, len(annotations)}:
+        raise RejectedError(
+            f"{len(rows)} rows made {len(annotations)} annotations: whose are the facts {', '.join(facts)}? "
+            "Leave `group_by` out of the catalog row"
+        )
+    own = rows * len(annotations) if len(rows) == 1 else rows
+    found = [{name: at(values, column) for name, column in facts.items()} for values in own]
+    pairs = zip(annotations, found, strict=True)
+    return replace(example, annotations=tuple(replace(annotation, facts=one) for annotation, one in pairs))
 
 
 def _left_out(group: Group, index: int) -> str:
