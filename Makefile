@@ -48,6 +48,7 @@ demo-steps:
 	$(CPU) python tools/build_shards.py --stage pretraining --catalog demo
 	$(CPU) python tools/build_shards.py --stage sft --catalog demo
 	$(CPU) python tools/build_shards.py --stage long --catalog demo
+	$(CPU) python tools/build_shards.py --stage eval --catalog demo
 	python tools/verify_shards.py $(MOLMO2_DATA)/shards
 	python tools/preview_mixture.py recipes/demo/stage2.yaml
 	$(LAUNCH) molmo2/train.py --recipe recipes/demo/stage1.yaml --all-stages

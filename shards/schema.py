@@ -196,8 +196,9 @@ class Sample:
     """What a shard stores for one example.
 
     `variants`: K arrays of `format.TOKEN_DTYPE`, visual placeholders unexpanded. `images`: JPEG files, stored as
-    `000.jpg`, `001.jpg`, … `asked`: in stage "eval" the annotation of every branch. `record`: the readable JSON, `docs/shard-format.md` lists its fields; the reader uses
-    `record["visuals"]` and `record["variants"][k].get("visuals")`.
+    `000.jpg`, `001.jpg`, … `asked`: in stage "eval" the annotation of every branch. `record`: the readable JSON,
+    `docs/shard-format.md` lists its fields; the reader uses `record["visuals"]` and
+    `record["variants"][k].get("visuals")`.
     """
 
     key: str

@@ -75,11 +75,15 @@ def convert(group: Group) -> Iterator[Example | Omitted]:
         sources, values = tuple(group.sources[i] for i in stay), tuple(group.values[i] for i in stay)
         kept = replace(group, sources=sources, values=values)
         for made in CONVERTERS[group.row.converter](kept):
-            yield _with_facts(kept, made) if isinstance(made, Example) else made
+            yield with_facts(kept, made) if isinstance(made, Example) else made
 
 
-def _with_facts(group: Group, example: Example) -> Example:
-    """In stage "eval" every annotation with the facts of its row: there is one row, or one for each annotation."""
+def with_facts(group: Group, example: Example) -> Example:
+    """In stage "eval" every annotation with the facts of its row: there is one row, or one for each annotation.
+
+    Raises:
+        RejectedError: there are other numbers of them.
+    """
     facts, rows, annotations = group.row.facts, group.values, example.annotations
     if not facts or group.stage != "eval":
         return example

@@ -4,32 +4,33 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import demo_eval
 import pytest
 import torch
+from demo_eval import CATALOG, DEMO
 
-from molmo2.demo.sets import SETS, make_set, texts
 from molmo2.eval.answers import Line, Store, weights_digest
 from molmo2.eval.benchmarks import SUITES, choose
-from molmo2.eval.held_out import as_batch, held_out_loss
+from molmo2.eval.held_out import held_out_loss
 from molmo2.eval.published import WITHOUT
+from molmo2.eval.questions import as_batch, draws_of, read_samples
 from molmo2.eval.report import render_worst
-from molmo2.eval.runner import Ranks, Subject, evaluate, questions, read_examples
+from molmo2.eval.runner import Ranks, evaluate
 from molmo2.export import export_model
 from molmo2.export_card import About
 from molmo2.model.config import PRESETS
-from molmo2.model.molmo2 import Molmo2
-from molmo2.processing import ProcessorSettings, build_processor
-from molmo2.processing.tokenizer import train_demo_tokenizer
-from shards.catalog import Filter, load_catalog
+from shards.catalog import Filter
+from shards.convert.reading import convert, open_rows, read_groups, with_facts
+from shards.dataset import open_dataset
+from shards.schema import RejectedError
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO = SUITES["demo"]
-CATALOG = load_catalog(DEMO.catalog)
 
 # the published evaluations of Molmo2, by the names of their datasets
 PUBLISHED = """
@@ -43,14 +44,9 @@ mevis ref-yt-vos molmo2-video-track-eval ref-davis17 reason-vos
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """Raw data of a few examples a set, and a small random model."""
-    raw = tmp_path_factory.mktemp("runs") / "raw"
-    for one in SETS:
-        make_set(one, raw, seed=0, scale=0.004, progress=lambda made, total: iter(made))
-    train_demo_tokenizer(texts(raw), raw / "tokenizer", PRESETS["tiny"].text.vocab_size)
-    settings = ProcessorSettings(preset="tiny", tokenizer_dir=str(raw / "tokenizer"), stage="eval", num_variants=1)
-    model = Molmo2(PRESETS["tiny"]).init_weights(0).eval()
-    return raw, Subject(model=model, processor=build_processor(settings), device=torch.device("cpu"), batch_size=2)
+    """Shards of a few examples a set, and a small random model."""
+    root = tmp_path_factory.mktemp("runs")
+    return root, demo_eval.build(root)
 
 
 def test_every_published_evaluation_has_a_benchmark_or_a_reason():
@@ -77,9 +73,9 @@ def test_suites_and_single_names_mix():
         choose("nextqa")
 
 
-def test_ranks_share_the_questions_and_give_the_answers_of_one(demo, tmp_path):
-    raw, subject = demo
-    arguments = (DEMO, CATALOG, raw, subject)
+def test_ranks_share_the_samples_and_give_the_answers_of_one(demo, tmp_path):
+    root, subject = demo
+    arguments = (DEMO, str(root / "shards"), subject)
     alone = evaluate(*arguments, tmp_path / "1", "d", limit=4)
     for rank in (2, 1, 0):  # rank 0 last: it gathers
         shared = evaluate(*arguments, tmp_path / "3", "d", limit=4, ranks=Ranks(rank=rank, world=3))
@@ -90,20 +86,21 @@ def test_ranks_share_the_questions_and_give_the_answers_of_one(demo, tmp_path):
 
 
 def test_what_is_answered_is_not_asked_again(demo, tmp_path, monkeypatch):
-    raw, subject = demo
-    first = evaluate(DEMO, CATALOG, raw, subject, tmp_path, "d", limit=4)
+    root, subject = demo
+    shards = str(root / "shards")
+    first = evaluate(DEMO, shards, subject, tmp_path, "d", limit=4)
     path = next(tmp_path.glob("image-QA-*/rank-00000.jsonl"))
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:2]) + lines[2][:9])  # killed in the third answer
     asked = []
     processor = subject.processor
     monkeypatch.setattr("molmo2.eval.runner.generate", _counted(asked))
-    again = evaluate(DEMO, CATALOG, raw, subject, tmp_path, "d", limit=4)
+    again = evaluate(DEMO, shards, subject, tmp_path, "d", limit=4)
     assert len(asked) == 2
     assert again == first
     assert subject.processor is processor
-    evaluate(DEMO, CATALOG, raw, subject, tmp_path, "other weights", limit=4)
-    assert len(asked) == 2 + 4 * len(DEMO.benchmarks)
+    evaluate(DEMO, shards, subject, tmp_path, "other weights", limit=4)
+    assert len(asked) == 2 + sum(result["num_questions"] for result in first.results)
 
 
 def _counted(asked):
@@ -116,35 +113,62 @@ def _counted(asked):
     return counted
 
 
-def test_missing_data_are_skipped_with_what_to_do(demo, tmp_path):
-    raw, subject = demo
-    here = tmp_path / "raw"
-    here.mkdir()
-    (here / "demo-image-qa").symlink_to(raw / "demo-image-qa")
-    outcome = evaluate(DEMO, CATALOG, here, subject, tmp_path / "a", "d", limit=1)
+def test_datasets_that_are_not_built_are_skipped_with_what_to_do(demo, tmp_path):
+    root, subject = demo
+    here = tmp_path / "shards"
+    (here / "eval").mkdir(parents=True)
+    (here / "eval/demo-image-qa").symlink_to(root / "shards/eval/demo-image-qa")
+    outcome = evaluate(DEMO, str(here), subject, tmp_path / "a", "d", limit=1)
     assert [result["name"] for result in outcome.results] == ["image QA"]
     assert set(outcome.skipped) == {"counting", "pointing at all", "pointing", "video QA"}
-    assert "no such folder" in outcome.skipped["counting"] and "make demo" in outcome.skipped["counting"]
+    assert "build_shards.py --catalog demo --stage eval --datasets demo-count" in outcome.skipped["counting"]
 
 
-def test_columns_of_a_row_need_a_row_for_each_example(demo):
-    raw, _ = demo
-    (row,) = CATALOG.select("eval", ["demo-points"])
-    (found,) = questions(row, raw, {"marks": "boxes"}, 1)
-    assert list(found.row) == ["marks"]
-    grouped = CATALOG.select("eval", ["demo-count"])[0].model_copy(update={"group_by": "label"})
-    with pytest.raises(ValueError, match=r"rows make one example.*boxes"):
-        questions(grouped, raw, {"marks": "boxes"})
+def test_a_damaged_sample_ends_the_evaluation(demo, tmp_path):
+    """A score over the rest would be of other questions."""
+    root, subject = demo
+    shutil.copytree(root / "shards/eval/demo-image-qa", tmp_path / "shards/eval/demo-image-qa")
+    tar = tmp_path / "shards/eval/demo-image-qa/000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[2000] ^= 1
+    tar.write_bytes(data)
+    suite = replace(DEMO, benchmarks=DEMO.benchmarks[:1])
+    with pytest.raises(ValueError, match=r"demo-image-qa/000000.tar, sample 0 .*checksum .*--repair"):
+        evaluate(suite, str(tmp_path / "shards"), subject, tmp_path / "a", "d", limit=2)
+
+
+def test_facts_are_those_of_the_annotations_own_row(demo):
+    """One row, or one for each annotation: then it is clear whose they are."""
+    root, _ = demo
+
+    def groups(name, facts):
+        (row,) = CATALOG.select("eval", [name])
+        row, raw = row.model_copy(update={"facts": facts}), root / "raw" / name
+        table = open_rows(row, "eval", raw)
+        return list(read_groups(row, "eval", raw, table, table.groups(row.group_by)))
+
+    def check(group, name, say):
+        (example,) = convert(group)
+        assert [dict(one.facts) for one in example.annotations] == [{name: say(one)} for one in example.annotations]
+        return example
+
+    for group in groups("demo-points", {"name": "label"}):
+        check(group, "name", lambda one: one.label)
+    for group in groups("demo-video-qa", {"said": "Answer"}):
+        example = check(group, "said", lambda one: one.answer)
+        assert len(group.values) == len(example.annotations) == 2
+    with pytest.raises(RejectedError, match=r"2 rows made 3 annotations: whose are the facts said"):
+        with_facts(group, replace(example, annotations=example.annotations + example.annotations[:1]))
 
 
 def test_rows_left_out_are_counted(demo, tmp_path):
-    raw, subject = demo
+    root, subject = demo
     (row,) = CATALOG.select("eval", ["demo-image-qa"])
-    answers = [example.annotations[0].answer for example, _ in read_examples(row, raw)]
+    answers = [question.asked.answer for question in demo_eval.questions(root / "shards", row.name)]
     rule = Filter(column="qa_pairs.answer", op="not_in", value=[[answers[0]]])
-    catalog = CATALOG.model_copy(update={"rows": (row.model_copy(update={"filters": (rule,)}),)})
+    demo_eval.build_row(row.model_copy(update={"filters": (rule,)}), root / "raw", tmp_path)
     suite = replace(DEMO, benchmarks=DEMO.benchmarks[:1])
-    (result,) = evaluate(suite, catalog, raw, subject, tmp_path, "d").results
+    (result,) = evaluate(suite, str(tmp_path), subject, tmp_path / "a", "d").results
     assert result["num_left_out"] == answers.count(answers[0])
     assert result["num_left_out"] + result["num_questions"] == len(answers)
     assert all("filter: qa_pairs.answer" in reason for reason in result["left_out"])
@@ -182,31 +206,32 @@ def test_digest_of_weights():
 @pytest.mark.parametrize("name", ["demo-image-qa", "demo-video-qa"])
 def test_loss_is_the_mean_over_all_weights_whatever_the_ranks(demo, tmp_path, name):
     """Held to cross entropy of the model's own logits, weighted token by token."""
-    raw, subject = demo
+    root, subject = demo
     for rank in (1, 0):
         ranks = Ranks(rank=rank, world=2)
-        found = held_out_loss(name, CATALOG, raw, subject, tmp_path, "d", limit=3, ranks=ranks)
-    (row,) = CATALOG.select("eval", [name])
+        found = held_out_loss(name, "demo", str(root / "shards"), subject, tmp_path, "d", limit=3, ranks=ranks)
+    dataset = open_dataset(str(root / "shards/eval"), name)
     total = weight = 0.0
-    for example, _ in list(read_examples(row, raw))[:3]:
-        b = as_batch(subject.processor.layout, subject.processor(example, CATALOG.stages["eval"].limits))
+    for draw, stored in read_samples(dataset.tars, draws_of(dataset, 3)):
+        b = as_batch(subject.processor.layout, draw, stored)
         with torch.no_grad():
             logits = subject.model(b.input_ids, b.position_ids, b.segment_ids, b.is_visual, b.pixels, b.pooling)
         kept = b.loss_weights > 0  # elsewhere a label may be a visual token, which no logit is for
         each = -logits[kept].float().log_softmax(-1).gather(-1, b.labels[kept][:, None])[:, 0]
         total += float((each * b.loss_weights[kept]).sum())
         weight += float(b.loss_weights.sum())
-    assert (found["num_examples"], found["num_rejected"]) == (3, 0)
+    assert (found["num_samples"], found["num_left_out"]) == (3, 0)
     assert found["weight"] == pytest.approx(weight)
     assert found["loss"] == pytest.approx(total / weight, rel=1e-5)
 
 
 def test_the_tool_on_two_ranks(demo, tmp_path, monkeypatch):
     """torchrun, plain python and a second start: the same results; JSON and a page without links."""
-    raw, subject = demo
+    root, subject = demo
     weights = dict(subject.model.state_dict())
-    export_model(PRESETS["tiny"], weights, raw / "tokenizer", tmp_path / "model", About(origin={"run": "t"}))
-    tool = ["tools/evaluate.py", "--checkpoint", tmp_path / "model", "--raw", raw, "--limit", "3", "--device", "cpu"]
+    export_model(PRESETS["tiny"], weights, root / "raw/tokenizer", tmp_path / "model", About(origin={"run": "t"}))
+    tool = ["tools/evaluate.py", "--checkpoint", tmp_path / "model", "--shards", root / "shards"]
+    tool += ["--limit", "3", "--device", "cpu"]
     chosen = ["--benchmarks", "counting,mmiu", "--loss", "demo-image-qa"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -6,7 +6,8 @@ import engine_cases
 import torch
 from PIL import Image
 
-from molmo2.held_out import chosen, question
+from molmo2.eval.questions import prompt_of
+from molmo2.held_out import chosen
 from molmo2.inspection.pictures import LARGE, Mark, picture, raster
 from shards.plan import Cursor, Draw, PackSpec, StepSpec
 
@@ -17,7 +18,7 @@ def test_a_question_ends_where_its_first_answer_begins() -> None:
     batch.loss_weights.zero_()
     for place in (2, 3, 5):  # an answer of two tokens, and one of a later turn
         batch.loss_weights[0, own[place]] = 1
-    found = question(batch)
+    found = prompt_of(batch)
     assert found is not None
     prompt, expected = found
     trunk = batch.input_ids[0][batch.segment_ids[0] == 10_000]
@@ -25,7 +26,7 @@ def test_a_question_ends_where_its_first_answer_begins() -> None:
     assert expected.tolist() == batch.labels[0, own[2:4]].tolist()
     assert len(prompt.is_visual) == len(prompt.input_ids) and len(prompt.pixels)
     batch.loss_weights.zero_()
-    assert question(batch) is None
+    assert prompt_of(batch) is None
 
 
 def test_datasets_take_turns() -> None:
