@@ -25,7 +25,7 @@ $(INSTALLED): setup.cfg pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	pip install --quiet --upgrade pip 'setuptools>=77' wheel ninja
 	pip install --quiet --progress-bar off torch torchvision
-	pip install --quiet --progress-bar off --no-build-isolation -e '.[dev,demo,eval,s3,wandb,lora]'
+	pip install --quiet --progress-bar off --no-build-isolation -e '.[dev,demo,eval,s3,wandb,lora,datatrove]'
 	touch $@
 
 # A browser for the tests of pages; where it cannot be installed they are skipped, and say so.

@@ -37,6 +37,7 @@ class Processor(Protocol):
         """The sample of an example; raises `RejectedError`."""
 
 
+FITTED = {"shrunk": "crops", "parts": "annotations"}  # counts in a part -> the note in a record's "fitted"
 ProcessorFactory = Callable[[], Processor]  # picklable: every worker makes its own
 
 
@@ -141,6 +142,8 @@ def _samples(task: Task, processor: Processor, totals: Counter[str], rejects: li
                 for made in _process(processor, item, task.settings.limits):
                     if isinstance(made, Sample):
                         totals["annotations"] += int(made.variants[0]["branch"][-1])
+                        notes = made.record.get("fitted", ())
+                        totals.update(kind for kind, noted in FITTED.items() if any(noted in note for note in notes))
                         yield made
                     else:
                         rejects.append(_reject(task.row.name, item.key, item.source, str(made)))

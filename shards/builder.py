@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from shards.build_folder import BuildError, check_mark, claim, join, locked
 from shards.build_pool import build_all
-from shards.build_task import Failure, Part, Processor, ProcessorFactory, Task, failed, finished
+from shards.build_task import FITTED, Failure, Part, Processor, ProcessorFactory, Task, failed, finished
 from shards.catalog import Row, Stage, StageSettings
 from shards.convert import CONVERTERS
 from shards.convert.reading import open_rows
@@ -54,12 +54,14 @@ class Built:
         made: totals of the shards that this run made, by the names of `Totals`.
         num_made: how many these are.
         num_kept: shards of the share that earlier runs had finished.
+        fitted: samples of the whole, or the share, that were "shrunk" or are "parts" of a tree, to fit the stage.
     """
 
     index: DatasetIndex | None
     made: Counter[str]
     num_made: int
     num_kept: int
+    fitted: dict[str, int]
 
 
 def build_dataset(
@@ -132,7 +134,8 @@ def build_dataset(
                 raise BuildError(f"{label}: no sample was made; {storage.root}/{REJECTS_NAME} says why")
             check_mark(storage, build)
             storage.write(INDEX_NAME, (index.model_dump_json(indent=1) + "\n").encode())
-    return Built(index=index, made=made, num_made=len(waiting), num_kept=len(kept))
+    fitted = {name: sum(part.totals.get(name, 0) for part in parts.values()) for name in FITTED}
+    return Built(index=index, made=made, num_made=len(waiting), num_kept=len(kept), fitted=fitted)
 
 
 def _plan(

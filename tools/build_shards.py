@@ -39,7 +39,9 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", required=True, choices=STAGES)
-    parser.add_argument("--catalog", default="molmo2", help="name of a catalog, or a YAML file (%(default)s)")
+    parser.add_argument(
+        "--catalog", "--source", default="molmo2", help="name of a catalog, or a YAML file of your own (%(default)s)"
+    )
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help="only these (all of the stage)")
     parser.add_argument("--raw", type=Path, default=data_path("raw"), help="raw data (%(default)s)")
     parser.add_argument("--out", default=str(data_path("shards")), help="shards, a folder or s3://… (%(default)s)")
@@ -150,13 +152,17 @@ def report(label: str, built: Built, share: tuple[int, int], out: str, seconds: 
     rejects = storage.read(REJECTS_NAME).splitlines()
     reasons = Counter(json.loads(line)["reason"].split(":")[0] for line in rejects)
     made = {"shards": built.num_made, "seconds": seconds, "samples_per_second": built.made["samples"] / seconds}
-    told = {**totals.model_dump(), "shards": len(built.index.shards), "left_out": dict(reasons), "made": made}
+    told = {**totals.model_dump(), **built.fitted, "shards": len(built.index.shards)}
+    told |= {"left_out": dict(reasons), "made": made}
     storage.write(REPORT_NAME, (json.dumps(told, indent=1) + "\n").encode())
     print(
         f"{label}: {totals.samples} samples (message trees) of {totals.annotations} annotations, "
         f"{totals.tokens:,} tokens, {totals.crops} crops, {totals.frames} frames, {totals.bytes / 1e9:.3f} GB in "
         f"{len(built.index.shards)} shards, {totals.rejects} left out; made {speed}"
     )
+    if any(built.fitted.values()):
+        shrunk, parts = built.fitted["shrunk"], built.fitted["parts"]
+        print(f"  to fit: {shrunk} samples have fewer crops or frames than wanted, {parts} are parts of a larger tree")
     for reason, count in reasons.most_common(5):
         print(f"  left out: {count} x {reason}")
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
-from build_cases import build, catalog, tree
+from build_cases import build, build_share, catalog, tree
 
 from shards.build_folder import BuildError
 from shards.catalog import Filter, Stage
@@ -304,18 +304,22 @@ def test_a_tree_that_does_not_fit_becomes_several_samples(raw: Path, tmp_path: P
     settings = catalog("sft").stages["sft"]
     tight = settings.model_copy(update={"limits": dataclasses.replace(settings.limits, sequence_length=160)})
     wide = build(raw, tmp_path / "wide", "demo-video-qa", "sft")
-    index = build(raw, tmp_path / "tight", "demo-video-qa", "sft", settings=tight)
+    built = build_share(raw, tmp_path / "tight", "demo-video-qa", "sft", settings=tight)
+    assert (index := built.index) is not None
     assert index.totals.annotations == wide.totals.annotations
     assert index.totals.rejects == wide.totals.rejects
     assert index.totals.samples > wide.totals.samples
     parts: dict[str, int] = {}
+    shrunk = 0
     for path in sorted((tmp_path / "tight").rglob("*.tar")):
         with tarfile.open(path) as tar:
             records = [json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")]  # type: ignore[arg-type]
         for record in records:
             notes = [note["annotations"] for note in record.get("fitted", []) if "annotations" in note]
+            shrunk += any("crops" in note for note in record.get("fitted", []))
             parts[record["key"]] = notes[0]["kept"] if notes else 0
             assert not notes or notes[0]["kept"] == max(m["branch"] for m in record["variants"][0]["messages"])
     halves = [key for key in parts if key.endswith(("-a", "-b"))]
     assert halves and all(parts[key] for key in halves)
+    assert built.fitted == {"shrunk": shrunk, "parts": len(halves)} and shrunk > 0
     assert not any(parts[key] for key in parts.keys() - set(halves))

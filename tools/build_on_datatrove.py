@@ -1,0 +1,99 @@
+"""Build shards with datatrove's executors: processes of this machine, a Slurm job array, or Ray.
+
+    python tools/build_on_datatrove.py --engine local --tasks 4 -- --stage sft --catalog demo --workers 1
+    python tools/build_on_datatrove.py --engine slurm --tasks 64 --partition cpu --cpus 16 -- --stage sft --workers 16
+
+What follows `--` goes to tools/build_shards.py, of which task r/N is one task of the engine; one more run, after all
+of them, closes the datasets. Finished shards are kept, so the same command continues. Needs the extra "datatrove".
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from molmo2.config import data_path
+
+TOOL = Path(__file__).resolve().with_name("build_shards.py")
+ENGINES = ("local", "slurm", "ray")
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", required=True, choices=ENGINES)
+    parser.add_argument("--tasks", type=int, required=True, help="shares of the shards, as many as can run at once")
+    parser.add_argument("--logs", default=str(data_path("logs/datatrove")), help="the engine's folder (%(default)s)")
+    parser.add_argument("--partition", help="of Slurm")
+    parser.add_argument("--time", default="24:00:00", help="limit of a Slurm job (%(default)s)")
+    parser.add_argument("--cpus", type=int, default=1, help="of a task, for Slurm and Ray (%(default)s)")
+    parser.add_argument("--gb", type=int, default=4, help="memory for each of them (%(default)s)")
+    parser.add_argument("--sbatch", nargs="*", default=[], metavar="KEY=VALUE", help="more for Slurm: account=lab …")
+    parser.add_argument("build", nargs="+", metavar="-- …", help="arguments of build_shards.py")
+    args = parser.parse_args()
+    if args.engine == "slurm" and not args.partition:
+        parser.error("--engine slurm needs --partition")
+    if wrong := [pair for pair in args.sbatch if "=" not in pair]:
+        parser.error(f"--sbatch {wrong[0]}: write KEY=VALUE")
+    if args.tasks < 1:
+        parser.error(f"--tasks {args.tasks}: at least one")
+    if "--task" in args.build:
+        parser.error("--task is the engine's to say; take it from the arguments after --")
+    return args
+
+
+def build_share(data: Any, rank: int, world_size: int, *, command: Sequence[str]) -> Any:
+    """A step of a datatrove pipeline without documents: share `rank` of `world_size`, in a process of its own.
+
+    Not in the engine's: decoders are killed when they hang, and an engine's workers may have no processes.
+    """
+    import subprocess  # here: the function travels to other machines without its module
+
+    subprocess.run([*command, "--task", f"{rank}/{world_size}"], check=True)
+    yield from data or ()
+
+
+def executor(args: argparse.Namespace, name: str, tasks: int, depends: Any = None) -> Any:
+    """The engine's executor of `tasks` shares, after `depends`."""
+    step: Callable[..., Any] = functools.partial(build_share, command=[sys.executable, str(TOOL), *args.build])
+    # Which shards are finished is the builder's to know: an engine that skips tasks does not see that data changed.
+    common: dict[str, Any] = {"logging_dir": f"{args.logs}/{name}", "skip_completed": False, "depends": depends}
+    if args.engine == "local":
+        from datatrove.executor import LocalPipelineExecutor
+
+        return LocalPipelineExecutor([step], tasks=tasks, workers=tasks, **common)
+    common |= {"cpus_per_task": args.cpus, "mem_per_cpu_gb": args.gb}
+    if args.engine == "ray":
+        from datatrove.executor.ray import RayPipelineExecutor
+
+        return RayPipelineExecutor([step], tasks=tasks, **common)
+    from datatrove.executor.slurm import SlurmPipelineExecutor
+
+    site: dict[str, Any] = {"partition": args.partition, "time": args.time, "qos": ""}
+    site["sbatch_args"] = dict(pair.split("=", 1) for pair in args.sbatch)
+    # The environment of this shell, to which the engine's own command belongs; logs are not mailed.
+    path = f"export PATH={Path(sys.executable).parent}:$PATH"
+    return SlurmPipelineExecutor([step], tasks=tasks, job_name=f"shards-{name}", env_command=path, **site, **common)
+
+
+def main() -> None:
+    """All shares, then the whole."""
+    args = parse_args()
+    try:
+        import datatrove  # noqa: F401
+    except ModuleNotFoundError:
+        raise ValueError("datatrove is not installed: pip install -e '.[datatrove]'") from None
+    shares = executor(args, "shares", args.tasks)
+    executor(args, "whole", 1, depends=shares).run()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"build_on_datatrove: {error}")
