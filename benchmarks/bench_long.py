@@ -18,12 +18,14 @@ The last line is one JSON object; what was not measured is not in it.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import resource
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,9 +33,12 @@ import torch.distributed as dist
 from bench_plan import cpu_name
 from torch import Tensor
 
+from molmo2.config import load_recipe
+from molmo2.estimate import activation_bytes, count_kept, kept_bytes
 from molmo2.loss import weighted_loss
 from molmo2.model.attention import dense_attention, flex, tiled_attention
 from molmo2.model.config import PRESETS
+from molmo2.model.connector import Connector
 from molmo2.model.flops import attention_pairs
 from molmo2.model.mask import MEMBER, TRUNK, AttentionMask
 from molmo2.model.molmo2 import Molmo2
@@ -46,8 +51,10 @@ from shards.share import split_visuals
 LENGTHS = (1024, 2048, 4096, 8192, 16_384, 36_864)
 DENSE_UP_TO = 8192
 HEADS, KV_HEADS, DIM = 8, 2, 64
+PER_FRAME = 93  # visual tokens of a frame of the whole pack: 384 of them and the words fill the row
 FRAMES = 384
 GIB = 2**30
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def layout(kind: str, length: int) -> tuple[Tensor, Tensor]:
@@ -101,11 +108,10 @@ def whole_pack(rank: int, world: int, folder: str, answers: Any) -> None:
     model = Molmo2(config).init_weights()
     model.set_checkpointing(True)
     model.train()
-    per_frame = 93  # visual tokens that each frame contributes here: 384 of them and the words fill the row
     length, words = LENGTHS[-1], 60
-    frame = torch.arange(length - words) // (per_frame + 3)
+    frame = torch.arange(length - words) // (PER_FRAME + 3)
     visual = torch.zeros(1, length, dtype=torch.bool)
-    visual[0, : length - words] = (torch.arange(length - words) % (per_frame + 3) >= 3) & (frame < FRAMES)
+    visual[0, : length - words] = (torch.arange(length - words) % (PER_FRAME + 3) >= 3) & (frame < FRAMES)
     counts = torch.bincount(frame[visual[0, : length - words]], minlength=FRAMES)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (FRAMES, config.crop_size, config.crop_size, 3), generator=generator).to(torch.uint8)
@@ -138,6 +144,24 @@ def whole_pack(rank: int, world: int, folder: str, answers: Any) -> None:
         "bytes": peak_memory("cpu") - before,
     }
     dist.destroy_process_group()
+
+
+def modelled(world: int) -> float:
+    """Bytes of a rank's activations in `whole_pack` as `train.py --dry-run` counts them; the few logits left out."""
+    config = PRESETS["tiny"]
+    connector = Connector(config.connector, config.vit, config.text)
+    width = config.vit.hidden_size * len(config.vit.feature_layers)
+    features = torch.zeros(1, config.patches_per_crop, width, requires_grad=True)
+    pooling = torch.randint(0, config.patches_per_crop, (PER_FRAME, 9))
+    frame = kept_bytes(connector, lambda: connector(features, pooling)) + features.nbytes
+    kept = dataclasses.replace(count_kept(config, torch.float32), connector=frame)
+    recipe = load_recipe(ROOT / "recipes/demo/stage3.yaml")
+    data = recipe.data.model_copy(update={"sequence_length": LENGTHS[-1], "max_crops": FRAMES})
+    train = recipe.train.model_copy(
+        update={"sp": world, "micro_batch": 1, "activation_checkpointing": True, "chunk_crops": FRAMES}
+    )
+    parts = activation_bytes(recipe.model_copy(update={"data": data, "train": train}), config, kept)
+    return sum(parts[name] for name in ("language model", "vision", "connector"))
 
 
 def in_a_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -194,7 +218,7 @@ def main() -> None:
             print(
                 f"36,864 tokens, 384 frames, {name}: loss {ranks[0]['loss']:.5f}, "
                 f"{max(r['seconds'] for r in ranks):.0f} s, "
-                f"{max(r['bytes'] for r in ranks) / GIB:.2f} GiB a rank"
+                f"{max(r['bytes'] for r in ranks) / GIB:.2f} GiB a rank, {modelled(len(ranks)) / GIB:.2f} by the model"
             )
         off = abs(shared[0]["loss"] - alone[0]["loss"]) / alone[0]["loss"]
         bars["loss_sp2_against_sp1"] = {"value": off, "bar": 1e-5, "ok": off <= 1e-5}
