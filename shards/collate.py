@@ -25,6 +25,7 @@ from shards.share import split_visuals
 MEMBER = 100_000  # segment ids of one member of a pack lie in [number * MEMBER, (number + 1) * MEMBER)
 TRUNK = 10_000  # the shared trunk: above every branch, since a query sees segments that are not below its own
 PAD_SEGMENT = 2**31 - 1
+ALIGNED = 64  # bytes: where tensors begin in a buffer
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -90,9 +91,33 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed: dict[str, Any] = {name: change(v) for name, v in values.items() if isinstance(v, Tensor)}
+        changed: dict[str, Any] = {name: change(value) for name, value in self._tensors().items()}
         return dataclasses.replace(self, **changed)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel from a worker as one piece of shared memory: eleven would cost the trainer a millisecond more."""
+        arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in self._tensors().items()}
+        starts = np.cumsum([0, *(-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays.values())]).tolist()
+        buffer = torch.zeros(starts[-1], dtype=torch.uint8)
+        places = {}
+        for start, (name, array) in zip(starts, arrays.items(), strict=False):  # the last is the end
+            buffer.numpy()[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+            places[name] = (self._tensors()[name].dtype, array.shape, start, start + array.nbytes)
+        fields = dataclasses.fields(self)
+        others = {field.name: getattr(self, field.name) for field in fields if field.name not in places}
+        return _unpacked, (buffer, places, others)
+
+
+def _unpacked(
+    buffer: Tensor, places: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]], others: dict[str, Any]
+) -> Batch:
+    for name, (dtype, shape, start, end) in places.items():
+        others[name] = buffer[start:end].view(dtype).view(shape)
+    return Batch(**others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

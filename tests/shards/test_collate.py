@@ -1,6 +1,7 @@
 """From a pack of read samples to tensors."""
 
-from dataclasses import replace
+import pickle
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -192,3 +193,18 @@ def test_segment_numbers_are_the_models() -> None:
 
     for name in ("MEMBER", "TRUNK", "PAD_SEGMENT"):
         assert getattr(mask, name) == getattr(collate_module, name)
+
+
+@pytest.mark.parametrize("members", [[0, 1, 2, 3], [0, 3]])
+def test_a_batch_travels_as_one_piece(dataset: Dataset, members: list[int]) -> None:
+    batch = batch_of(dataset, [members])
+    copy = pickle.loads(pickle.dumps(batch))
+    storages = set()
+    for field in fields(batch):
+        sent, got = getattr(batch, field.name), getattr(copy, field.name)
+        if isinstance(sent, torch.Tensor):
+            assert sent.dtype == got.dtype and torch.equal(sent, got), field.name
+            storages.add(got.untyped_storage().data_ptr())
+        else:
+            assert sent == got, field.name
+    assert len(storages) == 1
