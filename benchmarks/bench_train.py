@@ -6,8 +6,8 @@
 The tiny model on synthetic images and text, packs of 4,096 tokens, one rank on one thread, one loader worker:
 
     overhead     seconds of a step in `molmo2/train.py` (DeepSpeed, norms, log, TensorBoard, watchdog) over those of
-                 a loop of forward, backward and AdamW alone, on the same packs held in memory; both thrice, in turn, the
-                 fastest of each: what else the machine does only adds
+                 a loop of forward, backward and AdamW alone, on the same packs held in memory; both thrice, in turn,
+                 the fastest of each: what else the machine does only adds
     data wait    share of a step spent waiting for the loader, shards on this disk and in a real S3 server 50 ms away
     checkpoint   seconds to write one, and to find, check and load it
 
