@@ -123,16 +123,20 @@ class PointGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Points(Annotated):
-    """Everything that `label` names, pointed at. No groups means that there is none."""
+    """Everything that `label` names, pointed at. No groups means that there is none.
+
+    `number` says how many there are where nobody has pointed at them.
+    """
 
     label: str
     groups: tuple[PointGroup, ...]
     question: str = ""
+    number: int | None = None
 
     @property
     def count(self) -> int:
-        """Number of points in all groups."""
-        return sum(len(group.points) for group in self.groups)
+        """Number of points in all groups, or `number`."""
+        return sum(len(group.points) for group in self.groups) if self.number is None else self.number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

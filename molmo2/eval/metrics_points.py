@@ -79,8 +79,8 @@ def point_f1(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Scor
 
 
 def all_in_mask(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
-    """There is a point, and all lie in `row["mask"]`. Chance: one random point."""
-    mask = mask_of(row["mask"])
+    """There is a point, and all lie in `row["masks"]`, one mask. Chance: one random point."""
+    (mask,) = map(mask_of, row["masks"])
     points = parse_points(prediction)
     return Score(float(bool(points) and all(inside(p.x, p.y, mask) for p in points)), float(mask.mean()))
 

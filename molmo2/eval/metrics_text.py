@@ -135,11 +135,16 @@ def relaxed_accuracy(prediction: str, asked: Annotation, row: Mapping[str, Any])
 
 
 def answer_or_choice(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
-    """For benchmarks with questions of both forms: the right option, or the answer exactly (numbers by value)."""
+    """For benchmarks with questions of both forms: the right option, or the answer exactly.
+
+    Numbers are compared by value, rounded to `row["precision"]` decimals where the benchmark gives them.
+    """
     if isinstance(asked, Choice):
         return multiple_choice(prediction, asked, row)
     assert isinstance(asked, Text)
     found, wanted = number_of(prediction), number_of(asked.answer)
     if found is not None and wanted is not None:
+        if row.get("precision") is not None:
+            found, wanted = (round(number, int(row["precision"])) for number in (found, wanted))
         return Score(float(found == wanted))
     return exact_match(prediction, asked, row)

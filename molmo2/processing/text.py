@@ -135,7 +135,7 @@ def _points(points: Points, mode: str, rng: np.random.Generator | None, video: b
     else:
         question = points.question or _template(points.style, rng, label=label)
     text = format_points(points.groups, label, seconds=video, separator=_separator(mode))
-    if points.style in _COUNT_ONLY:
+    if points.style in _COUNT_ONLY or points.number is not None:
         return question, str(points.count)
     if points.count == 0:
         return question, "There are none."

@@ -7,6 +7,7 @@ left out, and what it weighs. What a column means is the converter's business; h
 from __future__ import annotations
 
 import re
+import string
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -181,6 +182,7 @@ class Exclusion(Strict):
 
     Attributes:
         column: name or dotted path of a column.
+        keep: the other way round, those rows stay and all others are left out.
         files: glob of the files with the list, below the raw folder.
         raw: another raw folder with those files.
         table: how they are read.
@@ -189,6 +191,7 @@ class Exclusion(Strict):
     """
 
     column: str
+    keep: bool = False
     files: str
     raw: str | None = None
     table: TableFormat = TableFormat()
@@ -207,15 +210,43 @@ class Lookup(Strict):
         name: what its columns are called: "NAME.column". In an object of plain values they are in the column "value".
         files: glob of its files.
         table: how they are read.
-        key: its column that is looked up; unique, else the first counts.
-        column: the row's column that is looked for.
+        key: its column that is looked up; unique, else the first counts. Without it the n-th row belongs to the n-th.
+        column: the row's column that is looked for; of a list every item is.
     """
 
     name: str
     files: str
     table: TableFormat = TableFormat()
-    key: str
-    column: str
+    key: str | None = None
+    column: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.key is None) != (self.column is None):
+            raise ValueError(f"lookup {self.name}: `key` and `column` belong together")
+        return self
+
+
+class Masks(Strict):
+    """Masks that lie in image files: the fact `masks` of a row's questions in stage "eval".
+
+    Attributes:
+        files: template of an image file, `{NAME}` being a column's value. With a "*" in the file's name those are the
+            frames of a video, in the order of their names; a "*" further up is any part of a folder's name.
+        objects: column with the ids of the objects. Each has files of its own if `files` holds `{object}`, else its id
+            is the value of its pixels.
+        above: a pixel belongs to the mask where its value is greater, unless ids are pixel values.
+    """
+
+    files: str
+    objects: str | None = None
+    above: int = 0
+
+    @property
+    def columns(self) -> set[str]:
+        """The columns that it reads."""
+        named = {name for _, name, _, _ in string.Formatter().parse(self.files) if name}
+        return (named - {"object"}) | ({self.objects} if self.objects else set())
 
 
 class Row(Strict):
@@ -236,11 +267,12 @@ class Row(Strict):
         converter: a name in `shards.convert.CONVERTERS`.
         columns: what the converter's fields are called in the files; dotted for a field of a struct ("meta.id").
         facts: name -> column that a metric reads beside the answer; kept with every question of stage "eval".
+        masks: masks in files, another fact.
         optional: columns that some of the files lack; they are null there.
         lookups: tables that are joined to the rows.
         group_by: column whose equal values make one example (one image or video), or None: a row is an example.
         filters: which rows stay; the others are recorded as left out.
-        exclude: rows that another file lists, a benchmark's images for instance.
+        exclude: rows that another file lists, a benchmark's images for instance, or that it does not.
         options: parameters of the converter.
         loss_weight: flat weight of a loss token by stage; a stage that is not named follows the length rule.
         media: template of a media file's path, or several to try in order; `{value}` is the media column's value,
@@ -263,6 +295,7 @@ class Row(Strict):
     converter: str
     columns: dict[str, str]
     facts: dict[str, str] = {}
+    masks: Masks | None = None
     optional: tuple[str, ...] = ()
     lookups: tuple[Lookup, ...] = ()
     group_by: str | None = None
@@ -288,8 +321,9 @@ class Row(Strict):
     def used_columns(self, stage: Stage) -> list[str]:
         """Every column that is read, sorted; dotted paths as they are."""
         parts: tuple[Filter | Exclusion | Lookup, ...] = (*self.filters, *self.exclude, *self.lookups)
-        others = {part.column for part in parts}
-        others |= set(self.facts.values()) if stage == "eval" else set()
+        others = {part.column for part in parts if part.column is not None}
+        if stage == "eval":
+            others |= {*self.facts.values(), *(self.masks.columns if self.masks else ())}
         return sorted({*self.columns.values(), *others, *([self.group_by] if self.group_by else [])})
 
     def build_settings(self) -> dict[str, Any]:

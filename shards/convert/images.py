@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import PIL.Image
@@ -32,7 +33,7 @@ def image_points(group: Group) -> Iterator[Example | Omitted]:
 
     `options.scale` says what coordinates are: "percent", "pixel", "unit" (0 - 1) or "thousand" (0 - 1000). Labels of
     more than `options.max_points` points are left out, and an example holds at most as many in all. A row has one
-    label, or a list of labels with a list of points for each.
+    label, or a list of labels with a list of points for each. The field `number` is the count where nobody pointed.
     """
     most = int(group.option("max_points"))
     image = group.image()
@@ -44,13 +45,15 @@ def image_points(group: Group) -> Iterator[Example | Omitted]:
             points = to_fractions(xy_pairs(value), scale)
             if label and len(points) <= most:
                 found = (PointGroup(at=1, points=points),) if points else ()
-                labels.append(Points(style="", label=label, question=question, groups=found))
+                number = None if points else group.get("number", index)
+                labels.append(Points(style="", label=label, question=question, groups=found, number=number))
             else:
                 yield group.omit(f"more than {most} points: {len(points)}" if label else "no label", index)
     for style in group.option("styles") if group.stage != "eval" else group.option("styles")[:1]:
         for number, run in enumerate(packed_points(labels, most)):
-            named = [Points(style=style, label=p.label, question=p.question, groups=p.groups) for p in run]
-            yield group.example(named, images=[image], suffix=f"-{style}-{number}")
+            yield group.example(
+                [replace(points, style=style) for points in run], images=[image], suffix=f"-{style}-{number}"
+            )
 
 
 def _labelled(group: Group, index: int) -> Iterator[tuple[str, str, Any]]:

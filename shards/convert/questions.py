@@ -7,9 +7,11 @@ of the same length, and the questions of all rows of a group are asked about the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from shards.convert.common import Group, Omitted, at_least_one, most_common, rng_of, text_of
+from shards.convert.options import listed, named_images, option_lines
 from shards.schema import Annotation, Chat, Choice, Example, ImageRef, RejectedError, Text, Turn
 
 COUNTING = re.compile(
@@ -49,27 +51,70 @@ def image_qa(group: Group) -> Iterator[Example | Omitted]:
 
 
 def image_choice(group: Group) -> Iterator[Example | Omitted]:
-    """Multiple-choice questions in `options.style`; the answer is an index. `options.shuffle` draws their order."""
+    """Multiple-choice questions in `options.style`.
+
+    Options are a list, a Python list as text, or the lines "A. ..." of a text; with `options.embedded` the last lines
+    of the question are. The answer is an index or, as `options.answer` says, a "letter" ("B", "(B)") or the option's
+    "text". A question without options is an open one in `options.open_style`. What `options.cut`, a regular expression,
+    matches is taken out of the question first. With `options.named_images` "<image 2>", or the second "<image>", is
+    called "Image 2". `options.shuffle` draws the order of the options.
+    """
     annotations: list[Annotation] = []
     for index in range(len(group.values)):
         for number, (question, options, answer) in enumerate(group.aligned(index, "question", "options", "answer")):
-            asked, texts = _hinted(group, index, text_of(question)), [text_of(option) for option in options or ()]
-            if not asked or answer is None or not 0 <= int(answer) < len(texts):
-                yield group.omit(f"no question, or answer {answer} of {len(texts)} options", index)
-                continue
-            order = list(range(len(texts)))
-            if group.row.options.get("shuffle"):
-                draw = rng_of(f"{group.row.name}/{group.key}/{index}/{number}", "option")
-                order = [int(place) for place in draw.permutation(len(texts))]
-            annotations.append(
-                Choice(
-                    style=str(group.option("style")),
-                    question=asked,
-                    options=tuple(texts[place] for place in order),
-                    answer=order.index(int(answer)),
-                )
-            )
+            try:
+                asked, texts = _choices(group, _hinted(group, index, text_of(question)), options)
+                annotations.append(_choice(group, asked, texts, answer, f"{index}/{number}"))
+            except RejectedError as error:
+                yield group.omit(str(error), index)
     yield group.example(at_least_one(annotations, "no question with a right option"), images=images_of(group))
+
+
+def _choices(group: Group, question: str, given: Any) -> tuple[str, list[str]]:
+    """The question and the options as they are asked."""
+    found = [text_of(option) for option in listed(given)]
+    if cut := group.row.options.get("cut"):
+        question = re.sub(cut, "", question).strip()
+    if group.row.options.get("embedded"):
+        question, lines = option_lines(question)
+        found = found or lines
+    if group.row.options.get("named_images"):
+        question, *found = named_images([question, *found])
+    return question, found
+
+
+def _choice(group: Group, question: str, options: list[str], answer: Any, draw: str) -> Choice | Text:
+    if not options and question and "open_style" in group.row.options:
+        said = next(iter(map(text_of, listed(answer))), "")  # of several right answers the first
+        if not said:
+            raise RejectedError("an empty answer")
+        return Text(style=str(group.option("open_style")), question=question, answer=said)
+    place = _place(str(group.row.options.get("answer", "index")), answer, options)
+    if not question or place is None:
+        raise RejectedError(f"no question, or answer {answer} of {len(options)} options")
+    order = list(range(len(options)))
+    if group.row.options.get("shuffle"):
+        drawn = rng_of(f"{group.row.name}/{group.key}/{draw}", "option")
+        order = [int(number) for number in drawn.permutation(len(options))]
+    return Choice(
+        style=str(group.option("style")),
+        question=question,
+        options=tuple(options[number] for number in order),
+        answer=order.index(place),
+    )
+
+
+def _place(how: str, answer: Any, options: Sequence[str]) -> int | None:
+    """Index of the right option, None where the answer names none."""
+    text = text_of(answer)
+    if how == "text":
+        return options.index(text) if text in options else None
+    if how == "letter":
+        letter = re.fullmatch(r"\(?([A-Z])\)?[.:]?", text)
+        number = ord(letter[1]) - ord("A") if letter else -1
+    else:
+        number = int(text) if text.isdecimal() else -1
+    return number if 0 <= number < len(options) else None
 
 
 def image_chat(group: Group) -> Iterator[Example | Omitted]:
@@ -108,11 +153,20 @@ def identity_qa(group: Group) -> Iterator[Example | Omitted]:
 
 
 def images_of(group: Group) -> list[ImageRef]:
-    """The images of the first row: the field holds one, or a list of them."""
-    value = group.get("image")
+    """The images of the first row: the field holds one, or a list of them; or the fields image_1, image_2, ... do."""
+    numbered = sorted((field for field in group.row.columns if re.fullmatch(r"image_\d+", field)), key=_number_of)
+    if numbered:
+        value = [found for field in numbered if (found := group.get(field)) is not None]
+        at_least_one(value, "media: no image in the row")
+    else:
+        value = group.get("image")
     if not isinstance(value, list):
         return [group.image()]
     return [group.media.image(item, None, group.values[0]) for item in value]
+
+
+def _number_of(field: str) -> int:
+    return int(field.rpartition("_")[2])
 
 
 def _hinted(group: Group, index: int, question: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from shards.catalog import Exclusion, Row, Stage, split_of
 from shards.convert import CONVERTERS
 from shards.convert.common import Group, Omitted
+from shards.convert.masks import masks_of, packed
 from shards.schema import Example, RejectedError
 from shards.sources.joined import open_joined
 from shards.sources.media_files import MediaFiles
@@ -84,17 +85,21 @@ def with_facts(group: Group, example: Example) -> Example:
     Raises:
         RejectedError: there are other numbers of them.
     """
-    facts, rows, annotations = group.row.facts, group.values, example.annotations
-    if not facts or group.stage != "eval":
+    row, rows, annotations = group.row, group.values, example.annotations
+    if group.stage != "eval" or not (row.facts or row.masks):
         return example
     if len(rows) not in {1, len(annotations)}:
         raise RejectedError(
-            f"{len(rows)} rows made {len(annotations)} annotations: whose are the facts {', '.join(facts)}? "
+            f"{len(rows)} rows made {len(annotations)} annotations: whose are the facts {', '.join(row.facts)}? "
             "Leave `group_by` out of the catalog row"
         )
-    own = rows * len(annotations) if len(rows) == 1 else rows
-    found = [{name: at(values, column) for name, column in facts.items()} for values in own]
-    pairs = zip(annotations, found, strict=True)
+    found = [{name: packed(at(values, column)) for name, column in row.facts.items()} for values in rows]
+    if row.masks is not None:
+        found = [
+            {**facts, "masks": masks_of(row.masks, group.media.root, values)}
+            for facts, values in zip(found, rows, strict=True)
+        ]
+    pairs = zip(annotations, found * len(annotations) if len(rows) == 1 else found, strict=True)
     return replace(example, annotations=tuple(replace(annotation, facts=one) for annotation, one in pairs))
 
 
@@ -108,8 +113,10 @@ def _left_out(group: Group, index: int) -> str:
             return f"filter: {f.column} is {str(found)[:60]!r}, wanted {wanted}"
     for exclusion in group.row.exclude:
         folder = group.media.root.parent / (exclusion.raw or group.media.root.name)
-        if at(values, exclusion.column) in _listed(folder, exclusion.model_dump_json()):
-            return f"excluded: {exclusion.column} is listed in {exclusion.raw or group.row.folder}/{exclusion.files}"
+        listed = at(values, exclusion.column) in _listed(folder, exclusion.model_dump_json())
+        if listed != exclusion.keep:
+            where = f"{exclusion.raw or group.row.folder}/{exclusion.files}"
+            return f"excluded: {exclusion.column} is {'' if listed else 'not '}listed in {where}"
     return ""
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shards.catalog import Lookup
 from shards.schema import Source
+from shards.sources.parquet import SourceError
 from shards.sources.paths import at
 from shards.sources.tables import Table, open_table
 
@@ -48,11 +49,15 @@ class JoinedTable:
         wanted = list(columns)
         found = self.main.read(rows, _own(wanted, [lookup for lookup, _, _ in self.others]))
         for lookup, table, numbers in self.others:
-            places = [numbers.get(at(values, lookup.column)) for _, values in found]
-            there = sorted({place for place in places if place is not None})
+            if lookup.column is None:
+                places: list[Any] = list(rows)
+            else:
+                places = [_places(numbers, at(values, lookup.column)) for _, values in found]
+            there = sorted({place for one in places for place in _each(one) if place is not None})
             rest = dict(zip(there, table.read(there, _of(lookup, wanted)), strict=True))
             for (_, values), place in zip(found, places, strict=True):
-                values[lookup.name] = None if place is None else rest[place][1]
+                matching = [None if one is None else rest[one][1] for one in _each(place)]
+                values[lookup.name] = matching if isinstance(place, list) else matching[0]
         return found
 
 
@@ -64,12 +69,25 @@ def open_joined(main: Table, root: Path, lookups: Sequence[Lookup], columns: Ite
     """
     wanted, others = list(columns), []
     for lookup in lookups:
-        table = open_table(root, lookup.files, {lookup.key, *_of(lookup, wanted)}, lookup.table)
+        key = [lookup.key] if lookup.key is not None else []
+        table = open_table(root, lookup.files, {*key, *_of(lookup, wanted)}, lookup.table)
         numbers: dict[Any, int] = {}
-        for number, (_, values) in enumerate(table.read(range(len(table)), [lookup.key])):
-            numbers.setdefault(at(values, lookup.key), number)
+        if lookup.key is None and len(table) != len(main):
+            raise SourceError(
+                f"{root / lookup.files} has {len(table)} rows for {len(main)} rows; without a key each has one"
+            )
+        for number, (_, values) in enumerate(table.read(range(len(table)), key) if key else ()):
+            numbers.setdefault(at(values, key[0]), number)
         others.append((lookup, table, numbers))
     return JoinedTable(main, tuple(others)) if others else main
+
+
+def _places(numbers: Mapping[Any, int], wanted: Any) -> Any:
+    return [numbers.get(one) for one in wanted] if isinstance(wanted, list) else numbers.get(wanted)
+
+
+def _each(place: Any) -> list[Any]:
+    return place if isinstance(place, list) else [place]
 
 
 def _own(columns: Iterable[str], lookups: Iterable[Lookup]) -> list[str]:

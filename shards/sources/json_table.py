@@ -1,4 +1,7 @@
-"""JSON, CSV, text and Arrow files as one table. Each process keeps the rows of the last few files in memory."""
+"""JSON, CSV, text and Arrow files, and parquet with lists that become rows, as one table.
+
+Each process keeps the rows of the last few files in memory.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from shards.catalog import TableFormat
 from shards.schema import Source
@@ -116,10 +120,12 @@ def _load(file: Path, kind: str, form_json: str) -> tuple[str, tuple[Record, ...
 
 
 def _rows(data: bytes, kind: str, form: TableFormat) -> Iterator[Any]:
+    if kind == "parquet":
+        return _exploded(pq.read_table(pa.BufferReader(data)).to_pylist(), form)
     if kind == "arrow":  # a stream, as the datasets library saves it
         if not data.endswith(_END_OF_STREAM):  # pyarrow takes a stream cut between two batches for a whole one
             raise ValueError("the stream is cut short")
-        return iter(pa.ipc.open_stream(data).read_all().to_pylist())
+        return _exploded(pa.ipc.open_stream(data).read_all().to_pylist(), form)
     text = data.decode("utf-8-sig")
     if kind == "lines":
         return _lines(text, form)

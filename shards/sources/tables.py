@@ -54,6 +54,6 @@ def open_table(root: Path, pattern: str, columns: Iterable[str], form: TableForm
     kind = form.kind or SUFFIXES.get(files[0].suffix)
     if kind is None:
         raise SourceError(f"{files[0]}: cannot tell its format; give the catalog row `table.kind`")
-    if kind == "parquet":
+    if kind == "parquet" and not form.explode:
         return open_parquet(root, files, columns)
     return open_records(root, files, columns, kind, form)

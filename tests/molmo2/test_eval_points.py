@@ -84,7 +84,7 @@ def test_f1_of_points_in_masks():
 
 
 def test_all_points_must_lie_in_the_mask():
-    row = {"mask": LEFT}
+    row = {"masks": [LEFT]}
     assert all_in_mask(points("1 1 100 500"), ASKED, row).value == 1
     assert all_in_mask(points("1 1 100 500"), ASKED, row).chance == 0.5
     assert all_in_mask(points("1 1 100 500 2 900 500"), ASKED, row).value == 0

@@ -1,0 +1,80 @@
+"""Masks for metrics: from image files, and as run lengths, which are short where masks are simple.
+
+The run lengths are COCO's, uncompressed: {"size": [height, width], "counts": [...]}, down the columns, zeros first.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+
+from shards.catalog import Masks
+from shards.schema import RejectedError
+from shards.sources.paths import at
+
+
+def run_lengths(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """A mask [height, width] as run lengths."""
+    flat = mask.astype(bool).ravel(order="F")
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    counts = np.diff([0, *changes, flat.size]).tolist()
+    return {"size": list(mask.shape), "counts": [0, *counts] if flat[:1].any() else counts}
+
+
+def packed(value: Any) -> Any:
+    """A fact with every mask that is a nested list [height, width] as run lengths; all else stays."""
+    if not isinstance(value, list) or not value:
+        return value
+    if isinstance(value[0], list) and value[0] and isinstance(value[0][0], bool | int):
+        try:
+            return run_lengths(np.array(value, bool))
+        except ValueError:
+            raise RejectedError(f"a mask whose {len(value)} rows are not of equal length") from None
+    return [packed(item) for item in value]
+
+
+def masks_of(masks: Masks, root: Path, row: Mapping[str, Any]) -> list[Any]:
+    """The masks of a row, a list of them for each object if they are frames of a video.
+
+    Raises:
+        RejectedError: no such file, one outside of `root`, or none that can be read.
+    """
+    ids = [None] if masks.objects is None else at(row, masks.objects)
+    ids = ids if isinstance(ids, list) else [ids]
+    own_files = "{object}" in masks.files
+    found = []
+    for one in ids:
+        value = None if own_files or one is None else int(one)
+        files = _files(masks, root, {**row, "object": one})
+        objects = [_mask(file, value, masks.above) for file in files]
+        found.append(objects if "*" in Path(masks.files).name else objects[0])
+    return found
+
+
+def _files(masks: Masks, root: Path, values: Mapping[str, Any]) -> list[Path]:
+    escaped = {name: glob.escape(str(value)) for name, value in values.items()}
+    try:
+        pattern = masks.files.format(**escaped)
+        files = sorted(path.resolve() for path in root.glob(pattern))
+    except (KeyError, IndexError, ValueError, NotImplementedError) as error:
+        raise RejectedError(f"media: masks {masks.files}: {error!r}") from None
+    if not files:
+        raise RejectedError(f"media: {root / pattern}: no mask")
+    if outside := [path for path in files if not path.is_relative_to(root.resolve())]:
+        raise RejectedError(f"media: {outside[0]} lies outside of {root}")
+    return files
+
+
+def _mask(path: Path, value: int | None, above: int) -> dict[str, Any]:
+    try:
+        with PIL.Image.open(path) as opened:
+            pixels = np.asarray(opened if opened.mode in {"1", "L", "P"} else opened.convert("L"))
+    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise RejectedError(f"media: {path}: not a readable mask ({error})") from None
+    return run_lengths(pixels > above if value is None else pixels == value)
