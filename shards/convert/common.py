@@ -15,6 +15,8 @@ from shards.schema import Annotation, Cue, Example, ImageRef, Points, RejectedEr
 from shards.sources.media_files import MediaFiles
 from shards.sources.paths import at
 
+SCALES = {"percent": (100.0, 100.0), "unit": (1.0, 1.0), "thousand": (1000.0, 1000.0)}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Omitted:
@@ -148,9 +150,11 @@ def most_common(answer: Any, draw: str) -> str:
 
 
 def xy_pairs(points: Any) -> list[tuple[float, float]]:
-    """Points given as a list of {x, y}, a list of [x, y], or one {x: [...], y: [...]}."""
+    """Points given as a list of {x, y}, a list of [x, y], one {x: [...], y: [...]}, or a single {x, y}."""
     if points is None:
         return []
+    if isinstance(points, dict) and not isinstance(points["x"], list | None):
+        points = [points]
     if isinstance(points, dict):
         return [(float(x), float(y)) for x, y in zip(points["x"] or (), points["y"] or (), strict=True)]
     pairs = [(p["x"], p["y"]) if isinstance(p, dict) else tuple(p) for p in points]

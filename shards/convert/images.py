@@ -9,11 +9,19 @@ from typing import Any
 
 import PIL.Image
 
-from shards.convert.common import Group, Omitted, at_least_one, packed_points, rng_of, text_of, to_fractions, xy_pairs
+from shards.convert.common import (
+    SCALES,
+    Group,
+    Omitted,
+    at_least_one,
+    packed_points,
+    rng_of,
+    text_of,
+    to_fractions,
+    xy_pairs,
+)
 from shards.convert.questions import images_of
 from shards.schema import Annotation, Example, ImageRef, PointGroup, Points, RejectedError, Text
-
-SCALES = {"percent": (100.0, 100.0), "unit": (1.0, 1.0), "thousand": (1000.0, 1000.0)}
 
 
 def image_caption(group: Group) -> Iterator[Example | Omitted]:

@@ -66,6 +66,8 @@ def _files(masks: Masks, root: Path, values: Mapping[str, Any]) -> list[Path]:
         raise RejectedError(f"media: masks {masks.files}: {error!r}") from None
     if not files:
         raise RejectedError(f"media: {root / pattern}: no mask")
+    if len(folders := sorted({path.parent.name for path in files})) > 1:
+        raise RejectedError(f"media: {root / pattern}: masks in several folders: {', '.join(folders[:3])}")
     if outside := [path for path in files if not path.is_relative_to(root.resolve())]:
         raise RejectedError(f"media: {outside[0]} lies outside of {root}")
     return files

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from shards.catalog import Exclusion, Row, Stage, split_of
 from shards.convert import CONVERTERS
@@ -93,14 +94,19 @@ def with_facts(group: Group, example: Example) -> Example:
             f"{len(rows)} rows made {len(annotations)} annotations: whose are the facts {', '.join(row.facts)}? "
             "Leave `group_by` out of the catalog row"
         )
-    found = [{name: packed(at(values, column)) for name, column in row.facts.items()} for values in rows]
-    if row.masks is not None:
-        found = [
-            {**facts, "masks": masks_of(row.masks, group.media.root, values)}
-            for facts, values in zip(found, rows, strict=True)
-        ]
+    found = [_facts_of(group, index) for index in range(len(rows))]
     pairs = zip(annotations, found * len(annotations) if len(rows) == 1 else found, strict=True)
     return replace(example, annotations=tuple(replace(annotation, facts=one) for annotation, one in pairs))
+
+
+def _facts_of(group: Group, index: int) -> dict[str, Any]:
+    row, values = group.row, group.values[index]
+    facts = {name: packed(at(values, column)) for name, column in row.facts.items()}
+    if row.masks is not None:
+        facts["masks"] = masks_of(row.masks, group.media.root, values)
+    if "masks" in facts and (not facts["masks"] or None in facts["masks"]):
+        raise RejectedError(f"media: row {group.sources[index].row} has an object without a mask")
+    return facts
 
 
 def _left_out(group: Group, index: int) -> str:

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
-from shards.convert.common import Group, Omitted, at_least_one, packed_points, rng_of, text_of, to_fractions, xy_pairs
+from shards.convert.common import (
+    SCALES,
+    Group,
+    Omitted,
+    at_least_one,
+    packed_points,
+    rng_of,
+    text_of,
+    to_fractions,
+    xy_pairs,
+)
 from shards.schema import (
     Example,
     PointGroup,
@@ -32,8 +43,9 @@ def video_caption(group: Group) -> Iterator[Example | Omitted]:
 
 
 def video_points(group: Group) -> Iterator[Example | Omitted]:
-    """One video with labels pointed at in some of its frames, percent; each label gets one of `options.styles`.
+    """One video with labels pointed at in some of its frames; each label gets one of `options.styles`.
 
+    `options.scale` is as for images, "percent" by default; "pixel" is one of the fields `width` x `height`.
     All rows of a clip make one example; rows of other clips of the same video make others. A clip, or a video without
     one whose field `duration` says so, may be `options.max_seconds` long: its frames must all fit a sample.
     """
@@ -75,34 +87,38 @@ def _point_groups(group: Group, index: int, start: float) -> tuple[PointGroup, .
     times, frames = group.get("times", index) or (), group.get("points", index) or ()
     if len(times) != len(frames):
         raise RejectedError(f"{len(times)} timestamps and {len(frames)} frames of points")
-    found = (
-        PointGroup(at=float(time) - start, points=to_fractions(xy_pairs(points), (100.0, 100.0)))
-        for time, points in zip(times, frames, strict=True)
-    )
-    return tuple(sorted((g for g in found if g.points), key=lambda g: g.at))
+    kind = group.row.options.get("scale", "percent")
+    scale = _frame_size(group, index) if kind == "pixel" else SCALES[kind]
+    found: dict[float, tuple[tuple[float, float], ...]] = {}
+    for time, points in zip(times, frames, strict=True):  # a moment may come several times, with a point each
+        at = float(time) - start
+        found[at] = found.get(at, ()) + to_fractions(xy_pairs(points), scale)
+    return tuple(PointGroup(at=at, points=found[at]) for at in sorted(found) if found[at])
+
+
+def _frame_size(group: Group, index: int = 0) -> tuple[float, float]:
+    return float(group.get("width", index)), float(group.get("height", index))
 
 
 def video_track(group: Group) -> Iterator[Example | Omitted]:
     """One video with objects followed through its frames, pixels of `width` x `height`; occluded ones are left out.
 
-    Answers are given at `sampling_fps`, and only for frames within 0.01 s of that grid, as Molmo2 keeps them. The
-    rate of a video that is a folder of images is that of `_image_rate`.
+    The field `frames` has them frame by frame; `objects` object by object, with a point or nothing for each frame.
+    Answers are given at `sampling_fps` (or `options.sampling_fps`), and only for frames within 0.01 s of that grid, as
+    Molmo2 keeps them. The rate of a video that is a folder of images is that of `_image_rate`.
     """
-    scale, rate = (float(group.get("width")), float(group.get("height"))), float(group.get("sampling_fps"))
+    scale = _frame_size(group)
+    rate = float(group.row.options.get("sampling_fps") or group.get("sampling_fps"))
     if (fps := group.get("fps")) is not None and fps % rate:
         yield group.omit(f"{fps} frames per second are no multiple of {rate:g} answers")
         return
     frames = []
-    for frame in group.get("frames") or ():
-        if abs(frame["time"] * rate - round(frame["time"] * rate)) > GRID_REACH * rate:
+    for time, points in _frames(group):
+        if abs(time * rate - round(time * rate)) > GRID_REACH * rate:
             continue
-        objects = [
-            (int(point["id"]), *to_fractions(xy_pairs([point["point"]]), scale)[0])
-            for point in frame["points"] or ()
-            if point["point"] and not point["occluded"]
-        ]
+        objects = [(number, *to_fractions(xy_pairs([point]), scale)[0]) for number, point in points]
         if objects:
-            frames.append(TrackGroup(time=float(frame["time"]), objects=tuple(objects)))
+            frames.append(TrackGroup(time=time, objects=tuple(objects)))
     tracks = Tracks(
         style=str(group.option("style")),
         label=text_of(group.get("label")),
@@ -114,6 +130,17 @@ def video_track(group: Group) -> Iterator[Example | Omitted]:
         return
     video = group.media.video(group.text("video"), row=group.values[0], fps=_image_rate(group))
     yield group.example([tracks], video=video)
+
+
+def _frames(group: Group) -> Iterator[tuple[float, list[tuple[int, Any]]]]:
+    """Seconds of each frame and what is visible in it: number and point (pixels) of objects."""
+    for frame in group.get("frames") or ():
+        points = [point for point in frame["points"] or () if point["point"] and not point["occluded"]]
+        yield float(frame["time"]), [(int(point["id"]), point["point"]) for point in points]
+    objects = [one["points"] or () for one in group.get("objects") or ()]
+    for number in range(max(map(len, objects), default=0)):
+        seen = [(place, points[number]) for place, points in enumerate(objects) if number < len(points)]
+        yield number / float(group.get("fps")), [(place, point) for place, point in seen if point]
 
 
 def _image_rate(group: Group) -> float | None:

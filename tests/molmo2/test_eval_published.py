@@ -4,6 +4,7 @@ from pathlib import Path
 
 import published_images
 import published_points
+import published_tracks
 import published_videos
 import pytest
 
@@ -16,7 +17,7 @@ from shards.schema import Annotation, Choice, Example
 
 ROWS = {row.name: row for row in load_catalog("molmo2-eval").rows}
 BENCHMARKS = {each.dataset: each for suite in SUITES.values() for each in suite.benchmarks if each.dataset in ROWS}
-CASES = published_images.CASES | published_points.CASES | published_videos.CASES
+CASES = published_images.CASES | published_points.CASES | published_tracks.CASES | published_videos.CASES
 
 
 def annotations(name: str, raw: Path) -> list[Annotation]:
@@ -36,7 +37,7 @@ def test_published_files_become_scored_questions(name: str, tmp_path: Path) -> N
     assert len(asked) == len(answers)
     assert read_asked(asked_bytes(asked)) == tuple(asked)  # as the shards keep it
     for one, (answer, score) in zip(asked, answers, strict=True):
-        user, assistant = render(one, "eval", None, video=False)
+        user, assistant = render(one, "eval", None, video=name in published_tracks.CASES)
         assert user.content and assistant.content and "<image" not in user.content
         assert BENCHMARKS[name].metric(answer, one, one.facts).value == pytest.approx(score)
 
@@ -69,3 +70,12 @@ def test_a_benchmark_of_counts_is_answered_by_a_number(tmp_path: Path) -> None:
         "How many dogs are there?",
         "5",
     ]
+
+
+def test_right_answers_of_tracks_are_what_masks_reward(tmp_path: Path) -> None:
+    for name, (make, _) in published_tracks.CASES.items():
+        make(tmp_path / ROWS[name].folder)
+        for one in annotations(name, tmp_path):
+            right = render(one, "eval", None, video=True)[1].content
+            wanted = 6 / 8 if name == "ref-yt-vos" else 1.0  # there the masks are of one object
+            assert BENCHMARKS[name].metric(right, one, one.facts).value == pytest.approx(wanted), name

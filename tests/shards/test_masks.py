@@ -74,3 +74,10 @@ def test_masks_that_are_not_there_or_elsewhere_are_rejected(name: str, tmp_path:
     (tmp_path / "in/bad.png").write_bytes(b"no image")
     with pytest.raises(RejectedError, match="media"):
         masks_of(Masks(files="{file}"), tmp_path / "in", {"file": name})
+
+
+def test_masks_of_two_folders_are_not_taken_for_one(tmp_path: Path) -> None:
+    for source in ("lvvis", "mose_big"):
+        save(tmp_path / f"masks/{source}_dog_1/0.png", [[1, 0]])
+    with pytest.raises(RejectedError, match="several folders: lvvis_dog_1, mose_big_dog_1"):
+        masks_of(Masks(files="masks/*_{video}_1/*.png"), tmp_path, {"video": "dog"})
