@@ -1,15 +1,17 @@
 # make demo   environment, demo data, shards, stages 1 -> 2 -> 3, evaluation, export, report (CPU, two ranks)
 # make test   environment, lint, types, tests
-# Both work from a clean clone; what exists already is kept.
+# make lmms   an environment with lmms-eval beside the first one, and the tests of our plugin in it
+# All work from a clean clone; what exists already is kept.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo demo-steps install browser slurm lint types test bench clean-demo
+.PHONY: demo demo-steps install browser slurm lint types test lmms bench clean-demo
 
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+LMMS := .venv-lmms
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MOLMO2_DATA ?= $(CURDIR)/data
 RANKS ?= 2
@@ -66,6 +68,18 @@ types: $(INSTALLED)
 
 test: $(INSTALLED) browser slurm lint types
 	$(CPU) python -m pytest
+
+# lmms-eval wants other versions of some packages, so it gets an environment of its own; what it does not want
+# otherwise, torch above all, it finds in the first one.
+$(LMMS)/.installed: $(INSTALLED)
+	test -x $(LMMS)/bin/python || python -m venv $(LMMS)
+	python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth"
+	$(LMMS)/bin/pip install --quiet --progress-bar off --no-build-isolation -e '.[lmms]'
+	touch $@
+
+lmms: $(LMMS)/.installed
+	$(CPU) $(LMMS)/bin/python -m pytest tests/molmo2/test_lmms.py
 
 bench: $(INSTALLED)
 	python benchmarks/bench_plan.py

@@ -98,22 +98,6 @@ def example_of(messages: Sequence[Mapping[str, Any]]) -> Example:
     )
 
 
-def messages_of(visuals: Sequence[Any] | None, text: str) -> list[dict[str, Any]]:
-    """Chat messages of a task's visuals and question, as a task of lmms-eval's simple kind hands them over."""
-    parts = [part for visual in visuals or () for part in (visual if isinstance(visual, list) else [visual])]
-    content = [_visual(part) for part in parts]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
-
-
-def _visual(visual: Any) -> dict[str, Any]:
-    if isinstance(visual, Mapping):
-        return {"type": visual.get("type", "audio" if "array" in visual else "video"), "url": visual}
-    if isinstance(visual, str):
-        suffix = "." + visual.lower().rsplit(".", 1)[-1]
-        return {"type": "image" if suffix in PIL.Image.registered_extensions() else "video", "url": visual}
-    return {"type": "image", "url": visual}
-
-
 def _parts(content: Any) -> list[Mapping[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 

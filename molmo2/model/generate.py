@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -47,10 +47,8 @@ def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
     return torch.stack([F.pad(row, (length - len(row), 0), value=value) for row in rows])
 
 
-def prefill(
-    model: Molmo2, prompts: Sequence[PromptTensors], cache: Cache | None, last: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Run the prompts: hidden states of the `last` tokens [B, last, d], and which columns hold tokens, bool [B, S]."""
+def prefill(model: Molmo2, prompts: Sequence[PromptTensors], cache: Cache) -> tuple[Tensor, Tensor]:
+    """Run the prompts: the last token's hidden states [B, 1, d], and which columns hold tokens, bool [B, S]."""
     input_ids = pad_left([prompt.input_ids for prompt in prompts], 0)
     is_visual = pad_left([prompt.is_visual.long() for prompt in prompts], 0).bool()
     segment_ids = pad_left([torch.full_like(prompt.input_ids, TRUNK) for prompt in prompts], PAD_SEGMENT)
@@ -59,7 +57,7 @@ def prefill(
     pixels, pooling = join_visuals(prompts, model.config.patches_per_crop)
     features = model.encode_visuals(pixels, pooling) if pixels.shape[0] else None
     mask = AttentionMask(segment_ids, is_visual)
-    return model.decode(model.embed(input_ids, features), position_ids, mask, cache=cache)[:, -last:], valid
+    return model.decode(model.embed(input_ids, features), position_ids, mask, cache=cache)[:, -1:], valid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,28 +129,3 @@ def generate(
     """The continuation of each prompt, without EOS; at most `max_new_tokens` (one or more) tokens."""
     rows = zip(*stream(model, prompts, max_new_tokens, eos_id, sampling), strict=True)
     return [list(row[: row.index(eos_id)] if eos_id in row else row) for row in rows]
-
-
-@torch.no_grad()
-def log_likelihoods(
-    model: Molmo2, prompts: Sequence[PromptTensors], answers: Sequence[Sequence[int]]
-) -> list[tuple[float, bool]]:
-    """For the answer (one token or more) to each prompt: its log probability, and whether greedy decoding gives it."""
-    whole = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        given = prompt.input_ids.new_tensor(answer[:-1])
-        whole.append(
-            replace(
-                prompt,
-                input_ids=torch.cat([prompt.input_ids, given]),
-                is_visual=F.pad(prompt.is_visual, (0, len(given)), value=False),
-            )
-        )
-    hidden, _ = prefill(model, whole, None, last=max(len(answer) for answer in answers))
-    found = []
-    for row, answer in zip(hidden, answers, strict=True):
-        logits = model.lm_head(row[-len(answer) :]).float()
-        wanted = torch.tensor(answer, device=logits.device)
-        chosen = logits.log_softmax(-1).gather(1, wanted[:, None])
-        found.append((chosen.sum().item(), bool((logits.argmax(-1) == wanted).all())))
-    return found

@@ -10,8 +10,8 @@ import torch
 from tiny_models import QWEN
 
 from molmo2.eval.lmms_answers import Failures, TooManyFailuresError, limits_of, prepared_ahead, replies
-from molmo2.eval.lmms_requests import cut, example_of, generation_of, messages_of
-from molmo2.model.generate import PromptTensors, Sampling, generate, log_likelihoods
+from molmo2.eval.lmms_requests import cut, example_of, generation_of
+from molmo2.model.generate import PromptTensors, Sampling, generate
 from molmo2.model.molmo2 import Molmo2
 from shards.media import load_image
 from shards.schema import Chat, ImageRef, RejectedError, Turn, VideoRef
@@ -130,14 +130,6 @@ def test_an_image_in_memory_is_what_its_file_is(tmp_path: Path, mode: str) -> No
     assert np.array_equal(load_image(made), load_image(ImageRef(path=str(tmp_path / "a.png"))))
 
 
-def test_visuals_of_the_simple_kind() -> None:
-    image = PIL.Image.new("RGB", (3, 2))
-    parts = messages_of([[image], "v.mp4", "a.PNG", {"path": "w.mp4"}, {"array": [], "sampling_rate": 1}], "?")
-    kinds = [part["type"] for part in parts[0]["content"]]
-    assert kinds == ["image", "video", "image", "video", "audio", "text"]
-    assert messages_of(None, "?") == [user("?")]
-
-
 def test_failures_have_a_budget() -> None:
     failures = Failures(200)
     for number in range(2):
@@ -199,18 +191,3 @@ def test_answers_stop_early(model: Molmo2) -> None:
     found = replies(model, Letters(), prompts(4, 9), generation_of({"max_new_tokens": 12, "until": [stop]}))  # type: ignore[arg-type]
     assert [reply.text for reply in found] == [cut(text, [stop]) for text in whole]
     assert found[1].num_tokens == whole[1].index(stop) + 2 < 12
-
-
-def test_log_likelihoods_are_those_of_each_token(model: Molmo2) -> None:
-    greedy = generate(model, prompts(4, 9), 3, Letters.eos)
-    answers = [greedy[0], [7]]
-    found = log_likelihoods(model, prompts(4, 9), answers)
-    for prompt, answer, (value, is_greedy) in zip(prompts(4, 9), answers, found, strict=True):
-        ids = torch.cat([prompt.input_ids, torch.tensor(answer)])[None]
-        row = torch.arange(ids.shape[1])[None]
-        with torch.no_grad():
-            logits = model(ids, row, torch.full_like(ids, 10_000), ids < 0, prompt.pixels, prompt.pooling)[0]
-        wanted = logits.log_softmax(-1)[-len(answer) - 1 : -1].gather(1, torch.tensor(answer)[:, None]).sum()
-        assert value == pytest.approx(wanted.item(), abs=1e-4)
-        assert is_greedy == (answer == generate(model, [prompt], len(answer), Letters.eos)[0])
-    assert found[0][1]
