@@ -1,6 +1,6 @@
 # make demo   environment, demo data, shards, stages 1 -> 2 -> 3, evaluation, export, report (CPU, two ranks)
 # make test   environment, lint, types, tests
-# make lmms   an environment with lmms-eval beside the first one, and the tests of our plugin in it
+# make lmms   an environment with lmms-eval beside the first one, and the tests of our plugin in it; part of make test
 # All work from a clean clone; what exists already is kept.
 
 SHELL := /bin/bash
@@ -68,6 +68,7 @@ types: $(INSTALLED)
 
 test: $(INSTALLED) browser slurm lint types
 	$(CPU) python -m pytest
+	$(MAKE) lmms
 
 # lmms-eval wants other versions of some packages, so it gets an environment of its own; what it does not want
 # otherwise, torch above all, it finds in the first one.
