@@ -7,11 +7,11 @@ of the same length, and the questions of all rows of a group are asked about the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from shards.convert.common import Group, Omitted, at_least_one, most_common, rng_of, text_of
-from shards.convert.options import listed, named_images, option_lines
+from shards.convert.options import listed, named_images, option_lines, place_of
 from shards.schema import Annotation, Chat, Choice, Example, ImageRef, RejectedError, Text, Turn
 
 COUNTING = re.compile(
@@ -54,10 +54,10 @@ def image_choice(group: Group) -> Iterator[Example | Omitted]:
     """Multiple-choice questions in `options.style`.
 
     Options are a list, a Python list as text, or the lines "A. ..." of a text; with `options.embedded` the last lines
-    of the question are. The answer is an index or, as `options.answer` says, a "letter" ("B", "(B)") or the option's
-    "text". A question without options is an open one in `options.open_style`. What `options.cut`, a regular expression,
-    matches is taken out of the question first. With `options.named_images` "<image 2>", or the second "<image>", is
-    called "Image 2". `options.shuffle` draws the order of the options.
+    of the question are. The answer is an index or, as `options.answer` says, a "letter" ("B", "(B) ...") or the "text"
+    of an option. A question without options is an open one in `options.open_style`. What `options.cut`, a regular
+    expression, matches is taken out of the question first. With `options.named_images` "<image 2>", or the second
+    "<image>", is called "Image 2". `options.shuffle` draws the order of the options.
     """
     annotations: list[Annotation] = []
     for index in range(len(group.values)):
@@ -89,7 +89,7 @@ def _choice(group: Group, question: str, options: list[str], answer: Any, draw: 
         if not said:
             raise RejectedError("an empty answer")
         return Text(style=str(group.option("open_style")), question=question, answer=said)
-    place = _place(str(group.row.options.get("answer", "index")), answer, options)
+    place = place_of(str(group.row.options.get("answer", "index")), answer, options)
     if not question or place is None:
         raise RejectedError(f"no question, or answer {answer} of {len(options)} options")
     order = list(range(len(options)))
@@ -102,19 +102,6 @@ def _choice(group: Group, question: str, options: list[str], answer: Any, draw: 
         options=tuple(options[number] for number in order),
         answer=order.index(place),
     )
-
-
-def _place(how: str, answer: Any, options: Sequence[str]) -> int | None:
-    """Index of the right option, None where the answer names none."""
-    text = text_of(answer)
-    if how == "text":
-        return options.index(text) if text in options else None
-    if how == "letter":
-        letter = re.fullmatch(r"\(?([A-Z])\)?[.:]?", text)
-        number = ord(letter[1]) - ord("A") if letter else -1
-    else:
-        number = int(text) if text.isdecimal() else -1
-    return number if 0 <= number < len(options) else None
 
 
 def image_chat(group: Group) -> Iterator[Example | Omitted]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shards.convert.common import Group, Omitted, at_least_one, most_common, rng_of, text_of
+from shards.convert.options import listed, option_lines, place_of
 from shards.schema import Annotation, Choice, Cue, Example, RejectedError, Text
 
 Clip = tuple[float | None, float | None]
@@ -27,8 +28,9 @@ def video_qa(group: Group) -> Iterator[Example | Omitted]:
     """Questions in the forms that `options.ask` lists: "choice", "open"; stage "eval" asks openly alone if it can.
 
     Options are the field `options`, the fields `option_0`, `option_1`, ..., or the `answer` among the `negatives`
-    (and `options.also`) in a drawn order. `options.answer` says how an answer is given where there are options: as an
-    "index" (default; `options.first` is that of the first option), as "text", or as "marks", one for each option.
+    (and `options.also`) in a drawn order; with `options.embedded` the last lines of the question, of which
+    `options.cut` is taken out first. `options.answer` says how an answer is given where there are options: as "index"
+    (default; `options.first` is that of the first option), "letter" or "text", or as "marks", one for each option.
     Blank options are left out. A question without options is asked openly, in `options.open_style`.
     `options.max_per_example` bounds the tree. Without a field `question` it is drawn from the field `question_pool` or
     from `options.questions`, where "{label}" stands for the field `label`, and "{label_lower}" for it in small letters.
@@ -179,7 +181,8 @@ def _asked(group: Group, values: dict[str, Any], draw: str) -> Asked:
         question = text_of(pool[int(rng_of(draw, "question").integers(len(pool)))])
         label = text_of(values.get("label"))
         question = question.replace("{label}", label).replace("{label_lower}", label.lower())
-    options = [_clean(group, option) for option in values.get("options") or ()]
+    question, given = _embedded(group, question, values.get("options"))
+    options = [_clean(group, option) for option in given]
     place: int | None = None
     if negatives := [text for value in values.get("negatives") or () if (text := _clean(group, value))]:
         answer = _clean(group, values["answer"])
@@ -209,14 +212,19 @@ def _right(how: str, options: list[str], values: dict[str, Any], first: int) -> 
         if len(marked) != 1:
             raise RejectedError(f"{len(marked)} right options, wanted one")
         return marked[0]
-    answer = text_of(values.get("answer"))
-    if how == "text":
-        if answer not in options:
-            raise RejectedError(f"the answer {answer!r} is none of the options")
-        return options.index(answer)
-    if not re.fullmatch(r"\d+(\.0)?", answer) or not 0 <= int(float(answer)) - first < len(options):
-        raise RejectedError(f"answer {answer!r} of {len(options)} options")
-    return int(float(answer)) - first
+    place = place_of(how, values.get("answer"), options, first)
+    if place is None:
+        raise RejectedError(f"the answer {text_of(values.get('answer'))!r} is none of {len(options)} options")
+    return place
+
+
+def _embedded(group: Group, question: str, options: Any) -> tuple[str, list[Any]]:
+    """The question as it is asked, and its options."""
+    if cut := group.row.options.get("cut"):
+        question = re.sub(cut, "", question).strip()
+    if group.row.options.get("embedded") and options is None:
+        return option_lines(question)
+    return question, listed(options)
 
 
 def _clean(group: Group, value: Any) -> str:

@@ -31,7 +31,7 @@ GRID_REACH = 0.01  # seconds
 
 
 def video_caption(group: Group) -> Iterator[Example | Omitted]:
-    """One video with captions of several styles; a field whose name begins with "video_" is a style."""
+    """A video, or its clip from `start` to `end`, with captions; a field whose name begins with "video_" is a style."""
     if (score := group.get("score")) is not None and score < group.option("min_score"):
         yield group.omit(f"annotation score below {group.option('min_score')}: {score}")
         return
@@ -39,7 +39,8 @@ def video_caption(group: Group) -> Iterator[Example | Omitted]:
     captions = {style: text_of(group.get(style)) for style in styles}
     annotations = [Text(style=style, answer=caption) for style, caption in captions.items() if caption]
     at_least_one(annotations, "no caption")
-    yield group.example(annotations, video=group.media.video(group.text("video"), row=group.values[0]))
+    video = group.media.video(group.text("video"), group.get("start"), group.get("end"), group.values[0])
+    yield group.example(annotations, video=video)
 
 
 def video_points(group: Group) -> Iterator[Example | Omitted]:

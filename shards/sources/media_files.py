@@ -88,14 +88,18 @@ class MediaFiles:
         """What is there under the templates' names, and below which root."""
         for template in self.templates or (None,):
             before, star, after = (template or "").rpartition("*/")
-            name = after.format(**{**row, "value": value}) if template else str(value)
-            roots: tuple[Path, ...] = (self.root, *self.others)
-            if star:  # a folder whose name the row does not say
-                tops = [root / before for root in roots if (root / before).is_dir()]
-                roots = tuple(sorted(path for top in tops for path in top.iterdir() if path.is_dir()))
+            fields = {**row, "value": value}
+            before, name = before.format(**fields), after.format(**fields) if template else str(value)
             names = [name[:-2] + suffix for suffix in VIDEO_SUFFIXES] if name.endswith(".*") else [name]
-            for root in roots:
-                yield from ((root / n, root) for n in names if (root / n).is_file() or (folder and (root / n).is_dir()))
+            for root in (self.root, *self.others):
+                folders = [root]
+                if star:  # a folder whose name the row does not say
+                    folders = sorted(path for path in (root / before).glob("*") if path.is_dir())
+                places = [(below / n, below) for below in folders for n in names]
+                found = [place for place in places if place[0].is_file() or (folder and place[0].is_dir())]
+                if star and len({path.parent for path, _ in found}) > 1:
+                    raise RejectedError(f"media: {name} lies in several folders: {found[0][0]}, {found[1][0]}")
+                yield from found
 
     def _below(self, path: Path, root: Path) -> Path:
         resolved = path.resolve()

@@ -337,3 +337,15 @@ def test_every_row_of_the_catalog_has_a_converter() -> None:
     assert len(rows) == 10
     used = {row.converter for row in (*rows, *load_catalog("molmo2").rows)}
     assert used == set(CONVERTERS)
+
+
+def test_a_file_that_two_folders_have_is_not_guessed(tmp_path: Path) -> None:
+    for name in ("own/video/a", "own/video/b", "pool/video/c"):
+        (tmp_path / name).mkdir(parents=True)
+    media = MediaFiles(root=tmp_path / "own", templates=("video/*/{value}.*",), others=(tmp_path / "pool",))
+    (tmp_path / "own/video/b/1.mp4").touch()
+    (tmp_path / "pool/video/c/1.mkv").touch()  # another copy
+    assert media.video("1").path == str(tmp_path / "own/video/b/1.mp4")
+    (tmp_path / "own/video/a/1.webm").touch()
+    with pytest.raises(RejectedError, match="several folders"):
+        media.video("1")
