@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-import torch
-from tiny_models import QWEN
+from tiny_models import prompts, speaker
 
 from molmo2.eval.lmms_answers import Failures, TooManyFailuresError, limits_of, prepared_ahead, replies
 from molmo2.eval.lmms_requests import cut, example_of, generation_of
-from molmo2.model.generate import PromptTensors, Sampling, generate
+from molmo2.model.generate import Sampling, generate
 from molmo2.model.molmo2 import Molmo2
 from shards.media import load_image
 from shards.schema import Chat, ImageRef, RejectedError, Turn, VideoRef
@@ -165,23 +164,7 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def model() -> Molmo2:
-    made = Molmo2(QWEN).init_weights(0)
-    with torch.no_grad():
-        made.lm_head.weight.mul_(30)
-    return made.eval()
-
-
-def prompts(*lengths: int) -> list[PromptTensors]:
-    size, width = QWEN.crop_size, QWEN.video_pool**2
-    return [
-        PromptTensors(
-            input_ids=torch.arange(1, length + 1),
-            is_visual=torch.zeros(length, dtype=torch.bool),
-            pixels=torch.zeros(0, size, size, 3, dtype=torch.uint8),
-            pooling=torch.zeros(0, width, dtype=torch.int64),
-        )
-        for length in lengths
-    ]
+    return speaker()
 
 
 def test_answers_stop_early(model: Molmo2) -> None:

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from tiny_models import QWEN
+from tiny_models import QWEN, prompts, speaker
 
-from molmo2.model.generate import PromptTensors, Sampling, generate, nucleus, stream
+from molmo2.model.generate import Sampling, generate, nucleus, stream
 from molmo2.model.molmo2 import Molmo2
 
 EOS = -1  # no id: answers run to their end
@@ -14,24 +14,7 @@ EOS = -1  # no id: answers run to their end
 
 @pytest.fixture(scope="module")
 def model() -> Molmo2:
-    torch.manual_seed(0)
-    made = Molmo2(QWEN).init_weights(0)
-    with torch.no_grad():
-        made.lm_head.weight.mul_(30)
-    return made.eval()
-
-
-def prompts(*lengths: int) -> list[PromptTensors]:
-    size, width = QWEN.crop_size, QWEN.video_pool**2
-    return [
-        PromptTensors(
-            input_ids=torch.arange(1, length + 1),
-            is_visual=torch.zeros(length, dtype=torch.bool),
-            pixels=torch.zeros(0, size, size, 3, dtype=torch.uint8),
-            pooling=torch.zeros(0, width, dtype=torch.int64),
-        )
-        for length in lengths
-    ]
+    return speaker()
 
 
 def reference(logits: list[float], temperature: float, top_p: float) -> list[float]:

@@ -10,6 +10,7 @@ from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
 from molmo2.hub import from_foreign
 from molmo2.model.config import ConnectorConfig, ModelConfig, RopeScaling, TextConfig, VitConfig
+from molmo2.model.generate import PromptTensors
 from molmo2.model.molmo2 import Molmo2
 
 QWEN = ModelConfig(
@@ -121,3 +122,25 @@ def pair(config: ModelConfig, seed: int = 0) -> tuple[Molmo2ForConditionalGenera
     state = reference.state_dict()
     ours.load_state_dict(from_foreign(shapes, {name: (lambda t=t: t.clone()) for name, t in state.items()}))
     return reference.eval(), ours.eval()
+
+
+def speaker() -> Molmo2:
+    """A model of ours whose answers to different questions differ."""
+    made = Molmo2(QWEN).init_weights(0)
+    with torch.no_grad():
+        made.lm_head.weight.mul_(30)
+    return made.eval()
+
+
+def prompts(*lengths: int) -> list[PromptTensors]:
+    """Prompts of text alone, of these lengths."""
+    size, width = QWEN.crop_size, QWEN.video_pool**2
+    return [
+        PromptTensors(
+            input_ids=torch.arange(1, length + 1),
+            is_visual=torch.zeros(length, dtype=torch.bool),
+            pixels=torch.zeros(0, size, size, 3, dtype=torch.uint8),
+            pooling=torch.zeros(0, width, dtype=torch.int64),
+        )
+        for length in lengths
+    ]
