@@ -10,6 +10,7 @@ next checkpoint waits for it. Works with any place that `shards.storage` knows.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -120,11 +121,13 @@ def newest(recipe: Recipe, say: Callable[[str], None]) -> Checkpoint | None:
 
 
 def cached(url: str, say: Callable[[str], None]) -> Path:
-    """The folder in the cache with the newest whole copy of a run's mirror."""
+    """The folder in the cache with the newest whole copy of a run's mirror; ranks of a machine wait for each other."""
     folder = checkpoints_dir(cache_dir() / "mirrors" / hashlib.sha256(url.encode()).hexdigest()[:16])
     folder.mkdir(parents=True, exist_ok=True)
-    found = find_newest(folder, say)
-    fetch(url, folder, 0 if found is None else found.step, say)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = find_newest(folder, say)
+        fetch(url, folder, 0 if found is None else found.step, say)
     return folder.parent
 
 

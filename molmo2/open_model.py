@@ -35,7 +35,7 @@ class OpenedModel:
 def open_model(name: str) -> OpenedModel:
     """Load a run or checkpoint of ours (name or path), a directory with `config.json`, or OWNER/NAME[@REVISION].
 
-    What lies on this machine goes before the hub.
+    What lies on this machine goes before the hub. The mirror of a run, s3://…/<run>, is a path too.
 
     Raises:
         CheckpointError: a checkpoint of ours that is damaged.
@@ -44,7 +44,7 @@ def open_model(name: str) -> OpenedModel:
         WeightsError: its tensors are not those of the model.
     """
     if not any((path / CONFIG).exists() for path in (Path(name), data_path(name))):
-        if any(path.exists() for path in (Path(name), data_path("runs") / name)):
+        if "://" in name or any(path.exists() for path in (Path(name), data_path("runs") / name)):
             return _open_run(name)
         if "/" not in name:
             raise PretrainedError(f"{name}: no run in {data_path('runs')}, no directory, and no OWNER/NAME of the hub")

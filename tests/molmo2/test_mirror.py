@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from s3_server import BUCKET, environment, s3_server
 from test_train import curve, train
 
 import shards.s3
-from molmo2.checkpoint import META, CheckpointError, _hash, damage, load_weights
+from molmo2 import mirror
+from molmo2.checkpoint import META, CheckpointError, _hash, damage
 from molmo2.mirror import fetch, send, steps
+from molmo2.open_model import open_model
 from shards.storage import open_storage
 
 
@@ -87,6 +90,14 @@ def test_a_file_outside_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "escaped").exists()
 
 
+def test_ranks_that_open_a_mirror_at_once_get_the_same(tmp_path: Path) -> None:
+    url = str(tmp_path / "far")
+    send(checkpoint(tmp_path / "local", 1), url, keep=1)
+    with ThreadPoolExecutor(4) as pool:  # each opens the lock's file for itself, as processes do
+        found = list(pool.map(lambda _: mirror.cached(url, print), range(4)))
+    assert len(set(found)) == 1 and damage(found[0] / "checkpoints/step-00000001") is None
+
+
 @pytest.mark.dist
 def test_a_run_goes_on_from_the_bucket_on_a_new_disk(tmp_path: Path) -> None:
     toy_run.build_toy(tmp_path)
@@ -98,7 +109,7 @@ def test_a_run_goes_on_from_the_bucket_on_a_new_disk(tmp_path: Path) -> None:
     assert "WARNING" not in output
     lines = (tmp_path / "runs/run/log.jsonl").read_text()
     shutil.rmtree(tmp_path / "runs/run")
-    assert load_weights(f"{url}/run")[2]["step"] == 2
+    assert open_model(f"{url}/run").origin["step"] == 2
     assert "brought back from s3://" in train(tmp_path, recipe, launcher="python")
     (tmp_path / "runs/run/log.jsonl").write_text(lines + (tmp_path / "runs/run/log.jsonl").read_text())
     losses = [[line["loss"] for line in curve(tmp_path, name)] for name in ("run", "whole")]
