@@ -7,7 +7,7 @@ import engine_cases
 import pytest
 import torch
 import toy_run
-from test_train import branch_off, curve, train
+from test_train import assert_same_curve, branch_off, curve, train
 
 from molmo2.checkpoint import load_weights
 from molmo2.config import Lora, RecipeError, load_recipe
@@ -80,3 +80,18 @@ def test_a_run_resumes_and_its_checkpoints_are_read_merged(tmp_path: Path, monke
         assert {name for name in moved if name.startswith(("text.", "lm_head"))} == layers | {"text.embedding.added"}
     with pytest.raises(RecipeError, match="not tried by us and refused"):
         load_recipe(recipe, [lora[1], "train.zero_stage=3"])
+
+
+@pytest.mark.dist
+def test_adapters_in_half_precision_move_to_other_ranks(tmp_path: Path) -> None:
+    toy_run.build_toy(tmp_path)
+    lora = ["--set", "optim.lora={rank: 4, alpha: 8}", "train.precision=bf16"]
+    train(tmp_path, toy_run.write_recipe(tmp_path / "a.yaml", "a", steps=4, zero_stage=2), *lora)
+    branch_off(tmp_path, "b", "a", 2)
+    recipe = toy_run.write_recipe(tmp_path / "b.yaml", "b", steps=4, zero_stage=2)
+    output = train(tmp_path, recipe, *lora, launcher="python")
+    assert "world was 2, is 1: the checkpoint was converted" in output
+    assert_same_curve(tmp_path, "b", "a", 1e-2)
+    (_, one, _), (_, other, _) = (load_weights(tmp_path / "runs" / name) for name in ("a", "b"))
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], other[name], rtol=0, atol=2e-3) for name in one)

@@ -278,6 +278,19 @@ def test_half_precision_and_frozen_weights_move_to_other_ranks(root: Path) -> No
     assert all(torch.allclose(one[name], other[name], rtol=0, atol=2e-3) for name in one)
 
 
+def test_an_optimizer_in_the_cpus_memory_resumes_here_and_on_other_ranks(root: Path) -> None:
+    settings = ["train.zero_stage=2", "train.offload=[optimizer]"]
+    recipe = toy_run.write_recipe(root / "off.yaml", "off", steps=6, checkpoint_every=3)
+    train(root, recipe, "--set", *settings)
+    for name, options in (("off-again", {}), ("off-moved", {"launcher": "python"})):
+        branch_off(root, name, "off", 3)
+        recipe = toy_run.write_recipe(root / f"{name}.yaml", name, steps=6, checkpoint_every=3)
+        changed = ["train.zero_stage=3", settings[1]] if options else settings
+        output = train(root, recipe, "--set", *changed, **options)
+        assert ("was converted" in output) == bool(options)
+        assert_same_curve(root, name, "off", 1e-5 if options else 0.0)
+
+
 def test_another_precision_is_refused(root: Path) -> None:
     changed = ["train.steps=20", "train.precision=bf16", "train.zero_stage=2"]
     output = train(root, root / "whole.yaml", "--set", *changed, code=1)
