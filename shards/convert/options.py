@@ -74,7 +74,7 @@ def place_of(how: str, answer: Any, options: Sequence[str], first: int = 0) -> i
     return number if 0 <= number < len(options) else None
 
 
-def named_images(texts: Sequence[str]) -> list[str]:
-    """Texts in which "<image 2>" is called "Image 2", and the n-th "<image>" through all of them "Image n"."""
-    counted = itertools.count(1)
+def named_images(texts: Sequence[str], first: int = 1) -> list[str]:
+    """Texts in which "<image 2>" is called "Image 2", and "<image>" through all of them "Image n", from `first` on."""
+    counted = itertools.count(first)
     return [_IMAGE.sub(lambda match: f"Image {match['number'] or next(counted)}", text) for text in texts]

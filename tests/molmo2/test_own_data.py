@@ -65,6 +65,6 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert (tmp_path / "mine-export/config.json").exists()
     assert "my-points" in (tmp_path / "mine.html").read_text()
-    for dataset, samples in (("my-questions", 2), ("my-points", 4), ("my-videos", 2), ("my-talk", 1)):
+    for dataset, samples in (("my-questions", 2), ("my-points", 4), ("my-videos", 2), ("my-talk", 3)):
         index = (tmp_path / f"data/shards/sft/{dataset}/index.json").read_text()
         assert f'"samples": {samples},' in index and '"rejects": 0' in index
