@@ -1,9 +1,10 @@
 """What the trainer costs beside a bare loop, how long it waits for data that lie far, and what a checkpoint takes.
 
-    python benchmarks/bench_train.py                  about three minutes
-    python benchmarks/bench_train.py --steps 10
+    python benchmarks/bench_train.py                  about six minutes
+    python benchmarks/bench_train.py --packs 2        fewer packs to an update: its fixed costs weigh more
 
-The tiny model on synthetic images and text, packs of 4,096 tokens, one rank on one thread, one loader worker:
+The tiny model on synthetic images and text, packs of 4,096 tokens, 8 to a step, which are the accumulated turns of
+`recipes/stage2.yaml` on its eight GPUs; one rank on one thread, one loader worker:
 
     overhead     seconds of a step in `molmo2/train.py` (DeepSpeed, norms, log, TensorBoard, watchdog) over those of
                  a loop of forward, backward and AdamW alone, on the same packs held in memory; both thrice, in turn,
@@ -40,16 +41,16 @@ sys.path.insert(0, str(ROOT / "tests" / "molmo2"))
 
 import toy_run  # noqa: E402
 
-WARM = 4  # steps that are not counted
+WARM = 3  # steps that are not counted
 SAMPLES = 600
 
 
-def write_recipe(path: Path, name: str, steps: int, root: str) -> Path:
+def write_recipe(path: Path, name: str, args: argparse.Namespace, root: str) -> Path:
     """The toy recipe with longer packs, and nothing switched off that a user has."""
-    toy_run.write_recipe(path, name, steps=steps, checkpoint_every=steps)
+    toy_run.write_recipe(path, name, steps=args.steps, checkpoint_every=args.steps)
     recipe = yaml.safe_load(path.read_text())
     recipe["data"] |= {"roots": [root], "sequence_length": 4096, "max_crops": 128, "window": 256}
-    recipe["train"] |= {"residual_dropout": 0.0, "packs_per_step": 2}
+    recipe["train"] |= {"residual_dropout": 0.0, "packs_per_step": args.packs}
     recipe["logging"] = {"tensorboard": True}
     path.write_text(yaml.safe_dump(recipe))
     return path
@@ -170,7 +171,8 @@ def far_shards(root: Path) -> Iterator[dict[str, str]]:
 def main() -> None:
     """Measure, print, and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=24, help="of each run (%(default)s)")
+    parser.add_argument("--steps", type=int, default=12, help="of each run (%(default)s)")
+    parser.add_argument("--packs", type=int, default=8, help="of a step (%(default)s)")
     parser.add_argument("--case", choices=sorted(CASES), help=argparse.SUPPRESS)  # one measurement, in a process
     parser.add_argument("--recipe", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -184,14 +186,14 @@ def main() -> None:
         steps, loops = [], []
         for number in range(3):
             name = f"near{number}"
-            lines = train(root, write_recipe(root / f"{name}.yaml", name, args.steps, "shards/sft"), name)
+            lines = train(root, write_recipe(root / f"{name}.yaml", name, args, "shards/sft"), name)
             local += lines
             steps.append(median(line["seconds"] for line in lines))
             loops.append(case("bare", root, root / f"{name}.yaml")["seconds"])
         with far_shards(root) as variables:
-            recipe = write_recipe(root / "far.yaml", "far", args.steps, f"s3://{BUCKET}/shards/sft")
+            recipe = write_recipe(root / "far.yaml", "far", args, f"s3://{BUCKET}/shards/sft")
             far = train(root, recipe, "far", **variables)
-        written = case("checkpoint", root, write_recipe(root / "check.yaml", "check", args.steps, "shards/sft"))
+        written = case("checkpoint", root, write_recipe(root / "check.yaml", "check", args, "shards/sft"))
     overhead = min(steps) / min(loops) - 1
     near_wait, far_wait = (statistics.mean(line["data_wait"] for line in lines) for lines in (local, far))
     print(f"step {min(steps):.3f} s, bare loop {min(loops):.3f} s: overhead {overhead:.1%}, {cpu_name()}")

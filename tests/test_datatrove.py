@@ -1,4 +1,4 @@
-"""Shards built by datatrove's executors are those of one process; its Slurm executor runs on a real Slurm."""
+"""Shards built by datatrove's executors are those of one process; those for Slurm and Ray run on real ones."""
 
 import os
 import subprocess
@@ -54,6 +54,17 @@ def test_the_local_executor_builds_the_same_bytes(options: list[str], alone: dic
         assert (tmp_path / "logs/shares/completions" / task).exists()
     (tmp_path / "out/sft/demo-count/000001.tar").unlink()  # the engine has seen its tasks end; the shards say otherwise
     start("build_on_datatrove.py", *engine, *options, "--out", out)
+    assert bytes_of(tmp_path / "out") == alone
+
+
+@pytest.mark.dist
+def test_the_ray_executor_builds_the_same_bytes(options: list[str], alone: dict[str, bytes], tmp_path: Path) -> None:
+    """On a Ray of this machine, which the executor starts and ends."""
+    engine = ["--engine", "ray", "--tasks", "2", "--gb", "1", "--logs", str(tmp_path / "logs"), "--"]
+    said = start(
+        "build_on_datatrove.py", *engine, *options, "--out", str(tmp_path / "out"), RAY_USAGE_STATS_ENABLED="0"
+    )
+    assert "task 0/2" in said and "task 1/2" in said
     assert bytes_of(tmp_path / "out") == alone
 
 

@@ -115,7 +115,13 @@ def help_of(script: str) -> str:
     return run.stdout
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/operations.md", "docs/own-data.md"])
+PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("adding-a-dataset", "guide", "operations", "own-data", "quick-start")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_commands_of_the_pages_know_their_options(page: str) -> None:
     """Every `tools/x.py --flag` names a flag that the tool's --help lists; make targets and recipes exist."""
     makefile = (ROOT / "Makefile").read_text()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -84,10 +85,10 @@ def executor(args: argparse.Namespace, name: str, tasks: int, depends: Any = Non
 def main() -> None:
     """All shares, then the whole."""
     args = parse_args()
-    try:
-        import datatrove  # noqa: F401
-    except ModuleNotFoundError:
-        raise ValueError("datatrove is not installed: pip install -e '.[datatrove]'") from None
+    needed = {"datatrove": "-e '.[datatrove]'"} | ({"ray": "ray"} if args.engine == "ray" else {})
+    for name, package in needed.items():
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"{name} is not installed: pip install {package}")
     shares = executor(args, "shares", args.tasks)
     executor(args, "whole", 1, depends=shares).run()
 

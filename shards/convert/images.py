@@ -29,7 +29,7 @@ def image_caption(group: Group) -> Iterator[Example | Omitted]:
     annotations: list[Annotation] = []
     if caption := group.text("caption"):
         annotations.append(Text(style="long_caption", answer=caption))
-    if group.stage in group.option("transcript_stages"):
+    if group.stage in group.row.options.get("transcript_stages", ()):
         spoken = [text_of(transcript) for transcript in group.items("transcripts")]
         annotations += [Text(style="transcript", answer=transcript) for transcript in spoken if transcript]
     at_least_one(annotations, "no caption and no transcript")

@@ -1,9 +1,6 @@
 """docs/own-data.md as written: its files, its commands; only the model is a small one."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,19 +47,8 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
         (raw / name).write_text(text)
     for name, text in zip(("mine.yaml", "recipe.yaml"), blocks("yaml"), strict=True):
         (tmp_path / name).write_text(small(text))
-    for folder in ("tools", "molmo2"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
-    environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith("PYTEST")},
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "MOLMO2_DATA": str(tmp_path / "data"),
-    }
     (commands,) = blocks("bash")
-    script = f"set -eux\n{small(commands)}"
-    run = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    toy_run.run_page(small(commands), tmp_path)
     assert (tmp_path / "mine-export/config.json").exists()
     assert "my-points" in (tmp_path / "mine.html").read_text()
     for dataset, samples in (("my-questions", 2), ("my-points", 4), ("my-videos", 2), ("my-talk", 3)):

@@ -1,6 +1,9 @@
-"""A data root for training tests: a byte tokenizer, one small dataset of squares and text, and a recipe."""
+"""A data root for training tests: a byte tokenizer, one small dataset of squares and text, a recipe, and a shell."""
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from shards.format import FORMAT_VERSION, DatasetIndex, Totals
 from shards.schema import Example, ImageRef, Limits, Source, Text
 from shards.writer import npy_bytes, write_shard
 
+ROOT = Path(__file__).resolve().parents[2]
 LIMITS = Limits(sequence_length=192, max_crops=6, image_crops=2)
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -97,3 +101,20 @@ def write_recipe(path: Path, name: str, init: str | None = None, **train: Any) -
     }
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+def run_page(commands: str, folder: Path, **variables: str) -> None:
+    """Run a page's commands in `folder` as a user would, with its data below `folder`/data, on one CPU thread."""
+    for name in ("tools", "molmo2"):
+        (folder / name).symlink_to(ROOT / name)
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("PYTEST")},
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "MOLMO2_DATA": str(folder / "data"),
+        **variables,
+    }
+    script = f"set -eux\n{commands}"
+    run = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,39 @@ def test_a_fixture_becomes_what_is_on_record(name: str, stage: Any, tmp_path: Pa
 def test_every_rendering_belongs_to_a_fixture() -> None:
     wanted = {f"{name}{'' if stage == 'sft' else '.' + stage}.txt" for name, stage in cases()}
     assert {path.name for path in GOLDEN.glob("*.txt")} == wanted
+
+
+def merged_together(node: yaml.Node, seen: set[int]) -> Iterator[list[yaml.Node]]:
+    """Every list of mappings under a merge key `<<`; an anchor's node is visited once."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge" and isinstance(value, yaml.SequenceNode):
+                yield value.value
+            yield from merged_together(value, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from merged_together(item, seen)
+
+
+def test_mappings_that_are_merged_share_no_key() -> None:
+    # Which of two merged mappings wins is a matter of PyYAML's version: the first until 6.0.3, the last in 6.0.4.
+    lists = 0
+    for path in sorted((ROOT / "shards" / "catalog").rglob("*.yaml")):
+        for maps in merged_together(yaml.compose(path.read_text(encoding="utf-8")), set()):
+            keys = [key for part in maps for key in yaml.safe_load(yaml.serialize(part))]
+            assert len(keys) == len(set(keys)), f"{path.name}: {sorted({k for k in keys if keys.count(k) > 1})}"
+            lists += 1
+    assert lists >= 20
+
+
+def test_the_papers_catalog_has_the_same_rows_at_other_lengths() -> None:
+    paper, ours = load_catalog("molmo2-paper"), catalog()
+    assert paper.rows == ours.rows
+    lengths = {stage: settings.limits.sequence_length for stage, settings in paper.stages.items()}
+    assert (lengths["pretraining"], lengths["sft"], lengths["long"]) == (2560, 16384, 36864)
 
 
 def test_every_row_has_a_fixture() -> None:
