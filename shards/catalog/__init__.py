@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import pydantic
-import yaml
 
 from shards.catalog.row import (
     STAGES,
@@ -29,6 +28,7 @@ from shards.catalog.row import (
     TableFormat,
     split_of,
 )
+from shards.catalog.templates import CatalogError, read_catalog_file
 from shards.schema import Limits
 
 __all__ = [
@@ -49,10 +49,6 @@ __all__ = [
     "load_catalog",
     "split_of",
 ]
-
-
-class CatalogError(ValueError):
-    """A catalog that cannot be read, or a name that is not in it."""
 
 
 class StageSettings(Strict):
@@ -135,7 +131,8 @@ def load_catalog(name: str) -> Catalog:
 
     `base: NAME` takes everything from another catalog but the settings that are given.
 
-    In a folder `catalog.yaml` holds the settings, every other file `rows` and `folders`, and `_shared` for anchors.
+    In a folder `catalog.yaml` holds the settings, every other file `rows` and `folders`. Any of these files may have
+    `templates`, whose keys its own mappings take over with `like: NAME` (see `shards.catalog.templates`).
 
     Raises:
         CatalogError: no such catalog, or errors in it, all of them listed.
@@ -147,7 +144,7 @@ def load_catalog(name: str) -> Catalog:
         known = ", ".join(sorted({p.stem for p in [*here.glob("*.yaml"), *(q.parent for q in here.glob("*/*.yaml"))]}))
         raise CatalogError(f"no catalog {name!r}; known: {known}, or the path of a YAML file")
     try:
-        found = _joined(path) if path.is_dir() else _mapping(path)
+        found = _joined(path) if path.is_dir() else read_catalog_file(path)
         if base := found.pop("base", None):
             return Catalog.model_validate({**_joined(here / base), **found})
         return Catalog.model_validate(found)
@@ -157,26 +154,16 @@ def load_catalog(name: str) -> Catalog:
 
 def _joined(folder: Path) -> dict[str, Any]:
     """The settings of a folder with the rows and raw folders of all its families."""
-    whole = {"rows": [], "folders": {}, **_mapping(folder / "catalog.yaml")}
+    whole = {"rows": [], "folders": {}, **read_catalog_file(folder / "catalog.yaml")}
     for path in sorted(folder.glob("*.yaml")):
         if path.name == "catalog.yaml":
             continue
-        family = _mapping(path)
-        if unknown := sorted(set(family) - {"rows", "folders", "_shared"}):
-            raise CatalogError(f"{path}: unknown: {', '.join(unknown)}; a family has rows, folders and _shared")
+        family = read_catalog_file(path)
+        if unknown := sorted(set(family) - {"rows", "folders"}):
+            raise CatalogError(f"{path}: unknown: {', '.join(unknown)}; a family has rows, folders and templates")
         folders = family.get("folders") or {}
         if double := sorted(set(folders) & set(whole["folders"])):
             raise CatalogError(f"{path}: folders that another file has too: {', '.join(double)}")
         whole["rows"] += family.get("rows") or []
         whole["folders"] |= folders
     return whole
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise CatalogError(f"{path}: {error}") from None
-    if not isinstance(loaded, dict):
-        raise CatalogError(f"{path}: expected a mapping, found {type(loaded).__name__}")
-    return loaded

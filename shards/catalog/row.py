@@ -245,7 +245,7 @@ class Row(Strict):
 
     Attributes:
         name: folder of the shards and name in mixtures.
-        like: the published dataset whose layout this one has, if it is not that dataset itself.
+        layout_of: the published dataset whose layout this one has, if it is not that dataset itself.
         raw: the raw folder, another row's or one of the catalog's `folders`, if it is not the row's own.
         source: repository, revision, licence, in words that are written into the index.
         size: how much there is.
@@ -274,7 +274,7 @@ class Row(Strict):
     """
 
     name: str = pydantic.Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")
-    like: str | None = None
+    layout_of: str | None = None
     raw: str | None = None
     source: dict[str, str] = {}
     size: Size = Size()
@@ -319,7 +319,7 @@ class Row(Strict):
 
     def build_settings(self) -> dict[str, Any]:
         """What the samples depend on: all but the words about the row."""
-        words = {"like", "raw", "source", "size", "paper", "download", "stages", "notes"}
+        words = {"layout_of", "raw", "source", "size", "paper", "download", "stages", "notes"}
         return self.model_dump(mode="json", exclude=words, exclude_defaults=True)
 
     @pydantic.model_validator(mode="after")

@@ -296,17 +296,14 @@ tokenizer: tokenizer
 stages: {}
 folders:
   pool: {download: {kind: manual, instructions: Ask for the pool.}}
+templates:
+  images: {stages: [sft], files: {train: data/*.parquet}, converter: image_qa, columns: {image: image}}
+  easy: {like: images, download: {kind: hub, repo: owner/easy, include: ["data/*.parquet"]}}
 rows:
-  - &row
-    name: easy
-    download: {kind: hub, repo: owner/easy, include: ["data/*.parquet"]}
-    stages: [sft]
-    files: {train: data/*.parquet}
-    converter: image_qa
-    columns: {image: image}
-  - {<<: *row, name: absent, download: {kind: hub, repo: owner/absent, include: ["data/*.parquet"]}}
-  - {<<: *row, name: asking, download: {kind: manual, instructions: Ask nicely.}, media_from: [pool]}
-  - {<<: *row, name: exam, stages: [eval], files: {validation: data/*.parquet}}
+  - {like: easy, name: easy}
+  - {like: images, name: absent, download: {kind: hub, repo: owner/absent, include: ["data/*.parquet"]}}
+  - {like: images, name: asking, download: {kind: manual, instructions: Ask nicely.}, media_from: [pool]}
+  - {like: easy, name: exam, stages: [eval], files: {validation: data/*.parquet}}
 """
 
 
