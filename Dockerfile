@@ -13,7 +13,7 @@ RUN useradd --create-home --uid 10001 trainer && mkdir /app /data && chown train
 USER 10001
 WORKDIR /app
 
-COPY --chown=trainer:trainer setup.cfg pyproject.toml Makefile README.md LICENSE ./
+COPY --chown=trainer:trainer setup.cfg pyproject.toml requirements.lock Makefile README.md LICENSE ./
 COPY --chown=trainer:trainer shards shards
 COPY --chown=trainer:trainer molmo2 molmo2
 RUN make install

@@ -1,46 +1,68 @@
-# make demo   environment, demo data, shards, stages 1 -> 2 -> 3, evaluation, export, report (CPU, two ranks)
-# make test   environment, lint, types, tests
-# make lmms   an environment with lmms-eval beside the first one, and the tests of our plugin in it; part of make test
+# make install       environment to train, build shards and evaluate
+# make install-dev   the same and what tests need
+# make demo          demo data, shards, stages 1 -> 2 -> 3, evaluation, export, report (CPU, two ranks)
+# make check         lint, types, and the tests that start no ranks, browser or server
+# make test          all that continuous integration runs
+# make soak          the long run of kills (SOAK_STEPS, SOAK_KILLS)
+# make test-latest   make test in an environment of its own with the newest versions that setup.cfg allows
+# make lock          write requirements.lock anew from setup.cfg; UPGRADE=--upgrade takes the newest versions
 # All work from a clean clone; what exists already is kept.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo demo-steps install browser slurm lint types test lmms bench clean-demo
+.PHONY: demo demo-steps install install-dev lock system lint types check test soak test-latest bench clean-demo
 
 PYTHON ?= python3
 VENV := .venv
+LOCK := -c requirements.lock
 INSTALLED := $(VENV)/.installed
-LMMS := .venv-lmms
+DEV := $(VENV)/.installed-dev
+PIP := pip install --quiet --progress-bar off $(LOCK)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MOLMO2_DATA ?= $(CURDIR)/data
+export SYSTEM ?= 1
 RANKS ?= 2
 CPU := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 LAUNCH := $(CPU) deepspeed --num_accelerators $(RANKS)
 RUN := $(MOLMO2_DATA)/runs
+PYTEST := $(CPU) python tests/guard.py --minutes 30 -- python -m pytest
 
 install: $(INSTALLED)
 
-# torch and torchvision come as one pair from one index: a CPU torch beside a CUDA torchvision does not import.
-$(INSTALLED): setup.cfg pyproject.toml
+install-dev: $(DEV)
+
+# torch and torchvision come as one pair from one index: a CPU torch beside a CUDA torchvision does not import. DeepSpeed
+# imports torch while it is built, hence --no-build-isolation and what a build needs before all else.
+$(INSTALLED): setup.cfg pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	pip install --quiet --upgrade pip 'setuptools>=77' wheel ninja
-	pip install --quiet --progress-bar off torch torchvision
-	pip install --quiet --progress-bar off --no-build-isolation -e '.[dev,demo,eval,s3,wandb,lora,datatrove]'
+	$(PIP) 'pip>=24' 'setuptools>=77' wheel ninja
+	$(PIP) torch torchvision
+	$(PIP) --no-build-isolation -e '.[demo,eval,lora,s3,wandb]'
 	touch $@
 
-# A browser for the tests of pages; where it cannot be installed they are skipped, and say so.
-browser:
-	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
-	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } \
-	  || echo 'no chromium here: tests that need a browser are skipped'
+$(DEV): $(INSTALLED)
+	$(PIP) --no-build-isolation -e '.[demo,eval,lora,s3,wandb,datatrove,lmms,dev]'
+	touch $@
 
-# A Slurm of two nodes for the tests of the batch scripts; without it they are skipped, and say so.
-slurm:
-	@command -v slurmctld >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
-	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge >/dev/null; } \
-	  || echo 'no slurm-wlm here: tests that need it are skipped'
+lock: $(DEV)
+	uv pip compile setup.cfg --quiet --universal --python-version 3.11 --all-extras --annotation-style line \
+	  --custom-compile-command 'make lock' --output-file requirements.lock $(UPGRADE)
+
+# Debian packages for the tests of pages and of batch scripts: a browser, and a Slurm of two nodes.
+system:
+ifeq ($(SYSTEM),1)
+	@missing=''; command -v chromium >/dev/null || missing='chromium'; \
+	command -v slurmctld >/dev/null || missing="$$missing slurm-wlm munge"; \
+	[ -n "$$missing" ] || exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "make test installs Debian packages with apt-get: $$missing. To decline: make test SYSTEM=0"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; \
+	else echo "not installed, and only root can with apt-get: $$missing; tests that need them are skipped"; fi
+else
+	@echo 'SYSTEM=0: no Debian package is installed; tests that need chromium or Slurm are skipped'
+endif
 
 demo: $(INSTALLED)
 	@start=$$SECONDS; $(MAKE) --no-print-directory demo-steps; echo "make demo took $$((SECONDS - start)) s"
@@ -58,31 +80,27 @@ demo-steps:
 	$(CPU) python tools/export_model.py --checkpoint $(RUN)/demo-stage3 --out $(RUN)/demo-export
 	python tools/demo_report.py
 
-lint: $(INSTALLED)
+lint: $(DEV)
 	ruff check .
 	ruff format --check .
 	hadolint Dockerfile
 
-types: $(INSTALLED)
+types: $(DEV)
 	mypy
 
-test: $(INSTALLED) browser slurm lint types
-	$(CPU) python -m pytest
-	$(MAKE) lmms
+check: lint types
+	$(PYTEST) -n 2 -m 'not dist and not browser and not server'
 
-# lmms-eval wants other versions of some packages, so it gets an environment of its own; what it does not want
-# otherwise, torch above all, it finds in the first one.
-$(LMMS)/.installed: $(INSTALLED)
-	test -x $(LMMS)/bin/python || python -m venv $(LMMS)
-	python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	  > "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth"
-	$(LMMS)/bin/pip install --quiet --progress-bar off --no-build-isolation -e '.[lmms]'
-	touch $@
+test: system lint types
+	$(PYTEST) -n 2
 
-lmms: $(LMMS)/.installed
-	$(CPU) $(LMMS)/bin/python -m pytest tests/molmo2/test_lmms.py
+soak: $(DEV)
+	SOAK_STEPS=$${SOAK_STEPS:-1000} SOAK_KILLS=$${SOAK_KILLS:-12} $(PYTEST) tests/molmo2/test_soak.py
 
-bench: $(INSTALLED)
+test-latest:
+	$(MAKE) test VENV=.venv-latest LOCK=
+
+bench: $(DEV)
 	python benchmarks/bench_plan.py
 	$(CPU) python benchmarks/bench_model.py
 	$(CPU) python benchmarks/bench_build.py

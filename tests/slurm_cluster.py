@@ -1,7 +1,6 @@
 """A real Slurm of two nodes on this machine: munge, one controller, two slurmd, on free ports, in one folder."""
 
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -10,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+from programs import why_missing
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged")
 CONFIG = """
@@ -44,10 +44,7 @@ PartitionName=p Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 def why_not() -> str | None:
     """Why no cluster can be started here, or None."""
-    missing = [program for program in PROGRAMS if not shutil.which(program)]
-    if missing:
-        return f"no {', '.join(missing)}: `make slurm` installs slurm-wlm and munge where it can"
-    return None if os.getuid() == 0 else "slurmd needs root"
+    return why_missing(*PROGRAMS) or (None if os.getuid() == 0 else "slurmd needs root")
 
 
 def ports(count: int) -> list[int]:

@@ -1,14 +1,14 @@
-"""Shards built by datatrove's executors are those of one process; those for Slurm and Ray run on real ones."""
+"""Shards built by datatrove's executors are those of one process; its Slurm executor runs on a real Slurm."""
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from build_cases import make_raw, tree
+from fork_server import python
 from slurm_cluster import cluster, slurm, wait_for, why_not
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def start(tool: str, *arguments: str, **variables: str) -> str:
-    command = [sys.executable, str(TOOLS / tool), *arguments]
+    command = [python(), str(TOOLS / tool), *arguments]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables}, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout + run.stderr
@@ -57,17 +57,6 @@ def test_the_local_executor_builds_the_same_bytes(options: list[str], alone: dic
     assert bytes_of(tmp_path / "out") == alone
 
 
-@pytest.mark.dist
-def test_the_ray_executor_builds_the_same_bytes(options: list[str], alone: dict[str, bytes], tmp_path: Path) -> None:
-    """On a Ray of this machine, which the executor starts and ends."""
-    engine = ["--engine", "ray", "--tasks", "2", "--gb", "1", "--logs", str(tmp_path / "logs"), "--"]
-    said = start(
-        "build_on_datatrove.py", *engine, *options, "--out", str(tmp_path / "out"), RAY_USAGE_STATS_ENABLED="0"
-    )
-    assert "task 0/2" in said and "task 1/2" in said
-    assert bytes_of(tmp_path / "out") == alone
-
-
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     with cluster(tmp_path_factory.mktemp("slurm")) as variables:
@@ -93,7 +82,7 @@ def test_the_slurm_executor_builds_the_same_bytes(
 
 
 def test_what_the_engine_says_is_not_for_the_user(tmp_path: Path) -> None:
-    command = [sys.executable, str(TOOLS / "build_on_datatrove.py"), "--engine", "local", "--tasks", "1", "--"]
+    command = [python(), str(TOOLS / "build_on_datatrove.py"), "--engine", "local", "--tasks", "1", "--"]
     run = subprocess.run([*command, "--task", "0/2"], capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert "--task is the engine's to say" in run.stderr
