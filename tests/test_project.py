@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fork_server import python
 
 import shards
 
@@ -110,7 +111,7 @@ def commands_of(page: Path) -> list[str]:
 
 @functools.cache
 def help_of(script: str) -> str:
-    run = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run([python(), ROOT / script, "--help"], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

@@ -9,8 +9,9 @@ import pytest
 import toy_run
 import yaml
 from build_cases import make_raw, tree
+from ranks import ROOT
 from slurm_cluster import cluster, ports, slurm, wait_for, why_not
-from test_train import ROOT, log, train
+from train_runs import log, train
 
 pytestmark = [pytest.mark.dist, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 SMALL = ["--gpus-per-node=0", "--cpus-per-task=1", "--time=10", "--open-mode=append"]  # two nodes of one CPU

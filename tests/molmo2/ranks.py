@@ -1,14 +1,36 @@
-"""Starts real ranks (gloo, CPU) for a test: `run_ranks(world, function, argument)`."""
+"""Ranks for tests, forked from one process that has torch, DeepSpeed and the trainer loaded.
+
+Two ways in:
+
+    run_ranks(2, function, argument)        `function(argument)` on each rank of a gloo group
+    Launch(["--recipe", path], ranks=2)     molmo2/train.py on two ranks, as torchrun starts it
+
+What a launcher itself does (deepspeed, torchrun, accelerate, srun) is tested with the real one in test_launch.py,
+test_slurm.py and `train_runs.start`.
+"""
 
 import os
+import resource
+import signal
+import socket
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from fork_server import CPU, ROOT, become, finish, fork_server, run_script
+
+SCRIPT = "molmo2/train.py"
+GRACE = 30.0  # seconds that ranks have to leave after one has failed, as under torchrun
+__all__ = ["CPU", "ROOT", "SCRIPT", "Launch", "free_port", "run_ranks"]
+
+
+# --- a function on each rank -----------------------------------------------------------------------------------------
 
 
 def _rank(rank: int, world: int, folder: str, function: Callable[[Any], Any], argument: Any) -> None:
@@ -24,8 +46,115 @@ def _rank(rank: int, world: int, folder: str, function: Callable[[Any], Any], ar
 
 def run_ranks(world: int, function: Callable[[Any], Any], argument: Any = None) -> list[Any]:
     """What `function(argument)` returned on each rank. The function must be importable: a module beside the tests."""
+    fork_server()
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(  # type: ignore[no-untyped-call]
-            _rank, args=(world, folder, function, argument), nprocs=world, start_method="spawn"
+            _rank, args=(world, folder, function, argument), nprocs=world, start_method="forkserver"
         )
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]
+
+
+# --- the trainer on each rank ----------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+class Launch:
+    """molmo2/train.py on several ranks, each a process of its own below one that watches them.
+
+    As under torchrun, the first rank that fails has the others terminated, and the exit code is then 1.
+
+    Args:
+        arguments: the command line after the script's name.
+        ranks: number of ranks; 1 sets no variables of a launcher, as plain `python` does.
+        variables: environment of the ranks, whole.
+        output: file that takes what the ranks print.
+        file_limit: most bytes of a file that they can write, as on a full disk.
+    """
+
+    def __init__(
+        self, arguments: list[str], ranks: int, variables: Mapping[str, str], output: Path, file_limit: int | None
+    ) -> None:
+        self.output = output
+        self.process = fork_server().Process(
+            target=_watch, args=(arguments, ranks, dict(variables), str(output), file_limit)
+        )
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        """The process above the ranks."""
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes of the ranks that are there, in order."""
+        return psutil.Process(self.pid).children()
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs."""
+        return self.process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        """The exit code.
+
+        Raises:
+            TimeoutError: it was still running, and has been killed.
+        """
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.kill()
+            raise TimeoutError(f"still running after {timeout} s:\n{self.output.read_text()}")
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        """Kill the ranks, their workers and the process above them."""
+        above = psutil.Process(self.pid)
+        for victim in [above, *above.children(recursive=True)]:
+            victim.kill()
+        self.process.join()
+
+
+def _watch(arguments: list[str], ranks: int, variables: dict[str, str], output: str, file_limit: int | None) -> None:
+    """Start the ranks, and end them all when one has failed; leaves with 0 or 1."""
+    target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(target, stream)
+    become(str(ROOT), variables)
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if ranks > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    started = []
+    for rank in range(ranks):
+        if ranks > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        if (pid := os.fork()) == 0:
+            finish(lambda: run_script(SCRIPT, arguments))
+        started.append(pid)
+    os._exit(int(_wait_for_all(started)))
+
+
+def _wait_for_all(pids: list[int]) -> bool:
+    """Whether any of these children failed; the others are then terminated, and killed after a while."""
+    running, failed, deadline = set(pids), False, float("inf")
+    while running:
+        for pid in list(running):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if not found:
+                continue
+            running.remove(pid)
+            if os.waitstatus_to_exitcode(status) and not failed:
+                failed, deadline = True, time.monotonic() + GRACE
+                for other in running:
+                    os.kill(other, signal.SIGTERM)
+        if time.monotonic() > deadline:
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+        time.sleep(0.01)
+    return failed

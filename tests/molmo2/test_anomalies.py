@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy_run
-from test_train import log, train
+from train_runs import log, train
 
 from molmo2.anomalies import LEAST, LossHistory, action_for
 from molmo2.checkpoint import load_weights
@@ -67,13 +67,11 @@ def test_a_watchdog_that_was_stopped_is_silent() -> None:
 def test_a_spike_can_be_skipped_or_stop_the_run(tmp_path: Path, zero_stage: int) -> None:
     toy_run.build_toy(tmp_path)
     recipe = toy_run.write_recipe(
-        tmp_path / "r.yaml", "r", steps=LEAST + 3, checkpoint_every=LEAST, zero_stage=zero_stage
+        tmp_path / "r.yaml", "r", steps=LEAST + 3, checkpoint_every=LEAST, zero_stage=zero_stage, packs_per_step=1
     )
     # A factor just above 1 makes ordinary noise of a loss that has stopped falling a spike.
     still = ["optim.vit.lr=0", "optim.connector.lr=0", "optim.llm.lr=0", "anomalies.spike_factor=1.0001"]
-    output = train(
-        tmp_path, recipe, "--set", *still, "anomalies.spike=skip", "anomalies.max_skips=9", launcher="python"
-    )
+    output = train(tmp_path, recipe, "--set", *still, "anomalies.spike=skip", "anomalies.max_skips=9", ranks=1)
     lines = [json.loads(line) for line in (tmp_path / "runs/r/anomalies.jsonl").read_text().splitlines()]
     skipped = [line["step"] for line in log(tmp_path, "r") if line.get("skipped")]
     assert skipped and [line["step"] for line in lines] == skipped
@@ -84,9 +82,7 @@ def test_a_spike_can_be_skipped_or_stop_the_run(tmp_path: Path, zero_stage: int)
     assert lines[0]["packs"][0][0].startswith("toy/000000/")
     assert f"step {skipped[0]}: spike" in output
     if zero_stage == 1:
-        output = train(
-            tmp_path, recipe, "--set", *still, "train.steps=99", "anomalies.spike=stop", launcher="python", code=1
-        )
+        output = train(tmp_path, recipe, "--set", *still, "train.steps=99", "anomalies.spike=stop", ranks=1, code=1)
         assert "nothing was updated" in output and "--replay" in output and "Traceback" not in output
 
 
@@ -95,13 +91,13 @@ def test_a_loss_that_is_no_number_stops_before_it_does_harm(tmp_path: Path) -> N
     toy_run.build_toy(tmp_path)
     recipe = toy_run.write_recipe(tmp_path / "r.yaml", "r", steps=6, checkpoint_every=2)
     mad = ["optim.llm.lr=1e38", "optim.llm.clip=1e38", "optim.llm.warmup_steps=4"]
-    output = train(tmp_path, recipe, "--set", *mad, launcher="python", code=1)
+    output = train(tmp_path, recipe, "--set", *mad, ranks=1, code=1)
     assert "nonfinite" in output and "Traceback" not in output
     (line,) = [json.loads(line) for line in (tmp_path / "runs/r/anomalies.jsonl").read_text().splitlines()]
     assert (line["kind"], line["action"], line["loss"]) == ("nonfinite", "stop", None)
     recipe = toy_run.write_recipe(tmp_path / "s.yaml", "s", steps=6, checkpoint_every=3)
     output = train(
-        tmp_path, recipe, "--set", *mad, "anomalies.nonfinite=skip", "anomalies.max_skips=2", launcher="python", code=1
+        tmp_path, recipe, "--set", *mad, "anomalies.nonfinite=skip", "anomalies.max_skips=2", ranks=1, code=1
     )
     actions = [json.loads(line)["action"] for line in (tmp_path / "runs/s/anomalies.jsonl").read_text().splitlines()]
     assert actions == ["skip", "skip", "stop"]

@@ -2,13 +2,13 @@
 
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from catalog_cases import image, video
+from fork_server import python
 
 from molmo2.export import export_model
 from molmo2.export_card import About
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def chat(folder: Path, questions: str, *options: Any) -> Any:
-    command = [sys.executable, "tools/chat.py", "--checkpoint", folder / "model", "--max-new-tokens", "12", *options]
+    command = [python(), "tools/chat.py", "--checkpoint", folder / "model", "--max-new-tokens", "12", *options]
     return subprocess.run(command, cwd=ROOT, input=questions, capture_output=True, text=True, check=False)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from catalog_cases import image, video
+from programs import why_missing
 
 from molmo2.chat import answer, conversation
 from molmo2.chat_page import MAX_BYTES, ChatServer
@@ -21,7 +22,6 @@ from molmo2.model.molmo2 import Molmo2
 from molmo2.processing import ProcessorSettings, build_processor
 from molmo2.processing.tokenizer import train_demo_tokenizer
 
-CHROMIUM = shutil.which("chromium")
 IMAGE, VIDEO = image("60x40:red"), video("64x48:30:10")
 
 
@@ -129,12 +129,14 @@ def test_what_is_refused_is_told(
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium here: `make browser` installs it for root")
+    if reason := why_missing("chromium"):
+        pytest.skip(reason)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        running = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+        )
         yield running
         running.close()
 

@@ -1,12 +1,12 @@
 """The estimate before a run: against what autograd keeps, against figures worked out elsewhere, and as a tool."""
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fork_server import python
 
 from molmo2.config import Recipe, load_recipe
 from molmo2.estimate import GIB, MARGIN, activation_bytes, count_kept, dry_run, kept_bytes, memory, step_flops
@@ -96,7 +96,7 @@ def test_what_to_change_is_told_where_a_card_is_too_small() -> None:
 
 
 def test_dry_run_needs_no_data_and_no_launcher(tmp_path: Path) -> None:
-    command = [sys.executable, "molmo2/train.py", "--recipe", str(STAGE1), "--dry-run"]
+    command = [python(), "molmo2/train.py", "--recipe", str(STAGE1), "--dry-run"]
     run = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, env={"MOLMO2_DATA": str(tmp_path)}
     )

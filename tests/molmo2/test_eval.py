@@ -1,7 +1,6 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 from demo_eval import DEMO
+from fork_server import python
 
 from molmo2.eval.metrics import (
     choice_of,
@@ -240,7 +240,7 @@ def test_the_demo_report_shows_benchmarks_without_a_target(tmp_path):
     (tmp_path / "runs" / "demo-stage3" / "evaluation-demo.json").write_text(json.dumps(evaluation))
     tool = Path(__file__).parents[2] / "tools" / "demo_report.py"
     environment = {**os.environ, "MOLMO2_DATA": str(tmp_path)}
-    run = subprocess.run([sys.executable, tool], capture_output=True, text=True, env=environment)
+    run = subprocess.run([python(), tool], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert "pointing at all" in run.stdout
     assert "50.0%" in run.stdout

@@ -14,6 +14,7 @@ import demo_eval
 import pytest
 import torch
 from demo_eval import CATALOG, DEMO
+from fork_server import python
 
 from molmo2.eval.answers import Line, Store, weights_digest
 from molmo2.eval.benchmarks import SUITES, choose
@@ -243,7 +244,7 @@ def test_the_tool_on_two_ranks(demo, tmp_path, monkeypatch):
         return json.loads((tmp_path / out / "e.json").read_text()), run.stdout
 
     two, said = start(launch, "two")
-    one, _ = start([sys.executable], "one")
+    one, _ = start([python()], "one")
     for key in ("results", "skipped"):
         assert two[key] == one[key]
     assert one["losses"][0]["loss"] == pytest.approx(two["losses"][0]["loss"])

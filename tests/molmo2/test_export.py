@@ -8,13 +8,13 @@ import os
 import resource
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fork_server import python
 from PIL import Image
 from processing_cases import noise, tokenizer_dir
 from safetensors import safe_open
@@ -292,7 +292,7 @@ def test_a_cut_file_is_named(tmp_path: Path) -> None:
 
 def run_tool(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parents[2]
-    command = [sys.executable, root / "tools/export_model.py", *map(str, arguments)]
+    command = [python(), root / "tools/export_model.py", *map(str, arguments)]
     variables = {**os.environ, "DS_ACCELERATOR": "cpu", **environment}
     return subprocess.run(command, capture_output=True, text=True, cwd=root, env=variables)
 

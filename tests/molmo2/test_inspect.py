@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from build_cases import build, make_raw
+from fork_server import python
+from programs import why_missing
 from s3_server import BUCKET, environment, s3_server, upload
 
 from molmo2.inspection.facts import InspectionError, count_reasons, facts_of, find, histogram
@@ -67,7 +68,7 @@ class Strict(HTMLParser):
 
 def tool(name: str, *arguments: str | Path, data: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, f"tools/{name}.py", *map(str, arguments)],
+        [python(), f"tools/{name}.py", *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "MOLMO2_DATA": str(data)},
         capture_output=True,
@@ -236,6 +237,7 @@ def test_each_stage_gets_its_page_and_a_build_under_way_is_named(data: Path, tmp
     assert (tmp_path / "all-long.html").exists()
 
 
+@pytest.mark.server
 def test_a_bucket_is_shown_like_a_folder(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with s3_server(tmp_path) as endpoint:
         upload(endpoint, data / "shards/sft/demo-chat", "shards/sft/demo-chat")
@@ -376,10 +378,9 @@ def test_the_page_of_a_source_is_whole_and_safe(source_page: Path) -> None:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[str]:
     """Chromium's command."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("no chromium on PATH (apt-get install chromium)")
-    yield found
+    if reason := why_missing("chromium"):
+        pytest.skip(reason)
+    yield "chromium"
 
 
 def screenshot(browser: str, page: Path, picture: Path, height: int) -> PIL.Image.Image:

@@ -24,7 +24,7 @@ from molmo2.processing.tokenizer import train_demo_tokenizer
 from shards.schema import Turn
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed here: make lmms runs these"
+    importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed: make install-dev installs it"
 )
 
 NEW_TOKENS = 9

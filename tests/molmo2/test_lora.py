@@ -7,7 +7,7 @@ import engine_cases
 import pytest
 import torch
 import toy_run
-from test_train import assert_same_curve, branch_off, curve, train
+from train_runs import assert_same_curve, branch_off, curve, train
 
 from molmo2.checkpoint import load_weights
 from molmo2.config import Lora, RecipeError, load_recipe
@@ -65,10 +65,10 @@ def test_a_run_resumes_and_its_checkpoints_are_read_merged(tmp_path: Path, monke
     monkeypatch.setenv("MOLMO2_DATA", str(tmp_path))
     toy_run.build_toy(tmp_path)
     lora = ["--set", "optim.lora={rank: 4, alpha: 8}"]
-    recipe = toy_run.write_recipe(tmp_path / "a.yaml", "a", steps=4, zero_stage=2)
+    recipe = toy_run.write_recipe(tmp_path / "a.yaml", "a", steps=4, zero_stage=2, packs_per_step=2)
     train(tmp_path, recipe, *lora)
     branch_off(tmp_path, "b", "a", 2)
-    train(tmp_path, toy_run.write_recipe(tmp_path / "b.yaml", "b", steps=4, zero_stage=2), *lora)
+    train(tmp_path, toy_run.write_recipe(tmp_path / "b.yaml", "b", steps=4, zero_stage=2, packs_per_step=2), *lora)
     assert curve(tmp_path, "a") == curve(tmp_path, "b")
     seed = json.loads((tmp_path / "runs/a/checkpoints/step-00000004/recipe.json").read_text())["train"]["seed"]
     start = Molmo2(PRESETS["tiny"]).init_weights(seed).state_dict()
@@ -86,10 +86,10 @@ def test_a_run_resumes_and_its_checkpoints_are_read_merged(tmp_path: Path, monke
 def test_adapters_in_half_precision_move_to_other_ranks(tmp_path: Path) -> None:
     toy_run.build_toy(tmp_path)
     lora = ["--set", "optim.lora={rank: 4, alpha: 8}", "train.precision=bf16"]
-    train(tmp_path, toy_run.write_recipe(tmp_path / "a.yaml", "a", steps=4, zero_stage=2), *lora)
+    train(tmp_path, toy_run.write_recipe(tmp_path / "a.yaml", "a", steps=4, zero_stage=2, packs_per_step=2), *lora)
     branch_off(tmp_path, "b", "a", 2)
-    recipe = toy_run.write_recipe(tmp_path / "b.yaml", "b", steps=4, zero_stage=2)
-    output = train(tmp_path, recipe, *lora, launcher="python")
+    recipe = toy_run.write_recipe(tmp_path / "b.yaml", "b", steps=4, zero_stage=2, packs_per_step=2)
+    output = train(tmp_path, recipe, *lora, ranks=1)
     assert "world was 2, is 1: the checkpoint was converted" in output
     assert_same_curve(tmp_path, "b", "a", 1e-2)
     (_, one, _), (_, other, _) = (load_weights(tmp_path / "runs" / name) for name in ("a", "b"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import toy_run
 from s3_server import BUCKET, environment, s3_server
-from test_train import curve, train
+from train_runs import curve, train
 
 import shards.s3
 from molmo2 import mirror
@@ -103,14 +103,14 @@ def test_a_run_goes_on_from_the_bucket_on_a_new_disk(tmp_path: Path) -> None:
     toy_run.build_toy(tmp_path)
     url = f"s3://{BUCKET}/mirror"
     whole = toy_run.write_recipe(tmp_path / "whole.yaml", "whole", steps=4)
-    train(tmp_path, whole, launcher="python")
+    train(tmp_path, whole, ranks=1)
     recipe = toy_run.write_recipe(tmp_path / "run.yaml", "run", steps=4, mirror=url)
-    output = train(tmp_path, recipe, "--set", "train.steps=2", launcher="python")
+    output = train(tmp_path, recipe, "--set", "train.steps=2", ranks=1)
     assert "WARNING" not in output
     lines = (tmp_path / "runs/run/log.jsonl").read_text()
     shutil.rmtree(tmp_path / "runs/run")
     assert open_model(f"{url}/run").origin["step"] == 2
-    assert "brought back from s3://" in train(tmp_path, recipe, launcher="python")
+    assert "brought back from s3://" in train(tmp_path, recipe, ranks=1)
     (tmp_path / "runs/run/log.jsonl").write_text(lines + (tmp_path / "runs/run/log.jsonl").read_text())
     losses = [[line["loss"] for line in curve(tmp_path, name)] for name in ("run", "whole")]
     # The learning rate is that of a run of two steps before, and of four after: the data and the start are what counts.

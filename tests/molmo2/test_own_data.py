@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import toy_run
 from catalog_cases import image, video
+from ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/own-data.md").read_text()
@@ -18,7 +19,7 @@ SMALL = {  # what stands on the page -> what a test can run
     "llm: {lr: 1.0e-5}": "llm: {lr: 1.0e-5}\n  freeze_base_embedding: false",
     "sequence_length: 4096": "sequence_length: 768",
     "max_crops: 128": "max_crops: 32",
-    "deepspeed molmo2": "deepspeed --num_accelerators 1 --master_port 29617 molmo2",
+    "deepspeed molmo2": f"deepspeed --num_accelerators 1 --master_port {free_port()} molmo2",
 }
 
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from fork_server import python
 from processing_cases import noise
 from qwen3 import qwen3_directory
 from tiny_models import QWEN
@@ -25,7 +25,7 @@ BASE_VOCAB = 151_936
 
 
 def make(source: Path | str, out: Path, *options: str) -> Any:
-    command = [sys.executable, "tools/make_tokenizer.py", "--source", str(source), "--model", "4b", "--out", str(out)]
+    command = [python(), "tools/make_tokenizer.py", "--source", str(source), "--model", "4b", "--out", str(out)]
     return subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=False)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import toy_run
-from test_train import log, train
+from train_runs import log, train
 
 pytestmark = pytest.mark.dist
 SAMPLE = re.compile(r"  toy/000000/(\d+) variant \d: .* weight ([\d.]+), loss ([\d.]+)")
@@ -22,7 +22,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("step", [1, 4])
 def test_the_losses_of_samples_add_up_to_the_step(root: Path, step: int) -> None:
-    output = train(root, root / "r.yaml", "--replay", str(step), launcher="python")
+    output = train(root, root / "r.yaml", "--replay", str(step), ranks=1)
     assert f"step {step} under the weights of step {step - 1}\n" in output
     found = [(float(weight), float(loss)) for _, weight, loss in SAMPLE.findall(output)]
     mean = sum(weight * loss for weight, loss in found) / sum(weight for weight, _ in found)
@@ -31,15 +31,15 @@ def test_the_losses_of_samples_add_up_to_the_step(root: Path, step: int) -> None
 
 
 def test_updates_that_are_missing_are_told(root: Path) -> None:
-    output = train(root, root / "r.yaml", "--replay", "6", launcher="python")
+    output = train(root, root / "r.yaml", "--replay", "6", ranks=1)
     assert "step 6 under the weights of step 3: 2 updates before it are not in them" in output
 
 
 def test_a_step_is_shown_in_words(root: Path) -> None:
-    first = train(root, root / "r.yaml", "--inspect", launcher="python")
+    first = train(root, root / "r.yaml", "--inspect", ranks=1)
     assert "step 1, pack 0: " in first and "and 1 more packs in this step" in first
     assert "[1] user: " in first and "assistant: a square" in first
     assert "sees image" in first and "sees text alone" in first
-    later = train(root, root / "r.yaml", "--inspect", "5", launcher="python")
+    later = train(root, root / "r.yaml", "--inspect", "5", ranks=1)
     assert "step 5, pack 0: " in later
-    assert "the first one is 1" in train(root, root / "r.yaml", "--inspect", "0", launcher="python", code=1)
+    assert "the first one is 1" in train(root, root / "r.yaml", "--inspect", "0", ranks=1, code=1)

@@ -4,41 +4,23 @@ SOAK_STEPS=1000 and SOAK_KILLS=12 for the figure in docs/log.md.
 """
 
 import os
-import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import toy_run
 import yaml
+from ranks import Launch
 from s3_server import BUCKET, Server, client, environment, upload
-from test_train import ROOT, SCRIPT, command, log, train
+from train_runs import log, ranks_of, start, train
 
 STEPS = int(os.environ.get("SOAK_STEPS", "24"))
 KILLS = int(os.environ.get("SOAK_KILLS", "3"))
 OUTAGE = 2.0  # seconds
 
 
-def start(root: Path, recipe: Path) -> subprocess.Popen[bytes]:
-    """A run on two ranks; what it prints goes to a file, since nobody empties a pipe."""
-    variables = {**os.environ, "MOLMO2_DATA": str(root), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    with open(root / "output", "ab") as output:
-        arguments = [*command("torchrun", 2), "--recipe", str(recipe)]
-        return subprocess.Popen(arguments, cwd=ROOT, env=variables, stdout=output, stderr=output)
-
-
-def ranks_of(process: Any) -> list[psutil.Process]:
-    """The ranks of a run, launchers and loader workers left out."""
-    found = psutil.Process(process.pid).children(recursive=True)
-    scripts = [child for child in found if any(part.endswith(SCRIPT) for part in child.cmdline()[1:3])]
-    pids = {child.pid for child in scripts}
-    return [child for child in scripts if child.ppid() not in pids]
-
-
-def strike(kind: str, process: Any, server: Server, rng: np.random.Generator) -> None:
+def strike(kind: str, process: Launch, server: Server, rng: np.random.Generator) -> None:
     """Kill a rank, a worker of one, or the server for a while."""
     if kind == "server":
         server.kill()
@@ -50,7 +32,7 @@ def strike(kind: str, process: Any, server: Server, rng: np.random.Generator) ->
     if kind == "rank":
         rank.kill()
         return
-    workers = [child for child in rank.children() if child.cmdline() == rank.cmdline()]
+    workers = rank.children()
     assert workers, "a rank without loader workers"
     workers[int(rng.integers(len(workers)))].kill()
 
@@ -67,8 +49,9 @@ def test_kills_at_random_leave_the_curve_as_it_was(tmp_path: Path, monkeypatch: 
         upload(server.endpoint, tmp_path / "shards", "shards")
         for name, value in {**environment(server.endpoint), "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
             monkeypatch.setenv(name, value)
-        train(tmp_path, toy_run.write_recipe(tmp_path / "calm.yaml", "calm", steps=STEPS, checkpoint_every=8))
-        path = toy_run.write_recipe(tmp_path / "soak.yaml", "soak", steps=STEPS, checkpoint_every=8)
+        settings = {"steps": STEPS, "checkpoint_every": 8, "packs_per_step": 2}
+        train(tmp_path, toy_run.write_recipe(tmp_path / "calm.yaml", "calm", **settings))
+        path = toy_run.write_recipe(tmp_path / "soak.yaml", "soak", **settings)
         recipe = yaml.safe_load(path.read_text())
         recipe["data"]["roots"] = [f"s3://{BUCKET}/shards/sft"]
         path.write_text(yaml.safe_dump(recipe))
@@ -85,7 +68,7 @@ def test_kills_at_random_leave_the_curve_as_it_was(tmp_path: Path, monkeypatch: 
             if kind != "server":
                 assert process.wait(timeout=300) != 0
         while process.wait(timeout=1800) != 0:
-            assert starts <= KILLS + 1, (tmp_path / "output").read_text()[-4000:]
+            assert starts <= KILLS + 1, process.output.read_text()[-4000:]
             process, starts = start(tmp_path, path), starts + 1
     finally:
         server.kill()

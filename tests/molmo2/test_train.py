@@ -3,90 +3,21 @@
 import json
 import os
 import re
-import resource
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import toy_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from train_runs import assert_same_curve, branch_off, curve, launch, log, ranks_of, start, train, wait_for
 
 from molmo2.checkpoint import load_weights
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = "molmo2/train.py"
 pytestmark = pytest.mark.dist
-
-
-def command(launcher: str, ranks: int) -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    bin_dir = Path(sys.executable).parent
-    return {
-        "deepspeed": [str(bin_dir / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port, SCRIPT],
-        "torchrun": [str(bin_dir / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port, SCRIPT],
-        "python": [sys.executable, SCRIPT],
-    }[launcher]
-
-
-def start(root: Path, recipe: Path, *options: str, launcher: str = "deepspeed", ranks: int = 2, **more: Any) -> Any:
-    environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith("PYTEST")},
-        "MOLMO2_DATA": str(root),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
-    arguments = [*command(launcher, ranks), "--recipe", str(recipe), *options]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(arguments, cwd=ROOT, env=environment, **pipes, **more)
-
-
-def train(*arguments: Any, code: int = 0, **options: Any) -> str:
-    """Run to the end and return what was printed."""
-    process = start(*arguments, **options)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
-    return str(output)
-
-
-def log(root: Path, name: str) -> list[dict[str, Any]]:
-    path = root / "runs" / name / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def curve(root: Path, name: str) -> list[dict[str, Any]]:
-    """The log without what a clock measured."""
-    timed = {"seconds", "tokens_per_second", "data_wait"}
-    return [
-        {key: value for key, value in line.items() if key not in timed and "_ms." not in key}
-        for line in log(root, name)
-    ]
-
-
-def wait_for(process: Any, condition: Callable[[], bool]) -> list[psutil.Process]:
-    """Wait until a condition holds; the processes that run the script, launchers left out."""
-    end = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
-        time.sleep(0.02)
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if any(part.endswith(SCRIPT) for part in child.cmdline()[1:3])]
-
-
-def kill_tree(process: Any) -> None:
-    for victim in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-        victim.kill()
-    process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +70,9 @@ def test_checkpoints_are_rotated_and_tell_where_they_come_from(root: Path, monke
 def test_kill_in_mid_run_then_restart_gives_the_same_curve(root: Path) -> None:
     recipe = toy_run.write_recipe(root / "killed.yaml", "killed", steps=12, checkpoint_every=4)
     process = start(root, recipe)
-    ranks = wait_for(process, lambda: len(log(root, "killed")) >= 6)
-    assert len(ranks) >= 2
-    kill_tree(process)
+    wait_for(process, lambda: len(log(root, "killed")) >= 6)
+    assert len(ranks_of(process)) == 2
+    process.kill()
     assert 6 <= len(log(root, "killed")) < 12
     with open(root / "runs/killed/log.jsonl", "a") as file:
         file.write('{"step": 9, "lo')  # a line cut short, as a kill leaves it
@@ -169,16 +100,14 @@ def test_damaged_checkpoint_is_passed_over(root: Path) -> None:
 
 def test_sigterm_on_one_rank_saves_and_exits_with_zero(root: Path) -> None:
     recipe = toy_run.write_recipe(root / "stopped.yaml", "stopped", steps=12, checkpoint_every=100)
-    process = start(root, recipe, launcher="torchrun")
-    ranks = wait_for(process, lambda: len(log(root, "stopped")) >= 2)
-    next(rank for rank in ranks if rank.environ().get("RANK") == "1" and rank.ppid() == process.pid).send_signal(
-        signal.SIGTERM
-    )
+    process = launch("torchrun", root, recipe)
+    wait_for(process, lambda: len(log(root, "stopped")) >= 2)
+    next(rank for rank in ranks_of(process) if rank.environ()["RANK"] == "1").send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert "stopped as asked after step" in output
     assert len(log(root, "stopped")) < 12
-    train(root, recipe, launcher="torchrun")
+    train(root, recipe)
     assert curve(root, "stopped") == curve(root, "whole")
 
 
@@ -224,7 +153,9 @@ def test_stages_hand_over_and_finished_ones_are_skipped(root: Path) -> None:
     folder.mkdir()
     first = toy_run.write_recipe(folder / "stage1.yaml", "first", steps=8)
     toy_run.write_recipe(folder / "stage2.yaml", "second", init="first", steps=2, sp=2, zero_stage=2)
-    output = train(root, first, "--all-stages", "--check-sp")
+    process = launch("deepspeed", root, first, "--all-stages", "--check-sp")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
     assert "second: steps 1-2" in output
     assert "second: sp 2 agrees with one rank to" in output
     assert "first: sp" not in output
@@ -235,27 +166,10 @@ def test_stages_hand_over_and_finished_ones_are_skipped(root: Path) -> None:
     assert "second: finished at step 2; nothing to do" in output
 
 
-def branch_off(root: Path, name: str, start: str, step: int) -> None:
-    """A run that has got as far as a checkpoint of another run."""
-    runs = root / "runs"
-    shutil.copytree(runs / start / f"checkpoints/step-{step:08d}", runs / name / f"checkpoints/step-{step:08d}")
-    shutil.copy(runs / start / "log.jsonl", runs / name / "log.jsonl")
-
-
-def assert_same_curve(root: Path, name: str, other: str, tolerance: float) -> None:
-    found, wanted = log(root, name), log(root, other)
-    assert [(line["step"], line["tokens"]) for line in found] == [(line["step"], line["tokens"]) for line in wanted]
-    for line, expected in zip(found, wanted, strict=True):
-        assert line["loss"] == pytest.approx(expected["loss"], rel=tolerance), line["step"]
-        assert line["lr.llm"] == expected["lr.llm"]
-        for key in ("grad_norm.vit", "grad_norm.connector", "grad_norm.llm"):  # sums of squares, in another order
-            assert line[key] == pytest.approx(expected[key], rel=100 * tolerance), (line["step"], key)
-
-
 def test_ranks_sp_and_zero_stage_may_change_between_runs(root: Path) -> None:
     branch_off(root, "moved", "whole", 8)
     recipe = toy_run.write_recipe(root / "moved.yaml", "moved", steps=12, checkpoint_every=2)
-    output = train(root, recipe, "--set", "train.zero_stage=3", launcher="python")
+    output = train(root, recipe, "--set", "train.zero_stage=3", ranks=1)
     assert "world was 2, is 1, zero_stage was 1, is 3: the checkpoint was converted" in output
     shutil.rmtree(root / "runs/moved/checkpoints/step-00000012")
     output = train(root, recipe, "--set", "train.zero_stage=2", "train.sp=2")
@@ -271,7 +185,7 @@ def test_half_precision_and_frozen_weights_move_to_other_ranks(root: Path) -> No
     train(root, recipe, "--set", *settings)
     branch_off(root, "half-moved", "half", 3)
     recipe = toy_run.write_recipe(root / "half-moved.yaml", "half-moved", steps=6, checkpoint_every=3)
-    train(root, recipe, "--set", *settings, launcher="python")
+    train(root, recipe, "--set", *settings, ranks=1)
     assert_same_curve(root, "half-moved", "half", 1e-2)
     (_, one, _), (_, other, _) = (load_weights(root / "runs" / name) for name in ("half", "half-moved"))
     assert one.keys() == other.keys()
@@ -282,7 +196,7 @@ def test_an_optimizer_in_the_cpus_memory_resumes_here_and_on_other_ranks(root: P
     settings = ["train.zero_stage=2", "train.offload=[optimizer]"]
     recipe = toy_run.write_recipe(root / "off.yaml", "off", steps=6, checkpoint_every=3)
     train(root, recipe, "--set", *settings)
-    for name, options in (("off-again", {}), ("off-moved", {"launcher": "python"})):
+    for name, options in (("off-again", {}), ("off-moved", {"ranks": 1})):
         branch_off(root, name, "off", 3)
         recipe = toy_run.write_recipe(root / f"{name}.yaml", name, steps=6, checkpoint_every=3)
         changed = ["train.zero_stage=3", settings[1]] if options else settings
@@ -314,7 +228,7 @@ def edit_index(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def test_shards_of_another_processor_are_refused(root: Path, tmp_path: Path) -> None:
     data = copied(root, tmp_path)
     edit_index(data, lambda index: index["processor"]["layout"].update(crop_size=56))
-    output = train(data, toy_run.write_recipe(tmp_path / "r.yaml", "r"), launcher="python", code=1)
+    output = train(data, toy_run.write_recipe(tmp_path / "r.yaml", "r"), ranks=1, code=1)
     assert "layout.crop_size: 56, wanted 48" in output
     assert "Traceback" not in output
     assert not (data / "runs/r/checkpoints").exists()
@@ -323,18 +237,18 @@ def test_shards_of_another_processor_are_refused(root: Path, tmp_path: Path) -> 
 def test_changed_data_are_refused_on_resume_and_told(root: Path, tmp_path: Path) -> None:
     data = copied(root, tmp_path)
     recipe = toy_run.write_recipe(tmp_path / "r.yaml", "r", steps=1)
-    train(data, recipe, launcher="python")
-    output = train(data, recipe, "--set", "train.steps=2", "--set", "data.seed=5", launcher="python", code=1)
+    train(data, recipe, ranks=1)
+    output = train(data, recipe, "--set", "train.steps=2", "--set", "data.seed=5", ranks=1, code=1)
     assert "the data has changed since the checkpoint" in output
     assert "settings.seed" in output
     assert "Traceback" not in output
     changed = ["--set", "train.steps=3", "data.seed=5", "--change-data"]
-    output = train(data, recipe, *changed, launcher="python")
+    output = train(data, recipe, *changed, ranks=1)
     assert "after step 1 the data change on purpose: settings.seed" in output
     (line,) = [json.loads(line) for line in (data / "runs/r/data_changes.jsonl").read_text().splitlines()]
     assert (line["step"], line["cursor"]) == (1, {"step": 1, "window": 1, "offset": 0})
     assert [line["step"] for line in log(data, "r")] == [1, 2, 3]
-    train(data, recipe, "--set", "train.steps=4", "data.seed=5", launcher="python")  # it is the run's own now
+    train(data, recipe, "--set", "train.steps=4", "data.seed=5", ranks=1)  # it is the run's own now
     assert len((data / "runs/r/data_changes.jsonl").read_text().splitlines()) == 1
 
 
@@ -345,7 +259,7 @@ def test_a_flipped_byte_is_masked_and_recorded(root: Path, tmp_path: Path) -> No
     body[600] ^= 1  # inside the first sample's record
     tar.write_bytes(body)
     recipe = toy_run.write_recipe(tmp_path / "r.yaml", "r", steps=8)
-    output = train(data, recipe, launcher="python")
+    output = train(data, recipe, ranks=1)
     assert re.search(r"masked in step \d+: toy/000000\.tar, .*at byte 0: .*checksum", output)
     recorded = [json.loads(line) for line in (data / "runs/r/quarantine.jsonl").read_text().splitlines()]
     masked = [line["step"] for line in log(data, "r") for _ in range(line["masked"])]
@@ -369,11 +283,10 @@ def test_a_full_disk_is_told_and_nothing_is_taken_for_whole(root: Path, tmp_path
     data = copied(root, tmp_path)
     limit = 1_000_000  # bytes of a file; the states of the tiny model are larger
     recipe = toy_run.write_recipe(tmp_path / "r.yaml", "r")
-    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
-    output = train(data, recipe, launcher="python", code=1, **full)
+    output = train(data, recipe, ranks=1, code=1, file_limit=limit)
     assert "step-00000002: cannot be written" in output
     assert list((data / "runs/r/checkpoints").iterdir()) == []
-    train(data, recipe, launcher="python")
+    train(data, recipe, ranks=1)
     assert len(log(data, "r")) == 6
 
 
@@ -385,5 +298,5 @@ def test_every_error_of_a_recipe_in_one_message(root: Path) -> None:
 
 
 def test_ranks_that_do_not_fit_are_told_with_all_numbers(root: Path) -> None:
-    output = train(root, root / "whole.yaml", "--set", "name=r", "--set", "train.sp=2", launcher="python", code=1)
+    output = train(root, root / "whole.yaml", "--set", "name=r", "--set", "train.sp=2", ranks=1, code=1)
     assert "(ranks 1, train.sp 2, train.packs_per_step 4, train.micro_batch 1, attention heads 4)" in output

@@ -105,11 +105,13 @@ def write_recipe(path: Path, name: str, init: str | None = None, **train: Any) -
 
 def run_page(commands: str, folder: Path, **variables: str) -> None:
     """Run a page's commands in `folder` as a user would, with its data below `folder`/data, on one CPU thread."""
+    from fork_server import python  # here, since benchmarks use the rest of this module
+
     for name in ("tools", "molmo2"):
         (folder / name).symlink_to(ROOT / name)
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("PYTEST")},
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{Path(python()).parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "MOLMO2_DATA": str(folder / "data"),

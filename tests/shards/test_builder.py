@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 from build_cases import build, build_share, catalog, tree
+from fork_server import python
 
 from shards.build_folder import BuildError
 from shards.catalog import Filter, Stage
@@ -292,7 +293,7 @@ def test_rows_are_read_in_the_order_asked_for(tmp_path: Path) -> None:
 
 def test_the_command_line_says_what_is_wrong(raw: Path, tmp_path: Path) -> None:
     tool = Path(__file__).parents[2] / "tools" / "build_shards.py"
-    command = [sys.executable, str(tool), "--stage", "sft", "--catalog", "demo", "--datasets", "demo-cup"]
+    command = [python(), str(tool), "--stage", "sft", "--catalog", "demo", "--datasets", "demo-cup"]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MOLMO2_DATA": str(tmp_path)})
     assert run.returncode == 1
     assert "not in stage sft: demo-cup; known: demo-cap" in run.stderr

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pydantic
 import pytest
 import yaml
 from catalog_cases import GOLDEN, cases, catalog, fixtures, rendered
+from fork_server import python
 
 from shards.catalog import CatalogError, Download, Filter, TableFormat, load_catalog
 from shards.mixture import MixtureSpec, shares
@@ -251,7 +251,7 @@ def test_one_missing_dataset_stops_no_other(raw: Path, tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     for name in ("tokenizer", "demo-chat"):
         (tmp_path / "raw" / name).symlink_to(raw / name)
-    tool = [sys.executable, ROOT / "tools" / "build_shards.py", "--stage", "sft", "--catalog", "demo", "--workers", "1"]
+    tool = [python(), ROOT / "tools" / "build_shards.py", "--stage", "sft", "--catalog", "demo", "--workers", "1"]
     paths = ["--raw", tmp_path / "raw", "--out", tmp_path / "out"]
     run = subprocess.run(
         [*tool, *paths, "--datasets", "demo-cap", "demo-chat"], capture_output=True, text=True, check=False

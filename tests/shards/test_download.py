@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_hub import Hub, client_of, environment, fake_hub
+from fork_server import python
 from web_server import Web, png, web_server
 
 from shards.catalog import Catalog, Download, load_catalog
@@ -314,7 +315,7 @@ def catalog(tmp_path: Path) -> Catalog:
 
 
 def run(hub: Hub, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/download_data.py", "--catalog", str(tmp_path / "c.yaml"), *arguments]
+    command = [python(), "tools/download_data.py", "--catalog", str(tmp_path / "c.yaml"), *arguments]
     variables = {**os.environ, **environment(hub, tmp_path / "home2"), "MOLMO2_DATA": str(tmp_path / "data")}
     return subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, check=False)
 

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import PIL.Image
 import pytest
+from in_child import fail, sleep
 
 from shards import media
 from shards.decode import read_decord, read_pyav
@@ -90,11 +91,7 @@ def test_what_is_made_of_frames_comes_back(tmp_path: Path) -> None:
     made = read_frames(ref, times, media.encode_jpeg).each
     assert made == [media.encode_jpeg(pixels) for pixels in read_frames(ref, times).pixels]
     with pytest.raises(MediaError, match=r"a\.mp4: not a JPEG"):
-        read_frames(ref, times, _fail)
-
-
-def _fail(_: media.Pixels) -> None:
-    raise ValueError("not a JPEG")
+        read_frames(ref, times, fail)
 
 
 def test_videos_that_do_not_begin_at_zero_go_to_pyav(tmp_path: Path) -> None:
@@ -138,13 +135,9 @@ def test_a_hanging_decoder_is_killed(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="no such video"):  # not a regular file
         read_frames(VideoRef(path=str(tmp_path / "pipe.mp4")), [0.0])
     with pytest.raises(MediaError, match="not decoded within 1 s"):
-        media._in_child(_sleep, 1.0, VideoRef(path=str(real)))
+        media._in_child(sleep, 1.0, VideoRef(path=str(real)))
     assert time.monotonic() - since < 30
     assert len(read_frames(VideoRef(path=str(real)), [0.0]).pixels) == 1
-
-
-def _sleep(_: VideoRef) -> None:
-    time.sleep(60)
 
 
 def test_images_and_jpeg(tmp_path: Path) -> None:

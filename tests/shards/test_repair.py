@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from build_cases import build, tree
+from fork_server import python
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from shards.format import INDEX_NAME
@@ -143,7 +143,7 @@ def test_without_any_index_it_says_what_is_missing(damaged: Path) -> None:
 
 def test_the_command_line(whole: Path, damaged: Path) -> None:
     flip(damaged / "000001.tar", offsets(damaged)[1] + 600)
-    command = [sys.executable, str(TOOL), str(damaged.parent), "--repair", "--from", str(whole)]
+    command = [python(), str(TOOL), str(damaged.parent), "--repair", "--from", str(whole)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert f"REPAIRED {damaged} / 000001.tar: fetched" in run.stdout

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 from build_cases import build
+from fork_server import python
 
 from shards.format import span_hash, tar_members
 from shards.media import encode_jpeg
@@ -166,11 +166,11 @@ def test_a_key_that_occurs_twice_is_found(whole: Path, tmp_path: Path) -> None:
 
 def test_the_command_exits_with_1_on_damage(whole: Path, tmp_path: Path) -> None:
     tool = Path(__file__).parents[2] / "tools" / "verify_shards.py"
-    good = subprocess.run([sys.executable, tool, whole], capture_output=True, text=True)
+    good = subprocess.run([python(), tool, whole], capture_output=True, text=True)
     assert good.returncode == 0, good.stdout + good.stderr
     assert "2 datasets" in good.stdout
     shutil.copytree(whole / "demo-chat", tmp_path / "demo-chat")
     patched(tmp_path / "demo-chat" / "000000.tar", 700, b"\xff\xfe")
-    bad = subprocess.run([sys.executable, tool, tmp_path], capture_output=True, text=True)
+    bad = subprocess.run([python(), tool, tmp_path], capture_output=True, text=True)
     assert bad.returncode == 1
     assert "DAMAGED demo-chat / 000000.tar" in bad.stdout
