@@ -41,19 +41,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from bench_plan import cpu_name
 
-from molmo2.demo.images import IMAGE_QA_SCHEMA
-from molmo2.demo.videos import QA_SCHEMA
-from molmo2.processing import Processor, Tokenizer, images
-from molmo2.processing.processor import STAGE_MODES
-from molmo2.processing.tokenizer import train_demo_tokenizer
-from molmo2.processing.video import frame_times
-from molmo2.processing.visuals import JPEG_QUALITY
-from shards.build_pool import worker_pool
-from shards.build_task import ProcessorFactory
-from shards.builder import build_dataset
+from molmo2.demo.image_sets import IMAGE_QA_SCHEMA
+from molmo2.demo.video_sets import QA_SCHEMA
+from molmo2.processing.contract import JPEG_QUALITY, STAGE_MODES
+from molmo2.processing.frames import frame_times
+from molmo2.processing.processor import Processor
+from molmo2.processing.tiling import canvas, choose_tiling, view
+from molmo2.processing.tokenizer import Tokenizer, train_demo_tokenizer
+from shards.build.builder import build_dataset
+from shards.build.pool import worker_pool
+from shards.build.task import ProcessorFactory
 from shards.catalog import load_catalog
 from shards.layout import VisualLayout, VisualTokens
-from shards.media import encode_jpeg
+from shards.media.images import encode_jpeg
 
 BASE_VOCAB = 512
 LAYOUT = VisualLayout(
@@ -192,7 +192,7 @@ def _bare_videos(raw: Path, half: int, read: Callable[[Path, np.ndarray], Iterat
     paths = sorted((raw / "videos").iterdir())[half::2]
     for path in paths:
         for frame in read(path, times):
-            encode_jpeg(images.view(LAYOUT, frame), JPEG_QUALITY)
+            encode_jpeg(view(LAYOUT, frame), JPEG_QUALITY)
             frames += 1
     return len(paths), frames
 
@@ -219,8 +219,8 @@ def bare_images(raw: Path, half: int) -> tuple[int, int]:
     for row in rows:
         with PIL.Image.open(io.BytesIO(row["bytes"])) as image:
             pixels = np.asarray(image.convert("RGB"))
-        tiling = images.choose_tiling(LAYOUT, *pixels.shape[:2], limits.image_crops)
-        for made in (images.view(LAYOUT, pixels), images.canvas(LAYOUT, pixels, tiling)):
+        tiling = choose_tiling(LAYOUT, *pixels.shape[:2], limits.image_crops)
+        for made in (view(LAYOUT, pixels), canvas(LAYOUT, pixels, tiling)):
             encode_jpeg(made, JPEG_QUALITY)
     return len(rows), len(rows)
 

@@ -40,16 +40,16 @@ import numpy as np
 from bench_plan import cpu_name
 from loader_peers import FAR, READERS, AbsentError, Stream, report
 
-from shards.collate import decode_crops, open_sample
+from shards.build.writer import npy_bytes, write_shard
 from shards.format import FORMAT_VERSION, TOKEN_DTYPE, DatasetIndex, Totals
 from shards.layout import VisualLayout, VisualTokens
-from shards.loader import make_loader
-from shards.media import encode_jpeg
-from shards.mixture import MixtureSpec
-from shards.plan import Cursor, Draw, Plan, PlanSettings, open_plan
-from shards.reader import Damage, StoredSample, read_sample
+from shards.media.images import encode_jpeg
 from shards.schema import Sample
-from shards.writer import npy_bytes, write_shard
+from shards.stream.collate import decode_crops, open_sample
+from shards.stream.loader import make_loader
+from shards.stream.mixture import MixtureSpec
+from shards.stream.plan import Cursor, Draw, Plan, PlanSettings, open_plan
+from shards.stream.reader import Damage, StoredSample, read_sample
 
 LAYOUT = VisualLayout(
     tokens=VisualTokens.after(100_000), crop_size=378, patch_size=14, overlap_margin=4, image_pool=2, video_pool=3

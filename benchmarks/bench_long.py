@@ -34,19 +34,19 @@ from bench_plan import cpu_name
 from torch import Tensor
 
 from molmo2.config import load_recipe
-from molmo2.estimate import activation_bytes, count_kept, kept_bytes
-from molmo2.loss import weighted_loss
 from molmo2.model.attention import dense_attention, flex, tiled_attention
-from molmo2.model.config import PRESETS
 from molmo2.model.connector import Connector
 from molmo2.model.flops import attention_pairs
+from molmo2.model.loss import weighted_loss
 from molmo2.model.mask import MEMBER, TRUNK, AttentionMask
 from molmo2.model.molmo2 import Molmo2
+from molmo2.model.presets import PRESETS
 from molmo2.parallel.loss_rows import share_loss_rows
 from molmo2.parallel.mesh import make_mesh
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
-from shards.share import split_visuals
+from molmo2.training.dry_run import activation_bytes, count_kept, kept_bytes
+from shards.split import split_visuals
 
 LENGTHS = (1024, 2048, 4096, 8192, 16_384, 36_864)
 DENSE_UP_TO = 8192

@@ -40,11 +40,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molmo2.loss import rows_per_chunk, weighted_loss
-from molmo2.model.config import PRESETS, ConnectorConfig, ModelConfig, TextConfig, VitConfig
 from molmo2.model.flops import TRAINING_FACTOR, Flops, Workload, attention_pairs, forward_flops
+from molmo2.model.loss import rows_per_chunk, weighted_loss
 from molmo2.model.mask import MEMBER, TRUNK, AttentionMask, allowed
 from molmo2.model.molmo2 import Molmo2
+from molmo2.model.presets import PRESETS, ConnectorConfig, ModelConfig, TextConfig, VitConfig
 from molmo2.model.vit import to_patches
 
 STAMP = 5  # tokens of a frame's time
@@ -250,7 +250,7 @@ def make_theirs(model: Molmo2, attention: str) -> Any:
     """transformers' Molmo2 with the weights of ours."""
     from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
-    from molmo2.hub import from_foreign, hub_config
+    from molmo2.weights.names import from_foreign, hub_config
 
     weight = model.lm_head.weight
     with torch.device(weight.device):

@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 from shards.format import FORMAT_VERSION, DatasetIndex, ShardInfo, Totals, index_dtype
 from shards.layout import VisualLayout, VisualTokens, visual_tokens
-from shards.mixture import MixtureSpec
-from shards.plan import Cursor, Plan, PlanSettings, StepSpec, open_plan
+from shards.stream.mixture import MixtureSpec
+from shards.stream.plan import Cursor, Plan, PlanSettings, StepSpec, open_plan
 
 LAYOUT = VisualLayout(
     tokens=VisualTokens.after(151_936), crop_size=378, patch_size=14, overlap_margin=4, image_pool=2, video_pool=3

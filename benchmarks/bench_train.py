@@ -85,14 +85,15 @@ def bare(recipe_path: Path) -> dict[str, Any]:
     import torch
 
     from molmo2.config import load_recipe
-    from molmo2.engine import TrainingModule
-    from molmo2.model.config import PRESETS
     from molmo2.model.molmo2 import Molmo2
-    from molmo2.optim import parameter_groups
+    from molmo2.model.presets import PRESETS
     from molmo2.parallel.mesh import SINGLE
-    from molmo2.processing.processor import ProcessorSettings, build_processor
-    from shards.loader import make_loader
-    from shards.plan import Cursor, open_plan
+    from molmo2.processing.contract import ProcessorSettings
+    from molmo2.processing.processor import build_processor
+    from molmo2.training.engine import TrainingModule
+    from molmo2.training.optim import parameter_groups
+    from shards.stream.loader import make_loader
+    from shards.stream.plan import Cursor, open_plan
 
     recipe = load_recipe(recipe_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -120,22 +121,22 @@ def bare(recipe_path: Path) -> dict[str, Any]:
 
 def checkpoint(recipe_path: Path) -> dict[str, Any]:
     """Seconds to write a checkpoint, and to find, check and load it."""
-    from molmo2 import checkpoint as checkpoints
+    from molmo2.checkpoint.files import find_newest, load_states, save
     from molmo2.config import load_recipe
-    from molmo2.engine import start_distributed, start_engine
-    from molmo2.model.config import PRESETS
     from molmo2.model.molmo2 import Molmo2
+    from molmo2.model.presets import PRESETS
     from molmo2.parallel.mesh import make_mesh
+    from molmo2.training.engine import start_distributed, start_engine
 
     recipe = load_recipe(recipe_path)
     start_distributed()
     engine, _, _ = start_engine(Molmo2(PRESETS["tiny"]).init_weights(0), recipe, make_mesh(1))
     since = time.perf_counter()
-    path = checkpoints.save(engine, recipe, PRESETS["tiny"], 1, {}, sp=1)
+    path = save(engine, recipe, PRESETS["tiny"], 1, {}, sp=1)
     saved = time.perf_counter()
-    found = checkpoints.find_newest(path.parent, lambda _: None)
+    found = find_newest(path.parent, lambda _: None)
     assert found is not None
-    checkpoints.load_states(engine, found.path)
+    load_states(engine, found.path)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return {"save": saved - since, "load": time.perf_counter() - saved, "bytes": size}
 

@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT / "tests" / "shards"))
 from s3_server import BUCKET, client, environment, free_ports, s3_server, upload  # noqa: E402
 
 from shards.layout import VisualLayout  # noqa: E402
-from shards.loader import make_loader  # noqa: E402
-from shards.mixture import MixtureSpec  # noqa: E402
-from shards.plan import Cursor, PlanSettings, open_plan  # noqa: E402
+from shards.stream.loader import make_loader  # noqa: E402
+from shards.stream.mixture import MixtureSpec  # noqa: E402
+from shards.stream.plan import Cursor, PlanSettings, open_plan  # noqa: E402
 
 LATENCY = 0.05  # seconds
 VALID = 3600  # seconds of a presigned URL

@@ -21,8 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from yaml import YAMLError
 
-from shards.mixture import MixtureSpec
-from shards.plan import PlanSettings
+from shards.stream.mixture import MixtureSpec
+from shards.stream.plan import PlanSettings
 
 CHUNK_CROPS = 32  # crops that the vision transformer recomputes at once: about 1 GiB of So400m
 COMPONENTS = ("vit", "connector", "llm")
@@ -192,7 +192,7 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     stage: Literal["pretraining", "sft", "long"]
-    model: str  # a preset of molmo2.model.config
+    model: str  # a preset of molmo2.model.presets
     tokenizer: str = "raw/tokenizer"
     # Nothing, the run (or the path of a checkpoint) whose weights this one starts from, or other people's weights.
     init: typing.Annotated[str | FirstWeights | None, pydantic.BeforeValidator(_read_init)] = None

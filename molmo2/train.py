@@ -25,32 +25,34 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from molmo2 import checkpoint as checkpoints
-from molmo2 import elastic, mirror
-from molmo2.anomalies import LossHistory
-from molmo2.check_sp import check_sequence_parallel
-from molmo2.checkpoint import Checkpoint, CheckpointError
+from molmo2.checkpoint import files as checkpoints
+from molmo2.checkpoint import mirror
+from molmo2.checkpoint.files import Checkpoint, CheckpointError
+from molmo2.checkpoint.open import load_weights
+from molmo2.checkpoint.reshard import changes, convert
 from molmo2.config import FirstWeights, Recipe, data_path, load_recipe
-from molmo2.engine import read_engine_keys, start_distributed, start_engine
-from molmo2.estimate import dry_run
-from molmo2.foreign_config import differences
-from molmo2.held_out import open_held_out
-from molmo2.metrics import LOG_NAME, cut_log, read_log, summarize
-from molmo2.model.config import PRESETS
 from molmo2.model.molmo2 import Molmo2
+from molmo2.model.presets import PRESETS, differences
 from molmo2.parallel.agree import AgreedError, agreed, leave, lost_peer, on_rank_zero, say, write
 from molmo2.parallel.mesh import SINGLE, Mesh, MeshError, check_mesh, make_mesh
-from molmo2.pretrained import first_weights
-from molmo2.processing.processor import ProcessorSettings, build_processor
-from molmo2.replay import find_step, show_losses, show_packs
-from molmo2.run import Run, TrainingError
-from molmo2.run_report import DATA_NAME
-from molmo2.steps import ANOMALIES_NAME, QUARANTINE_NAME, Progress, StopSignal, run_steps
-from shards.loader import QuarantineError
-from shards.plan import Cursor, PlanError, open_plan
+from molmo2.processing.contract import ProcessorSettings, read_contract
+from molmo2.training.anomalies import LossHistory
+from molmo2.training.engine import read_engine_keys, start_distributed, start_engine
+from molmo2.training.loop import Progress, StopSignal, run_steps
+from molmo2.training.metrics import cut_log, read_log, summarize
+from molmo2.training.run import (
+    ANOMALIES_NAME,
+    CHANGES_NAME,
+    DATA_NAME,
+    LOG_NAME,
+    QUARANTINE_NAME,
+    SUMMARY_NAME,
+    Run,
+    TrainingError,
+)
+from shards.stream.loader import QuarantineError
+from shards.stream.plan import Cursor, PlanError, open_plan
 
-SUMMARY_NAME = "summary.json"
-CHANGES_NAME = "data_changes.jsonl"
 PACKS_SHOWN = 3
 
 
@@ -102,17 +104,22 @@ def prepare(recipe: Recipe, mesh: Mesh, device: torch.device) -> Run:
     if recipe.optim.lora is not None and not importlib.util.find_spec("peft"):
         raise ValueError("optim.lora is set, but peft is not installed; pip install peft, or set it to null")
     tokenizer = str(data_path(recipe.tokenizer))
-    processor = build_processor(ProcessorSettings(preset=recipe.model, tokenizer_dir=tokenizer, stage=recipe.stage))
-    plan = open_plan(recipe.roots, recipe.data.drawn, recipe.plan_settings, processor.settings)
+    contract = read_contract(ProcessorSettings(preset=recipe.model, tokenizer_dir=tokenizer, stage=recipe.stage))
+    plan = open_plan(recipe.roots, recipe.data.drawn, recipe.plan_settings, contract.settings)
+    held_out = None
+    if recipe.eval is not None:
+        from molmo2.training.validation import open_held_out
+
+        held_out = open_held_out(recipe, recipe.eval, contract.settings)
     return Run(
         recipe=recipe,
         mesh=mesh,
         device=device,
         model_config=PRESETS[recipe.model],
         plan=plan,
-        layout=processor.layout,
-        tokenizer=processor.tokenizer,
-        held_out=open_held_out(recipe, processor.settings),
+        layout=contract.layout,
+        tokenizer=contract.tokenizer,
+        held_out=held_out,
     )
 
 
@@ -122,9 +129,11 @@ def starting_model(run: Run) -> Molmo2:
     if recipe.init is None:
         return Molmo2(config).init_weights(recipe.train.seed)
     if isinstance(recipe.init, FirstWeights):
+        from molmo2.weights.pretrained import first_weights
+
         tokenizer = data_path(recipe.tokenizer)
         return Molmo2.with_weights(config, first_weights(recipe.init, config, tokenizer, recipe.train.seed, say))
-    found, weights, meta = checkpoints.load_weights(recipe.init)
+    found, weights, meta = load_weights(recipe.init)
     differing = differences(found, config)
     if differing:
         raise CheckpointError(
@@ -188,12 +197,14 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, argument
         f"{recipe.name}: steps {done + 1}-{train.steps}, {train.packs_per_step} packs of {recipe.data.sequence_length} "
         f"tokens each, on {mesh.world} ranks (dp {mesh.dp}, sp {mesh.sp}), {train.precision}, ZeRO-{train.zero_stage}"
     )
-    moved = agreed(lambda: elastic.changes(found, recipe) if found else [])
-    universal = on_rank_zero(lambda: elastic.convert(found)) if found and moved else None
+    moved = agreed(lambda: changes(found, recipe) if found else [])
+    universal = on_rank_zero(lambda: convert(found)) if found and moved else None
     if moved:
         say(f"{recipe.name}: {', '.join(moved)}: the checkpoint was converted, the order of the data stays")
     model = agreed(lambda: starting_model(run))
     if arguments.check_sp and mesh.sp > 1:
+        from molmo2.training.check_sp import check_sequence_parallel
+
         differing = check_sequence_parallel(model.to(device), recipe, mesh)
         say(f"{recipe.name}: sp {mesh.sp} agrees with one rank to {max(differing.values()):.1e}")
     engine, optimizer, names = start_engine(model, recipe, mesh, universal is not None, added)
@@ -235,8 +246,12 @@ def look(arguments: argparse.Namespace) -> int:
     try:
         for recipe in read_recipes(arguments):
             if arguments.dry_run:
+                from molmo2.training.dry_run import dry_run
+
                 write("\n".join(dry_run(recipe)))
                 continue
+            from molmo2.training.replay import find_step, show_losses, show_packs
+
             run = prepare(recipe, SINGLE, device)
             step = find_step(run, arguments.replay if arguments.inspect is None else arguments.inspect)
             if arguments.inspect is not None:

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import re
 import subprocess
 import sys
@@ -13,70 +14,113 @@ from fork_server import python
 import shards
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAVES = {"schema", "asked", "format", "layout", "share", "storage", "s3", "media", "timeline", "decode"}
-BUILD = {"catalog", "download", "sources", "convert", "writer", "verify", "repair"}
-BUILD |= {"builder", "build_pool", "build_task", "build_folder"}
-STREAM = {"cache", "dataset", "mixture", "order", "packing", "plan", "reader", "read_ahead", "collate", "loader"}
+# Folder (or package) -> where its files must not import from. The folders themselves hold the parts.
+FORBIDDEN = {
+    "shards": ["molmo2", "tools"],
+    "molmo2": ["tools"],
+    "shards/build": ["shards.stream"],
+    "shards/stream": [f"shards.{name}" for name in ("build", "catalog", "sources", "convert", "download")],
+    "shards/storage": [f"shards.{name}" for name in ("build", "stream", "catalog", "sources", "convert", "download")],
+    "shards/media": [f"shards.{name}" for name in ("build", "stream", "catalog", "sources", "convert", "download")],
+    "molmo2/training": [f"molmo2.{name}" for name in ("export", "chat", "eval", "inspection", "demo")],
+}
 
 
-def imported(path: Path) -> set[str]:
-    """Every module that a file imports, at any depth of nesting, as dotted names."""
+@functools.cache
+def imported(path: Path, nested: bool = True) -> frozenset[str]:
+    """Every module that a file imports, as dotted names; with `nested` also inside functions."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if nested else tree.body:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             raise AssertionError(f"{path}: relative import; write the full name")
-    return names
+    return frozenset(names)
 
 
 def files(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-def part(path: Path) -> str:
-    return path.relative_to(ROOT / "shards").parts[0].removesuffix(".py")
+def modules() -> dict[str, Path]:
+    """Every module of the project by its dotted name."""
+    paths = [path for package in ("shards", "molmo2", "tools") for path in files(package)]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
 
 
 def test_shards_is_the_checkout() -> None:
     assert Path(shards.__file__).is_relative_to(ROOT)
 
 
-@pytest.mark.parametrize(("package", "forbidden"), [("shards", {"molmo2", "tools"}), ("molmo2", {"tools"})])
-def test_imports_point_downwards(package: str, forbidden: set[str]) -> None:
-    for path in files(package):
-        above = {name for name in imported(path) if name.split(".")[0] in forbidden}
-        assert not above, f"{path} imports {above}"
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_imports_follow_the_arrows(folder: str) -> None:
+    crossing = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files(folder)
+        for name in sorted(imported(path))
+        if any(name == above or name.startswith(f"{above}.") for above in FORBIDDEN[folder])
+    ]
+    assert not crossing
 
 
-def test_every_module_of_shards_is_on_a_known_side() -> None:
-    parts = {part(path) for path in files("shards")} - {"__init__"}
-    assert parts == LEAVES | BUILD | STREAM
+def test_files_beside_the_folders_of_shards_are_leaves() -> None:
+    """They import each other and nothing that lies in a folder."""
+    top = {path.stem for path in (ROOT / "shards").glob("*.py")}
+    for path in (ROOT / "shards").glob("*.py"):
+        own = {name for name in imported(path) if name.startswith("shards.")}
+        assert all(name.split(".")[1] in top for name in own), f"{path} imports {own}"
 
 
-@pytest.mark.parametrize(("side", "other"), [(BUILD, STREAM), (STREAM, BUILD), (LEAVES, BUILD | STREAM)])
-def test_build_and_stream_meet_at_the_leaves(side: set[str], other: set[str]) -> None:
-    for path in files("shards"):
-        if part(path) in side:
-            crossing = {n for n in imported(path) if n.startswith("shards.") and n.split(".")[1] in other}
-            assert not crossing, f"{path} imports {crossing}"
+def test_the_top_of_molmo2_is_the_command_and_its_recipe() -> None:
+    assert {path.name for path in (ROOT / "molmo2").glob("*.py")} == {
+        "__init__.py",
+        "train.py",
+        "config.py",
+        "pages.py",
+    }
+
+
+def test_no_imports_in_a_circle() -> None:
+    """Imports inside functions count: a circle there is a circle of meaning."""
+    known = modules()
+    graph = {name: {other for other in imported(path) if other in known} - {name} for name, path in known.items()}
+    sorter = graphlib.TopologicalSorter(graph)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 def test_torch_stays_in_collate_and_loader() -> None:
-    users = {part(path) for path in files("shards") if any(n.split(".")[0] == "torch" for n in imported(path))}
-    assert users <= {"collate", "loader"}
+    users = {path.stem for path in files("shards") if any(n.split(".")[0] == "torch" for n in imported(path))}
+    assert users == {"collate", "loader"}
 
 
 def test_model_imports_torch_alone() -> None:
+    """And peft, in the function that makes adapters."""
+    allowed = sys.stdlib_module_names | {"torch", "peft"}
     for path in files("molmo2/model"):
         outside = {
-            name
-            for name in imported(path)
-            if name.split(".")[0] not in sys.stdlib_module_names | {"torch"} and not name.startswith("molmo2.model")
+            name for name in imported(path) if name.split(".")[0] not in allowed and not name.startswith("molmo2.model")
         }
-        assert not outside - {"molmo2"}, f"{path} imports {outside}"
+        assert not outside, f"{path} imports {outside}"
+
+
+def test_training_imports_little() -> None:
+    """What `train.py` loads to train, without what only a flag needs."""
+    known = modules()
+    seen: set[str] = set()
+    waiting = ["molmo2.train"]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += [other for other in imported(known[name], nested=False) if other in known]
+    lines = sum(len(known[name].read_text().splitlines()) for name in seen)
+    assert lines <= 8000, f"{len(seen)} files, {lines} lines"
 
 
 @pytest.mark.parametrize("folder", ["tools", "molmo2"])

@@ -22,15 +22,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from molmo2.config import data_path
-from molmo2.processing import ProcessorSettings, build_processor
-from shards.build_folder import BuildError
-from shards.build_pool import worker_pool
-from shards.builder import REJECT_BUDGET, Built, build_dataset
+from molmo2.processing.contract import ProcessorSettings
+from molmo2.processing.processor import build_processor
+from shards.build.builder import REJECT_BUDGET, Built, build_dataset
+from shards.build.claim import BuildError
+from shards.build.pool import worker_pool
 from shards.catalog import STAGES, load_catalog
 from shards.download.manifest import unfinished_folders
 from shards.format import REJECTS_NAME
 from shards.sources.parquet import MissingSourceError, SourceError
-from shards.storage import open_storage
+from shards.storage.open import open_storage
 
 REPORT_NAME = "report.json"
 

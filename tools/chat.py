@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
-from molmo2.chat import answer, conversation
-from molmo2.chat_page import serve
+from molmo2.chat.conversation import answer, conversation
+from molmo2.chat.web_page import serve
 from molmo2.model.generate import Sampling
 from molmo2.model.molmo2 import Molmo2
-from molmo2.open_model import open_model
-from molmo2.processing import ProcessorSettings, build_processor
+from molmo2.processing.contract import ProcessorSettings
 from molmo2.processing.points import parse_points
+from molmo2.processing.processor import build_processor
+from molmo2.weights.load import open_model
 from shards.schema import Turn
 
 

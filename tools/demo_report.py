@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from molmo2.config import data_path, load_recipe
-from molmo2.eval.report import Stage, percent, read_stage, render
+from molmo2.eval.score_page import Stage, read_stage, render
+from molmo2.pages import percent
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "demo"
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from molmo2.config import data_path
 from shards.catalog import STAGES, Catalog, CatalogError, Row, load_catalog
-from shards.download.folder import Forecast, Wishes, fill, forecast
 from shards.download.hub import DownloadError
 from shards.download.manifest import Manifest, fetches, missing_folders
+from shards.download.raw_folder import Forecast, Wishes, fill, forecast
 from shards.download.urls import CROWD, FAILURES
 
 TRAINING = tuple(stage for stage in STAGES if stage != "eval")

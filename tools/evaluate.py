@@ -29,12 +29,14 @@ from rich.table import Table
 from molmo2.config import data_path
 from molmo2.eval.answers import weights_digest
 from molmo2.eval.benchmarks import SUITES, Suite, choose
-from molmo2.eval.held_out import held_out_loss
-from molmo2.eval.report import percent, render_worst
+from molmo2.eval.losses import held_out_loss
 from molmo2.eval.runner import BATCH_SIZE, STAGE, NotBuiltError, Outcome, Ranks, Subject, evaluate
+from molmo2.eval.score_page import render_worst
 from molmo2.model.molmo2 import Molmo2
-from molmo2.open_model import OpenedModel, open_model
-from molmo2.processing import ProcessorSettings, build_processor
+from molmo2.pages import percent
+from molmo2.processing.contract import ProcessorSettings
+from molmo2.processing.processor import build_processor
+from molmo2.weights.load import OpenedModel, open_model
 from shards.catalog import load_catalog
 
 LOSS_CATALOGS = ("demo", "molmo2-eval", "molmo2")

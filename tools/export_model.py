@@ -38,18 +38,19 @@ def main() -> None:
     args = parse_args()
     if not args.push_to_hub:
         os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on disk; read when transformers is imported
-    from molmo2 import checkpoint as checkpoints  # after --help: these imports take seconds
+    from molmo2.checkpoint.files import RECIPE  # after --help: these imports take seconds
+    from molmo2.checkpoint.open import load_weights, open_checkpoint
     from molmo2.config import data_path
-    from molmo2.export import export_model
-    from molmo2.export_card import about_checkpoint
-    from molmo2.push import check_repository, push
+    from molmo2.export.card import about_checkpoint
+    from molmo2.export.model import export_model
+    from molmo2.export.upload import check_repository, push
 
     if args.push_to_hub:
         check_repository(args.push_to_hub)
-    checkpoint = checkpoints.open_checkpoint(args.checkpoint)
-    config, weights, _ = checkpoints.load_weights(checkpoint.path)
+    checkpoint = open_checkpoint(args.checkpoint)
+    config, weights, _ = load_weights(checkpoint.path)
     about = about_checkpoint(checkpoint)
-    tokenizer = data_path(checkpoint.read(checkpoints.RECIPE)["tokenizer"])
+    tokenizer = data_path(checkpoint.read(RECIPE)["tokenizer"])
     differences = export_model(config, weights, tokenizer, args.out, about, args.remote_code_from)
     measured = ", ".join(f"{kind} {value:.1e}" for kind, value in differences.items())
     print(f"exported {checkpoint.path} to {args.out}; largest difference of logits in transformers: {measured}")

@@ -24,7 +24,8 @@ from rich.table import Table
 from molmo2.config import data_path
 from molmo2.inspection.inventory import Entry, commands, inventory
 from molmo2.inspection.originals import ExampleView, lines, view_examples
-from molmo2.inspection.page import render, size
+from molmo2.inspection.page import render_originals
+from molmo2.pages import size
 from shards.catalog import STAGES, Catalog, CatalogError, Row, Stage, load_catalog
 from shards.sources.parquet import MissingSourceError, SourceError
 
@@ -121,7 +122,7 @@ def main() -> None:
         shown = [(row, stage) for row, stage in selection if row.name in views]
         title = f"Samples of {', '.join(views)}"
         args.html.parent.mkdir(parents=True, exist_ok=True)
-        page = render("originals.html.jinja", title=title, datasets=shown, views=views)
+        page = render_originals(title, shown, views)
         args.html.write_text(page, encoding="utf-8")
         print(f"page: {args.html}")
     if failed:

@@ -22,10 +22,12 @@ from tqdm import tqdm
 
 from molmo2.config import Recipe, data_path, load_recipe
 from molmo2.inspection.facts import DatasetFacts, facts_of, find
-from molmo2.inspection.mixture import Share, plan_and_draw, shares_of
-from molmo2.inspection.page import StagePage, render_stage, size
-from molmo2.inspection.samples import SampleView, spread, tokenizer_of, view_sample
-from shards.dataset import Dataset
+from molmo2.inspection.page import StagePage, render_stage
+from molmo2.inspection.samples import SampleView, tokenizer_of, view_sample
+from molmo2.inspection.shares import Share, plan_and_draw, shares_of
+from molmo2.pages import size
+from molmo2.processing.pictures import spread
+from shards.stream.dataset import Dataset
 
 WIDE = 160  # columns of a table that goes to a file
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from molmo2.demo.images import Made
+from molmo2.demo.image_sets import Made
 from molmo2.demo.sets import SETS, DemoSet, is_complete, make_set, texts
 from molmo2.processing.tokenizer import train_demo_tokenizer
 

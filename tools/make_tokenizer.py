@@ -18,7 +18,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from molmo2.config import data_path
-from molmo2.model.config import PRESETS
+from molmo2.model.presets import PRESETS
 from molmo2.processing.tokenizer import MOLMO2_TOKENS, Tokenizer, TokenizerError, write_tokenizer
 
 NAME = "tokenizer.json"

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from molmo2.config import Recipe, RecipeError, load_recipe
-from molmo2.inspection.mixture import Drawn, Share, plan_and_draw, shares_of
+from molmo2.inspection.shares import Drawn, Share, plan_and_draw, shares_of
 
 
 def table(shares: list[Share]) -> list[str]:

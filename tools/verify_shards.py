@@ -19,10 +19,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from shards.build.repair import repair_dataset
+from shards.build.verify import Finding, find_datasets, verify_dataset
 from shards.format import INDEX_NAME, FormatError, parse_index
-from shards.repair import repair_dataset
-from shards.storage import open_storage
-from shards.verify import Finding, find_datasets, verify_dataset
+from shards.storage.open import open_storage
 
 
 def num_bytes(folder: str) -> int:

@@ -17,11 +17,30 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from molmo2.demo import images, videos
+from molmo2.demo import video_sets as videos
 from molmo2.demo.digits import Generator, Pool, generator, load_pool
-from molmo2.demo.images import Made
+from molmo2.demo.image_sets import (
+    CAP_SCHEMA,
+    CHAT_SCHEMA,
+    COUNT_SCHEMA,
+    COUNT_TEST_SCHEMA,
+    IMAGE_QA_SCHEMA,
+    MULTI_IMAGE_SCHEMA,
+    POINTS_SCHEMA,
+    POINTS_TEST_SCHEMA,
+    Made,
+    caption,
+    chat,
+    count,
+    count_test,
+    image_qa,
+    image_qa_test,
+    multi_image_qa,
+    points,
+    points_test,
+)
+from molmo2.processing.contract import templates
 from molmo2.processing.points import SEPARATORS, format_points
-from molmo2.processing.text import templates
 from shards.schema import PointGroup
 
 VERSION = 6  # raise it when the drawing changes: data of another version are made anew
@@ -55,35 +74,35 @@ class DemoSet:
 
 
 SETS = (
-    DemoSet(name="demo-cap", schema=images.CAP_SCHEMA, make=images.caption, train=3000),
+    DemoSet(name="demo-cap", schema=CAP_SCHEMA, make=caption, train=3000),
     DemoSet(
         name="demo-points",
-        schema=images.POINTS_SCHEMA,
-        schema_validation=images.POINTS_TEST_SCHEMA,
-        make=images.points,
-        make_validation=images.points_test,
+        schema=POINTS_SCHEMA,
+        schema_validation=POINTS_TEST_SCHEMA,
+        make=points,
+        make_validation=points_test,
         train=2500,
         validation=200,
     ),
     DemoSet(
         name="demo-count",
-        schema=images.COUNT_SCHEMA,
-        schema_validation=images.COUNT_TEST_SCHEMA,
-        make=images.count,
-        make_validation=images.count_test,
+        schema=COUNT_SCHEMA,
+        schema_validation=COUNT_TEST_SCHEMA,
+        make=count,
+        make_validation=count_test,
         train=2500,
         validation=200,
     ),
     DemoSet(
         name="demo-image-qa",
-        schema=images.IMAGE_QA_SCHEMA,
-        make=images.image_qa,
+        schema=IMAGE_QA_SCHEMA,
+        make=image_qa,
         train=3000,
         validation=350,
-        make_validation=images.image_qa_test,
+        make_validation=image_qa_test,
     ),
-    DemoSet(name="demo-multi-image-qa", schema=images.MULTI_IMAGE_SCHEMA, make=images.multi_image_qa, train=800),
-    DemoSet(name="demo-chat", schema=images.CHAT_SCHEMA, make=images.chat, train=800),
+    DemoSet(name="demo-multi-image-qa", schema=MULTI_IMAGE_SCHEMA, make=multi_image_qa, train=800),
+    DemoSet(name="demo-chat", schema=CHAT_SCHEMA, make=chat, train=800),
     DemoSet(name="demo-video-cap", schema=videos.CAP_SCHEMA, make=videos.caption, train=250),
     DemoSet(name="demo-video-qa", schema=videos.QA_SCHEMA, make=videos.qa, train=1200, validation=150),
     DemoSet(name="demo-video-point", schema=videos.POINT_SCHEMA, make=videos.point, train=250),

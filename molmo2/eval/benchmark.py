@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from molmo2.eval.metrics import CorpusMetric, Metric
+from molmo2.eval.metrics.scores import CorpusMetric, Metric
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from molmo2.eval.benchmark import Benchmark
-from molmo2.eval.metrics import count_exact, exact_match, points_in_boxes
+from molmo2.eval.metrics.scores import count_exact, exact_match, points_in_boxes
 from molmo2.eval.published import IMAGE, MULTI_IMAGE, POINTING, TRACKING, VIDEO, WITHOUT
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Final
 
 from molmo2.eval.benchmark import Benchmark
-from molmo2.eval.metrics import Metric, count_exact, multiple_choice
-from molmo2.eval.metrics_captions import cider, rouge_l
-from molmo2.eval.metrics_points import all_in_mask, count_close, point_f1, video_point_f1
-from molmo2.eval.metrics_text import anls, answer_or_choice, direct_answer, relaxed_accuracy, vqa_accuracy
-from molmo2.eval.metrics_tracks import hota, track_f1
+from molmo2.eval.metrics.caption_scores import cider, rouge_l
+from molmo2.eval.metrics.point_scores import all_in_mask, count_close, point_f1, video_point_f1
+from molmo2.eval.metrics.scores import Metric, count_exact, multiple_choice
+from molmo2.eval.metrics.text_scores import anls, answer_or_choice, direct_answer, relaxed_accuracy, vqa_accuracy
+from molmo2.eval.metrics.track_scores import hota, track_f1
 
 CHOICE_TOKENS: Final = 32
 COUNT_TOKENS: Final = 192

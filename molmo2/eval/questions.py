@@ -1,7 +1,7 @@
 """Questions from shards of stage "eval": a sample, its annotations, and prompts that end where an answer begins.
 
-Decoding and geometry are those of training (`shards.collate`), so a model is asked about the pixels that it would be
-trained on. Who answers, and what an answer is worth, is the runner's.
+Decoding and geometry are those of training (`shards.stream.collate`), so a model is asked about the pixels that it
+would be trained on. Who answers, and what an answer is worth, is the work of `molmo2.eval.runner`.
 """
 
 from __future__ import annotations
@@ -11,19 +11,15 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from molmo2.model.generate import PromptTensors
-from molmo2.model.mask import TRUNK
 from shards.asked import read_asked
-from shards.collate import Batch, collate, decode_crops, open_sample
-from shards.dataset import Dataset, Tars
 from shards.layout import VisualLayout
-from shards.plan import Cursor, Draw, PackSpec
-from shards.reader import Damage, StoredSample, read_sample
 from shards.schema import Annotation
-from shards.storage import read_threads
+from shards.storage.base import read_threads
+from shards.stream.collate import Batch, collate, decode_crops, open_sample
+from shards.stream.dataset import Dataset, Tars
+from shards.stream.plan import Cursor, Draw, PackSpec
+from shards.stream.reader import Damage, StoredSample, read_sample
 
 AHEAD: Final = 16  # samples that are read at once
 
@@ -99,28 +95,3 @@ def as_batch(layout: VisualLayout, draw: Draw, stored: StoredSample) -> Batch:
     opened = open_sample(layout, draw, stored)
     crops = decode_crops(layout, stored, range(len(stored.visuals)))
     return collate(layout, [PackSpec(0, 0, (draw,))], [opened], crops, draw.num_tokens, 1.0, Cursor())
-
-
-def prompt_of(batch: Batch, number: int | None = None) -> tuple[PromptTensors, Tensor] | None:
-    """The trunk and a branch of a batch of one sample up to its answer, and the answer's tokens int64 [n].
-
-    `number` counts annotations from 0; None takes the first branch. None is returned where nothing is answered.
-    """
-    segments = batch.segment_ids[0]
-    branches = segments[segments < TRUNK]
-    if number is not None:
-        own = (segments == TRUNK) | (segments == number + 1)
-    else:
-        own = (segments == TRUNK) | (segments == branches.min()) if len(branches) else segments == TRUNK
-    places = (batch.loss_weights[0][own] > 0).nonzero().flatten()
-    if not len(places):
-        return None
-    first = int(places[0])
-    answer = places[places - torch.arange(len(places), device=places.device) == first]  # of the first turn alone
-    prompt = PromptTensors(
-        input_ids=batch.input_ids[0][own][: first + 1],
-        is_visual=batch.is_visual[0][own][: first + 1],
-        pixels=batch.pixels,
-        pooling=batch.pooling,
-    )
-    return prompt, batch.labels[0][own][answer]

@@ -24,18 +24,19 @@ from tqdm import tqdm
 from molmo2.eval.answers import Line, Store
 from molmo2.eval.benchmark import Benchmark
 from molmo2.eval.benchmarks import Suite
-from molmo2.eval.metrics import Answered, Score
-from molmo2.eval.questions import Question, as_batch, draws_of, prompt_of, questions_of, read_samples
+from molmo2.eval.metrics.scores import Answered, Score
+from molmo2.eval.questions import Question, as_batch, draws_of, questions_of, read_samples
 from molmo2.model.generate import PromptTensors, generate
 from molmo2.model.molmo2 import Molmo2
-from molmo2.processing import Processor
-from shards.collate import Batch
-from shards.dataset import Dataset, Tars, check_processor, open_dataset
+from molmo2.processing.batch_prompt import prompt_of
+from molmo2.processing.processor import Processor
 from shards.format import INDEX_NAME, REJECTS_NAME
-from shards.plan import Draw
-from shards.reader import StoredSample
 from shards.schema import Annotation, Chat, Choice, Points, Text, Tracks
-from shards.storage import open_storage
+from shards.storage.open import open_storage
+from shards.stream.collate import Batch
+from shards.stream.dataset import Dataset, Tars, check_processor, open_dataset
+from shards.stream.plan import Draw
+from shards.stream.reader import StoredSample
 
 STAGE: Final = "eval"
 BATCH_SIZE: Final = 32

@@ -1,6 +1,6 @@
 """Facts of built datasets for a person to read: counts, histograms, rejects. Reads indexes, sidecars, reject lists.
 
-Samples themselves are `molmo2.inspection.samples`; the mixture of a recipe is `molmo2.inspection.mixture`.
+Samples themselves are `molmo2.inspection.samples`; the mixture of a recipe is `molmo2.inspection.shares`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.build_folder import BUILD_NAME
-from shards.dataset import Dataset, open_dataset
+from shards.build.claim import BUILD_NAME
+from shards.build.verify import find_datasets
 from shards.format import INDEX_NAME, REJECTS_NAME, DatasetIndex
-from shards.storage import Storage, open_storage
-from shards.verify import find_datasets
+from shards.storage.base import Storage
+from shards.storage.open import open_storage
+from shards.stream.dataset import Dataset, open_dataset
 
 MOST_BINS = 24
 

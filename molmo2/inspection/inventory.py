@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shards.build_folder import BUILD_NAME
+from shards.build.claim import BUILD_NAME
 from shards.catalog import Catalog, Row, Stage
 from shards.download.manifest import fetches, missing_folders, unfinished_folders
 from shards.format import INDEX_NAME, FormatError, Totals, parse_index

@@ -13,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from molmo2.inspection.pictures import COLOURS, LARGE, SMALL, Mark, Picture, picture, spread
-from molmo2.processing.processor import STAGE_MODES
-from molmo2.processing.text import Message, render
-from molmo2.processing.video import frame_times
-from shards import media
+from molmo2.processing.contract import STAGE_MODES
+from molmo2.processing.frames import frame_times
+from molmo2.processing.pictures import COLOURS, LARGE, SMALL, Mark, Picture, picture, spread
+from molmo2.processing.prompts import Message, render
 from shards.catalog import Row, Stage
 from shards.convert.common import Group
 from shards.convert.reading import convert, open_rows, read_groups
+from shards.media.images import load_image
+from shards.media.types import MediaError, Pixels
+from shards.media.video import probe_video, read_frames
 from shards.schema import Annotation, Example, Points, RejectedError, Tracks, VideoRef
 
 MOST_FRAMES = 12  # pictures of one video, marked frames not counted
@@ -103,7 +105,7 @@ def _view(example: Example, stage: Stage, place: str, pictures: bool) -> Example
         )
     try:
         facts, drawn = _media(example, pictures)
-    except media.MediaError as error:
+    except MediaError as error:
         facts, drawn = [f"not readable: {error}"], []
     view = ExampleView(key=example.key, source=place, media=tuple(facts), annotations=tuple(annotations))
     return replace(view, pictures=tuple(drawn))
@@ -118,14 +120,14 @@ def _num_points(annotation: Annotation) -> int | None:
 def _media(example: Example, pictures: bool) -> tuple[list[str], list[Picture]]:
     """Facts of an example's media, and the media themselves if `pictures`."""
     if example.video is not None:
-        info = media.probe_video(example.video)
+        info = probe_video(example.video)
         size = f"{info.width} x {info.height}"
         fact = f"video {size}, {info.duration:.1f} s at {info.fps:.3g} frames/s, {info.codec}: {example.video.path}"
         return [fact], _frames(example, example.video, info.duration) if pictures else []
     facts, drawn = [], []
     marks = _marks(example)
     for number, ref in enumerate(example.images, start=1):
-        pixels = media.load_image(ref)
+        pixels = load_image(ref)
         height, width = pixels.shape[:2]
         facts.append(f"image {number}: {width} x {height}{f', {ref.path}' if ref.path else ''}")
         if pictures:
@@ -140,7 +142,7 @@ def _frames(example: Example, ref: VideoRef, duration: float) -> list[Picture]:
     marked = sorted({min(max(at, 0.0), duration) for at, _ in marks})
     chosen = {marked[i] for i in spread(len(marked), MOST_FRAMES)}
     times = sorted({round(time, 2) for time in (*frame_times(duration, FPS, MOST_FRAMES), *chosen)})
-    pixels = media.read_frames(ref, times).pixels
+    pixels = read_frames(ref, times).pixels
     nearest = [int(np.abs(np.array(times) - at).argmin()) for at, _ in marks]
     drawn = []
     for i, time in enumerate(times):
@@ -166,7 +168,7 @@ def _marks(example: Example) -> list[tuple[float, Mark]]:
     return marks
 
 
-def _jpeg(pixels: media.Pixels, most: int) -> bytes:
+def _jpeg(pixels: Pixels, most: int) -> bytes:
     """A JPEG whose longer side has at most `most` pixels."""
     image = PIL.Image.fromarray(pixels)
     image.thumbnail((most, most))

@@ -16,16 +16,14 @@ from typing import Any
 import numpy as np
 
 from molmo2.inspection.facts import InspectionError
-from molmo2.inspection.pictures import COLOURS, LARGE, SMALL, Mark, Picture, picture, spread
-from molmo2.processing.points import ParsedPoint, parse_points
+from molmo2.processing.pictures import COLOURS, MOST_FRAMES, Picture, pictures_of
 from molmo2.processing.tokenizer import Tokenizer
-from shards.dataset import Dataset
 from shards.format import FormatError, tar_members
 from shards.layout import VisualLayout, visual_tokens
-from shards.plan import Draw
-from shards.reader import ReadError, StoredSample, check_span, parse_sample
+from shards.stream.dataset import Dataset
+from shards.stream.plan import Draw
+from shards.stream.reader import ReadError, StoredSample, check_span, parse_sample
 
-MOST_FRAMES = 24  # pictures of one video
 WEIGHT_LEVELS = 5  # shades of a loss weight
 
 
@@ -103,7 +101,7 @@ def view_sample(dataset: Dataset, number: int, tokenizer: Tokenizer) -> SampleVi
     branches = tuple(_branches(stored, layout, tokenizer))
     texts = {branch.number: "".join(span.text for span in branch.spans) for branch in branches if branch.number}
     frames = sum(visual["kind"] == "frame" for visual in stored.visuals)
-    pictures = drawn(stored, layout, texts)
+    pictures = pictures_of(stored, layout, texts)
     notes = [f"fitted: {json.dumps(note)}" for note in record.get("fitted", ())]
     if frames > MOST_FRAMES:
         notes.append(f"{len(pictures)} of {frames} frames are shown")
@@ -177,61 +175,3 @@ def _visual_names(visuals: Sequence[dict[str, Any]], layout: VisualLayout) -> It
             yield f"frame {visual['time']:.1f} s ({count} tokens)"
         else:
             yield f"image {i + 1}, {visual['tiling'][0]} x {visual['tiling'][1]} crops ({count} tokens)"
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
-def drawn(stored: StoredSample, layout: VisualLayout, texts: dict[int, str]) -> tuple[Picture, ...]:
-    """A sample's pictures with the points and tracks of `texts`, which go by number of the annotation (from 1)."""
-    return tuple(_pictures(stored, layout, _marks(stored.visuals, texts)))
-
-
-def _marks(visuals: Sequence[dict[str, Any]], texts: dict[int, str]) -> dict[int, list[Mark]]:
-    """Points and tracks of all branches by number of the visual, in fractions of its width and height."""
-    marks: dict[int, list[Mark]] = {}
-    for number, text in texts.items():
-        tracks, trails = "<tracks" in text, dict[int, tuple[tuple[float, float], ...]]()
-        for point in parse_points(text):
-            visual = _visual_at(visuals, point)
-            if visual is None:
-                continue
-            trail = trails.get(point.id, ()) if tracks else ()
-            trails[point.id] = (*trail, (point.x, point.y))
-            colour = COLOURS[(point.id - 1 if tracks else number - 1) % len(COLOURS)]
-            mark = Mark(x=point.x, y=point.y, label=str(point.id), colour=colour, trail=trail)
-            marks.setdefault(visual, []).append(mark)
-    return marks
-
-
-def _visual_at(visuals: Sequence[dict[str, Any]], point: ParsedPoint) -> int | None:
-    """The frame nearest to a point's time, or the image of its number; None where there is no such image."""
-    times = [visual["time"] for visual in visuals if visual["kind"] == "frame"]
-    if times:
-        return int(np.abs(np.array(times) - point.at).argmin())
-    return int(point.at) - 1 if 1 <= point.at <= len(visuals) else None
-
-
-def _pictures(stored: StoredSample, layout: VisualLayout, marks: dict[int, list[Mark]]) -> Iterator[Picture]:
-    """The stored JPEGs of the visuals; of a long video the frames that are pointed at, and some others."""
-    shown = _shown(len(stored.visuals), sorted(marks)) if len(stored.visuals) > MOST_FRAMES else None
-    for i, visual in enumerate(stored.visuals):
-        drawn = marks.get(i, [])
-        if visual["kind"] == "frame":
-            if shown is None or i in shown:
-                yield picture(bytes(stored.images[visual["view"]]), f"{visual['time']:.1f} s", SMALL, marks=drawn)
-            continue
-        rows, cols = visual["tiling"]
-        stride, side = layout.window_patches * layout.patch_size, layout.crop_size
-        crops = tuple((col * stride, row * stride, side) for row in range(rows) for col in range(cols))
-        if visual["canvas"] != visual["view"]:
-            yield picture(bytes(stored.images[visual["view"]]), f"image {i + 1}, the whole", SMALL)
-        caption = f"image {i + 1}, {rows} x {cols} crops"
-        yield picture(bytes(stored.images[visual["canvas"]]), caption, LARGE, crops=crops, marks=drawn)
-
-
-def _shown(count: int, marked: Sequence[int]) -> set[int]:
-    """Numbers of the frames to show: as many marked ones as may be, the rest spread over the video."""
-    kept = [marked[i] for i in spread(len(marked), MOST_FRAMES)]
-    others = [i for i in range(count) if i not in set(kept)]
-    return {*kept, *(others[i] for i in spread(len(others), MOST_FRAMES - len(kept)))}

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from molmo2.model.decoder import Mask
 from molmo2.model.mask import MEMBER, PAD_SEGMENT, AttentionMask, allowed
-from molmo2.model.text import Mask
 
 SHORT = 4096  # a mask of such a row is 16 MiB: cheap enough to be written out, and to be kept for backward
 TILE = 128  # queries of a tile

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from molmo2.model.config import ConnectorConfig, TextConfig, VitConfig
+from molmo2.model.presets import ConnectorConfig, TextConfig, VitConfig
 
 
 class AttentionPooling(nn.Module):

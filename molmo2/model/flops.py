@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from molmo2.model.config import ConnectorConfig, ModelConfig, TextConfig, VitConfig
 from molmo2.model.mask import MEMBER, PAD_SEGMENT, TRUNK
+from molmo2.model.presets import ConnectorConfig, ModelConfig, TextConfig, VitConfig
 
 TRAINING_FACTOR = 3  # forward and backward over forward
 

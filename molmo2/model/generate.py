@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from molmo2.model.decoder import Cache
 from molmo2.model.mask import PAD_SEGMENT, TRUNK, AttentionMask, KeyMask
 from molmo2.model.molmo2 import Molmo2
-from molmo2.model.text import Cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from molmo2.model.attention import masked_attention
-from molmo2.model.config import ModelConfig
 from molmo2.model.connector import Connector
+from molmo2.model.decoder import Attend, Cache, Decoder, Mask
 from molmo2.model.dropout import Dropout
 from molmo2.model.mask import AttentionMask
-from molmo2.model.text import Attend, Cache, Decoder, Mask
+from molmo2.model.presets import ModelConfig
 from molmo2.model.vit import VisionTransformer
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from molmo2.model.config import VitConfig
+from molmo2.model.presets import VitConfig
 from molmo2.model.recompute import recomputed
 
 

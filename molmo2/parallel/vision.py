@@ -14,7 +14,7 @@ from torch import Tensor
 
 from molmo2.parallel.gather import all_gather
 from molmo2.parallel.mesh import Mesh
-from shards.share import split_visuals
+from shards.split import split_visuals
 
 Encode = Callable[[Tensor, Tensor], Tensor]
 

@@ -2,7 +2,7 @@
 
 It renders K text variants, chooses tilings and frames, weighs the loss and fits all of it into `Limits`: visuals
 shrink, to a quarter at the least; a tree of annotations that does not fit even then is the builder's to split.
-Reading files and writing shards happens elsewhere (`shards.media`, `shards.builder`).
+Reading files and writing shards happens elsewhere (`shards.media.video`, `shards.build.builder`).
 """
 
 from __future__ import annotations
@@ -15,34 +15,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from molmo2.model.config import PRESETS, ModelConfig
-from molmo2.processing import chat, text, video, visuals
-from molmo2.processing.chat import Branch
-from molmo2.processing.images import Pixels
+from molmo2.processing import prompts as text
+from molmo2.processing import visuals
+from molmo2.processing.chat_format import Branch, assemble, encode_messages
+from molmo2.processing.contract import Contract, ProcessorSettings, read_contract
+from molmo2.processing.frames import subtitle_text, timestamp
+from molmo2.processing.tiling import Pixels
 from molmo2.processing.tokenizer import Tokenizer
 from molmo2.processing.visuals import Clip, Opened, Plan
 from shards import layout as geometry
-from shards.format import digest
-from shards.layout import VisualLayout, VisualTokens
+from shards.layout import VisualLayout
 from shards.schema import Annotation, Example, Limits, OverlongError, Points, RejectedError, Sample, Tracks
 
-STAGE_MODES = {"pretraining": "pretraining", "sft": "sft", "long": "sft", "eval": "eval"}
 HIGH_RESOLUTION_SHARE = 0.3  # of the variants that point in images, where the limits offer more tiles for them
 SHRINK_AT_MOST = 4  # visuals never shrink below a quarter to make room for text
 ALTERNATIVES = frozenset({"transcript"})  # styles of which a tree holds one annotation, drawn per variant
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessorSettings:
-    """From what a processor is built; picklable, so that each worker process builds its own.
-
-    `preset` names a model in `molmo2.model.config.PRESETS`; `stage` is one of `STAGE_MODES`.
-    """
-
-    preset: str
-    tokenizer_dir: str
-    stage: str
-    num_variants: int = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,31 +63,14 @@ class _Fitted:
     notes: list[dict[str, Any]]
 
 
-def visual_layout(config: ModelConfig) -> VisualLayout:
-    """The geometry of a model's vision input as the data side knows it."""
-    return VisualLayout(
-        tokens=VisualTokens.after(config.text.vocab_size),
-        crop_size=config.crop_size,
-        patch_size=config.patch_size,
-        overlap_margin=config.overlap_margin,
-        image_pool=config.image_pool,
-        video_pool=config.video_pool,
-    )
-
-
 def build_processor(settings: ProcessorSettings) -> Processor:
     """The processor of a model preset and stage.
 
     Raises:
         ValueError: an unknown preset or stage, or a tokenizer that does not fit the preset (`TokenizerError`).
     """
-    if settings.preset not in PRESETS:
-        raise ValueError(f"unknown model preset {settings.preset!r}; known: {', '.join(sorted(PRESETS))}")
-    if settings.stage not in STAGE_MODES:
-        raise ValueError(f"unknown stage {settings.stage!r}; known: {', '.join(STAGE_MODES)}")
-    config = PRESETS[settings.preset]
-    tokenizer = Tokenizer(settings.tokenizer_dir, config.text.vocab_size)
-    return Processor(visual_layout(config), tokenizer, STAGE_MODES[settings.stage], settings.num_variants)
+    contract = read_contract(settings)
+    return Processor(contract.layout, contract.tokenizer, contract.mode, settings.num_variants)
 
 
 def draws(dataset: str, key: str, variant: int) -> np.random.Generator:
@@ -119,14 +89,7 @@ class Processor:
     def __init__(self, layout: VisualLayout, tokenizer: Tokenizer, mode: str, num_variants: int = 4):
         """`mode` is one of `text.MODES`; in "eval" nothing is drawn and all variants are equal."""
         self.layout, self.tokenizer, self.mode, self.num_variants = layout, tokenizer, mode, num_variants
-        self.settings: dict[str, Any] = {
-            "layout": layout.to_json(),
-            "tokenizer": tokenizer.sha256,
-            "chat_format": chat.CHAT_FORMAT_VERSION,
-            "conditioning": mode,
-            "templates": digest(text.templates()),
-            "jpeg_quality": visuals.JPEG_QUALITY,
-        }
+        self.settings = Contract(layout, tokenizer, mode).settings
 
     def __call__(self, example: Example, limits: Limits) -> Sample:
         """Process one example for training or for scoring answers.
@@ -147,7 +110,7 @@ class Processor:
         tokens, readable = {}, {}
         for part, chosen in zip(parts, stored.chosen, strict=True):
             for variant, branches in part.branches.items():
-                tokens[variant] = chat.assemble(part.trunk, branches, flat)
+                tokens[variant] = assemble(part.trunk, branches, flat)
                 tokens[variant]["weight"] *= example.loss_scale
                 readable[variant] = _readable(branches, chosen, len(stored.visuals))
         record: dict[str, Any] = {
@@ -178,14 +141,14 @@ class Processor:
         plan = visuals.full_plan(self.layout, opened, limits, self._image_tiles(example, limits, None))
         messages = text.render(example.annotations[annotation], self.mode, None, video=isinstance(opened, Clip))
         asked = messages[:-1] if messages[-1].role == "assistant" else messages
-        branch = chat.encode_messages(self.tokenizer, asked)
+        branch = encode_messages(self.tokenizer, asked)
         trunk = self._trunk(example, plan)
         while (excess := self._length(trunk, plan) + len(branch.ids) - limits.sequence_length) > 0:
             smaller = self._shrink(opened, limits, plan, excess, floor=1)
             if smaller is None:
                 raise RejectedError(f"the prompt is {excess} tokens longer than the limit {limits.sequence_length}")
             plan, trunk = smaller, self._trunk(example, smaller)
-        stored = chat.assemble([*trunk, *branch.ids.tolist()], [], None)
+        stored = assemble([*trunk, *branch.ids.tolist()], [], None)
         expanded = geometry.expand(self.layout, stored, list(plan.visuals))
         pixels, pooling = visuals.model_inputs(self.layout, opened, plan)
         return Prompt(
@@ -211,7 +174,7 @@ class Processor:
         ids = [self.tokenizer.bos]
         for i, visual in enumerate(plan.visuals):
             if visual["kind"] == "frame":
-                ids += [*self.tokenizer.encode(video.timestamp(i, visual["time"])), self.layout.tokens.video]
+                ids += [*self.tokenizer.encode(timestamp(i, visual["time"])), self.layout.tokens.video]
             else:
                 name = self.tokenizer.encode(f"Image {i + 1}") if len(plan.visuals) > 1 else []
                 ids += [*name, self.layout.tokens.image]
@@ -269,12 +232,12 @@ class Processor:
             messages = text.render(annotation, self.mode, rng, video=example.video is not None)
             if messages[-1].role != "assistant":
                 raise RejectedError("a conversation must end with the assistant")
-            out.append(chat.encode_messages(self.tokenizer, messages))
+            out.append(encode_messages(self.tokenizer, messages))
         return out
 
 
 def _subtitles(example: Example, plan: Plan) -> str:
-    return video.subtitle_text(example.subtitles, [visual["time"] for visual in plan.visuals if "time" in visual])
+    return subtitle_text(example.subtitles, [visual["time"] for visual in plan.visuals if "time" in visual])
 
 
 def _length(branches: Sequence[Branch]) -> int:

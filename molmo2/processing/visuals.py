@@ -1,7 +1,7 @@
 """An example's media: opened, planned against a budget, and turned into stored files or model inputs.
 
 A *plan* says what the model will see without touching pixels: each image's tiling, or the times of a video's frames.
-Its *budget* is the one number by which visuals shrink: tiles per image, or frames. Decoding is `shards.media`.
+Its *budget* is the one number by which visuals shrink: tiles per image, or frames. Decoding is `shards.media.video`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from molmo2.processing import images, video
-from molmo2.processing.images import Pixels
+from molmo2.processing import tiling as images
+from molmo2.processing.contract import JPEG_QUALITY
+from molmo2.processing.frames import frame_times, grid_times
+from molmo2.processing.tiling import Pixels
 from shards import layout as geometry
-from shards import media
 from shards.layout import VisualLayout
+from shards.media.images import encode_jpeg, load_image
+from shards.media.types import Frames, Make, MediaError, VideoInfo
+from shards.media.video import probe_video, read_frames
 from shards.schema import Example, Limits, Points, RejectedError, Tracks, VideoRef
-
-JPEG_QUALITY = 95
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Clip:
     """A video that was probed but not decoded."""
 
     ref: VideoRef
-    info: media.VideoInfo
+    info: VideoInfo
     tracked: bool  # frames at the fixed rate, cut at the end
     pointed: bool  # frames at the fixed rate, none to be left out
 
@@ -67,9 +69,9 @@ def open_media(example: Example, limits: Limits) -> Opened:
         raise RejectedError(f"{len(example.images)} images, the limit is {limits.max_images}")
     try:
         if example.video is None:
-            return tuple(media.load_image(ref) for ref in example.images)
-        info = media.probe_video(example.video)
-    except media.MediaError as error:
+            return tuple(load_image(ref) for ref in example.images)
+        info = probe_video(example.video)
+    except MediaError as error:
         raise RejectedError(f"media: {error}") from error
     kinds = {type(annotation) for annotation in example.annotations}
     return Clip(example.video, info, tracked=Tracks in kinds, pointed=Points in kinds)
@@ -78,7 +80,7 @@ def open_media(example: Example, limits: Limits) -> Opened:
 def make_plan(layout: VisualLayout, opened: Opened, limits: Limits, budget: int) -> Plan:
     """The visuals under `budget`: at most so many tiles per image, or so many frames."""
     if isinstance(opened, Clip):
-        rule = video.grid_times if opened.tracked else video.frame_times
+        rule = grid_times if opened.tracked else frame_times
         times = rule(opened.info.duration, limits.fps, budget)
         return Plan(budget, tuple({"kind": "frame", "time": time} for time in times))
     visuals = []
@@ -119,15 +121,15 @@ def check_points(example: Example, plan: Plan, fps: float) -> None:
                 )
 
 
-def _read(clip: Clip, plan: Plan, make: media.Make) -> media.Frames:
+def _read(clip: Clip, plan: Plan, make: Make) -> Frames:
     try:
-        return media.read_frames(clip.ref, [visual["time"] for visual in plan.visuals], make)
-    except media.MediaError as error:
+        return read_frames(clip.ref, [visual["time"] for visual in plan.visuals], make)
+    except MediaError as error:
         raise RejectedError(f"media: {error}") from error
 
 
 def _view_file(layout: VisualLayout, rgb: Pixels) -> bytes:
-    return media.encode_jpeg(images.view(layout, rgb), JPEG_QUALITY)
+    return encode_jpeg(images.view(layout, rgb), JPEG_QUALITY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,7 @@ def store(layout: VisualLayout, opened: Opened, plans: Sequence[Plan]) -> Stored
         canvas = views[number]
         if not images.canvas_is_view(tiling):
             canvas = len(files)
-            files.append(media.encode_jpeg(images.canvas(layout, opened[number], tiling), JPEG_QUALITY))
+            files.append(encode_jpeg(images.canvas(layout, opened[number], tiling), JPEG_QUALITY))
         records.append({"kind": "image", "view": views[number], "canvas": canvas, "tiling": list(tiling)})
     chosen = [[canvases[v["image"], tuple(v["tiling"])] for v in plan.visuals] for plan in plans]
     sizes = [{"height": rgb.shape[0], "width": rgb.shape[1]} for rgb in opened]

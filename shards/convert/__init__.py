@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from shards.convert.chats import chat
 from shards.convert.common import Group, Omitted
 from shards.convert.diagrams import diagram_choice
-from shards.convert.images import image_caption, image_points, multi_image_points
-from shards.convert.questions import identity_qa, image_chat, image_choice, image_qa
-from shards.convert.text import chat
+from shards.convert.image_annotations import image_caption, image_points, multi_image_points
+from shards.convert.image_questions import identity_qa, image_chat, image_choice, image_qa
+from shards.convert.video_annotations import video_caption, video_points, video_track
 from shards.convert.video_questions import video_conversation, video_embedded_choice, video_qa, video_spans
-from shards.convert.videos import video_caption, video_points, video_track
 from shards.schema import Example
 
 Converter = Callable[[Group], Iterator[Example | Omitted]]

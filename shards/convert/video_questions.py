@@ -1,6 +1,6 @@
 """Questions about one video: multiple choice, open, or both, given as texts, indices or marks; conversations.
 
-A field may be a value or a list, as in `shards.convert.questions`. Rows of one group that name other clips of the
+A field may be a value or a list, as in `shards.convert.image_questions`. Rows of one group that name other clips of the
 video become other examples. Times in the rows are those of the whole video, those of an example count from its clip.
 """
 
@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from shards.convert.answer_options import listed, option_lines, place_of
 from shards.convert.common import Group, Omitted, at_least_one, most_common, rng_of, text_of
-from shards.convert.options import listed, option_lines, place_of
 from shards.schema import Annotation, Choice, Cue, Example, RejectedError, Text
 
 Clip = tuple[float | None, float | None]

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from shards.download.connect import FetchError, FetchLimits, host_of
 from shards.download.fetch import HostPauses, fetch_bytes
 from shards.download.hub import DownloadError
-from shards.media import MAX_PIXELS
+from shards.media.images import MAX_PIXELS
 from shards.sources.paths import at
 
 FAILURES = "failures.jsonl"

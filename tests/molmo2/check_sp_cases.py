@@ -7,10 +7,10 @@ import torch.distributed as dist
 from engine_cases import model, recipe
 from torch import Tensor
 
-from molmo2 import engine
-from molmo2.check_sp import check_sequence_parallel
 from molmo2.parallel import vision
 from molmo2.parallel.mesh import MeshError, make_mesh
+from molmo2.training import engine
+from molmo2.training.check_sp import check_sequence_parallel
 
 
 def check(fault: str | None) -> dict[str, float] | str:

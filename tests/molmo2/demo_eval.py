@@ -9,13 +9,14 @@ from molmo2.demo.sets import SETS, make_set, texts
 from molmo2.eval.benchmarks import SUITES
 from molmo2.eval.questions import Question, draws_of, questions_of, read_samples
 from molmo2.eval.runner import Subject
-from molmo2.model.config import PRESETS
 from molmo2.model.molmo2 import Molmo2
-from molmo2.processing import ProcessorSettings, build_processor
+from molmo2.model.presets import PRESETS
+from molmo2.processing.contract import ProcessorSettings
+from molmo2.processing.processor import build_processor
 from molmo2.processing.tokenizer import train_demo_tokenizer
-from shards.builder import build_dataset
+from shards.build.builder import build_dataset
 from shards.catalog import Row, load_catalog
-from shards.dataset import open_dataset
+from shards.stream.dataset import open_dataset
 
 DEMO = SUITES["demo"]
 CATALOG = load_catalog(DEMO.catalog)

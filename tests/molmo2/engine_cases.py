@@ -8,15 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from molmo2 import checkpoint as checkpoints
+from molmo2.checkpoint.files import save
 from molmo2.config import Recipe, parse_recipe
-from molmo2.engine import TrainingModule, start_engine
-from molmo2.model.config import PRESETS
 from molmo2.model.molmo2 import Molmo2
-from molmo2.optim import set_learning_rates
+from molmo2.model.presets import PRESETS
 from molmo2.parallel.mesh import SINGLE, make_mesh
-from shards.collate import PAD_SEGMENT, Batch, own_share
-from shards.plan import Cursor
+from molmo2.training.engine import TrainingModule, start_engine
+from molmo2.training.optim import set_learning_rates
+from shards.stream.collate import PAD_SEGMENT, Batch, own_share
+from shards.stream.plan import Cursor
 
 TINY = PRESETS["tiny"]
 CONFIG = replace(
@@ -146,7 +146,7 @@ def train(settings: list[tuple[Any, ...]]) -> list[list[dict[str, float]]]:
             engine.step()
             assert engine.was_step_applied()
             norms.append({name: norm.item() for name, norm in optimizer.norms.items()})
-        checkpoints.save(engine, run, CONFIG, 3, {}, sp=sp)
+        save(engine, run, CONFIG, 3, {}, sp=sp)
         results.append(norms)
         engine.destroy()
     return results
@@ -154,7 +154,7 @@ def train(settings: list[tuple[Any, ...]]) -> list[list[dict[str, float]]]:
 
 def train_alone() -> tuple[Molmo2, list[dict[str, float]]]:
     """The same three steps in one process, without DeepSpeed."""
-    from molmo2.optim import ComponentAdamW, parameter_groups
+    from molmo2.training.optim import ComponentAdamW, parameter_groups
 
     run = recipe()
     module = TrainingModule(model(), run, SINGLE).train()

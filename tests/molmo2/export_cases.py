@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from molmo2 import checkpoint as checkpoints
-from molmo2.engine import start_engine
-from molmo2.optim import set_learning_rates
+from molmo2.checkpoint.files import save
 from molmo2.parallel.mesh import make_mesh
+from molmo2.training.engine import start_engine
+from molmo2.training.optim import set_learning_rates
 
 SETTINGS = {  # ranks -> precision and ZeRO stage; 3 ranks divide no tensor evenly, so that DeepSpeed pads
     2: [("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 3)],
@@ -46,7 +46,7 @@ def save_in_mid_run(root: str) -> dict[str, dict[str, Tensor]]:
         engine.step()
         assert engine.was_step_applied()
         live[run.name] = live_weights(engine)
-        checkpoints.save(engine, run, engine_cases.CONFIG, 1, PLAN, sp=1)
+        save(engine, run, engine_cases.CONFIG, 1, PLAN, sp=1)
         engine.destroy()
     assert all(torch.isfinite(tensor).all() for weights in live.values() for tensor in weights.values())
     return live

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from molmo2.loss import weighted_loss
+from molmo2.model.loss import weighted_loss
 from molmo2.parallel.loss_rows import share_loss_rows
 from molmo2.parallel.mesh import make_mesh
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
-from shards.share import split_visuals
+from shards.split import split_visuals
 
 LENGTH, DIM = 24, 4
 

@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 
 from molmo2.config import load_recipe
-from molmo2.model.config import PRESETS
+from molmo2.model.presets import PRESETS
 from molmo2.parallel.mesh import make_mesh
-from molmo2.processing.processor import ProcessorSettings, build_processor
-from molmo2.run import Run, agree_on_masked
-from shards.loader import make_loader
-from shards.plan import Cursor, open_plan
+from molmo2.processing.contract import ProcessorSettings
+from molmo2.processing.processor import build_processor
+from molmo2.training.run import Run, agree_on_masked
+from shards.stream.loader import make_loader
+from shards.stream.plan import Cursor, open_plan
 
 
 def read_step(root: str) -> list[dict[str, Any]]:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
-from molmo2.hub import from_foreign
-from molmo2.model.config import ConnectorConfig, ModelConfig, RopeScaling, TextConfig, VitConfig
 from molmo2.model.generate import PromptTensors
 from molmo2.model.molmo2 import Molmo2
+from molmo2.model.presets import ConnectorConfig, ModelConfig, RopeScaling, TextConfig, VitConfig
+from molmo2.weights.names import from_foreign
 
 QWEN = ModelConfig(
     name="parity",

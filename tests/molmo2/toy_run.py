@@ -13,12 +13,13 @@ import yaml
 from PIL import Image
 from tokenizers import decoders, models, pre_tokenizers
 
-from molmo2.model.config import PRESETS
-from molmo2.processing.processor import ProcessorSettings, build_processor
+from molmo2.model.presets import PRESETS
+from molmo2.processing.contract import ProcessorSettings
+from molmo2.processing.processor import build_processor
 from molmo2.processing.tokenizer import write_tokenizer
+from shards.build.writer import npy_bytes, write_shard
 from shards.format import FORMAT_VERSION, DatasetIndex, Totals
 from shards.schema import Example, ImageRef, Limits, Source, Text
-from shards.writer import npy_bytes, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = Limits(sequence_length=192, max_crops=6, image_crops=2)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from molmo2.demo.sets import SETS, make_set, texts
-from molmo2.processing import ProcessorSettings, build_processor
+from molmo2.processing.contract import ProcessorSettings
+from molmo2.processing.processor import build_processor
 from molmo2.processing.tokenizer import train_demo_tokenizer
-from shards.build_pool import worker_pool
-from shards.build_task import ProcessorFactory
-from shards.builder import Built, build_dataset
+from shards.build.builder import Built, build_dataset
+from shards.build.pool import worker_pool
+from shards.build.task import ProcessorFactory
 from shards.catalog import Catalog, Stage, load_catalog
 from shards.format import DatasetIndex
 

@@ -39,10 +39,10 @@ import tokenizers
 import yaml
 from tokenizers import decoders, models, pre_tokenizers
 
-from molmo2.processing import Processor, Tokenizer
-from molmo2.processing.processor import STAGE_MODES
-from molmo2.processing.tokenizer import write_tokenizer
-from shards.builder import build_dataset
+from molmo2.processing.contract import STAGE_MODES
+from molmo2.processing.processor import Processor
+from molmo2.processing.tokenizer import Tokenizer, write_tokenizer
+from shards.build.builder import build_dataset
 from shards.catalog import Catalog, Row, Stage, load_catalog
 from shards.download.urls import kept_as
 from shards.format import REJECTS_NAME, TOKEN_DTYPE

@@ -27,9 +27,9 @@ def memory_seen(folder: str, num_batches: int, num_looks: int) -> list[tuple[int
     """For each process (the loader's own, then its workers) the bytes it alone holds, at `num_looks` moments."""
     from toy import LAYOUT  # here, since decoding processes import this module as well
 
-    from shards.loader import make_loader
-    from shards.mixture import MixtureSpec
-    from shards.plan import Cursor, PlanSettings, open_plan
+    from shards.stream.loader import make_loader
+    from shards.stream.mixture import MixtureSpec
+    from shards.stream.plan import Cursor, PlanSettings, open_plan
 
     mixture = MixtureSpec.model_validate({"groups": {"g": {"rate": 1, "datasets": {"text": None}}}})
     settings = PlanSettings(sequence_length=128, max_crops=8, packs_per_step=4, window=256)

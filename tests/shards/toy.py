@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from shards.dataset import Dataset, open_dataset
+from shards.build.writer import npy_bytes, write_shard
 from shards.format import FORMAT_VERSION, TOKEN_DTYPE, DatasetIndex, ShardInfo, Totals, index_dtype, key_hash
 from shards.layout import VisualLayout, VisualTokens
-from shards.media import encode_jpeg
+from shards.media.images import encode_jpeg
 from shards.schema import Sample
-from shards.writer import npy_bytes, write_shard
+from shards.stream.dataset import Dataset, open_dataset
 
 LAYOUT = VisualLayout(
     tokens=VisualTokens.after(512), crop_size=48, patch_size=8, overlap_margin=1, image_pool=2, video_pool=3

@@ -1,0 +1,170 @@
+"""A web page to talk with a model: images or a video are uploaded, points and tracks are drawn on them.
+
+The server keeps nothing: a question brings the whole conversation and its media, and the answer streams back as JSON
+lines. It listens on this machine alone, answers one question at a time, and refuses requests of other sites (the names
+in Host and Origin must be its own). The page is one file without anything from elsewhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from molmo2.parallel.agree import write
+from molmo2.processing.points import parse_points
+from shards.schema import Turn
+
+PAGE = Path(__file__).with_name("web_page.html")
+MAX_BYTES = 256 << 20  # of a request: media in base64
+Answer = Callable[[Sequence[Turn], Sequence[Path], Path | None], Iterator[str]]
+
+
+class Said(pydantic.BaseModel, extra="forbid"):
+    """One turn."""
+
+    role: Literal["user", "assistant"]
+    text: str = pydantic.Field(min_length=1, max_length=100_000)
+
+
+class Question(pydantic.BaseModel, extra="forbid"):
+    """A conversation that ends with a question, and its media in base64."""
+
+    turns: list[Said] = pydantic.Field(min_length=1, max_length=1000)
+    images: list[str] = pydantic.Field(default=[], max_length=16)
+    video: str | None = None
+
+
+class ChatServer(ThreadingHTTPServer):
+    """Serves the page and answers one question at a time.
+
+    Args:
+        answer: turns, image files and a video file to the pieces of an answer.
+        port: 0 takes a free one.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, answer: Answer, port: int) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.answer, self.busy = answer, threading.Lock()
+        self.names = {f"{host}:{self.server_port}" for host in ("127.0.0.1", "localhost")}
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return f"http://127.0.0.1:{self.server_port}/"
+
+
+def serve(answer: Answer, port: int) -> None:
+    """Serve until the process is interrupted.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    with ChatServer(answer, port) as server:
+        write(f"open {server.url} (end with Ctrl-C)")
+        server.serve_forever()
+
+
+def lines_of(answer: Answer, question: Question) -> Iterator[dict[str, Any]]:
+    """What the page gets: {"text": piece} as it comes, then {"points": [...]}, or {"error": sentence}."""
+    turns = [Turn(role=said.role, text=said.text) for said in question.turns]
+    with tempfile.TemporaryDirectory(prefix="chat-") as folder:
+        try:
+            images = [_write(Path(folder) / f"{i}.image", data) for i, data in enumerate(question.images)]
+            video = None if question.video is None else _write(Path(folder) / "video", question.video)
+            said = ""
+            for piece in answer(turns, images, video):
+                said += piece
+                yield {"text": piece}
+        except (ValueError, OSError) as error:
+            yield {"error": str(error).replace(f"{folder}/", "")}
+            return
+    yield {"points": [{"at": p.at, "id": p.id, "x": p.x, "y": p.y} for p in parse_points(said)]}
+
+
+def _write(path: Path, data: str) -> Path:
+    try:
+        path.write_bytes(base64.b64decode(data, validate=True))
+    except binascii.Error as error:
+        raise ValueError(f"{path.name}: not base64 ({error})") from None
+    return path
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: ChatServer
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if not self._trusted():
+            return
+        if self.path != "/":
+            self._refuse(404, "there is only /")
+            return
+        page = PAGE.read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(page)))
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+        self.send_header("Content-Security-Policy", policy + "img-src blob:; media-src blob:")
+        self.end_headers()
+        self.wfile.write(page)
+
+    def do_POST(self) -> None:
+        if not self._trusted():
+            return
+        length = self.headers.get("Content-Length", "")
+        if self.path != "/ask" or not length.isdigit():
+            self._refuse(404 if self.path != "/ask" else 411, "POST /ask with a Content-Length")
+            return
+        if int(length) > MAX_BYTES:
+            self._refuse(413, f"{int(length) >> 20} MiB, at most {MAX_BYTES >> 20} MiB: use fewer or smaller files")
+            return
+        try:
+            question = Question.model_validate_json(self.rfile.read(int(length)))
+        except pydantic.ValidationError as error:
+            self._refuse(400, f"not a question: {error.errors()[0]['msg']}")
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-ndjson")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        try:
+            with self.server.busy:
+                for line in lines_of(self.server.answer, question):
+                    data = (json.dumps(line) + "\n").encode()
+                    self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+            self.wfile.write(b"0\r\n\r\n")
+        except ConnectionError:  # the page was closed: nobody waits for the rest
+            self.close_connection = True
+
+    def _trusted(self) -> bool:
+        """Whether the request is meant for us: a site elsewhere may have its name point here."""
+        origin = self.headers.get("Origin")
+        own = {f"http://{name}" for name in self.server.names}
+        if self.headers.get("Host") in self.server.names and (origin is None or origin in own):
+            return True
+        self._refuse(403, f"open {self.server.url} itself")
+        return False
+
+    def _refuse(self, code: int, why: str) -> None:
+        body = json.dumps({"error": why}).encode()
+        self.close_connection = True  # what was not read of the request must not be taken for another one
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing for every request."""

@@ -1,0 +1,321 @@
+"""Checkpoints: `runs/<name>/checkpoints/step-00001000/`, whole or not there.
+
+    deepspeed/            model and optimizer states as DeepSpeed writes them, one file a rank
+    plan.json             where the data stands: a few integers and digests
+    recipe.json           the resolved recipe
+    model.json            the model's configuration
+    weights.safetensors   float32 weights, in the last checkpoint of a run (others are consolidated when asked for)
+    meta.json             step, ranks, versions, and the size and hash of every other file; written last
+
+A checkpoint is written under another name and renamed. What is cut short or changed is found by size and hash and
+passed over, with a word. Continuing on another number of ranks is `molmo2.checkpoint.reshard`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import xxhash
+from safetensors.torch import save_file
+from torch import Tensor
+
+from molmo2.config import Recipe
+from molmo2.model.lora import merged
+from molmo2.model.presets import ModelConfig
+
+FORMAT = 1
+META, PLAN, RECIPE, MODEL, WEIGHTS, STATES = (
+    "meta.json",
+    "plan.json",
+    "recipe.json",
+    "model.json",
+    "weights.safetensors",
+    "deepspeed",
+)
+# Without it DeepSpeed's converter takes a checkpoint for one that knows nothing of the universal format.
+CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+PREFIX = "model."  # of the model's parameters inside the training module
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, does not fit this run, or cannot be written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A whole checkpoint: its directory and its `meta.json`."""
+
+    path: Path
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.meta["step"])
+
+    def read(self, name: str) -> Any:
+        """One of its JSON files."""
+        return json.loads((self.path / name).read_text())
+
+
+def checkpoints_dir(run_dir: Path) -> Path:
+    """Where the checkpoints of a run lie."""
+    return run_dir / "checkpoints"
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save(
+    engine: Any,
+    recipe: Recipe,
+    model_config: ModelConfig,
+    step: int,
+    plan_state: dict[str, Any],
+    *,
+    sp: int,
+    losses: Sequence[float] = (),
+) -> Path:
+    """Write a checkpoint and drop the oldest ones beyond `train.keep_last`; every rank must call it.
+
+    `losses`: the last ones, by which a run judges the next.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk, say); earlier checkpoints stay as they are.
+    """
+    directory = checkpoints_dir(recipe.run_dir)
+    final = directory / f"step-{step:08d}"
+    temporary = directory / f".tmp-{final.name}"
+    failure = _attempt(lambda: _write_states(engine, temporary))
+    if dist.get_rank() == 0 and failure is None:
+        meta = _meta(recipe, step, sp) | {"losses": list(losses)}
+        failure = _attempt(lambda: _finish(temporary, final, recipe, model_config, plan_state, meta))
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    told = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]
+    if told:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"{final}: cannot be written ({'; '.join(told)}); free some space or lower train.keep_last, and start "
+            "again: the run continues from its last whole checkpoint"
+        )
+    if dist.get_rank() == 0:
+        _rotate(directory, recipe.train.keep_last)
+    return final
+
+
+def _attempt(action: Callable[[], None]) -> str | None:
+    try:
+        action()
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def _write_states(engine: Any, temporary: Path) -> None:
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(str(temporary), tag=STATES, client_state=dict(CLIENT_STATE), save_latest=False)
+
+
+def _finish(
+    temporary: Path,
+    final: Path,
+    recipe: Recipe,
+    model_config: ModelConfig,
+    plan_state: dict[str, Any],
+    meta: dict[str, Any],
+) -> None:
+    documents = {PLAN: plan_state, RECIPE: recipe.model_dump(mode="json"), MODEL: model_config.to_json()}
+    for name, value in documents.items():
+        _write_json(temporary / name, value)
+    for script in temporary.glob("zero_to_fp32.py"):
+        script.unlink()  # DeepSpeed adds its converter; `load_weights` does that
+    if meta["finished"]:
+        save_file(consolidate(temporary), str(temporary / WEIGHTS))
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    meta["files"] = {path.relative_to(temporary).as_posix(): [path.stat().st_size, file_hash(path)] for path in files}
+    for path in files:
+        _sync(path)
+    _write_json(temporary / META, meta)
+    _sync(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    _sync(final.parent)
+
+
+def _meta(recipe: Recipe, step: int, sp: int) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "run": recipe.name,
+        "stage": recipe.stage,
+        "step": step,
+        "finished": step >= recipe.train.steps,
+        "world": dist.get_world_size(),
+        "sp": sp,
+        "precision": recipe.train.precision,
+        "zero_stage": recipe.train.zero_stage,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "deepspeed": deepspeed.__version__,
+        },
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, marked when the working tree differs; None outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_hash(path: Path) -> str:
+    """The xxh3-64 of a file's bytes, as hexadecimal digits."""
+    state = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            state.update(block)
+    return state.hexdigest()
+
+
+def _rotate(directory: Path, keep: int) -> None:
+    for path in sorted(directory.glob("step-*"))[:-keep]:
+        doomed = path.with_name(f".old-{path.name}")
+        os.replace(path, doomed)  # first the name, so that a half-deleted one is never taken for whole
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+# --- finding and reading ---------------------------------------------------------------------------------------------
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None; reads every file."""
+    try:
+        meta = json.loads((path / META).read_text())
+        files = meta["files"]
+    except FileNotFoundError:
+        return f"no {META}: it was never finished"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{META} cannot be read: {error}"
+    if meta.get("format") != FORMAT:
+        return f"checkpoint format {meta.get('format')!r}, this code reads {FORMAT}"
+    for name, (size, digest) in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes of {size}"
+        if file_hash(file) != digest:
+            return f"{name} does not match its hash"
+    return None
+
+
+def find_newest(directory: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint in a directory, None when there is none; `say` is told of each damaged one."""
+    for path in sorted(directory.glob("step-*"), reverse=True):
+        wrong = damage(path)
+        if wrong is None:
+            return Checkpoint(path, json.loads((path / META).read_text()))
+        say(f"{path}: skipped: {wrong}")
+    return None
+
+
+def clear_after(directory: Path, step: int) -> None:
+    """Make the directory ready for a run that goes on after `step`.
+
+    Later checkpoints, which are damaged, become `damaged-*`: their steps will be written again. What was never
+    finished is dropped.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in [path for kind in (".tmp-*", ".old-*", ".universal-*") for path in directory.glob(kind)]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    for path in directory.glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+
+
+def recipe_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
+    """Settings that differ from the recipe in a checkpoint, as "train.steps 10 -> 20"."""
+    old, new = (_flat(value) for value in (checkpoint.read(RECIPE), json.loads(recipe.model_dump_json())))
+    return [
+        f"{name} {old.get(name)} -> {new.get(name)}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)
+    ]
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {prefix + name: item}
+    return flat
+
+
+def consolidate(directory: Path) -> dict[str, Tensor]:
+    """Float32 weights from DeepSpeed's files, adapters merged, on the CPU; a tensor with two names stands once."""
+    states = directory / STATES
+    found: dict[str, Tensor] = {}
+    module = states / "mp_rank_00_model_states.pt"
+    if module.exists():  # not under ZeRO-3; with ZeRO-1 and 2 only what is frozen stays as it is here
+        found |= torch.load(module, map_location="cpu", mmap=True, weights_only=False)["module"]
+    if list(states.glob("*_optim_states.pt")):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            found |= get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=STATES)
+    weights: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in found.items():
+        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+            weights[name.removeprefix(PREFIX)] = tensor.float().contiguous()
+        seen.add(tensor.data_ptr())
+    return merged(weights, json.loads((directory / RECIPE).read_text()))
+
+
+def load_states(engine: Any, directory: Path) -> None:
+    """Restore model and optimizer into an engine; every rank must call it.
+
+    Raises:
+        CheckpointError: there is nothing to load.
+    """
+    loaded, _ = engine.load_checkpoint(str(directory), tag=STATES)
+    if loaded is None:
+        raise CheckpointError(f"{directory}: DeepSpeed found nothing to load in {STATES}/")
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # ZeRO wraps ours
+    for state in optimizer.state.values():
+        # DeepSpeed gives all groups one tensor when it loads the universal format at stage 3, and each counts it up.
+        state["step"] = state["step"].clone()

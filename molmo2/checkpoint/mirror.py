@@ -1,0 +1,171 @@
+"""Copies of checkpoints in a bucket, sent in the background, and brought back where the disk has no newer one.
+
+    <train.mirror>/<run>/step-00001000/...     as on the disk; meta.json goes last and marks a copy as whole
+
+    python -m molmo2.checkpoint.mirror runs/NAME/checkpoints/step-00001000 s3://bucket/runs/NAME 2   (the trainer does)
+
+Sending is a process of its own, so that it takes no time of the ranks and shares no lock with them. One at a time: the
+next checkpoint waits for it. Works with any place that `shards.storage.base` knows.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from molmo2.checkpoint.files import META, Checkpoint, CheckpointError, checkpoints_dir, damage, find_newest
+from molmo2.config import Recipe
+from shards.storage.base import Storage
+from shards.storage.open import open_storage
+from shards.stream.cache import cache_dir
+
+CHUNK = 64 << 20  # bytes that are read at once
+LOG_NAME = "mirror.log"
+
+
+def place(recipe: Recipe) -> str | None:
+    """Where the copies of a run lie, if it has any."""
+    return None if recipe.train.mirror is None else f"{recipe.train.mirror.rstrip('/')}/{recipe.name}"
+
+
+def send(checkpoint: Path, url: str, keep: int) -> None:
+    """Copy a whole checkpoint, then drop older copies beyond the newest `keep`. What is there already stays.
+
+    Raises:
+        OSError: the place does not answer or takes nothing.
+    """
+    store = open_storage(url)
+    files = json.loads((checkpoint / META).read_text())["files"]
+    for name, (size, _) in files.items():
+        target = f"{checkpoint.name}/{name}"
+        if store.size(target) != size:
+            _put(store, checkpoint / name, target)
+            if (found := store.size(target)) != size:
+                raise OSError(f"{url}/{target}: {found} bytes after {size} were sent")
+    store.write(f"{checkpoint.name}/{META}", (checkpoint / META).read_bytes())
+    for step in steps(store)[keep:]:
+        store.remove(f"{step}/{META}")  # first the mark, so that a half-deleted one is never taken for whole
+        for name in store.list():
+            if name.startswith(f"{step}/"):
+                store.remove(name)
+
+
+def steps(store: Storage) -> list[str]:
+    """Names of the whole copies, the newest first."""
+    return sorted((name.split("/")[0] for name in store.list(f"/{META}") if name.startswith("step-")), reverse=True)
+
+
+def _put(store: Storage, path: Path, target: str) -> None:
+    """`publish` moves a file: it gets a second name of it."""
+    link = path.with_name(f".{path.name}.sending")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, link)
+    try:
+        store.publish(link, target)
+    finally:
+        link.unlink(missing_ok=True)
+
+
+def fetch(url: str, directory: Path, after: int, say: Callable[[str], None]) -> None:
+    """Bring the newest whole copy of a step after `after` into a directory, if there is one; damaged ones are told."""
+    store = open_storage(url)
+    for name in steps(store):
+        if int(name.removeprefix("step-")) <= after:
+            return
+        temporary = directory / f".tmp-{name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        meta = store.read(f"{name}/{META}")
+        for file in json.loads(meta)["files"]:
+            _get(store, f"{name}/{file}", temporary, file)
+        (temporary / META).write_bytes(meta)
+        wrong = damage(temporary)
+        if wrong is None:
+            shutil.rmtree(directory / name, ignore_errors=True)
+            os.replace(temporary, directory / name)
+            say(f"{directory / name}: brought back from {url}")
+            return
+        say(f"{url}/{name}: skipped: {wrong}")
+        shutil.rmtree(temporary)
+
+
+def _get(store: Storage, name: str, directory: Path, file: str) -> None:
+    target = directory / file
+    if not target.resolve().is_relative_to(directory.resolve()):
+        raise CheckpointError(f"{store.root}/{name}: its meta.json names a file outside of the checkpoint: {file!r}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "wb") as out:
+        offset = 0
+        while data := store.read(name, offset, CHUNK):
+            out.write(data)
+            offset += len(data)
+
+
+def newest(recipe: Recipe, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, on the disk or, where that is newer, from its mirror."""
+    directory, url = checkpoints_dir(recipe.run_dir), place(recipe)
+    found = find_newest(directory, say)
+    if url is None:
+        return found
+    directory.mkdir(parents=True, exist_ok=True)
+    fetch(url, directory, 0 if found is None else found.step, say)
+    return find_newest(directory, lambda _: None)
+
+
+def cached(url: str, say: Callable[[str], None]) -> Path:
+    """The folder in the cache with the newest whole copy of a run's mirror; ranks of a machine wait for each other."""
+    folder = checkpoints_dir(cache_dir() / "mirrors" / hashlib.sha256(url.encode()).hexdigest()[:16])
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = find_newest(folder, say)
+        fetch(url, folder, 0 if found is None else found.step, say)
+    return folder.parent
+
+
+class Sender:
+    """The process that sends the last checkpoint, if any; on rank 0."""
+
+    def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
+        self.url, self.keep, self.say = place(recipe), recipe.train.keep_last, say
+        self.log = recipe.run_dir / LOG_NAME
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, checkpoint: Path) -> None:
+        """Begin to send a checkpoint."""
+        if self.url is None:
+            return
+        command = [sys.executable, "-m", "molmo2.checkpoint.mirror", str(checkpoint), self.url, str(self.keep)]
+        with open(self.log, "ab") as log:
+            # A session of its own: a signal to the ranks does not end it.
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def wait(self) -> None:
+        """Until it is done; a failure is told, and training goes on: the checkpoint is on the disk."""
+        if self.process is not None and self.process.wait():
+            self.say(f"WARNING: a checkpoint could not be copied to {self.url}: see {self.log}")
+        self.process = None
+
+
+def main() -> int:
+    """Send one checkpoint."""
+    checkpoint, url, keep = sys.argv[1:]
+    try:
+        send(Path(checkpoint), url, int(keep))
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"{checkpoint}: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""A plugin of lmms-eval: `--model nanomolmo2 --model_args checkpoint=DIR` runs its tasks with our frames and prompts.
+
+The entry point `lmms_eval.models` names `manifest`. Tasks of type generate_until run, no others. Only this module
+imports lmms-eval, and nothing else of the project imports this module. Reading requests and answering them are the work
+of `lmms_requests` and `lmms_answers`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from loguru import logger
+from tqdm import tqdm
+
+from molmo2.eval.lmms.replies import Failures, limits_of, prepared_ahead, replies
+from molmo2.eval.lmms.requests import Generation, example_of, generation_of
+from molmo2.model.generate import PromptTensors
+from molmo2.model.molmo2 import Molmo2
+from molmo2.processing.contract import ProcessorSettings
+from molmo2.processing.processor import build_processor
+from molmo2.weights.load import open_model
+from shards.schema import RejectedError
+
+
+def manifest() -> ModelManifest:
+    """What lmms-eval's registry asks an entry point for."""
+    return ModelManifest(model_id="nanomolmo2", chat_class_path=f"{__name__}.NanoMolmo2")
+
+
+class NanoMolmo2(lmms):
+    """The model as lmms-eval sees it. Every rank holds all of it, on its own device, and answers its own requests."""
+
+    is_simple = False  # requests hold chat messages
+
+    def __init__(
+        self,
+        checkpoint: str,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_frames: int | None = None,
+        max_batch_size: int | None = None,
+    ):
+        """Load the model.
+
+        Args:
+            checkpoint: a run, a checkpoint, a model's directory, or OWNER/NAME.
+            device: "cuda" is this rank's GPU; without one: a GPU where there is one.
+            batch_size: questions that are answered together.
+            max_batch_size: without effect; lmms-eval hands it over where its command line has it.
+            max_frames: of a video; as many as in `tools/evaluate.py` if not given.
+
+        Raises:
+            ValueError: no such model, or an argument out of its range.
+        """
+        super().__init__()
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = self.accelerator.device if device in (None, "cuda") else torch.device(str(device))
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"batch_size={batch_size}: a number of questions, 1 or more")
+        self.batch_size = int(batch_size)
+        self._limits = limits_of(max_frames)
+        opened = open_model(str(checkpoint))
+        self.model = Molmo2.with_weights(opened.config, opened.weights).to(self.device).eval()
+        self._processor = build_processor(
+            ProcessorSettings(
+                preset=opened.config.name, tokenizer_dir=str(opened.tokenizer_dir), stage="eval", num_variants=1
+            )
+        )
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """The answer to every request; those with equal generation arguments share batches.
+
+        Raises:
+            TooManyFailuresError: more questions than the budget allows cannot be asked.
+        """
+        found = [GenerationResult(text="")] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[2], sort_keys=True), []).append(number)
+        failures = Failures(len(requests))
+        seed = self.rank
+        with tqdm(total=len(requests), desc="nanomolmo2", unit="question", disable=self.rank > 0) as bar:
+            for arguments, members in groups.items():
+                if ignored := generation_of(json.loads(arguments)).ignored:
+                    logger.warning(f"generation_kwargs that this model does not know are left out: {ignored}")
+                for batch in prepared_ahead(
+                    lambda number: self._prompt(requests[number], failures), members, self.batch_size
+                ):
+                    seed += self.world_size
+                    asked = [(number, prompt) for number, prompt in batch if prompt is not None]
+                    for number, answer in self._answers(asked, generation_of(json.loads(arguments), seed)):
+                        found[number] = answer
+                    bar.update(len(batch))
+        if failures.found:
+            logger.warning(f"{len(failures.found)} of {len(requests)} questions could not be asked")
+        return found
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Not offered: lmms-eval's tasks do not agree on whether it is a loss or a log probability."""
+        raise NotImplementedError("nanomolmo2 runs tasks of type generate_until, not of loglikelihood")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not offered."""
+        raise NotImplementedError("nanomolmo2 runs tasks of type generate_until, not of generate_until_multi_round")
+
+    def _prompt(self, request: Instance, failures: Failures) -> PromptTensors | None:
+        """The prompt of a request, on the CPU; None for one that cannot be asked."""
+        _, messages_of, _, doc_id, task, split = request.args
+        try:
+            example = example_of(messages_of(self.task_dict[task][split][doc_id]))
+            return PromptTensors.of(self._processor.prompt(example, self._limits))
+        except RejectedError as error:
+            logger.warning(failures.add(f"{task} {doc_id}", error))
+            return None
+
+    def _answers(
+        self, asked: Sequence[tuple[int, PromptTensors]], generation: Generation
+    ) -> list[tuple[int, GenerationResult]]:
+        """The answers of one batch, by the requests' numbers."""
+        if not asked:
+            return []
+        prompts = [PromptTensors.of(prompt, self.device) for _, prompt in asked]
+        found = replies(self.model, self._processor.tokenizer, prompts, generation)
+        counts = [
+            TokenCounts(input_tokens=len(prompt.input_ids), output_tokens=reply.num_tokens)
+            for prompt, reply in zip(prompts, found, strict=True)
+        ]
+        return [
+            (number, GenerationResult(text=reply.text, token_counts=count))
+            for (number, _), reply, count in zip(asked, found, counts, strict=True)
+        ]

@@ -1,0 +1,153 @@
+"""What lmms-eval asks, in our terms: its chat messages become an `Example`, its generation arguments become ours.
+
+Media go before all text, as in training; where several images stand among the text, their names ("Image 2") take their
+places. A message of the system opens the first question, since the system never speaks in our chats. Of media, images
+and one video are known, in files or in memory. lmms-eval itself is met in `molmo2.eval.lmms.plugin` alone.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import PIL.Image
+import PIL.ImageOps
+
+from molmo2.model.generate import Sampling
+from shards.schema import Chat, Example, ImageRef, RejectedError, Source, Turn, VideoRef
+
+MAX_NEW_TOKENS = 1024  # of tasks that do not say
+READ = frozenset({"max_new_tokens", "until", "do_sample", "temperature", "top_p", "top_k", "seed"})
+NEUTRAL: tuple[Any, ...] = (None, False, 0, 1, "", [])  # values of other arguments that ask for nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """How a task wants its answers.
+
+    Attributes:
+        until: texts before which an answer ends.
+        ignored: arguments that we do not know, with their values.
+    """
+
+    max_new_tokens: int
+    sampling: Sampling
+    until: tuple[str, ...]
+    ignored: dict[str, Any] = field(default_factory=dict)
+
+
+def generation_of(arguments: Mapping[str, Any], seed: int = 0) -> Generation:
+    """A task's `generation_kwargs`. Without a temperature above 0, with `do_sample: false` or `top_k: 1`: greedy.
+
+    Args:
+        arguments: as in the task's YAML file.
+        seed: added to the task's own, so that batches differ.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    until = arguments.get("until") or ()
+    max_new_tokens = int(arguments.get("max_new_tokens") or MAX_NEW_TOKENS)
+    if max_new_tokens < 1:
+        raise ValueError(f"generation_kwargs: max_new_tokens is {max_new_tokens}; at least 1")
+    temperature = arguments.get("temperature")
+    if temperature is None:
+        temperature = 1.0 if arguments.get("do_sample") else 0.0
+    if arguments.get("do_sample") is False or arguments.get("top_k") == 1:
+        temperature = 0.0
+    top_p = float(arguments.get("top_p") or 1.0)  # 0 is how tasks write that it is not set
+    sampling = Sampling(temperature=float(temperature), top_p=top_p, seed=seed + int(arguments.get("seed") or 0))
+    ignored = {name: value for name, value in arguments.items() if name not in READ and value not in NEUTRAL}
+    if sampling.temperature and (arguments.get("top_k") or 0) > 1:
+        ignored["top_k"] = arguments["top_k"]
+    return Generation(
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        until=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
+        ignored=ignored,
+    )
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """The text before the first of `until` in it."""
+    return text[: min((place for stop in until if (place := text.find(stop)) >= 0), default=len(text))]
+
+
+def example_of(messages: Sequence[Mapping[str, Any]]) -> Example:
+    """The conversation of chat messages: `role`, and `content`, a text or parts {"type": "image", "url": ...}.
+
+    Raises:
+        RejectedError: media of a kind, or a mixture, that no prompt of ours holds; a conversation that cannot be asked.
+    """
+    parts = [part for message in messages for part in _parts(message["content"])]
+    images = [_image(part["url"]) for part in parts if part["type"] == "image"]
+    videos = [_video(part) for part in parts if part["type"] == "video"]
+    if others := {part["type"] for part in parts} - {"text", "image", "video"}:
+        raise RejectedError(f"content of type {', '.join(sorted(others))}: only text, images and a video can be shown")
+    if len(videos) + bool(images) > 1:
+        raise RejectedError(f"{len(videos)} videos and {len(images)} images: only images or one video can be shown")
+    return Example(
+        key="lmms-eval",
+        dataset="lmms-eval",
+        source=Source(file="", row=0),
+        annotations=(Chat(style="user_qa", turns=_turns(messages, named=len(images) > 1)),),
+        images=tuple(images),
+        video=videos[0] if videos else None,
+    )
+
+
+def _parts(content: Any) -> list[Mapping[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def _turns(messages: Sequence[Mapping[str, Any]], *, named: bool) -> tuple[Turn, ...]:
+    """Turns that alternate and end with the user; images after some text leave their name there if they are `named`."""
+    said: list[tuple[str, str]] = []
+    number = 0
+    for message in messages:
+        role = "user" if message["role"] == "system" else str(message["role"])
+        text = ""
+        for part in _parts(message["content"]):
+            if part["type"] == "image":
+                number += 1
+                text = _join(text, f"Image {number}" if named and (said or text) else "", " ")
+            elif part["type"] == "text":
+                text = _join(text, part["text"], " ")
+        before = said.pop()[1] if said and said[-1][0] == role else ""
+        said.append((role, _join(before, text, "\n")))
+    roles = [role for role, _ in said]
+    if len(roles) % 2 == 0 or roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
+        raise RejectedError(f"roles {roles}: user and assistant must take turns, the user first and last")
+    return tuple(Turn(role=role, text=text) for role, text in said)
+
+
+def _join(before: str, after: str, separator: str) -> str:
+    """Both, with the separator where neither brings white space."""
+    if not before or not after or before[-1].isspace() or after[0].isspace():
+        return before + after
+    return before + separator + after
+
+
+def _image(image: Any) -> ImageRef:
+    if isinstance(image, str):
+        if "://" in image:
+            raise RejectedError(f"{image}: images are read from files; download it first")
+        return ImageRef(path=image)
+    if not isinstance(image, PIL.Image.Image):
+        raise RejectedError(f"an image given as {type(image).__name__}: a path or a PIL image is needed")
+    data = io.BytesIO()
+    PIL.ImageOps.exif_transpose(image).convert("RGB").save(data, "PPM")  # what `load_image` would make of its file
+    return ImageRef(data=data.getvalue())
+
+
+def _video(part: Mapping[str, Any]) -> VideoRef:
+    """A path, or a mapping with one; the clip's times stand in either place."""
+    found = part["url"]
+    inner = found if isinstance(found, Mapping) else {}
+    path = (inner.get("url") or inner.get("path")) if inner else found
+    if not isinstance(path, str) or "://" in path:
+        raise RejectedError(f"a video given as {path!r:.80}: the path of a file is needed")
+    start, end = (inner.get(f"video_{side}", part.get(f"{side}_time")) for side in ("start", "end"))
+    return VideoRef(path=path, start=None if start is None else float(start), end=None if end is None else float(end))

@@ -1,0 +1,134 @@
+"""The model card of an export: recipe, data with shares and licences, figures. The words are in `model_card.md.jinja`.
+
+Everything is read from the checkpoint and what lies beside it; what is not there is said to be missing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from molmo2.checkpoint.files import PLAN, RECIPE, Checkpoint
+from molmo2.export.check import FPS, ExportError
+from molmo2.model.presets import ModelConfig
+from molmo2.pages import fill_template
+from shards.catalog import load_catalog
+from shards.stream.mixture import SCALE
+
+NUM_FRAMES = 384
+CATALOGS = ("molmo2", "demo")  # where sources and licences of datasets stand
+ORIGIN = ("run", "stage", "step", "finished", "commit")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """Where weights come from.
+
+    Attributes:
+        origin: JSON; run, step and so on.
+        recipe: the resolved recipe; None where there was none.
+        shares: dataset -> share of the samples, 0 to 1.
+        evaluations: what `tools/evaluate.py` wrote of these very weights.
+    """
+
+    origin: Mapping[str, Any]
+    recipe: Mapping[str, Any] | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
+    evaluations: Sequence[Mapping[str, Any]] = ()
+
+
+def about_checkpoint(checkpoint: Checkpoint) -> About:
+    """What a checkpoint says of itself, and the evaluations of it that lie in its run's directory.
+
+    Raises:
+        ExportError: an evaluation's file cannot be read.
+    """
+    weights = checkpoint.read(PLAN).get("identity", {}).get("weights", {})
+    return About(
+        origin={name: checkpoint.meta[name] for name in ORIGIN},
+        recipe=checkpoint.read(RECIPE),
+        shares={name: weight / SCALE for name, weight in weights.items()},
+        evaluations=_evaluations(checkpoint),
+    )
+
+
+def _evaluations(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Those of this step; a run's directory may hold figures of another one."""
+    found = []
+    for path in sorted(checkpoint.path.parent.parent.glob("evaluation-*.json")):
+        try:
+            document = json.loads(path.read_text())
+            step, results = document["step"], document["results"]
+            complete = all({"name", "dataset", "metric", "num_questions", "score", "chance"} <= set(r) for r in results)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ExportError(f"{path}: no readable evaluation ({error!r}); evaluate again or remove it") from None
+        if not complete:
+            raise ExportError(f"{path}: an evaluation without scores; evaluate again or remove it")
+        if step == checkpoint.step:
+            found.append(document)
+    return found
+
+
+def _sources() -> dict[str, dict[str, str]]:
+    """Source and licence of every dataset in the catalogs that come with this project."""
+    return {row.name: row.source for name in CATALOGS for row in load_catalog(name).rows}
+
+
+def _data(shares: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Rows of the card's table, largest share first."""
+    sources = _sources() if shares else {}
+    rows = []
+    for name, share in sorted(shares.items(), key=lambda item: (-item[1], item[0])):
+        source = sources.get(name, {})
+        rows.append({"name": name, "share": share, "source": source.get("repo"), "licence": source.get("licence")})
+    return rows
+
+
+def _init(recipe: Mapping[str, Any]) -> str:
+    """What the weights were before training; "" for drawn ones."""
+    init = recipe.get("init") or ""
+    named = {"": init} if isinstance(init, str) else init
+    return ", ".join(f"{kind} `{name}`".strip() for kind, name in named.items() if name)
+
+
+def _hyperparameters(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reader asks first; all of it stands in the recipe at the card's end."""
+    data, train, optim = recipe.get("data", {}), recipe.get("train", {}), recipe.get("optim", {})
+    found = {
+        "started from": _init(recipe),
+        "steps": train.get("steps"),
+        "packs per step": train.get("packs_per_step"),
+        "sequence length": data.get("sequence_length"),
+        "precision": train.get("precision"),
+        "learning rates": ", ".join(f"{name} {optim[name]['lr']:g}" for name in ("vit", "connector", "llm") if optim),
+    }
+    return {name: value for name, value in found.items() if value not in (None, "")}
+
+
+def model_card(
+    config: ModelConfig, num_parameters: int, about: About, differences: Mapping[str, float], *, remote_code: bool
+) -> str:
+    """The exported directory's README."""
+    data = _data(about.shares)
+    repos = {row["source"] for row in data if row["source"]}
+    values = {
+        "name": config.name,
+        "num_parameters": num_parameters,
+        "about": about,
+        "data": data,
+        "hub_datasets": sorted(repo for repo in repos if re.fullmatch(r"[\w.-]+/[\w.-]+", repo)),
+        "hyperparameters": _hyperparameters(about.recipe or {}),
+        "init": _init(about.recipe or {}),
+        "recipe": yaml.safe_dump(dict(about.recipe), sort_keys=False).rstrip() if about.recipe else "",
+        "differences": differences,
+        "fps": FPS,
+        "num_frames": NUM_FRAMES,
+        "remote_code": remote_code,
+    }
+    return fill_template(Path(__file__).with_name("model_card.md.jinja"), values, escape=False)

@@ -1,0 +1,151 @@
+"""Export: a training checkpoint becomes a directory that transformers loads offline, without remote code.
+
+Weights and `config.json` have the released ("hub") layout. Before the directory gets its name, transformers reloads
+it and must give our tokens and logits (`molmo2.export.check`); otherwise nothing is left behind. The model card is
+written by `molmo2.export.card`; uploading is `molmo2.export.upload`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from molmo2.export.card import NUM_FRAMES, About, model_card
+from molmo2.export.check import FPS, MAX_CROPS, ExportError, check
+from molmo2.export.remote_code import copy_remote_code
+from molmo2.export.upload import MARK
+from molmo2.model.presets import ModelConfig
+from molmo2.processing.tokenizer import Tokenizer
+from molmo2.weights.names import hub_config, write_hub
+
+TEMPLATE = Path(__file__).parents[1] / "processing" / "chat_template.jinja"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def export_model(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer_dir: str | Path,
+    out: Path,
+    about: About,
+    remote_code: Path | None = None,
+) -> dict[str, float]:
+    """Write `out`, whole or not at all; an earlier export there is replaced.
+
+    Args:
+        config: the model.
+        weights: float32, by our names.
+        tokenizer_dir: the tokenizer that the model was trained with.
+        out: the directory to make.
+        about: where the weights come from; for the model card and `export.json`.
+        remote_code: a downloaded release whose remote code is to lie beside the weights.
+
+    Returns:
+        The largest difference of logits to transformers, by kind of prompt.
+
+    Raises:
+        ExportError: `out` holds something else, `remote_code` has no usable code, or the check failed.
+        TokenizerError: the tokenizer is missing or does not fit the model.
+    """
+    if out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out}: exists and is no earlier export; choose another directory or remove it")
+    tokenizer = Tokenizer(tokenizer_dir, config.text.vocab_size)
+    temporary = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write_files(config, weights, tokenizer, temporary)
+        if remote_code is not None:
+            copy_remote_code(remote_code, temporary)
+        differences = check(temporary, config, weights, tokenizer)
+        report = {"origin": dict(about.origin), "largest_logit_difference": differences}
+        write_json(temporary / MARK, report)
+        num_parameters = sum(tensor.numel() for tensor in weights.values())
+        card = model_card(config, num_parameters, about, differences, remote_code=remote_code is not None)
+        (temporary / "README.md").write_text(card)
+        replace_directory(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return differences
+
+
+def write_files(config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer, directory: Path) -> None:
+    """Everything that transformers reads."""
+    write_hub(weights, directory)
+    write_json(directory / "config.json", hub_config(config))
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    write_json(directory / "generation_config.json", ids)
+    write_json(directory / "processor_config.json", processor_config(config))
+    shutil.copyfile(TEMPLATE, directory / "chat_template.jinja")
+    for name in TOKENIZER_FILES:
+        if (tokenizer.directory / name).exists():
+            shutil.copyfile(tokenizer.directory / name, directory / name)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def replace_directory(new: Path, old: Path) -> None:
+    """Give `new` the name `old`; what bore it is removed afterwards."""
+    doomed = old.with_name(f".old-{old.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if old.exists():
+        os.replace(old, doomed)
+    os.replace(new, old)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def processor_config(config: ModelConfig) -> dict[str, Any]:
+    """`processor_config.json` with both media processors inside, every flag named: defaults differ between them."""
+    pixels = {
+        "size": {"height": config.crop_size, "width": config.crop_size},
+        "patch_size": config.patch_size,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "resample": 2,
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+    }
+    return {
+        "processor_class": "Molmo2Processor",
+        "image_use_col_tokens": True,
+        "use_single_crop_col_tokens": False,
+        "use_single_crop_start_token": True,
+        "video_use_col_tokens": False,
+        "use_frame_special_tokens": True,
+        "image_processor": {
+            "image_processor_type": "Molmo2ImageProcessor",
+            "max_crops": MAX_CROPS,
+            "overlap_margins": [config.overlap_margin] * 2,
+            "pooling_size": [config.image_pool] * 2,
+            **pixels,
+        },
+        "video_processor": {
+            "video_processor_type": "Molmo2VideoProcessor",
+            "frame_sample_mode": "uniform_last_frame",
+            "max_fps": FPS,
+            "sampling_fps": FPS,
+            "num_frames": NUM_FRAMES,
+            "pooling_size": [config.video_pool] * 2,
+            "do_sample_frames": True,
+            **pixels,
+        },
+    }

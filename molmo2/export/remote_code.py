@@ -1,0 +1,86 @@
+"""Released remote code beside an export: vLLM and older transformers load Molmo2 through it.
+
+The code is never part of this project; it is copied from a download of a released repository, `*.py` alone, and
+`auto_map` says which classes are in it. Nothing of it is run here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from molmo2.export.check import ExportError
+
+# File that names classes -> where the export keeps the same settings: file, and key in it.
+PLACES: dict[str, tuple[str, str | None]] = {
+    "config.json": ("config.json", None),
+    "processor_config.json": ("processor_config.json", None),
+    "preprocessor_config.json": ("processor_config.json", "image_processor"),
+    "video_preprocessor_config.json": ("processor_config.json", "video_processor"),
+}
+
+
+def copy_remote_code(source: Path, directory: Path) -> list[str]:
+    """Copy `source`/*.py into an export and name their classes in its `config.json` and `processor_config.json`.
+
+    Args:
+        source: a downloaded release, `config.json` with `auto_map` in it.
+        directory: the export.
+
+    Returns:
+        Names of the copied files.
+
+    Raises:
+        ExportError: no code there, a file that lies elsewhere, or an `auto_map` that does not fit the files.
+    """
+    files = sorted(source.glob("*.py"))
+    if not files:
+        raise ExportError(f"{source}: no *.py files in it; give a download of a released Molmo2 repository")
+    root = source.resolve()
+    for file in files:
+        if not file.resolve().is_relative_to(root) or not file.is_file():
+            raise ExportError(
+                f"{file}: points outside {source} or is no file; fetch real files with "
+                "`hf download OWNER/NAME --local-dir DIR`"
+            )
+    modules = {file.stem for file in files}
+    if not (source / "config.json").exists():
+        raise ExportError(f"{source}: no config.json, whose auto_map says what the code is for")
+    for name, (target, key) in PLACES.items():
+        if (source / name).exists():
+            auto_map = _read_auto_map(source / name, modules)
+            if name == "config.json" and not auto_map:
+                raise ExportError(f"{source / name}: no auto_map; this release does not use remote code")
+            if auto_map:
+                _set_auto_map(directory / target, key, auto_map)
+    for file in files:
+        shutil.copyfile(file, directory / file.name)
+    return [file.name for file in files]
+
+
+def _read_auto_map(path: Path, modules: set[str]) -> dict[str, Any]:
+    """`auto_map`, its references made local ("OWNER/NAME--module.Class" would be fetched from the hub)."""
+    try:
+        found = json.loads(path.read_text()).get("auto_map", {})
+        auto_map = {auto: _localise(reference) for auto, reference in found.items()}
+    except (ValueError, AttributeError) as error:
+        raise ExportError(f"{path}: no readable auto_map ({error}); fetch the release again") from None
+    references = [r for value in auto_map.values() for r in (value if isinstance(value, list) else [value]) if r]
+    missing = sorted({r for r in references if r.partition(".")[0] not in modules})
+    if missing:
+        raise ExportError(f"{path}: auto_map names {', '.join(missing)}, but no such *.py lies beside it")
+    return auto_map
+
+
+def _localise(reference: Any) -> Any:
+    if isinstance(reference, list):
+        return [_localise(item) for item in reference]
+    return reference if reference is None else reference.rpartition("--")[2]
+
+
+def _set_auto_map(path: Path, key: str | None, auto_map: dict[str, Any]) -> None:
+    config = json.loads(path.read_text())
+    (config[key] if key else config)["auto_map"] = auto_map
+    path.write_text(json.dumps(config, indent=2) + "\n")

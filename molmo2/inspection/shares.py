@@ -1,0 +1,98 @@
+"""What a recipe asks of its datasets and what its first steps draw of them. Reads indexes and no sample; no torch."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from molmo2.config import Recipe
+from shards.stream.mixture import SCALE
+from shards.stream.plan import Cursor, Plan, open_plan
+
+
+@dataclass(slots=True)
+class Drawn:
+    """Sums over some steps; the lists go by the number of the dataset in the plan."""
+
+    steps: int
+    packs: int = 0
+    samples: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    crops: list[int] = field(default_factory=list)
+    fewest_tokens: int = sys.maxsize  # of a pack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """One dataset of a mixture.
+
+    Attributes:
+        size: samples in the dataset.
+        asked, drawn, tokens: of 1: the recipe's share of draws, that of the steps looked at, and that of their tokens.
+        tokens_each, crops_each: mean of a draw.
+        epochs: how often the whole run goes through the dataset.
+    """
+
+    group: str
+    name: str
+    size: int
+    asked: float
+    drawn: float
+    tokens: float
+    tokens_each: float
+    crops_each: float
+    epochs: float
+
+
+def draw_steps(plan: Plan, num_steps: int) -> Drawn:
+    """Plan the first steps and count what they hold."""
+    zeros = [0] * len(plan.datasets)
+    drawn = Drawn(num_steps, samples=zeros.copy(), tokens=zeros.copy(), crops=zeros.copy())
+    cursor = Cursor()
+    for _ in tqdm(range(num_steps), desc="plan", unit="step", leave=False):
+        step = plan.step(cursor)
+        for pack in step.packs:
+            for draw in pack.draws:
+                drawn.samples[draw.dataset] += 1
+                drawn.tokens[draw.dataset] += draw.num_tokens
+                drawn.crops[draw.dataset] += draw.num_crops
+            drawn.fewest_tokens = min(drawn.fewest_tokens, sum(draw.num_tokens for draw in pack.draws))
+        drawn.packs += len(step.packs)
+        cursor = step.cursor
+    return drawn
+
+
+def shares_of(recipe: Recipe, plan: Plan, drawn: Drawn) -> list[Share]:
+    """The datasets of a mixture in the recipe's order."""
+    numbers = {dataset.name: number for number, dataset in enumerate(plan.datasets)}
+    total, tokens = sum(drawn.samples), sum(drawn.tokens)
+    shares = []
+    for group, spec in recipe.data.drawn.groups.items():
+        for name in spec.datasets:
+            i = numbers[name]
+            asked, count, size = plan.weights[name] / SCALE, drawn.samples[i], len(plan.datasets[i])
+            share = Share(
+                group=group,
+                name=name,
+                size=size,
+                asked=asked,
+                drawn=count / total,
+                tokens=drawn.tokens[i] / tokens,
+                tokens_each=drawn.tokens[i] / max(1, count),
+                crops_each=drawn.crops[i] / max(1, count),
+                epochs=asked * total / drawn.steps * recipe.train.steps / size,
+            )
+            shares.append(share)
+    return shares
+
+
+def plan_and_draw(recipe: Recipe, num_steps: int) -> tuple[Plan, Drawn]:
+    """A recipe's plan, and what its first steps (at most `num_steps`) draw.
+
+    Raises:
+        DatasetError, FormatError, MixtureError, PlanError: see `shards.stream.plan.open_plan`.
+    """
+    plan = open_plan(recipe.roots, recipe.data.drawn, recipe.plan_settings)
+    return plan, draw_steps(plan, min(num_steps, recipe.train.steps))

@@ -1,0 +1,219 @@
+"""The language model: Qwen3's structure, or Olmo-3's, as Molmo2 uses them.
+
+The attention itself comes from outside: `attend(q, k, v, mask)`. The model knows nothing of sequence parallelism.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from molmo2.model.dropout import Dropout
+from molmo2.model.presets import TextConfig
+from molmo2.model.recompute import recomputed
+
+
+class Mask(Protocol):
+    """Anything with a dense form, bool [B, 1, queries, keys]."""
+
+    def dense(self) -> Tensor:
+        """Bool [B, 1, queries, keys]."""
+
+
+# q [B, H, Q, D]; k, v [B, Hkv, K, D] with Hkv dividing H; mask; result [B, H, Q, D].
+Attend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
+
+
+class Cache:
+    """Keys and values of every layer so far, [B, Hkv, tokens, D] each."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append to a layer; returns all of its keys and values."""
+        if layer in self.layers:
+            old_k, old_v = self.layers[layer]
+            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+        self.layers[layer] = (k, v)
+        return k, v
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] to the same."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rope_frequencies(config: TextConfig, layer: int) -> tuple[Tensor, float]:
+    """Inverse frequencies float32 [head_dim / 2] of a layer, and the factor on cosine and sine.
+
+    YaRN (arXiv 2309.00071, section 3.2): low frequencies are interpolated by `factor`, high ones kept, with a linear
+    ramp between the dimensions that turn `beta_slow` and `beta_fast` times over the original context.
+    """
+    dim = config.head_dim
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None or layer not in scaling.layers:
+        return frequencies, 1.0
+
+    def dimension(turns: float) -> float:
+        return (
+            dim * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        )
+
+    low = max(math.floor(dimension(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension(scaling.beta_slow)), dim - 1)
+    ramp = ((torch.arange(dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequencies / scaling.factor * ramp + frequencies * (1 - ramp), scaling.attention_factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half-rotation form: x [B, H, S, D], cos and sin [B, 1, S, D]."""
+    first, second = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with normalised queries and keys."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim, self.per_head = layer, config.head_dim, config.qk_norm == "qwen3"
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim if self.per_head else queries, config.norm_eps)
+        self.k_norm = RMSNorm(config.head_dim if self.per_head else keys, config.norm_eps)
+
+    def _heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        if norm is not None and not self.per_head:
+            x = norm(x)
+        x = x.unflatten(-1, (-1, self.head_dim))
+        if norm is not None and self.per_head:
+            x = norm(x)
+        return x.transpose(1, 2)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, attend: Attend, cache: Cache | None
+    ) -> Tensor:
+        """[B, S, d] to the same."""
+        q = rotate(self._heads(self.q_proj(x), self.q_norm), *rope)
+        k = rotate(self._heads(self.k_proj(x), self.k_norm), *rope)
+        v = self._heads(self.v_proj(x), None)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """One decoder layer; with `norm_after` the norms act on what the sublayers give (Olmo-3)."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.norm_after = layer, config.norm_after
+        self.attention = SelfAttention(config, layer)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Mask,
+        attend: Attend,
+        cache: Cache | None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
+        """[B, S, d] to the same."""
+        if self.norm_after:
+            added = self.attention_norm(self.attention(x, rope, mask, attend, cache))
+        else:
+            added = self.attention(self.attention_norm(x), rope, mask, attend, cache)
+        x = x + (dropout(added, 2 * self.layer) if dropout else added)
+        added = self.mlp_norm(self._mlp(x)) if self.norm_after else self._mlp(self.mlp_norm(x))
+        return x + (dropout(added, 2 * self.layer + 1) if dropout else added)
+
+
+class Embedding(nn.Module):
+    """The base table and, apart from it, the rows of the added tokens."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.base = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.added = nn.Parameter(torch.empty(config.additional_vocab_size, config.hidden_size))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """int64 [B, S] to [B, S, d]. Two look-ups: joining the tables would copy them in every step."""
+        size = self.base.shape[0]
+        is_added = input_ids >= size
+        base = F.embedding(input_ids.masked_fill(is_added, 0), self.base)
+        added = F.embedding((input_ids - size).masked_fill(~is_added, 0), self.added)
+        return torch.where(is_added[..., None], added, base)
+
+
+class Decoder(nn.Module):
+    """Embeddings in, final hidden states out."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = self.offload = False
+        self.embedding = Embedding(config)
+        self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def rope(self, position_ids: Tensor) -> dict[bool, tuple[Tensor, Tensor]]:
+        """Cosine and sine, float32 [B, 1, S, D], without (False) and with (True) scaling, as the layers need them."""
+        scaled = set(self.config.rope_scaling.layers) if self.config.rope_scaling else set()
+        tables = {}
+        for kind in {number in scaled for number in range(self.config.num_layers)}:
+            layer = next(number for number in range(self.config.num_layers) if (number in scaled) == kind)
+            frequencies, factor = rope_frequencies(self.config, layer)
+            angles = position_ids[:, None, :, None].float() * frequencies.to(position_ids.device)
+            angles = torch.cat([angles, angles], dim=-1)
+            tables[kind] = (angles.cos() * factor, angles.sin() * factor)
+        return tables
+
+    def forward(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        mask: Mask,
+        attend: Attend,
+        cache: Cache | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
+        """Embeddings [B, S, d], positions [B, S] to final-normed hidden states [B, S, d]."""
+        tables = self.rope(position_ids)
+        scaled = self.config.rope_scaling.layers if self.config.rope_scaling else ()
+        for number, layer in enumerate(self.layers):
+            arguments = (x, tables[number in scaled], mask, attend, cache, dropout)
+            if self.checkpointing and self.training:
+                x = recomputed(layer, *arguments, offload=self.offload)
+            else:
+                x = layer(*arguments)
+        return self.norm(x)

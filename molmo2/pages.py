@@ -1,0 +1,88 @@
+"""What all pages share: filling in a template, curves as SVG, and numbers as people read them.
+
+A page is one HTML file without scripts or links to other files; jinja2 escapes every value in it.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+WIDTH, HEIGHT, LEFT, BOTTOM = 560, 180, 44, 22  # size and margins of a curve, SVG units
+MAX_POINTS = 300  # points of a curve; longer logs are averaged
+
+
+def fill_template(path: Path, values: Mapping[str, Any], *, escape: bool = True) -> str:
+    """A Jinja template filled in. Templates beside it can be included; a name without a value is an error.
+
+    Args:
+        path: the template's file.
+        values: by name. The filters are `count`, `size` and `percent`.
+        escape: escape every value for HTML; Markdown wants them as they are.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(path.parent),
+        autoescape=escape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"count": lambda number: f"{number:,}", "size": size, "percent": percent}
+    return environment.get_template(path.name).render(values)
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people, decimal units."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:,.2f} {unit}"
+    return f"{num_bytes / 1e3:,.1f} kB"
+
+
+def percent(fraction: float | None, digits: int = 1) -> str:
+    """A fraction as a table shows it; a dash where there is none."""
+    return "-" if fraction is None else f"{fraction:.{digits}%}"
+
+
+def averaged(values: Sequence[float], most: int = MAX_POINTS) -> list[tuple[float, float]]:
+    """(step, mean) of runs of equal length, at most `most` of them; steps count from 1."""
+    size = max(1, -(-len(values) // most))
+    runs = [values[first : first + size] for first in range(0, len(values), size)]
+    return [(i * size + (len(run) + 1) / 2, sum(run) / len(run)) for i, run in enumerate(runs)]
+
+
+def curve(values: Sequence[float], label: str = "loss by step", last: int | None = None) -> str:
+    """An SVG line of `values` over their number, with the extremes written on the axes; "" for fewer than two.
+
+    `last`: the step of the last value, where it is not their number.
+    """
+    points = averaged(values)
+    if len(points) < 2:
+        return ""
+    top = max(value for _, value in points)
+    bottom = min(0.0, min(value for _, value in points))
+    span = (top - bottom) or 1.0
+
+    def place(step: float, value: float) -> str:
+        x = LEFT + (WIDTH - LEFT) * step / len(values)
+        return f"{x:.1f},{(HEIGHT - BOTTOM) * (top - value) / span + 4:.1f}"
+
+    line = " ".join(place(step, value) for step, value in points)
+    floor = HEIGHT - BOTTOM + 4
+    labels = (
+        (f"{top:.3g}", 0, 14),
+        (f"{bottom:.3g}", 0, floor),
+        ("1", LEFT, HEIGHT),
+        (str(last or len(values)), WIDTH - 34, HEIGHT),
+    )
+    texts = "".join(f'<text x="{x}" y="{y}">{html.escape(text)}</text>' for text, x, y in labels)
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 6}" width="{WIDTH}" role="img" aria-label="{html.escape(label)}">'
+        f'<path d="M{LEFT},4V{floor}H{WIDTH}" fill="none" stroke="#999"/>'
+        f'<polyline points="{line}" fill="none" stroke="#1f5fa8" stroke-width="1.5"/>{texts}</svg>'
+    )

@@ -1,0 +1,35 @@
+"""The prompt inside a batch of one stored sample: what the model is shown before the answer that it was given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from molmo2.model.generate import PromptTensors
+from molmo2.model.mask import TRUNK
+from shards.stream.collate import Batch
+
+
+def prompt_of(batch: Batch, number: int | None = None) -> tuple[PromptTensors, Tensor] | None:
+    """The trunk and a branch of a batch of one sample up to its answer, and the answer's tokens int64 [n].
+
+    `number` counts annotations from 0; None takes the first branch. None is returned where nothing is answered.
+    """
+    segments = batch.segment_ids[0]
+    branches = segments[segments < TRUNK]
+    if number is not None:
+        own = (segments == TRUNK) | (segments == number + 1)
+    else:
+        own = (segments == TRUNK) | (segments == branches.min()) if len(branches) else segments == TRUNK
+    places = (batch.loss_weights[0][own] > 0).nonzero().flatten()
+    if not len(places):
+        return None
+    first = int(places[0])
+    answer = places[places - torch.arange(len(places), device=places.device) == first]  # of the first turn alone
+    prompt = PromptTensors(
+        input_ids=batch.input_ids[0][own][: first + 1],
+        is_visual=batch.is_visual[0][own][: first + 1],
+        pixels=batch.pixels,
+        pooling=batch.pooling,
+    )
+    return prompt, batch.labels[0][own][answer]

@@ -1,0 +1,91 @@
+"""What a model expects of its data: geometry, tokenizer, chat format, templates.
+
+The settings in it are the fingerprint of shards: the builder writes them into every index, and the loader compares
+them. Doing the work, from an `Example` to a `Sample`, is `molmo2.processing.processor`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from molmo2.model.presets import PRESETS, ModelConfig
+from molmo2.processing.tokenizer import Tokenizer
+from shards.format import digest
+from shards.layout import VisualLayout, VisualTokens
+
+CHAT_FORMAT_VERSION = 1
+JPEG_QUALITY = 95
+TEMPLATES_PATH = Path(__file__).with_name("templates.yaml")
+STAGE_MODES = {"pretraining": "pretraining", "sft": "sft", "long": "sft", "eval": "eval"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessorSettings:
+    """From what a processor is built; picklable, so that each worker process builds its own.
+
+    `preset` names a model in `molmo2.model.presets.PRESETS`; `stage` is one of `STAGE_MODES`.
+    """
+
+    preset: str
+    tokenizer_dir: str
+    stage: str
+    num_variants: int = 4
+
+
+class Contract(NamedTuple):
+    """A model's geometry, its tokenizer, and one of `prompts.MODES`."""
+
+    layout: VisualLayout
+    tokenizer: Tokenizer
+    mode: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting that changes a token or a pixel, JSON; its digest is the shards' fingerprint."""
+        return {
+            "layout": self.layout.to_json(),
+            "tokenizer": self.tokenizer.sha256,
+            "chat_format": CHAT_FORMAT_VERSION,
+            "conditioning": self.mode,
+            "templates": digest(templates()),
+            "jpeg_quality": JPEG_QUALITY,
+        }
+
+
+def read_contract(settings: ProcessorSettings) -> Contract:
+    """The contract of a model preset and stage.
+
+    Raises:
+        ValueError: an unknown preset or stage, or a tokenizer that does not fit the preset (`TokenizerError`).
+    """
+    if settings.preset not in PRESETS:
+        raise ValueError(f"unknown model preset {settings.preset!r}; known: {', '.join(sorted(PRESETS))}")
+    if settings.stage not in STAGE_MODES:
+        raise ValueError(f"unknown stage {settings.stage!r}; known: {', '.join(STAGE_MODES)}")
+    config = PRESETS[settings.preset]
+    tokenizer = Tokenizer(settings.tokenizer_dir, config.text.vocab_size)
+    return Contract(visual_layout(config), tokenizer, STAGE_MODES[settings.stage])
+
+
+def visual_layout(config: ModelConfig) -> VisualLayout:
+    """The geometry of a model's vision input as the data side knows it."""
+    return VisualLayout(
+        tokens=VisualTokens.after(config.text.vocab_size),
+        crop_size=config.crop_size,
+        patch_size=config.patch_size,
+        overlap_margin=config.overlap_margin,
+        image_pool=config.image_pool,
+        video_pool=config.video_pool,
+    )
+
+
+@functools.cache
+def templates() -> dict[str, list[str]]:
+    """The question templates by style."""
+    loaded: dict[str, list[str]] = yaml.safe_load(TEMPLATES_PATH.read_text(encoding="utf-8"))
+    return loaded

@@ -1,0 +1,178 @@
+"""What an annotation says: the user's and the assistant's messages, before tokens.
+
+Two ways to condition on the kind of answer. In pretraining ("style_and_length_v2") the user names the style and a
+noisy hint of the answer's length: "long_caption 52:". Later ("demo_or_style_v2") requests read naturally, and only
+academic styles keep their name: "vqa2: What colour is the car?". Wording of our own stands in `templates.yaml`.
+Every draw comes from the generator handed in; without one, everything takes its evaluation form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from molmo2.processing.choice import render_choice
+from molmo2.processing.contract import TEMPLATES_PATH, templates
+from molmo2.processing.points import SEPARATORS, format_points, format_tracks
+from shards.schema import Annotation, Chat, Choice, PointGroup, Points, RejectedError, TrackGroup, Tracks
+
+MODES = ("pretraining", "sft", "eval")
+
+# Styles that users of a demo ask for in plain words; all others are announced by name after pretraining.
+_DEMO = frozenset(
+    "point_count pointing cosyn_point user_qa long_caption short_caption video_long_caption video_short_caption "
+    "video_point_track_per_frame video_point_track_start_end video_single_point_track_start_end video_transcript "
+    "video_clip_caption_start_end video_clip_caption_start_end_in_seconds video_clip_transcript_start_end "
+    "video_clip_transcript_start_end_in_seconds video_frame_caption_timestamp "
+    "video_frame_caption_timestamp_in_seconds correction_qa text_sft video_point video_point_count video_count "
+    "video_count_point multi_image_pointing multi_image_counting multi_image_point_then_count "
+    "multi_image_count_then_point".split()
+)
+_COUNT_FIRST = frozenset({"count_then_point", "video_count_point", "multi_image_count_then_point"})
+_COUNT_ONLY = frozenset({"count", "video_count", "multi_image_counting"})
+_POINT_FIRST = frozenset({"point_count", "point_then_count", "video_point_count", "multi_image_point_then_count"})
+
+_HINT_SHARE, _HINT_NOISE, _HINT_UNIT, _HINT_DEFAULT = 0.9, 25, 15, 65
+_LATER_START_SHARE = 0.2  # of single-object tracks that start at a later visible frame than the first
+_PLAIN_FPS = 2.0  # a tracking question need not name this rate
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn; `role` is "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+def render(annotation: Annotation, mode: str, rng: np.random.Generator | None, *, video: bool) -> tuple[Message, ...]:
+    """The messages of one annotation, user first.
+
+    Args:
+        annotation: what to ask and answer.
+        mode: one of `MODES`; "eval" words requests like "sft".
+        rng: source of every draw; None takes the evaluation form.
+        video: whether points are placed by seconds instead of image numbers.
+
+    Raises:
+        RejectedError: an empty answer, turns that do not alternate, a style without question and template.
+    """
+    if isinstance(annotation, Chat):
+        return _chat(annotation, mode, rng)
+    if isinstance(annotation, Choice):
+        question, answer = render_choice(annotation, rng)
+    elif isinstance(annotation, Points):
+        question, answer = _points(annotation, mode, rng, video)
+    elif isinstance(annotation, Tracks):
+        question, answer = _tracks(annotation, mode, rng)
+    else:
+        question, answer = annotation.question, annotation.answer
+        if not question and mode != "pretraining":
+            question = _template(annotation.style, rng)
+    prefix = _prefix(annotation, answer, mode, rng)
+    return Message("user", " ".join(filter(None, [prefix, question]))), Message("assistant", answer)
+
+
+def _prefix(annotation: Annotation, answer: str, mode: str, rng: np.random.Generator | None) -> str:
+    style = annotation.style
+    if mode != "pretraining":
+        plain = style in _DEMO or isinstance(annotation, Choice) or "multiple_choice" in style
+        return "" if plain else f"{style}:"
+    if isinstance(annotation, Points | Tracks):  # the length follows from what there is to point at
+        return f"{style}:"
+    if rng is None:
+        return f"{style} {_HINT_DEFAULT}:"
+    noisy = len(answer) + int(rng.normal(0, _HINT_NOISE))
+    return f"{style} {noisy // _HINT_UNIT}:" if rng.random() < _HINT_SHARE else f"{style}:"
+
+
+def _pick(options: list[str], rng: np.random.Generator | None) -> str:
+    return options[0 if rng is None else int(rng.integers(len(options)))]
+
+
+def _template(style: str, rng: np.random.Generator | None, **values: str) -> str:
+    """A drawn template with its {names} replaced; "" for an academic style that has none."""
+    options = templates().get(style)
+    if options is None:
+        if style in _DEMO or values:
+            raise RejectedError(f"style {style!r} has neither a question nor a template in {TEMPLATES_PATH.name}")
+        return ""
+    text = _pick(options, rng)
+    for name, value in values.items():
+        text = text.replace("{" + name + "}", value)
+    return text
+
+
+def _chat(chat: Chat, mode: str, rng: np.random.Generator | None) -> tuple[Message, ...]:
+    roles = [turn.role for turn in chat.turns]
+    if not roles or roles != ["user" if i % 2 == 0 else "assistant" for i in range(len(roles))]:
+        raise RejectedError(f"turns must alternate user, assistant, ...; found {roles}")
+    first_answer = chat.turns[1].text if len(roles) > 1 else ""
+    prefix = _prefix(chat, first_answer, mode, rng)
+    first = " ".join(filter(None, [prefix, chat.turns[0].text]))
+    return Message("user", first), *(Message(turn.role, turn.text) for turn in chat.turns[1:])
+
+
+def _separator(mode: str) -> str:
+    return SEPARATORS["html-v1" if mode == "pretraining" else "html-v2"]
+
+
+def _points(points: Points, mode: str, rng: np.random.Generator | None, video: bool) -> tuple[str, str]:
+    label = points.label if video else points.label.lower()
+    if mode == "pretraining":
+        question = label
+    else:
+        question = points.question or _template(points.style, rng, label=label)
+    text = format_points(points.groups, label, seconds=video, separator=_separator(mode))
+    if points.style in _COUNT_ONLY or points.number is not None:
+        return question, str(points.count)
+    if points.count == 0:
+        return question, "There are none."
+    if points.style in _COUNT_FIRST:
+        return question, f"There are {points.count} {text}."
+    if points.style in _POINT_FIRST:
+        return question, f"Counting the {text} shows a total of {points.count}."
+    return question, text
+
+
+def _tracks(tracks: Tracks, mode: str, rng: np.random.Generator | None) -> tuple[str, str]:
+    groups, separator = tracks.groups, _separator(mode)
+    values = {"label": tracks.label}
+    if tracks.style.startswith("video_single_point_track"):
+        groups = _from_visible_frame(tracks, rng)
+        start = PointGroup(at=groups[0].time, points=tuple((x, y) for _, x, y in groups[0].objects))
+        values = {"point": format_points([start], tracks.label, seconds=True, separator=separator)}
+    if tracks.style.endswith("start_end"):
+        groups = _ends(groups)
+    question = _template(tracks.style, rng, **values)
+    if mode == "pretraining":
+        question = " ".join(values.values())
+    elif not tracks.style.endswith("start_end") and (
+        tracks.fps != _PLAIN_FPS or (rng is not None and rng.random() < 0.5)
+    ):
+        question += " " + _template("track_fps", rng, fps=f"{tracks.fps:g}")
+    return question, format_tracks(groups, tracks.label, separator=separator)
+
+
+def _from_visible_frame(tracks: Tracks, rng: np.random.Generator | None) -> tuple[TrackGroup, ...]:
+    """The groups from the frame in which the question points at the object."""
+    visible = [i for i, group in enumerate(tracks.groups) if group.objects]
+    if not visible:
+        raise RejectedError(f"style {tracks.style!r}: the object is visible in no frame")
+    later = rng is not None and rng.random() < _LATER_START_SHARE
+    start = visible[int(rng.integers(len(visible)))] if later and rng is not None else visible[0]
+    return tracks.groups[start:]
+
+
+def _ends(groups: tuple[TrackGroup, ...]) -> tuple[TrackGroup, ...]:
+    """Only the first and the last frame of each object."""
+    frames: dict[int, list[int]] = {}
+    for i, group in enumerate(groups):
+        for obj, _, _ in group.objects:
+            frames.setdefault(obj, []).append(i)
+    ends = {(frame, obj) for obj, seen in frames.items() for frame in (seen[0], seen[-1])}
+    return tuple(
+        replace(group, objects=tuple(point for point in group.objects if (i, point[0]) in ends))
+        for i, group in enumerate(groups)
+    )

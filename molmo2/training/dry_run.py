@@ -1,0 +1,255 @@
+"""What a run will need before anything starts: memory of one GPU by its parts, and time, for several numbers of GPUs.
+
+    python molmo2/train.py --recipe recipes/stage1.yaml --dry-run
+
+Parameters and states follow from DeepSpeed's stages. Activations are counted, not modelled: one layer of the recipe's
+own size runs on a few tokens, and what autograd keeps is added up. Everything is of a full pack, so it is the most
+that a step takes. Time counts the model's operations at an assumed share of a GPU's peak. Left out: the loader, the
+CUDA context, and what the allocator wastes beyond `MARGIN`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from molmo2.config import Recipe
+from molmo2.model.connector import Connector
+from molmo2.model.decoder import Decoder
+from molmo2.model.flops import TRAINING_FACTOR, Workload, forward_flops
+from molmo2.model.loss import CHUNK_BYTES
+from molmo2.model.mask import AttentionMask
+from molmo2.model.molmo2 import Molmo2
+from molmo2.model.presets import PRESETS, ModelConfig
+from molmo2.model.vit import VisionTransformer
+from molmo2.parallel.mesh import MeshError, check_mesh
+
+GIB = 2**30
+MARGIN = 1.1  # fragments and small things
+LAYER_PEAK = 1.3  # a layer in backward: what it keeps, and gradients on the way
+BUCKET = 5 * 10**8  # DeepSpeed's default: parameters that are reduced, or gathered, at once
+GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
+CARD_GIB = 80  # of an A100 or H100
+PEAK_TFLOPS, UTILISATION = 989, 0.4  # H100, dense bfloat16; the share that is assumed
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Bytes that autograd keeps, and bytes that checkpointing keeps instead of them.
+
+    Attributes:
+        layer: of one language model layer, for a token.
+        layer_input: of its input.
+        block: of one vision transformer block, for a crop.
+        block_input: of its input.
+        connector: of the connector, for a frame.
+    """
+
+    layer: int
+    layer_input: int
+    block: int
+    block_input: int
+    connector: int
+
+
+def kept_bytes(modules: nn.Module, run: Callable[[], Tensor]) -> int:
+    """Bytes of the tensors that autograd keeps for the backward pass of `run`, parameters left out."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in modules.parameters()}
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        output = run()
+    assert output.requires_grad
+    return sum(sizes.values())
+
+
+def count_kept(config: ModelConfig, dtype: torch.dtype) -> Kept:
+    """What the layers of this model keep, counted on one layer of each kind and a few tokens."""
+    tokens = 64
+    with torch.device("meta"):
+        decoder = Decoder(config.text)
+        vit = VisionTransformer(config.vit, config.patch_size, config.patches_per_crop)
+        connector = Connector(config.connector, config.vit, config.text)
+    layer, block = (part.to_empty(device="cpu").to(dtype) for part in (decoder.layers[0], vit.blocks[0]))
+    connector.to_empty(device="cpu").to(dtype)
+
+    x = torch.zeros(1, tokens, config.text.hidden_size, dtype=dtype, requires_grad=True)
+    rope = decoder.rope(torch.arange(tokens)[None])[False]
+    mask = AttentionMask(torch.zeros(1, tokens, dtype=torch.int32), torch.zeros(1, tokens, dtype=torch.bool))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    crop = torch.zeros(1, config.patches_per_crop, config.vit.hidden_size, dtype=dtype, requires_grad=True)
+    side = round(config.patches_per_crop**0.5)
+    window = config.video_pool**2
+    pooling = torch.arange((side // config.video_pool) ** 2 * window).view(-1, window)
+    features = torch.zeros(
+        1,
+        config.patches_per_crop,
+        config.vit.hidden_size * len(config.vit.feature_layers),
+        dtype=dtype,
+        requires_grad=True,
+    )
+    return Kept(
+        layer=kept_bytes(layer, lambda: layer(x, rope, mask, attend, None)) // tokens,
+        layer_input=x.nbytes // tokens,
+        block=kept_bytes(block, lambda: block(crop)),
+        block_input=crop.nbytes,
+        connector=kept_bytes(connector, lambda: connector(features, pooling)) + features.nbytes,
+    )
+
+
+def state_bytes(recipe: Recipe, config: ModelConfig, world: int) -> dict[str, float]:
+    """Parameters, gradients and optimizer states of one of `world` GPUs, and DeepSpeed's buffers, in bytes."""
+    with torch.device("meta"):
+        model = Molmo2(config)
+    if recipe.optim.freeze_base_embedding:
+        model.text.embedding.base.requires_grad_(False)
+    every = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    half, stage = recipe.train.precision == "bf16", recipe.train.zero_stage
+    return {
+        "parameters": every * (2 if half else 4) / (world if stage == 3 else 1),
+        "gradients": trained * 4 / (world if stage >= 2 else 1),  # added up in float32
+        "optimizer": 0.0
+        if "optimizer" in recipe.train.offload
+        # with masters of bfloat16
+        else trained * (12 if half else 8) / (world if stage >= 1 else 1),
+        "buckets": 2 * min(BUCKET, trained) * (2 if half else 4) if stage else 0,
+    }
+
+
+def activation_bytes(recipe: Recipe, config: ModelConfig, kept: Kept) -> dict[str, float]:
+    """Activations of one GPU in a full micro-batch, in bytes."""
+    train, data = recipe.train, recipe.data
+    tokens = train.micro_batch * data.sequence_length / train.sp
+    crops = train.micro_batch * -(-data.max_crops // train.sp)
+    at_once = min(crops, train.chunk_crops or crops)
+    layers, blocks = config.text.num_layers, config.vit.num_layers
+    if train.activation_checkpointing:
+        inputs = 0 if "activations" in train.offload else 1
+        text = tokens * (inputs * kept.layer_input * layers + LAYER_PEAK * kept.layer)
+        vision = inputs * crops * kept.block_input * blocks + at_once * LAYER_PEAK * kept.block
+    else:
+        text, vision = tokens * kept.layer * layers, crops * kept.block * blocks
+    heads = config.text.num_heads + 2 * config.text.num_kv_heads
+    size = 2 if train.precision == "bf16" else 4
+    return {
+        "language model": text,
+        "vision": vision,
+        "connector": crops * kept.connector,
+        "logits": CHUNK_BYTES,
+        "exchange": 2 * tokens * heads * config.text.head_dim * size if train.sp > 1 else 0,
+    }
+
+
+def memory(recipe: Recipe, world: int, kept: Kept) -> dict[str, float]:
+    """Peak memory of one of `world` GPUs by its parts, in bytes; the values sum to the whole."""
+    config = PRESETS[recipe.model]
+    parts = state_bytes(recipe, config, world) | activation_bytes(recipe, config, kept)
+    return {name: MARGIN * value for name, value in parts.items()}
+
+
+def step_flops(recipe: Recipe) -> float:
+    """Operations of a step of full packs, recomputed ones included: one video and one question each."""
+    config, data = PRESETS[recipe.model], recipe.data
+    tokens, crops = data.sequence_length, data.max_crops
+    visual = min(tokens, crops * (round(config.patches_per_crop**0.5) // config.video_pool) ** 2)
+    work = Workload(
+        num_crops=crops,
+        num_visual_tokens=visual,
+        pool_width=config.video_pool**2,
+        num_tokens=tokens,
+        num_pairs=(tokens**2 + visual**2) // 2,
+        num_logits=tokens - visual,
+    )
+    factor = TRAINING_FACTOR + recipe.train.activation_checkpointing
+    return recipe.train.packs_per_step * factor * forward_flops(config, work).total
+
+
+def changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """What one may change when a card is too small, the cheapest first; each step keeps those before it."""
+    train = recipe.train
+    wanted: list[tuple[str, Any]] = [
+        ("train.activation_checkpointing", True),
+        ("train.micro_batch", 1),
+        ("train.zero_stage", 3),
+        *(("train.sp", sp) for sp in (2, 4, 8)),
+        ("train.offload", ("activations", "optimizer")),
+    ]
+    said: list[str] = []
+    for path, value in wanted:
+        name = path.removeprefix("train.")
+        if getattr(train, name) == value or (
+            name == "sp" and (train.sp >= value or recipe.data.sequence_length % value)
+        ):
+            continue
+        train = train.model_copy(update={name: value})
+        shown = f"[{','.join(value)}]" if isinstance(value, tuple) else value
+        said = [*(text for text in said if not text.startswith(path)), f"{path}={shown}"]
+        yield " ".join(said), recipe.model_copy(update={"train": train})
+
+
+def dry_run(recipe: Recipe) -> list[str]:
+    """The lines to print: memory of a GPU and time of the run for every number of GPUs on which the recipe runs.
+
+    Raises:
+        ValueError: the recipe's model is no preset.
+    """
+    if recipe.model not in PRESETS:
+        raise ValueError(f"model {recipe.model!r} is no preset; known: {', '.join(sorted(PRESETS))}")
+    config, train = PRESETS[recipe.model], recipe.train
+    kept = count_kept(config, torch.bfloat16 if train.precision == "bf16" else torch.float32)
+    flops = step_flops(recipe)
+    parts = list(memory(recipe, 1, kept))
+    lines = [
+        f"{recipe.name}: {config.name}, {train.steps:,} steps of {train.packs_per_step} packs of "
+        f"{recipe.data.sequence_length:,} tokens and {recipe.data.max_crops} crops, {flops / 1e15:,.1f} PFLOP a step",
+        f"GiB of one GPU in a full step, and days at {UTILISATION:.0%} of {PEAK_TFLOPS} TFLOP/s (assumed)",
+        f"{'GPUs':>5} {'total':>7} " + " ".join(f"{part:>{max(7, len(part))}}" for part in parts) + f" {'days':>8}",
+    ]
+    fits = []
+    for world in GPUS:
+        if not _runs_on(recipe, world):
+            continue
+        need = memory(recipe, world, kept)
+        total = sum(need.values()) / GIB
+        fits.append(total <= CARD_GIB)
+        days = train.steps * flops / (world * PEAK_TFLOPS * 1e12 * UTILISATION) / 86400
+        row = " ".join(f"{need[part] / GIB:>{max(7, len(part))}.1f}" for part in parts)
+        lines.append(f"{world:>5} {total:>7.1f} {row} {days:>8.1f}")
+    if not fits:
+        lines.append(f"no number of GPUs up to {GPUS[-1]} divides this recipe's packs and micro-batches")
+    elif not all(fits):
+        lines += ["", f"where {CARD_GIB} GiB are too few, --set these (GiB of one GPU, by number of GPUs):"]
+        for text, changed in changes(recipe):
+            totals = {w: sum(memory(changed, w, kept).values()) / GIB for w in GPUS if _runs_on(changed, w)}
+            lines.append(f"  {text}: " + ", ".join(f"{world}: {total:.0f}" for world, total in totals.items()))
+    return lines
+
+
+def _runs_on(recipe: Recipe, world: int) -> bool:
+    train = recipe.train
+    try:
+        check_mesh(
+            world=world,
+            sp=train.sp,
+            packs_per_step=train.packs_per_step,
+            micro_batch=train.micro_batch,
+            num_heads=PRESETS[recipe.model].text.num_heads,
+        )
+    except MeshError:
+        return False
+    return True

@@ -1,0 +1,242 @@
+"""One training step as a module, and the DeepSpeed engine around it, both derived from the recipe.
+
+Sequence parallelism is invisible to DeepSpeed: it gets no `mpu` and sees plain data parallelism over all ranks, whose
+gradient is the mean over ranks in every ZeRO stage. So each rank returns world * (its sum) / W, with W the loss weight
+of the whole step, and gradients are exact for any dp, sp, micro-batch and stage. Clipping and schedules are in
+`molmo2.training.optim`; saving is in `molmo2.checkpoint.files`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from molmo2.config import COMPONENTS, Recipe
+from molmo2.model.attention import masked_attention
+from molmo2.model.dropout import Dropout, mixed
+from molmo2.model.lora import add_adapters
+from molmo2.model.loss import rows_per_chunk, weighted_loss
+from molmo2.model.mask import AttentionMask
+from molmo2.model.molmo2 import Molmo2
+from molmo2.parallel.loss_rows import share_loss_rows
+from molmo2.parallel.mesh import Mesh
+from molmo2.parallel.ulysses import ulysses
+from molmo2.parallel.vision import encode_shared
+from molmo2.training.optim import ComponentAdamW, parameter_groups
+from shards.stream.collate import Batch
+
+# Of DeepSpeed's keys those that change neither what is computed nor what the recipe says.
+ENGINE_KEYS = frozenset({"aio", "comms_logger", "dump_state", "flops_profiler", "memory_breakdown"})
+ZERO_KEYS = frozenset(
+    {
+        "allgather_bucket_size",
+        "allgather_partitions",
+        "contiguous_gradients",
+        "reduce_bucket_size",
+        "reduce_scatter",
+        "round_robin_gradients",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_param_persistence_threshold",
+        "stage3_prefetch_bucket_size",
+        "zero_hpz_partition_size",
+    }
+)
+
+
+class TrainingModule(nn.Module):
+    """The model and its loss: what DeepSpeed wraps.
+
+    Args:
+        model: the model, whose parameters stand below "model." in a checkpoint.
+        recipe: the run.
+        mesh: this rank's place.
+    """
+
+    def __init__(self, model: Molmo2, recipe: Recipe, mesh: Mesh) -> None:
+        super().__init__()
+        self.model = model
+        self.mesh = mesh
+        self.train_settings = recipe.train
+        self.num_datasets = len(recipe.data.drawn.dataset_names)
+        self.chunk_rows = rows_per_chunk(model.config.text.vocab_size)
+        self.attend = ulysses(masked_attention, mesh, model.config.text.num_heads, model.config.text.num_kv_heads)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Forward of one micro-batch; every rank must call it together.
+
+        Returns:
+            The loss to go backward from (scalar: world * local sum / W), and the local sums for the log, detached:
+            [2 + 2 * datasets], cross entropy and z term, both / W, then each dataset's weighted cross entropy, then
+            each one's weight.
+        """
+        model, mesh = self.model, self.mesh
+        features, touch = encode_shared(
+            model.encode_visuals,
+            batch.pixels,
+            batch.pooling,
+            batch.visual_crops,
+            batch.visual_tokens,
+            model.config.patches_per_crop,
+            model.config.crop_size,
+            mesh,
+        )
+        x = model.embed(batch.input_ids, features) + touch
+        length = x.shape[1] // mesh.sp
+        own = slice(mesh.sp_rank * length, (mesh.sp_rank + 1) * length)
+        mask = AttentionMask(batch.segment_ids, batch.is_visual)
+        dropout = self._dropout(batch, own)
+        hidden = model.decode(x[:, own], batch.position_ids[:, own], mask, attend=self.attend, dropout=dropout)
+        rows = share_loss_rows(hidden, batch.labels, batch.loss_weights, batch.dataset_ids, mesh)
+        sums = weighted_loss(
+            *(rows.hidden, rows.labels, rows.weights, model.lm_head, self.train_settings.z_loss, self.chunk_rows),
+            num_chunks=self._num_chunks(rows.weights),
+            datasets=rows.datasets,
+            num_datasets=self.num_datasets,
+        )
+        both = torch.stack([sums.cross_entropy, sums.z]) / batch.divisor
+        return both.sum() * mesh.world, torch.cat([both.detach(), sums.by_dataset.flatten()])
+
+    def _dropout(self, batch: Batch, own: slice) -> Dropout | None:
+        settings = self.train_settings
+        if not (self.training and settings.residual_dropout):
+            return None
+        hit = torch.ones_like(batch.loss_weights) if settings.dropout_on == "all" else batch.loss_weights > 0
+        packs = tuple(mixed(settings.seed, batch.step, slot) for slot in batch.slots)
+        return Dropout(rates=hit[:, own] * settings.residual_dropout, packs=packs, start=own.start)
+
+    def _num_chunks(self, weights: Tensor) -> int:
+        if self.train_settings.zero_stage < 3:
+            return 1
+        count = (weights > 0).sum().div(self.chunk_rows, rounding_mode="floor") + 1
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+        return int(count)
+
+
+def start_distributed() -> torch.device:
+    """Join the process group (gloo on CPU, nccl on CUDA) and return this rank's device.
+
+    Works under deepspeed, torchrun, accelerate and srun, which set the variables, and without a launcher: one rank.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(verbose=False)
+    _free_name_of_shared_memory()
+    return torch.device(accelerator.current_device_name())
+
+
+def _free_name_of_shared_memory() -> None:
+    """Unlink DeepSpeed's CPU exchange buffer once all ranks have it open: 66 MiB a rank would stay after every run."""
+    dist.barrier()
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
+    (Path("/dev/shm") / name).unlink(missing_ok=True)
+
+
+def read_engine_keys(path: Path | None) -> dict[str, Any]:
+    """What a user adds to DeepSpeed's JSON (`--deepspeed_config`): buffers, prefetching, profiling, and nothing else.
+
+    Raises:
+        ValueError: no JSON object, or keys that the recipe decides or that change what is computed; all are named.
+    """
+    if path is None:
+        return {}
+    added = json.loads(path.read_text())
+    if not isinstance(added, dict) or not isinstance(added.get("zero_optimization", {}), dict):
+        raise ValueError(f"{path}: write a JSON object, with an object in zero_optimization")
+    refused = [name for name in added if name not in ENGINE_KEYS | {"zero_optimization"}]
+    refused += [f"zero_optimization.{name}" for name in added.get("zero_optimization", {}) if name not in ZERO_KEYS]
+    if refused:
+        raise ValueError(
+            f"{path}: {', '.join(refused)}: the recipe decides that, or it changes what is computed; allowed: "
+            f"{', '.join(sorted(ENGINE_KEYS))}, and of zero_optimization {', '.join(sorted(ZERO_KEYS))}"
+        )
+    return added
+
+
+def deepspeed_config(
+    recipe: Recipe, universal: bool = False, added: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """DeepSpeed's JSON, derived. Batch sizes and accumulation are ours: it is only told the micro-batch.
+
+    `added`: see `read_engine_keys`.
+    """
+    train = recipe.train
+    half = train.precision == "bf16"
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if "optimizer" in train.offload else {}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "managed_gradient_accumulation": False,  # backward any number of times, then step
+        "gradient_clipping": 0.0,  # explicit, since its default is 1.0
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # ours runs on the CPU as it is
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            **offload,
+            "overlap_comm": False,
+            # One sub-group to a component: otherwise ZeRO-3 would show the optimizer only a part of its gradient.
+            "sub_group_size": 10**12,
+            **added.get("zero_optimization", {}),
+        },
+        "checkpoint": {"tag_validation": "Ignore", "load_universal": universal},
+        "steps_per_print": 10**12,
+        "wall_clock_breakdown": False,
+    }
+    if half:
+        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return config | {name: value for name, value in added.items() if name != "zero_optimization"}
+
+
+def start_engine(
+    model: Molmo2, recipe: Recipe, mesh: Mesh, universal: bool = False, added: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Any, ComponentAdamW, list[str]]:
+    """Freeze what the recipe freezes and wrap model and optimizer; collective.
+
+    `universal`: the engine will load states in the format for any number of ranks. `added`: see `read_engine_keys`.
+
+    Returns:
+        The engine, the optimizer inside it, and the names of its groups in order.
+    """
+    if recipe.optim.freeze_base_embedding:
+        model.text.embedding.base.requires_grad_(False)
+    if recipe.optim.lora is not None:
+        add_adapters(model, recipe.optim.lora.rank, recipe.optim.lora.alpha, recipe.train.seed)
+    train = recipe.train
+    model.set_checkpointing(train.activation_checkpointing, train.chunk_crops, "activations" in train.offload)
+    components = model.parameter_groups()
+    assert set(components) == set(COMPONENTS)
+    optimizer = ComponentAdamW(
+        parameter_groups(components, recipe.optim),
+        partitioned=recipe.train.zero_stage > 0,
+        betas=recipe.optim.betas,
+        eps=recipe.optim.eps,
+        weight_decay=recipe.optim.weight_decay,
+    )
+    names = [group["name"] for group in optimizer.param_groups]
+    engine, *_ = deepspeed.initialize(
+        model=TrainingModule(model, recipe, mesh),
+        optimizer=optimizer,
+        config=deepspeed_config(recipe, universal, added),
+    )
+    engine.train()
+    return engine, optimizer, names

@@ -1,0 +1,316 @@
+"""The steps of a run: forward, backward, update, what is measured, and when a checkpoint is written."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from molmo2.checkpoint import files as checkpoints
+from molmo2.checkpoint.files import CheckpointError
+from molmo2.checkpoint.mirror import Sender
+from molmo2.parallel.agree import on_rank_zero, say, write
+from molmo2.training.anomalies import LossHistory, action_for, describe
+from molmo2.training.metrics import Monitor, StepClock, gpu_use, read_log
+from molmo2.training.optim import ComponentAdamW, set_learning_rates
+from molmo2.training.run import (
+    ANOMALIES_NAME,
+    DATA_NAME,
+    EVAL_NAME,
+    QUARANTINE_NAME,
+    REPORT_NAME,
+    STOP_NAME,
+    Run,
+    TrainingError,
+    agree_on_masked,
+)
+from molmo2.training.watchdog import Watchdog
+from shards.stream.collate import PAD_SEGMENT, Batch
+from shards.stream.loader import make_loader, micro_steps
+from shards.stream.plan import Cursor
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGUSR1 came; the step under way is finished first."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.seen = True
+
+    def asked(self, run: Run) -> bool:
+        """Whether this rank was told to stop: by a signal or, looked for by rank 0 alone, a file in the run's folder.
+
+        One rank, since a shared file system may show a new file to some machines a step later than to others.
+        """
+        return self.seen or (run.mesh.rank == 0 and (run.recipe.run_dir / STOP_NAME).exists())
+
+
+@dataclass(slots=True)
+class Progress:
+    """What changes while it trains, beside the weights: steps done, the place in the data, the last losses."""
+
+    step: int
+    cursor: Cursor
+    history: LossHistory
+
+
+class Totals(NamedTuple):
+    """Sums of one step over all ranks; both losses are already divided by the loss weight of the step."""
+
+    loss: float
+    z_loss: float
+    stopping: float  # ranks that were told to stop
+    masked: float  # samples that were quarantined
+    crops: float
+    retries: float  # reads that were tried again
+    cache_hits: float  # reads from shards that were kept on the disk
+    megabytes: float  # read, as stored
+    tokens: float
+    losses: dict[str, float]  # mean cross entropy of each dataset that is in the step
+    tokens_of: dict[str, float]  # of each dataset that is in the step
+
+
+def record_masked(batch: Batch, run: Run) -> None:
+    """Write damaged samples to `quarantine.jsonl` and say so; one rank of a group does it."""
+    if not batch.masked or run.mesh.sp_rank:
+        return
+    with open(run.recipe.run_dir / QUARANTINE_NAME, "a", encoding="utf-8") as file:
+        for damage in batch.masked:
+            file.write(json.dumps({"step": batch.step + 1, **asdict(damage)}) + "\n")
+            write(f"masked in step {batch.step + 1}: {damage}", sys.stderr)
+
+
+def compute(
+    run: Run, engine: Any, batches: Iterator[Batch], clock: StepClock, watchdog: Watchdog, cursor: Cursor, stop: bool
+) -> tuple[Totals, Cursor]:
+    """Forward and backward over one step's packs; gradients are in the engine then.
+
+    Returns:
+        The step's sums, and where the data stand after it.
+    """
+    train, step, names = run.recipe.train, cursor.step + 1, [dataset.name for dataset in run.plan.datasets]
+    sums = torch.zeros(len(Totals._fields) - 2 + 3 * len(names), dtype=torch.float64, device=run.device)
+    for _ in range(micro_steps(train.packs_per_step, run.mesh.dp, train.micro_batch)):
+        watchdog.enter("data", step)
+        since = time.perf_counter()
+        batch = next(batches).to(run.device)
+        clock.waiting(since)
+        clock.reads(batch.reads)
+        watchdog.enter("forward", step, batch.slots)
+        batch = agree_on_masked(run, batch, cursor)
+        record_masked(batch, run)
+        loss, logged = engine(batch)
+        watchdog.enter("backward", step, batch.slots)
+        engine.backward(loss, scale_wrt_gas=False)
+        sums += sums_of(batch, logged, len(names), run.mesh.sp)
+    sums[2] = float(stop)
+    dist.all_reduce(sums)
+    first, by_dataset = sums[: -3 * len(names)].tolist(), sums[-3 * len(names) :].view(3, -1).tolist()
+    present = [(name, *values) for name, *values in zip(names, *by_dataset, strict=True)]
+    losses = {name: loss / weight for name, loss, weight, _ in present if weight}
+    tokens_of = {name: tokens for name, _, _, tokens in present if tokens}
+    return Totals._make([*first, losses, tokens_of]), batch.cursor
+
+
+def sums_of(batch: Batch, logged: Tensor, num_datasets: int, sp: int) -> Tensor:
+    """What this rank adds to a step's `Totals` for one micro-batch, float64; then loss, weight and tokens by dataset.
+
+    What the ranks of a group have in common is divided among them. Nothing here waits for the device.
+    """
+    inside, counts = batch.segment_ids != PAD_SEGMENT, batch.reads.counts
+    tokens = logged.new_zeros(num_datasets, dtype=torch.float64)
+    tokens.scatter_add_(0, batch.dataset_ids.flatten(), inside.flatten().double() / sp)
+    known = [0.0, len(batch.masked) / sp, len(batch.pixels), counts.get("retries", 0), counts.get("cache_hits", 0)]
+    known.append(counts.get("bytes", 0) / 1e6)
+    parts = (
+        logged[:2],
+        torch.tensor(known).to(logged.device, non_blocking=True),
+        tokens.sum()[None],
+        logged[2:],
+        tokens,
+    )
+    return torch.cat([part.double() for part in parts])
+
+
+def update(run: Run, engine: Any, optimizer: ComponentAdamW, progress: Progress, totals: Totals) -> bool:
+    """Apply the gradients, unless the recipe leaves out such a step; False when it was left out.
+
+    Raises:
+        TrainingError: the loss or a gradient is no number, or jumped, and the recipe says to stop; nothing was updated.
+    """
+    settings, history = run.recipe.anomalies, progress.history
+    kind = history.judge(totals.loss, settings)
+    action = action_for(kind, history, settings)
+    if action != "stop":
+        optimizer.skip = action == "skip"
+        engine.step()
+        if kind is None and (optimizer.refused or not engine.was_step_applied()):
+            kind = "nonfinite"  # a gradient, though the loss was a number
+            action = action_for(kind, history, settings)
+    if kind is not None and run.mesh.rank == 0:
+        line = describe(run.plan.step(progress.cursor), run.plan.datasets, kind, totals.loss, action)
+        with open(run.recipe.run_dir / ANOMALIES_NAME, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        write(f"step {line['step']}: {kind}, loss {totals.loss:.4g}: {action}; packs: {file.name}", sys.stderr)
+    if action == "stop":
+        raise TrainingError(
+            f"step {progress.step + 1}: loss {totals.loss:.4g} ({kind}: the loss, or a gradient) and nothing was "
+            "updated; see what the step held with --replay, and start again from the last checkpoint with lower "
+            f"learning rates (optim.*.lr), a longer warm-up, or anomalies.{kind}=skip"
+        )
+    history.add(totals.loss, action == "skip")
+    return action != "skip"
+
+
+def measurements(
+    run: Run, step: int, totals: Totals, rates: dict[str, float], optimizer: ComponentAdamW, clock: StepClock
+) -> dict[str, float]:
+    """One line of the log; ends the clock's lap."""
+    train = run.recipe.train
+    seconds, data_wait, reads = clock.lap()
+    return {
+        "step": step,
+        "loss": totals.loss,
+        "z_loss": totals.z_loss,
+        **{f"lr.{name}": rate for name, rate in rates.items()},
+        **{f"grad_norm.{name}": norm.item() for name, norm in optimizer.norms.items()},
+        "tokens": round(totals.tokens),
+        "fill": totals.tokens / (train.packs_per_step * run.recipe.data.sequence_length),
+        "tokens_per_second": totals.tokens / seconds,
+        "data_wait": data_wait,
+        "seconds": seconds,
+        "crops": round(totals.crops),
+        "masked": round(totals.masked),
+        "retries": round(totals.retries),
+        "cache_hits": round(totals.cache_hits),
+        "megabytes": totals.megabytes,
+        **reads,
+        **gpu_use(),
+        **{f"loss.{name}": mean for name, mean in totals.losses.items()},
+        **{f"tokens.{name}": round(count) for name, count in totals.tokens_of.items()},
+    }
+
+
+def record_data(run: Run, progress: Progress) -> None:
+    """One line in `data.jsonl`: of every dataset its share as asked and as drawn, its epochs, and samples masked."""
+    window, total = progress.cursor.window, sum(run.plan.weights.values())
+    drawn, epochs = run.plan.draws_until(window), run.plan.epochs(window)
+    masked = Counter(line["dataset"] for line in read_log(run.recipe.run_dir / QUARANTINE_NAME))
+    line = {
+        name: {
+            "asked": weight / total,
+            "drawn": drawn[name] / max(1, sum(drawn.values())),
+            "epochs": epochs[name],
+            "masked": masked[name],
+        }
+        for name, weight in run.plan.weights.items()
+    }
+    with open(run.recipe.run_dir / DATA_NAME, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": progress.step, "windows": window, "datasets": line}) + "\n")
+
+
+def save(run: Run, engine: Any, progress: Progress, sender: Sender | None) -> None:
+    """Write a checkpoint and begin to send it; when writing fails, the recipe says whether training goes on without."""
+    recipe, state = run.recipe, run.plan.state(progress.cursor)
+    if sender is not None:
+        sender.wait()  # what it sends may be dropped now
+    if run.mesh.rank == 0:
+        record_data(run, progress)
+    losses = tuple(progress.history.losses)
+    try:
+        path = checkpoints.save(engine, recipe, run.model_config, progress.step, state, sp=run.mesh.sp, losses=losses)
+    except CheckpointError as error:  # raised by all ranks together
+        if recipe.train.on_full_disk == "stop":
+            raise
+        say(f"{recipe.name}: WARNING: goes on without a checkpoint: {error}")
+    else:
+        if sender is not None:
+            sender.start(path)
+    if run.mesh.rank == 0:
+        from molmo2.training.report import write_report
+
+        try:
+            write_report(recipe)
+        except OSError as error:  # no reason to stop a run
+            write(f"{recipe.name}: WARNING: no {REPORT_NAME}: {error}", sys.stderr)
+
+
+def judge(run: Run, engine: Any, step: int, monitor: Monitor | None) -> None:
+    """Held-out losses to `eval.jsonl`, generated answers to `samples/`; collective."""
+    from molmo2.training.validation import evaluate, write_samples
+
+    values, samples = evaluate(run, engine)
+    if monitor is None:
+        return
+    with open(run.recipe.run_dir / EVAL_NAME, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, **values}) + "\n")
+    monitor.plot(step, {f"held_out.{name}": value for name, value in values.items()})
+    images = write_samples(run.recipe.run_dir, step, samples)
+    for number, (sample, image) in enumerate(zip(samples, images, strict=True)):
+        text = f"{sample.dataset}/{sample.key}\n\n{sample.prompt}\n\n{sample.answer}\n\n(expected: {sample.expected})"
+        monitor.show(step, number, text, image)
+    write(f"{run.recipe.name}: step {step}, held-out loss {values['loss']:.4f}")
+
+
+def run_steps(
+    run: Run, engine: Any, optimizer: ComponentAdamW, names: list[str], progress: Progress, stop: StopSignal
+) -> None:
+    """Train to the end or to a signal, and save; `progress` is kept up to date."""
+    recipe, steps = run.recipe, run.recipe.train.steps
+    monitor = Monitor(recipe, progress.step) if run.mesh.rank == 0 else None
+    sender = Sender(recipe, say) if run.mesh.rank == 0 else None
+    batches = make_loader(
+        run.plan,
+        progress.cursor,
+        run.layout,
+        dp_rank=run.mesh.dp_rank,
+        dp_size=run.mesh.dp,
+        sp_rank=run.mesh.sp_rank,
+        sp_size=run.mesh.sp,
+        micro_batch=recipe.train.micro_batch,
+        workers=recipe.data.workers,
+        prefetch=recipe.data.prefetch,
+        read_ahead=recipe.data.read_ahead_mib << 20,
+        cache=recipe.data.cache_mib << 20,
+    )
+    clock, watchdog = StepClock(), Watchdog(run.mesh.rank, recipe.train.phase_deadline)
+    try:
+        for step in range(progress.step + 1, steps + 1):
+            rates = set_learning_rates(optimizer, names, recipe.optim, step, steps)
+            totals, cursor = compute(run, engine, batches, clock, watchdog, progress.cursor, stop.asked(run))
+            watchdog.enter("update", step)
+            updated = update(run, engine, optimizer, progress, totals)
+            progress.step, progress.cursor = step, cursor
+            if monitor is not None:
+                line = measurements(run, step, totals, rates, optimizer, clock)
+                monitor.step(line if updated else line | {"skipped": 1})
+            stopping = totals.stopping > 0
+            if recipe.eval is not None and (step == steps or step % recipe.eval.every == 0):
+                watchdog.enter("evaluation", step)
+                judge(run, engine, step, monitor)
+                clock.lap()  # no step's time
+            if stopping or step == steps or step % recipe.train.checkpoint_every == 0:
+                watchdog.enter("checkpoint", step)
+                save(run, engine, progress, sender)
+            if stopping:
+                on_rank_zero(lambda: (recipe.run_dir / STOP_NAME).unlink(missing_ok=True))
+                break
+    finally:
+        watchdog.stop()
+        if sender is not None:
+            sender.wait()
+        if monitor is not None:
+            monitor.close()

@@ -1,0 +1,188 @@
+"""What a run tells while it trains: one line of JSON a step, a progress bar, and TensorBoard or W&B by recipe.
+
+`log.jsonl` is the record: on resume, lines after the resumed step are dropped, so that every step stands in it once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from molmo2.config import Recipe
+from molmo2.training.run import LOG_NAME
+from shards.stream.collate import ReadStats
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Lines of a log in order; an unfinished last line (a run that was killed) is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def cut_log(path: Path, last_step: int) -> None:
+    """Drop the lines after `last_step` and an unfinished one, atomically."""
+    if path.exists():
+        kept = [line for line in read_log(path) if line["step"] <= last_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+
+
+class Monitor:
+    """Writes the metrics of one run; made on rank 0 only.
+
+    Args:
+        recipe: the run.
+        start: steps done before.
+    """
+
+    def __init__(self, recipe: Recipe, start: int) -> None:
+        directory = recipe.run_dir
+        self.log_every = recipe.train.log_every
+        self.file = open(directory / LOG_NAME, "a", encoding="utf-8")
+        self.bar = tqdm(total=recipe.train.steps, initial=start, desc=recipe.name, unit="step", dynamic_ncols=True)
+        self.tensorboard = self.wandb = None
+        if recipe.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and some runs do without
+
+            self.tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+        if recipe.logging.wandb:
+            self.wandb = _start_wandb(recipe)
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        """Record one step: "step" and flat numbers; names with a dot ("lr.vit") are grouped by their first part."""
+        line = {name: _finite(value) for name, value in values.items()}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        self.bar.update(1)
+        if line["step"] % self.log_every:
+            return
+        self.bar.set_postfix_str(
+            f"loss {values['loss']:.4f} | {values['tokens_per_second']:,.0f} tok/s | "
+            f"wait {values['data_wait']:.0%} | fill {values['fill']:.1%}"
+        )
+        self.plot(line["step"], {name: value for name, value in values.items() if name != "step"})
+
+    def plot(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers for TensorBoard and W&B alone; a dot in a name becomes a slash."""
+        numbers = {name.replace(".", "/"): value for name, value in values.items()}
+        if self.tensorboard is not None:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=step)
+
+    def show(self, step: int, number: int, text: str, image: Any = None) -> None:
+        """One generated sample for TensorBoard and, with its picture alone, W&B; `image`: of PIL."""
+        if self.tensorboard is not None:
+            self.tensorboard.add_text(f"samples/{number}", text, step)
+            if image is not None:
+                self.tensorboard.add_image(f"samples/{number}", np.asarray(image), step, dataformats="HWC")
+        if self.wandb is not None and image is not None:
+            wandb = importlib.import_module("wandb")
+            self.wandb.log({f"samples/{number}": wandb.Image(image, caption=text)}, step=step)
+
+    def say(self, text: str) -> None:
+        """A message that does not tear the progress bar."""
+        self.bar.write(text)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self.bar.close()
+        self.file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+class StepClock:
+    """Seconds of a step, how many of them were spent waiting for data, and what one sample took to read and decode."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.waited = 0.0
+        self.seconds: dict[str, list[float]] = {"read": [], "decode": []}
+
+    def waiting(self, since: float) -> None:
+        """Count the time from `since` (perf_counter) until now as waiting."""
+        self.waited += time.perf_counter() - since
+
+    def reads(self, stats: ReadStats) -> None:
+        """Count the samples of a batch."""
+        self.seconds["read"] += stats.read
+        self.seconds["decode"] += stats.decode
+
+    def lap(self) -> tuple[float, float, dict[str, float]]:
+        """Seconds of the step, share of it spent waiting, milliseconds of a sample by percentile; starts the next."""
+        now = time.perf_counter()
+        seconds, waited = now - self.start, self.waited
+        percentiles = {
+            f"{name}_ms.p{percent}": 1000 * float(np.percentile(values, percent))
+            for name, values in self.seconds.items()
+            if values
+            for percent in (50, 95)
+        }
+        self.start, self.waited, self.seconds = now, 0.0, {"read": [], "decode": []}
+        return seconds, waited / max(seconds, 1e-9), percentiles
+
+
+def summarize(lines: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
+    """The figures of a whole run from its log: losses are means over the first and last tenth of the steps.
+
+    Raises:
+        ValueError: the log is empty or was taken away.
+    """
+    if not lines:
+        raise ValueError(f"{recipe.run_dir / LOG_NAME}: no steps in it, so there is nothing to sum up")
+    span = max(1, len(lines) // 10)
+    return {
+        "name": recipe.name,
+        "stage": recipe.stage,
+        "steps": lines[-1]["step"],
+        "tokens": sum(line["tokens"] for line in lines),
+        "loss_first": sum(line["loss"] for line in lines[:span]) / span,
+        "loss_last": sum(line["loss"] for line in lines[-span:]) / span,
+        "fill": sum(line["fill"] for line in lines) / len(lines),
+        "seconds": round(sum(line["seconds"] for line in lines), 1),
+    }
+
+
+def gpu_use() -> dict[str, float]:
+    """Peak memory of this rank's GPU, GiB, and its utilisation, percent; empty without a GPU.
+
+    Utilisation needs NVML's Python binding (nvidia-ml-py), which torch does not bring, and a GPU that tells it.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    found = {"gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+    if importlib.util.find_spec("pynvml"):
+        with contextlib.suppress(importlib.import_module("pynvml").NVMLError):
+            found["gpu_utilization"] = float(torch.cuda.utilization())
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN; `null` marks a number that is not one."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _start_wandb(recipe: Recipe) -> Any:
+    wandb = importlib.import_module("wandb")  # an extra; `train.py` has checked that it is there
+    settings = recipe.model_dump(mode="json")
+    names = {"project": recipe.logging.wandb, "name": recipe.name, "id": recipe.name}
+    return wandb.init(**names, dir=str(recipe.run_dir), resume="allow", config=settings)

@@ -1,0 +1,132 @@
+"""What one step of a run holds: its packs, their samples in words, and the loss of each under a checkpoint's weights.
+
+The plan says what any step of any run reads, so nothing has to be recorded for it. One process, no launcher.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from molmo2.checkpoint.files import META, PLAN, Checkpoint, checkpoints_dir, damage
+from molmo2.checkpoint.open import load_weights
+from molmo2.model.molmo2 import Molmo2
+from molmo2.training.anomalies import sample_name
+from molmo2.training.engine import TrainingModule
+from molmo2.training.run import Run
+from shards.format import tar_members
+from shards.stream.collate import MEMBER, PAD_SEGMENT, Batch
+from shards.stream.loader import pack_reader
+from shards.stream.plan import Cursor, Draw, PackSpec, Plan, StepSpec
+from shards.stream.read_ahead import MicroSpec
+
+TEXT_LENGTH = 300  # characters of a message that are shown
+
+
+def find_step(run: Run, number: int) -> StepSpec:
+    """Step `number` (from 1) of the plan, from the nearest checkpoint before it, or from the start.
+
+    Raises:
+        ValueError: there is no step 0; PlanError: a checkpoint is of other data.
+    """
+    if number < 1:
+        raise ValueError(f"step {number}: the first one is 1")
+    checkpoint = _before(run, number)
+    cursor = run.plan.restore(checkpoint.read(PLAN)) if checkpoint else Cursor()
+    while cursor.step < number - 1:
+        cursor = run.plan.step(cursor).cursor
+    return run.plan.step(cursor)
+
+
+def _before(run: Run, number: int) -> Checkpoint | None:
+    """The newest whole checkpoint of the run whose weights have not seen step `number`."""
+    for path in sorted(checkpoints_dir(run.recipe.run_dir).glob("step-*"), reverse=True):
+        if int(path.name.removeprefix("step-")) < number and damage(path) is None:
+            return Checkpoint(path, json.loads((path / META).read_text()))
+    return None
+
+
+def show_packs(run: Run, step: StepSpec, num_packs: int) -> Iterator[str]:
+    """Lines for a person: the packs of a step, each sample with its place, its lengths and its messages."""
+    for pack in step.packs[:num_packs]:
+        yield _heading(run, pack)
+        for draw in pack.draws:
+            yield f"  {_place(run.plan, draw)}"
+            yield from _messages(run.plan, draw)
+    if len(step.packs) > num_packs:
+        yield f"and {len(step.packs) - num_packs} more packs in this step"
+
+
+def show_losses(run: Run, step: StepSpec, fresh: Molmo2 | None = None) -> Iterator[str]:
+    """Lines for a person: the loss of every sample of a step, under the weights before it.
+
+    `fresh`: the run's first weights, for a step that no checkpoint comes before.
+
+    Raises:
+        ValueError: no checkpoint of the run comes before the step, and no weights are given.
+    """
+    number = step.step + 1
+    checkpoint = _before(run, number)
+    if checkpoint is not None:
+        config, weights, _ = load_weights(checkpoint.path)
+        model, done = Molmo2.with_weights(config, weights), checkpoint.step
+    elif fresh is not None:
+        model, done = fresh, 0
+    else:
+        raise ValueError(f"step {number}: no whole checkpoint comes before it")
+    yield f"step {number} under the weights of step {done}" + (
+        "" if done == number - 1 else f": {number - 1 - done} updates before it are not in them"
+    )
+    module = TrainingModule(model, run.recipe, run.mesh).to(run.device).eval()
+    reader = pack_reader(run.plan, run.layout)
+    for pack in step.packs:
+        batch = reader[MicroSpec((pack,), step.divisor, step.cursor)].to(run.device)
+        losses = member_losses(module, batch, len(pack.draws))
+        yield _heading(run, pack)
+        for draw, loss in zip(pack.draws, losses, strict=True):
+            yield f"  {_place(run.plan, draw)}, loss {'none: masked' if loss is None else format(loss, '.4f')}"
+
+
+@torch.no_grad()
+def member_losses(module: TrainingModule, batch: Batch, num_members: int) -> list[float | None]:
+    """Mean weighted cross entropy of every member of a batch of one pack; None for one without loss."""
+    inside = batch.segment_ids != PAD_SEGMENT
+    members = torch.where(inside, batch.segment_ids // MEMBER, 0).long()
+    module.num_datasets = num_members  # members take the place of datasets
+    _, logged = module(dataclasses.replace(batch, dataset_ids=members))
+    sums, weights = logged[2:].view(2, -1).tolist()
+    return [total / weight if weight else None for total, weight in zip(sums, weights, strict=True)]
+
+
+def _heading(run: Run, pack: PackSpec) -> str:
+    tokens, crops = sum(draw.num_tokens for draw in pack.draws), sum(draw.num_crops for draw in pack.draws)
+    data = run.recipe.data
+    return (
+        f"step {pack.step + 1}, pack {pack.slot}: {len(pack.draws)} samples, "
+        f"{tokens} of {data.sequence_length} tokens, {crops} of {data.max_crops} crops"
+    )
+
+
+def _place(plan: Plan, draw: Draw) -> str:
+    return (
+        f"{sample_name(plan.datasets, draw)} variant {draw.variant}: {draw.num_tokens} tokens, {draw.num_crops} crops, "
+        f"weight {draw.loss_weight:.4g}"
+    )
+
+
+def _messages(plan: Plan, draw: Draw) -> Iterator[str]:
+    tars = plan.datasets[draw.dataset].tars
+    name = Path(f"{tars.shards[draw.shard]}.tar")
+    members = tar_members(tars.storage.read(str(name), draw.offset, draw.span))
+    record = json.loads(bytes(next(data for member, data in members.items() if member.endswith(".json"))))
+    visuals = record["visuals"]
+    kinds = [f"{visual['time']:.1f} s" if visual["kind"] == "frame" else "image" for visual in visuals]
+    yield f"    {record['key']} sees {', '.join(kinds[:8]) or 'text alone'}{' ...' if len(kinds) > 8 else ''}"
+    for message in record["variants"][draw.variant]["messages"]:
+        text = " ".join(message["content"].split())
+        short = text if len(text) <= TEXT_LENGTH else f"{text[:TEXT_LENGTH]} ... ({len(text)} characters)"
+        yield f"    [{message['branch']}] {message['role']}: {short}"

@@ -1,0 +1,97 @@
+"""`runs/<name>/report.html`: what a run did so far, from its own files, without scripts or links to other files."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from molmo2.checkpoint.files import META, checkpoints_dir
+from molmo2.config import Recipe
+from molmo2.pages import curve, fill_template
+from molmo2.training.metrics import read_log
+from molmo2.training.run import DATA_NAME, EVAL_NAME, LOG_NAME, REPORT_NAME, SAMPLES_NAME
+
+CURVES = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "fill", "gpu_utilization", "gpu_memory_gib")
+Lines = Sequence[Mapping[str, Any]]
+
+
+def write_report(recipe: Recipe) -> Path:
+    """Write the report, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written, or a file of the run cannot be read.
+    """
+    run_dir = recipe.run_dir
+    log, held_out, data = (read_log(run_dir / name) for name in (LOG_NAME, EVAL_NAME, DATA_NAME))
+    values = {
+        "name": recipe.name,
+        "facts": facts(recipe, log),
+        "curves": [*curves(log, CURVES), *curves(held_out, ("loss",), "held-out ")],
+        "shares": shares(log, data[-1]["datasets"] if data else {}),
+        "samples": latest_samples(run_dir),
+        "recipe": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+    }
+    page = fill_template(Path(__file__).with_name("report.html.jinja"), values)
+    path = run_dir / REPORT_NAME
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def facts(recipe: Recipe, log: Lines) -> dict[str, str]:
+    """Progress, and with what it was made: of the newest checkpoint, and of this machine."""
+    found = sorted(checkpoints_dir(recipe.run_dir).glob(f"step-*/{META}"))
+    meta = json.loads(found[-1].read_text()) if found else {}
+    cuda = torch.cuda.is_available()
+    hardware = torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+    tokens, seconds = sum(line["tokens"] for line in log), sum(line["seconds"] for line in log)
+    return {
+        "steps": f"{log[-1]['step'] if log else 0:,} of {recipe.train.steps:,}",
+        "tokens": f"{tokens:,} in {seconds / 3600:.2f} hours",
+        "ranks": f"{meta.get('world', '?')}, {meta.get('sp', '?')} to a pack, ZeRO-{recipe.train.zero_stage}, "
+        f"{recipe.train.precision}",
+        "hardware": hardware,
+        "versions": ", ".join(f"{name} {version}" for name, version in meta.get("versions", {}).items()) or "?",
+        "commit": meta.get("commit") or "?",
+    }
+
+
+def curves(lines: Lines, kinds: Sequence[str], prefix: str = "") -> list[tuple[str, str]]:
+    """(title, SVG) of every number of these kinds: "loss" and then "loss.<dataset>", in order; short ones left out."""
+    columns: dict[str, list[float]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if value is not None and name.partition(".")[0] in kinds:
+                columns.setdefault(name, []).append(value)
+    order = sorted(columns, key=lambda name: (kinds.index(name.partition(".")[0]), name))
+    last = lines[-1]["step"] if lines else 0
+    drawn = ((prefix + name, curve(columns[name], f"{prefix}{name} by step", last)) for name in order)
+    return [(title, svg) for title, svg in drawn if svg]
+
+
+def shares(log: Lines, data: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of every dataset: share of the draws as asked and as drawn, share of the tokens, epochs, samples masked."""
+    tokens = {name: sum(line.get(f"tokens.{name}", 0) for line in log) for name in data}
+    total = sum(tokens.values()) or 1
+    rows = [{"name": name, "tokens": tokens[name] / total, **values} for name, values in data.items()]
+    return sorted(rows, key=lambda row: -row["asked"])
+
+
+def latest_samples(run_dir: Path) -> list[dict[str, Any]]:
+    """The last generated answers; pictures become data URIs."""
+    found = sorted((run_dir / SAMPLES_NAME).glob("step-*/samples.json"))
+    samples: list[dict[str, Any]] = json.loads(found[-1].read_text()) if found else []
+    for sample in samples:
+        if sample["picture"]:
+            data = (found[-1].parent / sample["picture"]).read_bytes()
+            sample["picture"] = "data:image/jpeg;base64," + base64.b64encode(data).decode()
+    return samples

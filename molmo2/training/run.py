@@ -1,0 +1,93 @@
+"""A checked recipe on its ranks, and how ranks that share a pack come to hold the same one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from molmo2.config import Recipe
+from molmo2.model.presets import ModelConfig
+from molmo2.parallel.mesh import Mesh
+from molmo2.processing.tokenizer import Tokenizer
+from shards.layout import VisualLayout
+from shards.stream.collate import Batch
+from shards.stream.loader import pack_reader
+from shards.stream.plan import Cursor, Plan
+from shards.stream.read_ahead import MicroSpec
+from shards.stream.reader import Damage
+
+# Files of a run's folder, beside its checkpoints.
+LOG_NAME = "log.jsonl"  # one line a step
+DATA_NAME = "data.jsonl"  # one line a checkpoint: what was drawn from every dataset
+CHANGES_NAME = "data_changes.jsonl"  # one line for each change of the data on purpose
+QUARANTINE_NAME = "quarantine.jsonl"  # one line for each damaged sample that was masked
+ANOMALIES_NAME = "anomalies.jsonl"  # one line for each loss that jumped or is no number
+EVAL_NAME = "eval.jsonl"  # one line for each evaluation on held-out data
+SAMPLES_NAME = "samples"  # folder of generated answers
+SUMMARY_NAME = "summary.json"  # written at the end
+REPORT_NAME = "report.html"
+STOP_NAME = "stop"  # a user creates it to stop the run
+
+
+class TrainingError(ValueError):
+    """The run cannot go on: the loss is no number any more, or ranks that share a pack read different data."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A checked recipe on its ranks: everything that training needs and nothing that changes while it trains.
+
+    `held_out`: the batches that it is judged by, where the recipe has an `eval` section.
+    """
+
+    recipe: Recipe
+    mesh: Mesh
+    device: torch.device
+    model_config: ModelConfig
+    plan: Plan
+    layout: VisualLayout
+    tokenizer: Tokenizer
+    held_out: Plan | None = None
+
+
+def same_on_peers(batch: Batch, mesh: Mesh) -> bool:
+    """Whether the ranks that share a pack hold the same one; every one of them must call it."""
+    if mesh.sp_group is None:
+        return True
+    parts = (batch.input_ids, batch.labels, batch.segment_ids, batch.loss_weights > 0, batch.visual_tokens)
+    own = torch.stack([part.sum(dtype=torch.int64) for part in parts])
+    low, high = own.clone(), own.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=mesh.sp_group)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=mesh.sp_group)
+    return torch.equal(low, high)
+
+
+def agree_on_masked(run: Run, batch: Batch, cursor: Cursor) -> Batch:
+    """The batch, with every sample masked that any rank of its group found damaged; collective in the group.
+
+    Args:
+        run: the run.
+        batch: what this rank read.
+        cursor: where the batch's step begins.
+
+    Raises:
+        TrainingError: the ranks read different packs all the same.
+    """
+    if same_on_peers(batch, run.mesh):
+        return batch
+    found: list[tuple[Damage, ...]] = [()] * run.mesh.sp
+    dist.all_gather_object(found, batch.masked, group=run.mesh.sp_group)
+    step = run.plan.step(cursor)
+    packs = tuple(step.packs[slot] for slot in batch.slots)
+    known = {(each.dataset, each.shard, each.row): each for damages in found for each in damages}
+    spec = MicroSpec(packs, step.divisor, step.cursor)
+    reader = pack_reader(run.plan, run.layout, (run.mesh.sp_rank, run.mesh.sp))
+    batch = reader.without(spec, known.values()).to(run.device)
+    if not same_on_peers(batch, run.mesh):
+        raise TrainingError(
+            f"step {batch.step + 1}: rank {run.mesh.rank} and its sp peers read different packs (slots {batch.slots}); "
+            "check the shards with tools/verify_shards.py on every machine"
+        )
+    return batch

@@ -1,0 +1,152 @@
+"""A run judged while it trains: the loss of held-out batches, and greedy answers to a few fixed questions.
+
+All ranks take part in both: the loss is shared out as in training, and every forward of ZeRO-3 is a collective, so each
+rank generates every answer, always to the full length: which collectives there are must depend on no value. Nothing
+here draws a random number, and the loader of training is not touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from molmo2.config import Evaluation, Recipe, root_paths
+from molmo2.model.generate import generate
+from molmo2.processing.batch_prompt import prompt_of
+from molmo2.processing.pictures import Picture, pictures_of, raster
+from molmo2.training.run import SAMPLES_NAME, Run, agree_on_masked
+from shards.stream.loader import pack_reader
+from shards.stream.mixture import MixtureSpec
+from shards.stream.plan import Cursor, Draw, PackSpec, Plan, StepSpec, open_plan
+from shards.stream.read_ahead import MicroSpec
+from shards.stream.reader import StoredSample, read_sample
+
+NEVER = -1  # an end of text that no model predicts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """A generated answer beside the one that the data have. `pictures`: what was seen, with the points generated."""
+
+    dataset: str
+    key: str
+    prompt: str
+    answer: str
+    expected: str
+    pictures: tuple[Picture, ...]
+
+
+def open_held_out(recipe: Recipe, held_out: Evaluation, processor: dict[str, Any]) -> Plan:
+    """The held-out batches.
+
+    Raises:
+        DatasetError, FormatError, PlanError: as for the data of training.
+    """
+    names: Any = dict.fromkeys(held_out.datasets)
+    mixture = MixtureSpec.model_validate({"groups": {"held out": {"rate": 1, "datasets": names}}})
+    return open_plan(root_paths(held_out.roots), mixture, recipe.plan_settings, processor)
+
+
+def evaluate(run: Run, engine: Any) -> tuple[dict[str, float], list[Shown]]:
+    """Held-out losses by name, and answers (rank 0 alone); collective. The engine is left in training."""
+    assert run.recipe.eval is not None and run.held_out is not None
+    module = engine.module
+    trained = module.num_datasets
+    module.num_datasets = len(run.held_out.datasets)
+    engine.eval()
+    try:
+        with torch.no_grad():
+            return losses(run, engine, run.held_out), list(answers(run, module.model, run.held_out))
+    finally:
+        engine.train()
+        module.num_datasets = trained
+
+
+def losses(run: Run, engine: Any, plan: Plan) -> dict[str, float]:
+    """Mean cross entropy over the first batches of `plan`: "loss", "loss.<dataset>", and the samples "masked"."""
+    assert run.recipe.eval is not None
+    mesh, cursor = run.mesh, Cursor()
+    reader = pack_reader(plan, run.layout, (mesh.sp_rank, mesh.sp))
+    sums = torch.zeros(1 + 2 * len(plan.datasets), dtype=torch.float64, device=run.device)
+    for _ in range(run.recipe.eval.steps):
+        step = plan.step(cursor)
+        own = step.packs[mesh.dp_rank :: mesh.dp]
+        for pack in own:
+            batch = reader[MicroSpec((pack,), step.divisor, step.cursor)].to(run.device)
+            batch = agree_on_masked(dataclasses.replace(run, plan=plan), batch, cursor)
+            _, logged = engine(batch)
+            sums[0] += len(batch.masked) / mesh.sp
+            sums[1:] += logged[2:]
+        cursor = step.cursor
+    dist.all_reduce(sums)
+    (masked, *_), (totals, weights) = sums.tolist(), sums[1:].view(2, -1).tolist()
+    rows = zip(plan.datasets, totals, weights, strict=True)
+    means = {f"loss.{dataset.name}": total / weight for dataset, total, weight in rows if weight}
+    return {"loss": sum(totals) / max(sum(weights), 1e-9), "masked": masked, **means}
+
+
+def answers(run: Run, model: Any, plan: Plan) -> Iterator[Shown]:
+    """What the model says to the first question of some samples, the same ones every time."""
+    settings, tokenizer = run.recipe.eval, run.tokenizer
+    assert settings is not None
+    step = plan.step(Cursor())
+    reader = pack_reader(plan, run.layout)
+    for draw in chosen(step, settings.samples):
+        pack = PackSpec(0, 0, (draw,))
+        found = prompt_of(reader[MicroSpec((pack,), step.divisor, step.cursor)].to(run.device))
+        missing = torch.tensor(float(found is None), device=run.device)  # damaged, or nothing in it is answered
+        dist.all_reduce(missing)
+        if found is None or missing:
+            continue
+        prompt, expected = found
+        (ids,) = generate(model, [prompt], settings.max_new_tokens, NEVER)
+        tars = plan.datasets[draw.dataset].tars
+        stored = read_sample(tars, draw) if run.mesh.rank == 0 else None
+        if not isinstance(stored, StoredSample):
+            continue
+        ids = ids[: ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids
+        answer = tokenizer.decode(ids)
+        asked = [token for token in prompt.input_ids.tolist() if token < tokenizer.base_vocab]
+        yield Shown(
+            dataset=tars.name,
+            key=stored.key,
+            prompt=tokenizer.decode(asked),
+            answer=answer,
+            expected=tokenizer.decode(expected.tolist()),
+            pictures=pictures_of(stored, run.layout, {1: answer}),
+        )
+
+
+def chosen(step: StepSpec, count: int) -> list[Draw]:
+    """The first draws of a step, the datasets taking turns."""
+    draws = sorted((draw for pack in step.packs for draw in pack.draws), key=lambda draw: draw.dataset)
+    groups = [list(group) for _, group in itertools.groupby(draws, key=lambda draw: draw.dataset)]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*groups))
+    return [draw for draw in turns if draw is not None][:count]
+
+
+def write_samples(run_dir: Path, step: int, samples: list[Shown]) -> list[Image.Image | None]:
+    """`samples/step-*/`: samples.json and one picture for each sample that has any; returns the pictures."""
+    folder = run_dir / SAMPLES_NAME / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    images = [raster(sample.pictures) for sample in samples]
+    lines = []
+    for number, (sample, image) in enumerate(zip(samples, images, strict=True)):
+        line = {name: getattr(sample, name) for name in ("dataset", "key", "prompt", "answer", "expected")}
+        if image is not None:
+            image.save(folder / f"{number}.jpg", quality=90)
+        lines.append(line | {"picture": None if image is None else f"{number}.jpg"})
+    temporary = folder / "samples.tmp"
+    temporary.write_text(json.dumps(lines, indent=1) + "\n")
+    os.replace(temporary, folder / "samples.json")  # the report reads it, whatever was killed before
+    return images

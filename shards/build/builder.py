@@ -1,0 +1,267 @@
+"""Building a dataset, shard by shard, in a process pool, continued where it was killed.
+
+A dataset is cut into shards by groups of rows, before anything is decoded, so the cut depends on the rows alone and
+not on the number of workers. One task is one shard (`shards.build.task`); it is finished when its tar, its sidecar and
+its part are there and belong to the same build. `index.json` closes the dataset.
+
+Share r of n is every n-th task from r on. Shares may run at once, on machines that see one file system, in any order,
+and more than once; a run of the whole, (0, 1), finds their shards finished and writes the index.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+from collections.abc import Generator, Iterator
+from concurrent.futures import Executor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from shards.build.claim import BuildError, check_mark, claim, join, locked
+from shards.build.pool import build_all
+from shards.build.task import FITTED, Failure, Part, Processor, ProcessorFactory, Task, failed, finished
+from shards.catalog import Row, Stage, StageSettings
+from shards.convert import CONVERTERS
+from shards.convert.reading import open_rows
+from shards.format import (
+    FORMAT_VERSION,
+    INDEX_NAME,
+    REJECTS_NAME,
+    DatasetIndex,
+    ShardInfo,
+    Totals,
+    canonical_json,
+    digest,
+)
+from shards.storage.base import Storage
+from shards.storage.open import open_storage
+
+REJECT_BUDGET = 0.05  # rejects over groups of rows
+MAX_FAILED = 5  # shards of one run; more of them are no accident
+BUILD_VERSION = 3  # raise it when decoding, converters or writer make other samples of the same settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """What a run of `build_dataset` did.
+
+    Attributes:
+        index: of the whole dataset; None after a share.
+        made: totals of the shards that this run made, by the names of `Totals`.
+        num_made: how many these are.
+        num_kept: shards of the share that earlier runs had finished.
+        fitted: samples of the whole, or the share, that were "shrunk" or are "parts" of a tree, to fit the stage.
+    """
+
+    index: DatasetIndex | None
+    made: Counter[str]
+    num_made: int
+    num_kept: int
+    fitted: dict[str, int]
+
+
+def build_dataset(
+    row: Row,
+    stage: Stage,
+    settings: StageSettings,
+    make_processor: ProcessorFactory,
+    *,
+    raw: Path,
+    out: str | Path,
+    pool: Executor | None = None,
+    share: tuple[int, int] = (0, 1),
+    overwrite: bool = False,
+    retry_failed: bool = False,
+    reject_budget: float = REJECT_BUDGET,
+) -> Built:
+    """Build one dataset of the catalog, or a share of it, into a folder or a bucket, or continue.
+
+    Args:
+        row: the dataset.
+        stage: the stage it is built for.
+        settings: limits, variants, examples per shard.
+        make_processor: makes this process's processor; `pool` has its own.
+        raw: the dataset's folder of raw files.
+        out: the place of the shards, a folder or s3://…; nothing in it may belong to another build unless `overwrite`.
+        pool: a `worker_pool` made with the same `make_processor`; without one, this process does the work.
+        share: (r, n) for task r of n; (0, 1) is the whole, which alone writes the index.
+        overwrite: throw away what another build left there; for the whole only.
+        retry_failed: of the shards that are missing, build those alone that have failed.
+        reject_budget: the most rejects, as a share of the groups of rows that this run is to build.
+
+    Raises:
+        SourceError: raw files missing, damaged, or of another layout.
+        BuildError: another build's shards in `out`, too many rejects, failed shards, a full disk, a killed worker.
+    """
+    label = f"{stage}/{row.name}"
+    (rank, number), whole = share, share == (0, 1)
+    if not 0 <= rank < number or (overwrite and not whole):
+        raise BuildError(f"{label}: task {rank}/{number}: r must be in 0..N-1, and only 0/1 may overwrite")
+    processor = make_processor()
+    build, tasks = _plan(row, stage, settings, processor, raw, str(out))
+    mine, storage = tasks[rank::number], open_storage(out)
+    with _explained(label), locked(storage, shared=not whole):
+        if whole:
+            claim(storage, build, overwrite)
+        else:
+            join(storage, build)
+        kept = {task.name: part for task in mine if (part := finished(task, storage)) is not None}
+        missing = [task for task in mine if task.name not in kept]
+        waiting = [task for task in missing if not retry_failed or failed(task, storage)]
+        if missing:
+            storage.remove(INDEX_NAME)
+        with closing(_run(waiting, mine, kept, processor, pool, label)) as running:
+            for results in running:
+                _check_budget(storage, mine, results, reject_budget)
+        parts = _all_made(label, results)
+        made = Counter[str]()
+        for task in waiting:
+            made.update(parts[task.name].totals)
+        index = None
+        if whole:
+            if len(parts) < len(tasks):
+                raise BuildError(
+                    f"{label}: {len(tasks) - len(parts)} shards are still to be built; omit --retry-failed"
+                )
+            ordered = [parts[task.name] for task in tasks]
+            _write_rejects(storage, ordered)
+            index = _index(row, stage, settings, processor, build, ordered)
+            if index.totals.samples == 0:
+                raise BuildError(f"{label}: no sample was made; {storage.root}/{REJECTS_NAME} says why")
+            check_mark(storage, build)
+            storage.write(INDEX_NAME, (index.model_dump_json(indent=1) + "\n").encode())
+    fitted = {name: sum(part.totals.get(name, 0) for part in parts.values()) for name in FITTED}
+    return Built(index=index, made=made, num_made=len(waiting), num_kept=len(kept), fitted=fitted)
+
+
+def _plan(
+    row: Row, stage: Stage, settings: StageSettings, processor: Processor, raw: Path, out: str
+) -> tuple[dict[str, Any], list[Task]]:
+    """The settings that the bytes of a dataset follow from, and its tasks: the same wherever it is asked."""
+    if row.converter not in CONVERTERS:
+        raise BuildError(
+            f"{stage}/{row.name}: no converter {row.converter!r}; the catalog may name {', '.join(CONVERTERS)}"
+        )
+    table = open_rows(row, stage, raw)
+    groups, size = table.groups(row.group_by), settings.examples_per_shard
+    build = {
+        "version": [FORMAT_VERSION, BUILD_VERSION],
+        "row": row.build_settings(),
+        "settings": settings.model_dump(mode="json"),
+        "processor": processor.settings,
+        "files": {f.relative_to(raw).as_posix(): h for f, h in zip(table.files, table.digests, strict=True)},
+    }
+    tasks = [
+        Task(
+            name=f"{number:06d}",
+            groups=tuple(groups[first : first + size]),
+            row=row,
+            stage=stage,
+            raw=raw,
+            out=out,
+            settings=settings,
+            build_digest=digest(build),
+        )
+        for number, first in enumerate(range(0, len(groups), size))
+    ]
+    return build, tasks
+
+
+@contextmanager
+def _explained(label: str) -> Iterator[None]:
+    """Turn what the machine does to a build into a message for its user."""
+    try:
+        yield
+    except BrokenProcessPool:
+        raise BuildError(
+            f"{label}: a worker was killed (out of memory?); start again with fewer --workers: finished shards are kept"
+        ) from None
+    except OSError as error:
+        why = "the disk is full; make room" if error.errno in {errno.ENOSPC, errno.EDQUOT} else str(error)
+        raise BuildError(f"{label}: {why}; the same command continues: finished shards are kept") from error
+
+
+def _run(
+    waiting: list[Task],
+    mine: list[Task],
+    kept: dict[str, Part],
+    processor: Processor,
+    pool: Executor | None,
+    label: str,
+) -> Generator[dict[str, Part | Failure]]:
+    """What became of the tasks so far: what is kept, then again after each that waited; ends early at `MAX_FAILED`."""
+    results: dict[str, Part | Failure] = dict(kept)
+    yield results
+    total, left = (sum(len(task.groups) for task in tasks) for tasks in (mine, waiting))
+    with (
+        tqdm(total=total, initial=total - left, desc=label, unit="ex", mininterval=0.5) as bar,
+        closing(build_all(waiting, processor, pool)) as running,
+    ):
+        for task, result in running:
+            bar.update(len(task.groups))
+            results[task.name] = result
+            yield results
+            if sum(isinstance(result, Failure) for result in results.values()) > MAX_FAILED:
+                return
+
+
+def _all_made(label: str, results: dict[str, Part | Failure]) -> dict[str, Part]:
+    """The parts; refuses when there are failures."""
+    failures = [result for result in results.values() if isinstance(result, Failure)]
+    if failures:
+        listed = "".join(f"\n  {failure.shard}: {failure.reason}" for failure in failures)
+        raise BuildError(f"{label}: {len(failures)} shards failed; --retry-failed builds them alone:{listed}")
+    return {name: result for name, result in results.items() if isinstance(result, Part)}
+
+
+def _index(
+    row: Row, stage: Stage, settings: StageSettings, processor: Processor, build: dict[str, Any], parts: list[Part]
+) -> DatasetIndex:
+    sums = Counter[str]()
+    for part in parts:
+        sums.update(part.totals)
+    return DatasetIndex(
+        format_version=FORMAT_VERSION,
+        dataset=row.name,
+        stage=stage,
+        num_variants=settings.num_variants,
+        processor=processor.settings,
+        source=dict(row.source),
+        build={key: build[key] for key in ("version", "settings", "files")},
+        totals=Totals(**{name: sums[name] for name in Totals.model_fields}),
+        shards=tuple(ShardInfo(**part.shard) for part in parts),
+    )
+
+
+def _write_rejects(storage: Storage, parts: list[Part]) -> None:
+    rejects = [reject for part in parts for reject in part.rejects]
+    storage.write(REJECTS_NAME, b"".join(canonical_json(reject) + b"\n" for reject in rejects))
+
+
+def _check_budget(storage: Storage, tasks: list[Task], results: dict[str, Part | Failure], budget: float) -> None:
+    """Stop as soon as the tasks cannot stay within the budget.
+
+    Shards with rejects are built again by the next try: whoever mends a source expects that.
+    """
+    parts = {name: part for name, part in sorted(results.items()) if isinstance(part, Part)}
+    faulty = {name: part for name, part in parts.items() if any(not r["omitted"] for r in part.rejects)}
+    rejects = [reject for part in faulty.values() for reject in part.rejects if not reject["omitted"]]
+    num_groups = sum(len(task.groups) for task in tasks)
+    if len(rejects) <= budget * num_groups:
+        return
+    _write_rejects(storage, list(parts.values()))
+    for name in faulty:
+        storage.remove(f"{name}.part.json")
+    reasons = Counter(reject["reason"].split(":")[0] for reject in rejects).most_common(5)
+    listed = "".join(f"\n  {count} x {reason}" for reason, count in reasons)
+    first = rejects[0]
+    raise BuildError(
+        f"{first['dataset']}: {len(rejects)} rejects in {num_groups} groups of rows, {budget:.1%} allowed:{listed}\n"
+        f"first: {first['file']} row {first['row']}: {first['reason']}\n"
+        f"all so far: {storage.root}/{REJECTS_NAME}; mend the source, or raise --reject-budget"
+    )

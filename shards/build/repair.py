@@ -1,0 +1,267 @@
+"""Repair of a dataset on disk: shards fetched again from a copy, damaged samples dropped, indexes made anew.
+
+What is dropped is recorded in `repairs.jsonl`. The old index is set aside as `repair.json` before anything is changed,
+and the new one is written last: a repair that was killed is continued by the next. A repaired dataset has another
+digest, since it has other samples; training that was under way refuses it with its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.build.verify import Finding, verify_span
+from shards.build.writer import index_row, npy_bytes
+from shards.format import (
+    BLOCK,
+    FORMAT_VERSION,
+    INDEX_NAME,
+    KEY_PATTERN,
+    REJECTS_NAME,
+    DatasetIndex,
+    FormatError,
+    ShardInfo,
+    Totals,
+    check_sidecar,
+    index_dtype,
+    parse_index,
+    span_hash,
+    tar_members,
+    whole_headers,
+)
+from shards.layout import VisualLayout
+from shards.schema import Sample
+from shards.storage.base import Storage
+from shards.storage.local import LocalStorage
+
+SET_ASIDE, LOG_NAME = "repair.json", "repairs.jsonl"
+TAR_RECORD = tarfile.RECORDSIZE  # a tar's length is a multiple of it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repaired:
+    """One shard that is whole now.
+
+    Attributes:
+        shard: its name.
+        fetched: whether it came from the copy.
+        unchecked: whether its checksums were lost, so that samples could only be parsed and not compared.
+        kept: samples that it has.
+        dropped: what is wrong with those that it had.
+    """
+
+    shard: str
+    fetched: bool
+    unchecked: bool
+    kept: int
+    dropped: tuple[Finding, ...]
+
+
+class RepairError(ValueError):
+    """A dataset that cannot be repaired: what its index said is not to be found."""
+
+
+def repair_dataset(folder: Path, copy: Storage | None = None, *, reindex: bool = False) -> Iterator[Repaired]:
+    """Make a dataset whole again; yields the shards that needed it, as they are done.
+
+    Args:
+        folder: the dataset.
+        copy: another place with the same dataset, from which shards are taken whose bytes are those of the index.
+        reindex: believe the tars that are there and nothing that the indexes say of them: all indexes are made anew.
+
+    Raises:
+        RepairError: neither an index nor what it can be made from.
+    """
+    storage, index = LocalStorage(folder), _last_index(folder)
+    layout = VisualLayout.from_json(index.processor["layout"])
+    known = {} if reindex else {shard.name: shard for shard in index.shards}
+    names = list(known) or sorted(name[:-4] for name in storage.list(".tar"))
+    storage.write(SET_ASIDE, index.model_dump_json().encode())
+    storage.path(INDEX_NAME).unlink(missing_ok=True)  # from here on the dataset is not whole
+    shards, sums = [], dict.fromkeys(Totals.model_fields, 0)
+    for name in names:
+        info = known.get(name)
+        whole = info is not None and _whole(storage, info)
+        fetched = info is not None and not whole and _fetch(storage, copy, info)
+        unchecked = not (whole or fetched or _has_sidecar(storage, info) or _has_tar(storage, info))
+        rows, kept, dropped, annotations = _scan(storage, name, info, index.num_variants, layout, folder.name)
+        if not kept:
+            for suffix in (".tar", ".idx.npy"):
+                storage.path(name + suffix).unlink(missing_ok=True)
+        else:
+            info = _rewrite(storage, name, info, rows, kept, bool(dropped))
+            shards.append(info)
+            counts = {"samples": len(rows), "bytes": info.bytes, "frames": int(rows["num_frames"].sum())}
+            counts |= {f"{n}s": int(rows[f"num_{n}s"][:, 0].sum()) for n in ("token", "crop")}
+            for total, value in {**counts, "annotations": annotations}.items():
+                sums[total] += value
+        if not whole:
+            _record(folder, dropped)
+            yield Repaired(shard=name, fetched=fetched, unchecked=unchecked, kept=len(rows), dropped=tuple(dropped))
+    if not shards:
+        raise RepairError(f"{folder}: no sample is left; build the dataset again with tools/build_shards.py")
+    sums["rejects"] = storage.read(REJECTS_NAME).count(b"\n") if storage.size(REJECTS_NAME) else 0
+    repaired = index.model_copy(update={"shards": tuple(shards), "totals": Totals(**sums)})
+    storage.write(INDEX_NAME, (repaired.model_dump_json(indent=1) + "\n").encode())
+    storage.path(SET_ASIDE).unlink()
+
+
+def _last_index(folder: Path) -> DatasetIndex:
+    """The index, the one that a killed repair set aside, or what the build's own notes say of it."""
+    for name in (INDEX_NAME, SET_ASIDE):
+        try:
+            return parse_index((folder / name).read_bytes(), str(folder / name))
+        except (FileNotFoundError, FormatError):
+            continue
+    try:
+        build = json.loads((folder / "build.json").read_bytes())
+        return DatasetIndex(
+            format_version=FORMAT_VERSION,
+            dataset=folder.name,
+            stage=folder.parent.name,
+            num_variants=build["settings"]["num_variants"],
+            processor=build["processor"],
+            source={"note": "the index was lost and made anew from the shards; the catalog names the source"},
+            build={key: build[key] for key in ("version", "settings", "files")},
+            totals=Totals(**dict.fromkeys(Totals.model_fields, 0)),
+            shards=(),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise RepairError(
+            f"{folder}: neither {INDEX_NAME} nor build.json can be read ({type(error).__name__}: {error}): without the "
+            "processor's settings no length can be computed; copy one of them from another machine, or build again"
+        ) from None
+
+
+def _whole(storage: LocalStorage, info: ShardInfo) -> bool:
+    """Whether both files of a shard are byte for byte those of the index."""
+    return _has_tar(storage, info) and _has_sidecar(storage, info)
+
+
+def _has_tar(storage: LocalStorage, info: ShardInfo | None) -> bool:
+    return info is not None and _sha256(storage.path(f"{info.name}.tar")) == info.sha256
+
+
+def _has_sidecar(storage: LocalStorage, info: ShardInfo | None) -> bool:
+    return info is not None and _sha256(storage.path(f"{info.name}.idx.npy")) == info.index_sha256
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fetch(storage: LocalStorage, copy: Storage | None, info: ShardInfo) -> bool:
+    """Take a shard from the copy if its bytes there are those of the index."""
+    if copy is None:
+        return False
+    try:
+        files = {suffix: copy.read(info.name + suffix) for suffix in (".tar", ".idx.npy")}
+    except FileNotFoundError:
+        return False
+    if [hashlib.sha256(data).hexdigest() for data in files.values()] != [info.sha256, info.index_sha256]:
+        return False
+    for suffix, data in files.items():
+        storage.write(info.name + suffix, data)
+    return True
+
+
+def _scan(
+    storage: LocalStorage, name: str, info: ShardInfo | None, num_variants: int, layout: VisualLayout, dataset: str
+) -> tuple[npt.NDArray[np.void], list[bytes], list[Finding], int]:
+    """Rows and bytes of the samples of a shard that are whole, what is wrong with the others, and annotations kept."""
+    try:
+        data = storage.read(f"{name}.tar")
+    except FileNotFoundError:
+        lost = Finding(dataset=dataset, shard=f"{name}.tar", problem=f"missing: {info.samples if info else 0} samples")
+        return np.zeros(0, index_dtype(num_variants)), [], [lost], 0
+    rows, kept, dropped, annotations, end = [], [], [], 0, 0
+    for old, offset, span in _spans(storage, name, info, num_variants, data):
+        key = next((key for _, _, key in whole_headers(data[offset : offset + span])), "")
+        try:
+            row = _row(data[offset : offset + span], key, num_variants, layout) if old is None else old.copy()
+            annotations += verify_span(data[offset : offset + span], key, row, num_variants, layout)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            dropped.append(Finding(dataset=dataset, shard=f"{name}.tar", key=key, offset=offset, problem=str(error)))
+            continue
+        row["offset"], end = end, end + span
+        rows.append(row)
+        kept.append(data[offset : offset + span])
+    return (np.stack(rows) if rows else np.zeros(0, index_dtype(num_variants))), kept, dropped, annotations
+
+
+def _spans(
+    storage: LocalStorage, name: str, info: ShardInfo | None, num_variants: int, data: bytes
+) -> Iterator[tuple[npt.NDArray[np.void] | None, int, int]]:
+    """Sidecar row (None without a sidecar to be believed), offset and length of every sample of a tar."""
+    if info is None or not _has_sidecar(storage, info):
+        yield from ((None, offset, span) for offset, span in _walk(data))
+        return
+    rows = np.load(io.BytesIO(storage.read(f"{name}.idx.npy")), allow_pickle=False)
+    check_sidecar(rows, info, num_variants, name)
+    yield from ((row, int(row["offset"]), int(row["span"])) for row in rows)
+
+
+def _walk(data: bytes) -> Iterator[tuple[int, int]]:
+    """Offset and length of every run of tar members with one key, from the headers that are whole."""
+    start, end, key = 0, 0, None
+    for begin, after, found in whole_headers(data):
+        if found != key:
+            if key is not None:
+                yield start, end - start
+            start, key = begin, found
+        end = after
+    if key is not None:
+        yield start, end - start
+
+
+def _row(span: bytes, key: str, num_variants: int, layout: VisualLayout) -> npt.NDArray[np.void]:
+    """The sidecar row that the writer would have made of a sample."""
+    if not KEY_PATTERN.fullmatch(key):
+        raise FormatError(f"no key: {key[:40]!r}")
+    files = {name.split(".", 1)[1]: bytes(data) for name, data in tar_members(span).items()}
+    tokens = [np.load(io.BytesIO(files[f"tokens{k}.npy"]), allow_pickle=False) for k in range(num_variants)]
+    row = index_row(layout, Sample(key=key, record=json.loads(files["json"]), variants=tuple(tokens)))
+    row["span"], row["xxh64"] = len(span), span_hash(span)
+    return row
+
+
+def _rewrite(
+    storage: LocalStorage,
+    name: str,
+    info: ShardInfo | None,
+    rows: npt.NDArray[np.void],
+    kept: list[bytes],
+    changed: bool,
+) -> ShardInfo:
+    """Write a shard of the samples that are left, or leave it as it is; returns its entry in the index."""
+    if info is not None and not changed and _whole(storage, info):
+        return info
+    data = b"".join(kept)
+    data += b"\0" * (-(len(data) + 2 * BLOCK) % TAR_RECORD + 2 * BLOCK)
+    sidecar = npy_bytes(rows)
+    storage.write(f"{name}.tar", data)
+    storage.write(f"{name}.idx.npy", sidecar)
+    return ShardInfo(
+        name=name,
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        samples=len(rows),
+        index_sha256=hashlib.sha256(sidecar).hexdigest(),
+    )
+
+
+def _record(folder: Path, dropped: list[Finding]) -> None:
+    with open(folder / LOG_NAME, "a", encoding="utf-8") as file:
+        for finding in dropped:
+            file.write(json.dumps(asdict(finding)) + "\n")

@@ -1,0 +1,188 @@
+"""One shard of a build: its groups of rows -> examples -> samples -> tar, sidecar and part.
+
+A task says which groups of rows; its part, a JSON with the counts and the rejects, is written last and makes the shard
+a finished one. An error leaves a record instead, and costs no other shard. Which tasks there are, and who runs them,
+is decided elsewhere (`shards.build.builder`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from shards.build.writer import npy_bytes, write_shard
+from shards.catalog import Row, Stage, StageSettings
+from shards.convert.common import Group, Omitted
+from shards.convert.reading import convert, open_rows, read_groups
+from shards.format import ShardInfo, canonical_json
+from shards.layout import VisualLayout
+from shards.schema import Example, Limits, OverlongError, RejectedError, Sample, Source
+from shards.storage.base import Storage
+from shards.storage.local import LocalStorage
+from shards.storage.open import open_storage
+
+
+class Processor(Protocol):
+    """What the model hands to the builder: see `molmo2.processing`."""
+
+    layout: VisualLayout
+    settings: dict[str, Any]
+
+    def __call__(self, example: Example, limits: Limits) -> Sample:
+        """The sample of an example; raises `RejectedError`."""
+
+
+FITTED = {"shrunk": "crops", "parts": "annotations"}  # counts in a part -> the note in a record's "fitted"
+ProcessorFactory = Callable[[], Processor]  # picklable: every worker makes its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One shard: which groups of rows it holds. Picklable."""
+
+    name: str
+    groups: tuple[tuple[int, ...], ...]
+    row: Row
+    stage: Stage
+    raw: Path
+    out: str
+    settings: StageSettings
+    build_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What a finished shard contributes to the index."""
+
+    build_digest: str
+    shard: dict[str, Any]
+    totals: dict[str, int]
+    rejects: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A shard that an error ended: not a fault of one row, for that would be a reject."""
+
+    build_digest: str
+    shard: str
+    reason: str
+
+
+def finished(task: Task, storage: Storage) -> Part | None:
+    """The part of a shard that an earlier run of the same build finished, if its files are what it says."""
+    try:
+        part = Part(**json.loads(storage.read(f"{task.name}.part.json")))
+        shard = ShardInfo(**part.shard)
+        sidecar = storage.read(f"{task.name}.idx.npy")
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    same = part.build_digest == task.build_digest and storage.size(f"{task.name}.tar") == shard.bytes
+    return part if same and hashlib.sha256(sidecar).hexdigest() == shard.index_sha256 else None
+
+
+def failed(task: Task, storage: Storage) -> Failure | None:
+    """The record of a shard that an earlier run of the same build could not make."""
+    try:
+        failure = Failure(**json.loads(storage.read(f"{task.name}.failed.json")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return failure if failure.build_digest == task.build_digest else None
+
+
+def try_shard(task: Task, processor: Processor) -> Part | Failure:
+    """Build a shard, or record why not. What the machine does (OSError, memory) is not the shard's, and is raised."""
+    try:
+        return build_shard(task, processor)
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    failure = Failure(build_digest=task.build_digest, shard=task.name, reason=reason)
+    open_storage(task.out).write(f"{task.name}.failed.json", canonical_json(asdict(failure)))
+    return failure
+
+
+def build_shard(task: Task, processor: Processor) -> Part:
+    """Convert, process and write one shard; its part is written last."""
+    storage, totals, rejects = open_storage(task.out), Counter[str](), list[dict[str, Any]]()
+    # Beside its place, where that is a folder; else wherever there is room, until it is sent.
+    folder = Path(storage.root) if isinstance(storage, LocalStorage) else Path(tempfile.gettempdir())
+    temporary = folder / f".{task.name}.tar.{uuid.uuid4().hex[:8]}.tmp"
+    samples = _samples(task, processor, totals, rejects)
+    try:
+        shard, rows = write_shard(temporary, task.name, samples, processor.layout, task.settings.num_variants)
+        storage.publish(temporary, f"{task.name}.tar")
+    finally:
+        temporary.unlink(missing_ok=True)
+    storage.write(f"{task.name}.idx.npy", npy_bytes(rows))
+    totals.update(
+        samples=len(rows),
+        tokens=int(rows["num_tokens"][:, 0].sum()),
+        crops=int(rows["num_crops"][:, 0].sum()),
+        frames=int(rows["num_frames"].sum()),
+        bytes=shard.bytes,
+        rejects=len(rejects),
+    )
+    part = Part(build_digest=task.build_digest, shard=shard.model_dump(), totals=dict(totals), rejects=rejects)
+    storage.remove(f"{task.name}.failed.json")
+    storage.write(f"{task.name}.part.json", canonical_json(asdict(part)))
+    return part
+
+
+def _samples(task: Task, processor: Processor, totals: Counter[str], rejects: list[dict[str, Any]]) -> Iterator[Sample]:
+    """Samples of a shard; counts go to `totals`, what does not become a sample to `rejects`."""
+    row, stage, raw = task.row, task.stage, task.raw
+    for group in read_groups(row, stage, raw, open_rows(row, stage, raw), task.groups):
+        for item in _convert(group):
+            if isinstance(item, Example):
+                for made in _process(processor, item, task.settings.limits):
+                    if isinstance(made, Sample):
+                        totals["annotations"] += int(made.variants[0]["branch"][-1])
+                        notes = made.record.get("fitted", ())
+                        totals.update(kind for kind, noted in FITTED.items() if any(noted in note for note in notes))
+                        yield made
+                    else:
+                        rejects.append(_reject(task.row.name, item.key, item.source, str(made)))
+            elif isinstance(item, Omitted):
+                rejects.append(_reject(task.row.name, group.key, item.source, item.reason, omitted=True))
+            else:
+                rejects.append(_reject(task.row.name, group.key, group.sources[0], str(item)))
+
+
+def _process(processor: Processor, example: Example, limits: Limits) -> Iterator[Sample | RejectedError]:
+    """The samples of an example: one, or its tree in halves until they fit. The record of a part says so."""
+    try:
+        yield processor(example, limits)
+    except OverlongError:
+        whole = example.annotations
+        middle = len(whole) // 2
+        for number, part in enumerate((whole[:middle], whole[middle:])):
+            half = replace(example, key=f"{example.key}-{'ab'[number]}", annotations=part)
+            for made in _process(processor, half, limits):
+                if isinstance(made, Sample):
+                    note = {"annotations": {"wanted": len(whole), "kept": len(part)}}
+                    made.record.setdefault("fitted", []).append(note)
+                yield made
+    except RejectedError as error:
+        yield error
+
+
+def _convert(group: Group) -> Iterator[Example | Omitted | RejectedError]:
+    """What the converter makes of a group; an error that its values cause ends the group and becomes a reject."""
+    try:
+        yield from convert(group)
+    except RejectedError as error:
+        yield error
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        yield RejectedError(f"{group.row.converter} failed on the row's values: {type(error).__name__}: {error}")
+
+
+def _reject(dataset: str, key: str, source: Source, reason: str, *, omitted: bool = False) -> dict[str, Any]:
+    place = {"dataset": dataset, "key": key, "file": source.file, "row": source.row}
+    return {**place, "reason": reason, "omitted": omitted}

@@ -1,0 +1,200 @@
+"""Verification: recompute everything that a dataset's index claims, and name what does not hold.
+
+Reads every byte. A dataset is damaged when a file is missing or of other bytes, when the tar's members are not the
+samples that the sidecar lists, or when a sample does not expand to the lengths that the plan would pack by.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import posixpath
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.asked import MEMBER_NAME, read_asked
+from shards.format import (
+    INDEX_NAME,
+    KEY_PATTERN,
+    REJECTS_NAME,
+    TOKEN_DTYPE,
+    DatasetIndex,
+    FormatError,
+    ShardInfo,
+    check_sidecar,
+    key_hash,
+    parse_index,
+    span_hash,
+    tar_members,
+    whole_headers,
+)
+from shards.layout import VisualLayout, expand, sample_visuals, visual_crops
+from shards.media.images import decode_jpeg
+from shards.storage.base import Storage
+from shards.storage.open import open_storage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that is wrong, and where: `shard` and `key` are empty, `offset` -1, where they do not apply."""
+
+    dataset: str
+    problem: str
+    shard: str = ""
+    key: str = ""
+    offset: int = -1
+
+    def __str__(self) -> str:
+        place = [self.dataset, self.shard, self.key, f"byte {self.offset}" if self.offset >= 0 else ""]
+        return f"{' / '.join(part for part in place if part)}: {self.problem}"
+
+
+def find_datasets(root: str) -> list[str]:
+    """Every folder at or below `root`, a path or a URL, that holds shards or an index."""
+    marks = [name for suffix in (INDEX_NAME, ".tar", "build.json") for name in open_storage(root).list(suffix)]
+    return sorted({posixpath.join(root.rstrip("/"), posixpath.dirname(name)).rstrip("/") for name in marks})
+
+
+def verify_dataset(folder: str) -> Iterator[Finding | ShardInfo]:
+    """Findings of a dataset, and each shard when it has been read, for a progress bar. `folder`: a path or a URL."""
+    storage, name = open_storage(folder), posixpath.basename(folder.rstrip("/"))
+    try:
+        index = parse_index(storage.read(INDEX_NAME), f"{folder}/{INDEX_NAME}")
+        layout = VisualLayout.from_json(index.processor["layout"])
+    except FileNotFoundError:
+        yield Finding(dataset=name, problem=f"no {INDEX_NAME}: the build has not finished; run tools/build_shards.py")
+        return
+    except (FormatError, KeyError, TypeError) as error:
+        yield Finding(dataset=name, problem=f"unusable {INDEX_NAME}: {error}")
+        return
+    seen: dict[str, str] = {}
+    sums: Counter[str] = Counter()
+    for shard in index.shards:
+        for finding in _verify_shard(storage, index, shard, layout, seen, sums):
+            yield Finding(dataset=name, shard=f"{shard.name}.tar", **finding)
+        yield shard
+    listed = {shard.name for shard in index.shards}
+    for extra in sorted({n[:-4] for n in storage.list(".tar")} - listed):
+        yield Finding(dataset=name, shard=f"{extra}.tar", problem="not in the index")
+    sums["rejects"] = storage.read(REJECTS_NAME).count(b"\n") if storage.size(REJECTS_NAME) else 0
+    for total, value in index.totals.model_dump().items():
+        if sums[total] != value:
+            yield Finding(dataset=name, problem=f"{sums[total]} {total}, the index says {value}")
+
+
+def _verify_shard(
+    storage: Storage,
+    index: DatasetIndex,
+    shard: ShardInfo,
+    layout: VisualLayout,
+    seen: dict[str, str],
+    sums: Counter[str],
+) -> Iterator[dict[str, Any]]:
+    """Problems of a shard; its keys are added to `seen`, its counts to `sums`."""
+    try:
+        data, sidecar = storage.read(f"{shard.name}.tar"), storage.read(f"{shard.name}.idx.npy")
+    except FileNotFoundError as error:
+        yield {"problem": f"missing file: {error.filename}"}
+        return
+    if len(data) != shard.bytes or hashlib.sha256(data).hexdigest() != shard.sha256:
+        yield {"problem": f"{len(data)} bytes and other sha256 than the index says ({shard.bytes} bytes)"}
+    if hashlib.sha256(sidecar).hexdigest() != shard.index_sha256:
+        yield {"problem": "the sidecar has another sha256 than the index says"}
+        return
+    try:
+        rows = np.load(io.BytesIO(sidecar), allow_pickle=False)
+        check_sidecar(rows, shard, index.num_variants, f"{shard.name}.idx.npy")
+    except ValueError as error:
+        yield {"problem": f"unusable sidecar: {error}"}
+        return
+    sums.update(samples=len(rows), bytes=len(data), frames=int(rows["num_frames"].sum()))
+    sums.update(tokens=int(rows["num_tokens"][:, 0].sum()), crops=int(rows["num_crops"][:, 0].sum()))
+    end = 0
+    for row in rows:
+        offset, span = int(row["offset"]), int(row["span"])
+        if offset != end:
+            yield {"problem": f"sample at byte {offset}, but the one before ends at {end}", "offset": offset}
+        end = offset + span
+        key = _key(data[offset:end], int(row["key_hash"]))
+        try:
+            sums["annotations"] += verify_span(data[offset:end], key, row, index.num_variants, layout)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            problem = str(error) if isinstance(error, FormatError) else f"{type(error).__name__}: {error}"
+            yield {"problem": problem, "key": key, "offset": offset}
+        if key and key in seen:
+            yield {"problem": f"key occurs twice, first in {seen[key]}", "key": key, "offset": offset}
+        seen[key] = f"{shard.name}.tar"
+    if data[end:].strip(b"\0"):
+        yield {"problem": "bytes after the last sample", "offset": end}
+
+
+def verify_span(span: bytes, key: str, row: npt.NDArray[np.void], num_variants: int, layout: VisualLayout) -> int:
+    """Raise what is wrong with a sample's bytes or content; returns its number of annotations."""
+    if len(span) != row["span"]:
+        raise FormatError(f"cut short: {len(span)} of {int(row['span'])} bytes")
+    if span_hash(span) != row["xxh64"]:
+        raise FormatError(f"checksum {span_hash(span):016x}, the sidecar says {int(row['xxh64']):016x}")
+    members = tar_members(span)
+    if {name.split(".", 1)[0] for name in members} != {key} or not KEY_PATTERN.fullmatch(key):
+        raise FormatError(f"members of other samples: {', '.join(sorted(members))[:200]}")
+    if key_hash(key) != row["key_hash"]:
+        raise FormatError("the sidecar's key_hash is another key's")
+    return _verify_content({n.split(".", 1)[1]: bytes(d) for n, d in members.items()}, row, num_variants, layout)
+
+
+def _verify_content(files: dict[str, bytes], row: npt.NDArray[np.void], num_variants: int, layout: VisualLayout) -> int:
+    """Raise where a sample's files and its sidecar row disagree; returns its number of annotations."""
+    record = json.loads(files["json"])
+    images = {int(n[:-4]): decode_jpeg(d).shape for n, d in files.items() if n.endswith(".jpg")}
+    asked = {MEMBER_NAME} & set(files)
+    expected = asked | {
+        "json",
+        *(f"tokens{k}.npy" for k in range(num_variants)),
+        *(f"{i:03d}.jpg" for i in range(len(images))),
+    }
+    if set(files) != expected:
+        raise FormatError(f"members {sorted(set(files) ^ expected)} are missing or unexpected")
+    size = layout.crop_size
+    for visual in record["visuals"]:
+        if images[visual["view"]] != (size, size, 3):
+            raise FormatError(f"image {visual['view']} is {images[visual['view']]}, wanted {size} x {size}")
+        if visual["kind"] == "image" and images[visual["canvas"]][:2] != layout.canvas_size(tuple(visual["tiling"])):
+            raise FormatError(
+                f"image {visual['canvas']} is {images[visual['canvas']]}, not of tiling {visual['tiling']}"
+            )
+    num_frames = sum(visual["kind"] == "frame" for visual in record["visuals"])
+    if num_frames != row["num_frames"]:
+        raise FormatError(f"{num_frames} frames, the sidecar says {row['num_frames']}")
+    annotations, num_asked = 0, len(read_asked(files[MEMBER_NAME])) if asked else None
+    for k in range(num_variants):
+        tokens = np.load(io.BytesIO(files[f"tokens{k}.npy"]), allow_pickle=False)
+        if tokens.dtype != TOKEN_DTYPE:
+            raise FormatError(f"variant {k}: tokens of dtype {tokens.dtype}")
+        visuals = sample_visuals(record, k)
+        expanded = expand(layout, tokens, visuals)
+        found = {
+            "num_tokens": len(expanded.input_ids),
+            "num_crops": sum(visual_crops(visual) for visual in visuals),
+            "loss_weight": np.float32(np.sum(tokens["weight"], dtype=np.float64)),
+        }
+        wrong = [
+            f"{name} {value}, the sidecar says {row[name][k]}" for name, value in found.items() if value != row[name][k]
+        ]
+        if wrong:
+            raise FormatError(f"variant {k}: {'; '.join(wrong)}")
+        annotations = annotations if k else int(tokens["branch"][-1])
+    if num_asked not in {None, annotations}:
+        raise FormatError(f"{num_asked} annotations in {MEMBER_NAME}, {annotations} branches")
+    return annotations
+
+
+def _key(span: bytes, hashed: int) -> str:
+    """The key of a sample: the one that the sidecar means, if any header has it, else that of the first header."""
+    keys = [key for _, _, key in whole_headers(span)]
+    return next((key for key in keys if key_hash(key) == hashed), keys[0] if keys else "")

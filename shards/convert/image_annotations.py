@@ -1,0 +1,121 @@
+"""Captions and points on images."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import PIL.Image
+
+from shards.convert.common import (
+    SCALES,
+    Group,
+    Omitted,
+    at_least_one,
+    packed_points,
+    rng_of,
+    text_of,
+    to_fractions,
+    xy_pairs,
+)
+from shards.convert.image_questions import images_of
+from shards.schema import Annotation, Example, ImageRef, PointGroup, Points, RejectedError, Text
+
+
+def image_caption(group: Group) -> Iterator[Example | Omitted]:
+    """One image with a long caption and, in `options.transcript_stages`, what speakers said about it."""
+    annotations: list[Annotation] = []
+    if caption := group.text("caption"):
+        annotations.append(Text(style="long_caption", answer=caption))
+    if group.stage in group.row.options.get("transcript_stages", ()):
+        spoken = [text_of(transcript) for transcript in group.items("transcripts")]
+        annotations += [Text(style="transcript", answer=transcript) for transcript in spoken if transcript]
+    at_least_one(annotations, "no caption and no transcript")
+    yield group.example(annotations, images=[group.image()])
+
+
+def image_points(group: Group) -> Iterator[Example | Omitted]:
+    """One image with labels and their points, an example for each of `options.styles`.
+
+    `options.scale` says what coordinates are: "percent", "pixel", "unit" (0 - 1) or "thousand" (0 - 1000). Labels of
+    more than `options.max_points` points are left out, and an example holds at most as many in all. A row has one
+    label, or a list of labels with a list of points for each. The field `number` is the count where nobody pointed.
+    """
+    most = int(group.option("max_points"))
+    image = group.image()
+    kind = group.option("scale")
+    scale = _size(image) if kind == "pixel" else SCALES[kind]
+    labels = []
+    for index in range(len(group.values)):
+        for label, question, value in _labelled(group, index):
+            points = to_fractions(xy_pairs(value), scale)
+            if label and len(points) <= most:
+                found = (PointGroup(at=1, points=points),) if points else ()
+                number = None if points else group.get("number", index)
+                labels.append(Points(style="", label=label, question=question, groups=found, number=number))
+            else:
+                yield group.omit(f"more than {most} points: {len(points)}" if label else "no label", index)
+    for style in group.option("styles") if group.stage != "eval" else group.option("styles")[:1]:
+        for number, run in enumerate(packed_points(labels, most)):
+            yield group.example(
+                [replace(points, style=style) for points in run], images=[image], suffix=f"-{style}-{number}"
+            )
+
+
+def _labelled(group: Group, index: int) -> Iterator[tuple[str, str, Any]]:
+    """Label, question and points, once or for each item of a row's lists."""
+    label, question, points = (group.get(field, index) for field in ("label", "question", "points"))
+    if not isinstance(label, list):
+        yield text_of(label), text_of(question), points
+        return
+    if len(points or ()) != len(label):
+        raise RejectedError(f"{len(label)} labels and {len(points or ())} lists of points")
+    for place, name in enumerate(label):
+        yield text_of(name), text_of(question[place]) if question else "", points[place]
+
+
+def multi_image_points(group: Group) -> Iterator[Example | Omitted]:
+    """Several images, each with a label and points: one label is drawn, and asked for in all or some of the images.
+
+    The style is drawn from `options.styles`. Half of the time all images are asked about, else a drawn part of them,
+    which `options.ask_some`, texts with {label} and {images}, name "image_1, image_3".
+    """
+    most, labels, points = int(group.option("max_points")), group.items("labels"), group.items("points")
+    images = images_of(group)
+    if not len(images) == len(labels) == len(points):
+        raise RejectedError(f"{len(images)} images, {len(labels)} labels and {len(points)} lists of points")
+    draw = rng_of(f"{group.row.name}/{group.key}", "multi-image points")
+    names = sorted({text for label in labels if (text := text_of(label))})
+    if not names:
+        raise RejectedError("no label")
+    label = names[int(draw.integers(len(names)))]
+    style = group.option("styles")[int(draw.integers(len(group.option("styles"))))]
+    everywhere, asked = draw.random() < 0.5, list(range(len(images)))
+    if not everywhere:
+        asked = sorted(int(i) for i in draw.permutation(len(images))[: draw.integers(1, len(images) + 1)])
+    found = [
+        PointGroup(at=place + 1, points=to_fractions(xy_pairs(points[place]), SCALES[group.option("scale")]))
+        for place in asked
+        if text_of(labels[place]) == label and points[place]
+    ]
+    question = ""
+    if not everywhere:
+        texts = group.option("ask_some")[style]
+        named = ", ".join(f"image_{place + 1}" for place in asked)
+        question = texts[int(draw.integers(len(texts)))].format(label=label, images=named)
+    annotation = Points(style=style, label=label, question=question, groups=tuple(found))
+    if annotation.count > most:
+        yield group.omit(f"more than {most} points: {annotation.count}")
+    else:
+        yield group.example([annotation], images=images)
+
+
+def _size(image: ImageRef) -> tuple[float, float]:
+    """Width and height in pixels, from the header."""
+    try:
+        with PIL.Image.open(image.path if image.path is not None else io.BytesIO(image.data or b"")) as opened:
+            return float(opened.width), float(opened.height)
+    except (OSError, SyntaxError) as error:
+        raise RejectedError(f"media: {image.path or 'embedded image'}: not a readable image ({error})") from None

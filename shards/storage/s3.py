@@ -1,0 +1,290 @@
+"""S3 behind the seven verbs of `shards.storage.base`, on any endpoint that speaks it.
+
+Credentials, region and endpoint come from where every S3 client finds them: `AWS_*` variables, `~/.aws`, the roles of
+a machine. Ranges are read with plain pooled GETs on presigned URLs: the whole deadline is ours, and a read costs a
+fraction of the CPU time of boto3's `get_object`. All else goes through boto3.
+
+Keeping samples on disk is not here, nor is anything that lists a bucket while training.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import boto3
+import urllib3
+from boto3.exceptions import Boto3Error
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay, wait_exponential_jitter
+
+from shards.storage.base import UnavailableError, tally
+
+LOG = logging.getLogger(__name__)
+DEADLINE = 120.0  # seconds of one read with all its attempts
+ATTEMPT = 30.0  # seconds of one attempt, body included
+CONNECT = 10.0
+PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between attempts: doubles, with jitter
+POOL = 64  # connections per process
+PRESIGNED = 900  # seconds that a URL is used; it is valid twice as long
+CHUNK = 1 << 20
+TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+
+
+class _TransientError(Exception):
+    """An attempt that failed in a way that another may not; `pause`: seconds the server asks for."""
+
+    def __init__(self, reason: str, pause: float = 0.0) -> None:
+        super().__init__(reason)
+        self.pause = pause
+
+
+class S3Storage:
+    """A prefix of a bucket, `s3://bucket/prefix`. Holds no connection, so that it travels to worker processes."""
+
+    def __init__(self, url: str) -> None:
+        self.root = url.rstrip("/")
+        self.bucket, _, self.prefix = self.root.removeprefix("s3://").partition("/")
+        self.deadline = DEADLINE
+        if not self.bucket:
+            raise ValueError(f"{url}: no bucket in it; write s3://bucket/prefix")
+
+    def key(self, name: str) -> str:
+        """The object of a name.
+
+        Raises:
+            ValueError: the name is absolute or climbs out of the root.
+        """
+        parts = name.split("/")
+        if not all(parts) or ".." in parts or "." in parts:
+            raise ValueError(f"{self.root}: unsafe file name {name!r}: it must be relative and stay below the root")
+        return "/".join([self.prefix, *parts] if self.prefix else parts)
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """See `storage.Storage.read`. Every answer is checked to be the range that was asked for.
+
+        Raises:
+            FileNotFoundError: no such object.
+            PermissionError: the store refuses.
+            UnavailableError: no whole answer within the deadline.
+        """
+        key, since = self.key(name), time.monotonic()
+        if length == 0:
+            return b""
+        end = since + self.deadline
+        attempts = Retrying(
+            retry=retry_if_exception_type(_TransientError),
+            stop=stop_before_delay(self.deadline),
+            wait=_wait,
+            before_sleep=functools.partial(_log_retry, f"{self.root}/{name}"),
+            reraise=True,
+        )
+        try:
+            return attempts(self._get, key, offset, length, end)
+        except _TransientError as error:
+            raise UnavailableError(
+                f"{self.root}/{name}: no answer in {time.monotonic() - since:.0f} s: {error}; "
+                "check the endpoint and the network, then start again: the run resumes where it was"
+            ) from None
+
+    def _get(self, key: str, offset: int, length: int | None, end: float) -> bytes:
+        """One attempt at a ranged GET."""
+        until = min(end, time.monotonic() + ATTEMPT)
+        last = "" if length is None else str(offset + length - 1)
+        try:
+            response = _connections(os.getpid()).request(
+                "GET",
+                _presigned(os.getpid(), self.bucket, key, int(time.monotonic() / PRESIGNED)),
+                headers={"Range": f"bytes={offset}-{last}"},
+                preload_content=False,
+                redirect=False,
+                retries=False,
+                timeout=urllib3.Timeout(connect=CONNECT, read=max(0.1, min(ATTEMPT, until - time.monotonic()))),
+            )
+            try:
+                return self._body(response, key, offset, length, until)
+            except BaseException:
+                response.close()  # what is left of the body must not meet the next request on this connection
+                raise
+            finally:
+                response.release_conn()
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            if isinstance(error, FileNotFoundError | PermissionError):
+                raise
+            raise _TransientError(f"{type(error).__name__}: {error}") from None
+
+    def _body(
+        self, response: urllib3.BaseHTTPResponse, key: str, offset: int, length: int | None, until: float
+    ) -> bytes:
+        where = f"s3://{self.bucket}/{key}"
+        status = response.status
+        if status == 416:  # the range begins behind the end
+            return b""
+        if status in (200, 206):
+            return _whole_body(response, offset, length, until)
+        words = response.read(2000, decode_content=True).decode("utf-8", "replace")
+        found = re.search(r"<Code>(\w+)</Code>", words)
+        code = found[1] if found else f"status {status}"
+        if status in TRANSIENT or code in ("SlowDown", "RequestTimeout", "InternalError"):
+            raise _TransientError(f"{code} ({status})", _retry_after(response))
+        if status == 404:
+            raise FileNotFoundError(2, f"no such object ({code})", where)
+        remedy = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, the region and the bucket's policy"
+        raise PermissionError(13, f"the store refuses: {code} ({status}); {remedy}", where)
+
+    def write(self, name: str, data: bytes) -> None:
+        """See `storage.Storage.write`: an object appears whole or not at all."""
+        with self._errors(name):
+            _client(os.getpid()).put_object(Bucket=self.bucket, Key=self.key(name), Body=data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """See `storage.Storage.create`: a put on the condition that there is no such object."""
+        with self._errors(name):
+            try:
+                _client(os.getpid()).put_object(Bucket=self.bucket, Key=self.key(name), Body=data, IfNoneMatch="*")
+            except ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):  # one is there, or on its way
+                    return False
+                raise
+        return True
+
+    def publish(self, path: Path, name: str) -> None:
+        """See `storage.Storage.publish`: large files go up in parts; the local file is removed afterwards.
+
+        The client sends a checksum of every part, and the size is compared.
+        """
+        with self._errors(name):
+            _client(os.getpid()).upload_file(str(path), self.bucket, self.key(name))
+        if (found := self.size(name)) != path.stat().st_size:
+            raise UnavailableError(f"{self.root}/{name}: {found} bytes after {path.stat().st_size} were sent")
+        path.unlink()
+
+    def size(self, name: str) -> int | None:
+        """See `storage.Storage.size`."""
+        try:
+            with self._errors(name):
+                found = _client(os.getpid()).head_object(Bucket=self.bucket, Key=self.key(name))
+        except FileNotFoundError:
+            return None
+        return int(found["ContentLength"])
+
+    def remove(self, name: str) -> None:
+        """See `storage.Storage.remove`."""
+        with self._errors(name):
+            _client(os.getpid()).delete_object(Bucket=self.bucket, Key=self.key(name))
+
+    def list(self, suffix: str = "") -> list[str]:
+        """See `storage.Storage.list`."""
+        prefix = f"{self.prefix}/" if self.prefix else ""
+        with self._errors(""):
+            pages = _client(os.getpid()).get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+            names = [found["Key"].removeprefix(prefix) for page in pages for found in page.get("Contents", ())]
+        hidden = (name for name in names if not name.rsplit("/", 1)[-1].startswith("."))
+        return sorted(name for name in hidden if name.endswith(suffix))
+
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        """boto3's errors as OSErrors that name the object."""
+        where = f"{self.root}/{name}"
+        try:
+            yield
+        except ClientError as error:
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            if status == 404:
+                raise FileNotFoundError(2, "no such object or bucket", where) from None
+            if status in (401, 403):
+                raise PermissionError(13, f"the store refuses: {error}", where) from None
+            raise UnavailableError(f"{where}: {error}") from None
+        except (BotoCoreError, Boto3Error) as error:
+            raise UnavailableError(f"{where}: {error}") from None
+
+
+def _whole_body(response: urllib3.BaseHTTPResponse, offset: int, length: int | None, until: float) -> bytes:
+    """The range from `offset` on; `length` bytes of it, fewer where the object ends."""
+    start, expected = 0, None
+    if response.status == 206:
+        found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if not found or int(found[1]) != offset:
+            raise _TransientError(f"asked for bytes from {offset}, got {response.headers.get('Content-Range')!r}")
+        expected = int(found[2]) + 1 - offset
+        total = None if found[3] == "*" else int(found[3])
+        if length is not None and expected != (length if total is None else min(length, total - offset)):
+            raise _TransientError(f"asked for {length} bytes from {offset}, got {found[0]!r}")
+    else:  # a server that knows no ranges sends everything
+        start = offset
+        expected = int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
+    chunks, received = [], 0
+    while chunk := response.read1(CHUNK):
+        chunks.append(chunk)
+        received += len(chunk)
+        if time.monotonic() > until:
+            raise _TransientError(f"{received} bytes in {ATTEMPT:.0f} s: too slow")
+    if expected is not None and received != expected:
+        raise _TransientError(f"{received} bytes of a body of {expected}")
+    data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    return data[start : None if length is None else start + length] if start or length is not None else data
+
+
+def _retry_after(response: urllib3.BaseHTTPResponse) -> float:
+    """Seconds that the server asks for; dates are not understood and count as none."""
+    value = response.headers.get("Retry-After", "")
+    return float(value) if value.isdecimal() else 0.0
+
+
+def _wait(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.pause if isinstance(error, _TransientError) else 0.0
+    backoff = wait_exponential_jitter(multiplier=PAUSE, max=LONGEST_PAUSE, jitter=PAUSE)
+    return min(max(asked, backoff(state)), LONGEST_PAUSE)
+
+
+def _log_retry(where: str, state: RetryCallState) -> None:
+    tally("retries")
+    error = state.outcome.exception() if state.outcome else None
+    LOG.warning("%s: attempt %d failed: %s; again in %.1f s", where, state.attempt_number, error, state.upcoming_sleep)
+
+
+_CREATING = threading.Lock()
+os.register_at_fork(before=_CREATING.acquire, after_in_parent=_CREATING.release, after_in_child=_CREATING.release)
+
+
+# Connections do not survive a fork: each process has its own.
+@functools.lru_cache(maxsize=1)
+def _connections(pid: int) -> urllib3.PoolManager:
+    return urllib3.PoolManager(num_pools=8, maxsize=POOL)
+
+
+def _client(pid: int) -> Any:
+    with _CREATING:  # many threads ask for the first one at once, and making one takes a while
+        return _new_client(pid)
+
+
+@functools.lru_cache(maxsize=1)
+def _new_client(pid: int) -> Any:
+    config = Config(
+        signature_version="s3v4",
+        retries={"mode": "standard", "total_max_attempts": 8},
+        connect_timeout=CONNECT,
+        read_timeout=ATTEMPT,
+        max_pool_connections=POOL,
+    )
+    return boto3.session.Session().client("s3", config=config)
+
+
+@functools.lru_cache(maxsize=4096)
+def _presigned(pid: int, bucket: str, key: str, period: int) -> str:
+    """A URL for reading an object; signing is local. `period` makes a new one now and then."""
+    url = _client(pid).generate_presigned_url(
+        "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=2 * PRESIGNED
+    )
+    return str(url)

@@ -1,0 +1,214 @@
+"""An opened dataset: its index, and its sidecars as arrays that answer look-ups by row number."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.format import (
+    INDEX_NAME,
+    DatasetIndex,
+    FormatError,
+    ShardInfo,
+    check_sidecar,
+    index_dtype,
+    npy_rows,
+    parse_index,
+)
+from shards.storage.base import Storage
+from shards.storage.local import LocalStorage
+from shards.storage.open import open_storage
+from shards.stream.cache import ShardCache, cache_dir
+
+SMALL = 64 << 10  # mean bytes of a sample, below which its shards are worth keeping whole on the local disk
+Array = npt.NDArray[Any]
+
+
+class DatasetError(ValueError):
+    """A dataset that is missing, unfinished, or built for another processor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tars:
+    """What a reader needs of a dataset: small, so that it travels to worker processes, unlike the sidecars.
+
+    `whole`: bytes and SHA-256 of the tars, where `cache` may keep them; else both are empty.
+    """
+
+    name: str
+    storage: Storage
+    shards: tuple[str, ...]
+    cache: ShardCache | None = None
+    whole: tuple[tuple[int, str], ...] = ()
+
+    def read(self, shard: int, offset: int, length: int, *, past_cache: bool) -> bytes:
+        """A range of a tar; `past_cache`: what the cache holds was wrong."""
+        name = f"{self.shards[shard]}.tar"
+        if self.cache is None:
+            return self.storage.read(name, offset, length)
+        size, sha256 = self.whole[shard]
+        if past_cache:
+            self.cache.forget(sha256)
+            return self.storage.read(name, offset, length)
+        return self.cache.read(self.storage, name, size, sha256, offset, length)
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A finished dataset. `ends[i]` is the number of samples up to and with shard i."""
+
+    name: str
+    storage: Storage
+    index: DatasetIndex
+    sidecars: tuple[Array, ...]
+    ends: Array
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    @property
+    def tars(self) -> Tars:
+        """Where the samples' bytes lie."""
+        return Tars(self.name, self.storage, tuple(shard.name for shard in self.index.shards))
+
+    def lookup(self, ordinals: Array) -> tuple[Array, Array, Array]:
+        """Shard, row in it, and index row (structured) of samples numbered through all shards, [n] each."""
+        shard = np.searchsorted(self.ends, ordinals, side="right")
+        row = ordinals - np.append(0, self.ends)[shard]
+        found = np.empty(len(ordinals), index_dtype(self.index.num_variants))
+        order = np.argsort(shard, kind="stable")
+        for part in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1):
+            found[part] = self.sidecars[shard[part[0]]][row[part]]
+        return shard, row, found
+
+
+def _load_sidecar(storage: Storage, shard: ShardInfo, num_variants: int) -> Array:
+    """Verified and memory-mapped; one from a bucket is first copied to the disk, once."""
+    name, dtype = f"{shard.name}.idx.npy", index_dtype(num_variants)
+    if isinstance(storage, LocalStorage):
+        local, data = storage, storage.read(name)
+    else:
+        local, data = _fetch_sidecar(storage, shard)
+        name = f"{shard.index_sha256}.npy"
+    found = hashlib.sha256(data).hexdigest()
+    if found != shard.index_sha256:
+        raise ValueError(f"sha256 {found[:16]}..., index.json says {shard.index_sha256[:16]}...")
+    start, count = npy_rows(data, dtype)
+    # A plain array over the map: looking up rows of numpy's own memmap class costs several times more.
+    return np.asarray(np.memmap(local.path(name), dtype, "r", start, (count,)))
+
+
+def _fetch_sidecar(storage: Storage, shard: ShardInfo) -> tuple[LocalStorage, bytes]:
+    """The cache and a sidecar's bytes, which are then in it if they are the right ones."""
+    cache, name = LocalStorage(cache_dir()), f"{shard.index_sha256}.npy"
+    try:
+        data = cache.read(name)
+    except FileNotFoundError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        data = storage.read(f"{shard.name}.idx.npy")
+        if hashlib.sha256(data).hexdigest() == shard.index_sha256:
+            cache.write(name, data)
+    return cache, data
+
+
+def open_dataset(root: str, name: str) -> Dataset:
+    """Open `root`/`name`.
+
+    Raises:
+        DatasetError: no such dataset, or one whose build has not finished.
+        FormatError: a damaged index, or one of another format version.
+    """
+    storage = open_storage(f"{root.rstrip('/')}/{name}")
+    where = f"{storage.root}/{INDEX_NAME}"
+    try:
+        index = parse_index(storage.read(INDEX_NAME), where)
+    except FileNotFoundError:
+        raise DatasetError(
+            f"{where} does not exist: dataset {name} is not built, or its build has not finished; "
+            "run tools/build_shards.py for its stage (finished shards are kept)"
+        ) from None
+    sidecars = []
+    for shard in index.shards:
+        file = f"{storage.root}/{shard.name}.idx.npy"
+        try:
+            rows = _load_sidecar(storage, shard, index.num_variants)
+        except (FileNotFoundError, ValueError) as error:
+            raise FormatError(
+                f"{file}: cannot be used: {error}; run tools/verify_shards.py, and fetch or build it again"
+            ) from None
+        check_sidecar(rows, shard, index.num_variants, file)
+        sidecars.append(rows)
+    ends = np.cumsum([len(rows) for rows in sidecars], dtype=np.int64)
+    return Dataset(name, storage, index, tuple(sidecars), ends)
+
+
+def find_dataset(roots: tuple[str, ...], name: str) -> Dataset:
+    """The dataset from the first root that has it finished.
+
+    Raises:
+        DatasetError: none of the roots has it.
+    """
+    for root in roots:
+        if open_storage(f"{root.rstrip('/')}/{name}").size(INDEX_NAME) is not None:
+            return open_dataset(root, name)
+    raise DatasetError(
+        f"dataset {name} is in none of {', '.join(roots)} (no finished {INDEX_NAME}); "
+        "build it with tools/build_shards.py, or take it out of the recipe's mixture"
+    )
+
+
+def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
+    """Dotted paths at which two JSON values differ, with both values."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = sorted(found.keys() | wanted.keys())
+        parts = (differences(found.get(k), wanted.get(k), f"{path}.{k}" if path else str(k)) for k in keys)
+        return [line for part in parts for line in part]
+    # Tuples become lists in JSON; they are the same setting.
+    if isinstance(found, list | tuple) and isinstance(wanted, list | tuple) and list(found) == list(wanted):
+        return []
+    return [] if found == wanted else [f"{path}: {found!r}, wanted {wanted!r}"]
+
+
+def check_processor(dataset: Dataset, wanted: dict[str, Any]) -> None:
+    """Refuse shards that another processor made.
+
+    Raises:
+        DatasetError: a setting differs; every one is named with both values.
+    """
+    found = differences(dataset.index.processor, wanted)
+    if found:
+        listed = "\n  ".join(found)
+        raise DatasetError(
+            f"{dataset.storage.root} was built by another processor than the recipe's:\n  {listed}\n"
+            "rebuild it with tools/build_shards.py --overwrite, or use the model and tokenizer it was built for"
+        )
+
+
+def with_cache(datasets: Iterable[Dataset], budget: int) -> tuple[Tars, ...]:
+    """What readers need of each dataset, with the cache for those that it can hold whole; the smallest come first."""
+    datasets = tuple(datasets)
+    sizes = {dataset.name: sum(shard.bytes for shard in dataset.index.shards) for dataset in datasets}
+    chosen, left = set(), budget
+    for dataset in sorted(datasets, key=lambda dataset: (sizes[dataset.name], dataset.name)):
+        size, remote = sizes[dataset.name], not isinstance(dataset.storage, LocalStorage)
+        if remote and size <= left and size < SMALL * len(dataset):
+            chosen.add(dataset.name)
+            left -= size
+    cache = ShardCache(cache_dir() / "shards", budget)
+    return tuple(
+        replace(
+            dataset.tars,
+            cache=cache,
+            whole=tuple((shard.bytes, shard.sha256) for shard in dataset.index.shards),
+        )
+        if dataset.name in chosen
+        else dataset.tars
+        for dataset in datasets
+    )

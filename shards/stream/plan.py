@@ -1,0 +1,260 @@
+"""The plan: batches as a pure function of (indexes, recipe, seed, cursor).
+
+    mixture  ->  which draws fall into a window of virtual time
+    order    ->  which sample each draw is
+    packing  ->  the window's draws as packs, shuffled by the seed
+    steps    ->  the next `packs_per_step` packs, across window borders
+
+Nothing here reads a shard or keeps a buffer. The cursor is the whole state; a resume computes one window.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.format import digest
+from shards.storage.base import read_threads
+from shards.stream.dataset import Dataset, check_processor, differences, find_dataset
+from shards.stream.mixture import MixtureSpec, draws_before, integer_weights, phase
+from shards.stream.order import epoch_keys, key_of, permute_blocks, shuffled
+from shards.stream.packing import pack
+
+PLAN_VERSION = 1
+Array = npt.NDArray[Any]
+
+
+class PlanError(ValueError):
+    """A plan that cannot be made, or a saved state that belongs to another plan."""
+
+
+class Draw(NamedTuple):
+    """One sample of a pack: which, where its bytes lie, and the lengths of its `variant`. A reader needs no index.
+
+    `dataset` is a number in `Plan.datasets`, `shard` one in its index; offset, span, xxh64: see `format.index_dtype`.
+    """
+
+    dataset: int
+    shard: int
+    row: int
+    variant: int
+    offset: int
+    span: int
+    xxh64: int
+    num_tokens: int
+    num_crops: int
+    loss_weight: float
+
+
+class PackSpec(NamedTuple):
+    """What one sequence holds: slot `slot` of step `step`."""
+
+    step: int
+    slot: int
+    draws: tuple[Draw, ...]
+
+
+class Cursor(NamedTuple):
+    """The state of the data: steps done, and the next pack (window, number in it)."""
+
+    step: int = 0
+    window: int = 0
+    offset: int = 0
+
+
+class StepSpec(NamedTuple):
+    """One optimizer step. `divisor` is the sum of loss weights over all its packs; `cursor` stands after it."""
+
+    step: int
+    packs: tuple[PackSpec, ...]
+    divisor: float
+    cursor: Cursor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSettings:
+    """What the order of batches depends on, beside the datasets and the mixture.
+
+    `window` is the length of a window in virtual time, about its number of draws; `packs_per_step` the global batch;
+    `block` the number of stored neighbours that an epoch takes one after another, 1 for none.
+    """
+
+    sequence_length: int
+    max_crops: int
+    packs_per_step: int
+    window: int = 4096
+    seed: int = 0
+    block: int = 1
+
+
+class Plan:
+    """The batches of a run. Pure: two plans with equal arguments give equal steps, on any machine."""
+
+    def __init__(self, datasets: Sequence[Dataset], mixture: MixtureSpec, settings: PlanSettings) -> None:
+        """Check that every sample fits.
+
+        Raises:
+            PlanError: a sample is longer than the sequence or has too many crops.
+            MixtureError: a dataset is empty or its share vanishes.
+        """
+        datasets = sorted(datasets, key=lambda dataset: dataset.name)  # the order in a recipe changes nothing
+        self.datasets, self.settings = tuple(datasets), settings
+        weights = integer_weights(mixture, {dataset.name: len(dataset) for dataset in datasets})
+        self.weights = {dataset.name: weights[dataset.name] for dataset in datasets}
+        self._phases = {dataset.name: phase(settings.seed, dataset.name) for dataset in datasets}
+        self._sizes = np.array([len(dataset) for dataset in datasets])
+        keys = [key_of("order", settings.seed, dataset.name) for dataset in datasets]
+        self._order_keys = np.array(keys, np.uint64)
+        for dataset in datasets:
+            _check_lengths(dataset, settings)
+        # A step often ends inside a window, and the next one begins there.
+        self._window = functools.lru_cache(maxsize=4)(self._compute_window)
+
+    def step(self, cursor: Cursor) -> StepSpec:
+        """The step that begins at a cursor.
+
+        Raises:
+            PlanError: nothing in the step has a loss weight.
+        """
+        packs: list[tuple[Draw, ...]] = []
+        window, offset = cursor.window, cursor.offset
+        while len(packs) < self.settings.packs_per_step:
+            taken = self._window(window)[offset : offset + self.settings.packs_per_step - len(packs)]
+            packs += taken
+            offset += len(taken)
+            if offset >= len(self._window(window)):
+                window, offset = window + 1, 0
+        divisor = math.fsum(draw.loss_weight for draws in packs for draw in draws)
+        if divisor <= 0:
+            raise PlanError(f"step {cursor.step}: no sample has a loss weight; check message weights and converters")
+        specs = tuple(PackSpec(cursor.step, slot, draws) for slot, draws in enumerate(packs))
+        return StepSpec(cursor.step, specs, divisor, Cursor(cursor.step + 1, window, offset))
+
+    def draws_until(self, window: int) -> dict[str, int]:
+        """Draws of every dataset before a window."""
+        time = window * self.settings.window
+        return {name: draws_before(time, weight, self._phases[name]) for name, weight in self.weights.items()}
+
+    def epochs(self, window: int) -> dict[str, float]:
+        """How often every dataset has been gone through before a window."""
+        return {dataset.name: self.draws_until(window)[dataset.name] / len(dataset) for dataset in self.datasets}
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that the order of batches depends on, JSON."""
+        return {
+            "plan_version": PLAN_VERSION,
+            "datasets": {dataset.name: dataset.index.digest for dataset in self.datasets},
+            "weights": self.weights,
+            "settings": asdict(self.settings),
+        }
+
+    def state(self, cursor: Cursor) -> dict[str, Any]:
+        """What a checkpoint keeps, JSON: the cursor and what it belongs to."""
+        return {"cursor": cursor._asdict(), "identity": self.identity()}
+
+    def restore(self, state: dict[str, Any]) -> Cursor:
+        """The cursor of a saved state.
+
+        Raises:
+            PlanError: the state belongs to another plan; everything that changed is named.
+        """
+        changed = differences(self.identity(), state["identity"])
+        if changed:
+            listed = "\n  ".join(changed)
+            raise PlanError(
+                f"the data has changed since the checkpoint:\n  {listed}\n"
+                "give back what the checkpoint was made with, start a new run from its weights (init), or change the "
+                "data on purpose (train.py --change-data)"
+            )
+        return Cursor(**state["cursor"])
+
+    def change_over(self, state: dict[str, Any]) -> tuple[Cursor, list[str]]:
+        """Where this plan takes over from the other one of a saved state, and what is different.
+
+        At the same virtual time, in the first window after the one under way: what is left of that one is not drawn.
+        A dataset goes on where this plan's shares would have brought it by then.
+        """
+        cursor, old = Cursor(**state["cursor"]), state["identity"]
+        changed = differences(self.identity(), old)
+        if not changed:
+            return cursor, []
+        time = (cursor.window + (cursor.offset > 0)) * old["settings"]["window"]
+        return Cursor(cursor.step, -(-time // self.settings.window), 0), changed
+
+    def _compute_window(self, window: int) -> list[tuple[Draw, ...]]:
+        """All packs of a window, in the order of training."""
+        draws = self._draws(window)
+        tokens = np.array([draw.num_tokens for draw in draws], np.int64)
+        crops = np.array([draw.num_crops for draw in draws], np.int64)
+        packs = pack(tokens, crops, self.settings.sequence_length, self.settings.max_crops)
+        order = shuffled(len(packs), key_of("packs", self.settings.seed, window)).tolist()
+        # Inside a pack samples stand in an order of their own, not from long to short.
+        place = shuffled(len(draws), key_of("members", self.settings.seed, window)).tolist()
+        return [tuple(draws[i] for i in sorted(packs[number], key=place.__getitem__)) for number in order]
+
+    def _draws(self, window: int) -> list[Draw]:
+        """The draws of a window, dataset by dataset."""
+        before = np.array(list(self.draws_until(window).values()))
+        counts = np.array(list(self.draws_until(window + 1).values())) - before
+        ends = np.cumsum(counts)
+        number = np.repeat(np.arange(len(counts)), counts)
+        drawn = np.arange(ends[-1]) + np.repeat(before - ends + counts, counts)  # counts from the dataset's first draw
+        epochs, positions = np.divmod(drawn, self._sizes[number])
+        keys = epoch_keys(self._order_keys[number], epochs)
+        ordinals = permute_blocks(positions, self._sizes[number], keys, self.settings.block)
+        draws: list[Draw] = []
+        for i in np.flatnonzero(counts).tolist():
+            part = slice(int(ends[i] - counts[i]), int(ends[i]))
+            draws += _draws_of(i, self.datasets[i], ordinals[part], epochs[part])
+        return draws
+
+
+def _draws_of(number: int, dataset: Dataset, ordinals: Array, epochs: Array) -> list[Draw]:
+    """Draws of one dataset. The text variant changes with the epoch, and starts elsewhere for every sample."""
+    shard, row, found = dataset.lookup(ordinals)
+    variant = (epochs + found["key_hash"]) % dataset.index.num_variants
+    each = np.arange(len(row))
+    columns = [shard, row, variant, found["offset"], found["span"], found["xxh64"]]
+    columns += [found[field][each, variant] for field in ("num_tokens", "num_crops", "loss_weight")]
+    return [Draw(number, *values) for values in zip(*(column.tolist() for column in columns), strict=True)]
+
+
+def _check_lengths(dataset: Dataset, settings: PlanSettings) -> None:
+    limits = {"num_tokens": settings.sequence_length, "num_crops": settings.max_crops}
+    for field, limit in limits.items():
+        most = max((int(rows[field].max(initial=0)) for rows in dataset.sidecars), default=0)
+        if most > limit:
+            above = sum(int(np.count_nonzero((rows[field] > limit).any(axis=1))) for rows in dataset.sidecars)
+            raise PlanError(
+                f"dataset {dataset.name}: {above} of {len(dataset)} samples have more than {limit} {field[4:]} "
+                f"(at most {most}); raise the recipe's limit, or build the shards for this one"
+            )
+
+
+def open_plan(
+    roots: Sequence[str], mixture: MixtureSpec, settings: PlanSettings, processor: dict[str, Any] | None = None
+) -> Plan:
+    """Open every dataset of a mixture from the first root that has it, and plan.
+
+    `processor`: the settings of the recipe's processor, to which the shards must agree; None does not check.
+
+    Raises:
+        DatasetError, FormatError, MixtureError, PlanError: see there.
+    """
+    opened = read_threads().map(lambda name: find_dataset(tuple(roots), name), mixture.dataset_names)
+    datasets = list(opened)  # sidecars are read and hashed
+    if processor is not None:
+        for dataset in datasets:
+            check_processor(dataset, processor)
+    return Plan(datasets, mixture, settings)
+
+
+def step_digest(step: StepSpec) -> str:
+    """Digest of everything in a step: what must be equal at any world size."""
+    return digest([step.packs, step.divisor])

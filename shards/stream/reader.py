@@ -1,0 +1,132 @@
+"""Reading one sample: a byte range, its checksum, its members. Damage is found here, named, and never repaired.
+
+A sample whose bytes are wrong is read again, a few times; then the caller gets a `Damage` instead. Decoding images
+and putting packs together is the work of `shards.stream.collate`; `shards.stream.loader` counts damages against a
+budget.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.asked import MEMBER_NAME
+from shards.format import TOKEN_DTYPE, FormatError, npy_rows, span_hash, tar_members, whole_headers
+from shards.layout import sample_visuals
+from shards.storage.base import UnavailableError, tally
+from shards.stream.dataset import Tars
+from shards.stream.plan import Draw
+
+ATTEMPTS = 3
+PAUSE = 0.05  # seconds before the second attempt; doubles, with jitter
+JITTER = random.Random()  # of pauses alone: no data depends on it
+
+
+class ReadError(ValueError):
+    """Bytes that are not the sample they should be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSample:
+    """One variant of one sample as stored: tokens unexpanded, images still JPEG, numbered as in the record.
+
+    `asked`: the member that `shards.asked` reads, where there is one.
+    """
+
+    key: str
+    tokens: npt.NDArray[np.void]
+    visuals: list[dict[str, Any]]
+    images: dict[int, memoryview]
+    asked: memoryview | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """A sample that could not be read, and where it lies: what the quarantine list records.
+
+    `key` is None where no tar header of the sample is whole.
+    """
+
+    dataset: str
+    shard: str
+    row: int
+    key: str | None
+    offset: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.dataset}/{self.shard}.tar, sample {self.row} ({self.key}) at byte {self.offset}: {self.reason}"
+
+
+def read_sample(tars: Tars, draw: Draw) -> StoredSample | Damage:
+    """Read a draw by one byte range, verified. Wrong bytes are read again before they count as damage.
+
+    Raises:
+        UnavailableError: the store does not answer, which says nothing about the sample.
+    """
+    span, reason = b"", ""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            tally("retries")
+            time.sleep(PAUSE * 2 ** (attempt - 1) * (1 + JITTER.random()))
+        try:
+            span = tars.read(draw.shard, draw.offset, draw.span, past_cache=attempt > 0)
+            check_span(span, draw)
+            tally("bytes", len(span))
+            return parse_sample(span, draw.variant)
+        except UnavailableError:
+            raise
+        except (ReadError, FormatError, OSError) as error:
+            reason = str(error)
+    key = next((key for _, _, key in whole_headers(span)), None)
+    return damage(tars, draw, key, f"{reason} ({ATTEMPTS} reads)")
+
+
+def damage(tars: Tars, draw: Draw, key: str | None, reason: str) -> Damage:
+    """The record of a draw that cannot be used."""
+    shard = tars.shards[draw.shard]
+    return Damage(dataset=tars.name, shard=shard, row=draw.row, key=key, offset=draw.offset, reason=reason)
+
+
+def check_span(span: bytes, draw: Draw) -> None:
+    """Compare a span with what the index says of it.
+
+    Raises:
+        ReadError: fewer bytes, or other ones.
+    """
+    if len(span) != draw.span:
+        raise ReadError(f"{len(span)} bytes, expected {draw.span}: the file is cut short")
+    found = span_hash(span)
+    if found != draw.xxh64:
+        raise ReadError(f"checksum {found:016x}, expected {draw.xxh64:016x}")
+
+
+def parse_sample(span: bytes, variant: int) -> StoredSample:
+    """The members of a verified span as a sample.
+
+    Raises:
+        FormatError: no plain tar.
+        ReadError: members of several keys, a member missing, or a member that does not parse.
+    """
+    members = tar_members(span)
+    keys = {name.split(".", 1)[0] for name in members}
+    if len(keys) != 1:
+        raise ReadError(f"members of {len(keys)} samples where one was expected")
+    key = keys.pop()
+    try:
+        fields = {name.split(".", 1)[1]: data for name, data in members.items()}
+        record = json.loads(str(fields["json"], "utf-8"))
+        stored = fields[f"tokens{variant}.npy"]
+        start, count = npy_rows(stored, TOKEN_DTYPE)
+        tokens = np.frombuffer(stored, TOKEN_DTYPE, count, start)
+        visuals = sample_visuals(record, variant)
+        images = {int(name[:-4]): data for name, data in fields.items() if name.endswith(".jpg")}
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ReadError(f"{type(error).__name__}: {error}") from None
+    return StoredSample(key=key, tokens=tokens, visuals=visuals, images=images, asked=fields.get(MEMBER_NAME))

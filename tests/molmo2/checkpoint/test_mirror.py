@@ -1,0 +1,119 @@
+"""Copies of checkpoints in a bucket of a real S3 server: whole or passed over, pruned, and enough to go on from."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import toy_run
+from s3_server import BUCKET, environment, s3_server
+from train_runs import curve, train
+
+import shards.storage.s3
+from molmo2.checkpoint import mirror
+from molmo2.checkpoint.files import META, CheckpointError, damage, file_hash
+from molmo2.checkpoint.mirror import fetch, send, steps
+from molmo2.weights.load import open_model
+from shards.storage.open import open_storage
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with s3_server(tmp_path_factory.mktemp("weed")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(autouse=True)
+def bucket(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {**environment(server), "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    for cached in (shards.storage.s3._new_client, shards.storage.s3._presigned, shards.storage.s3._connections):
+        cached.cache_clear()
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    """Files and a meta.json that knows them."""
+    path = folder / f"step-{step:08d}"
+    (path / "deepspeed").mkdir(parents=True)
+    (path / "plan.json").write_text(json.dumps({"step": step}))
+    (path / "deepspeed/states.pt").write_bytes(bytes([step]) * (9 << 20))  # goes up in parts
+    names = ("plan.json", "deepspeed/states.pt")
+    files = {name: [(path / name).stat().st_size, file_hash(path / name)] for name in names}
+    (path / META).write_text(json.dumps({"format": 1, "step": step, "files": files}))
+    return path
+
+
+@pytest.mark.parametrize("where", ["s3", "folder"])
+def test_newest_whole_copy_comes_back(tmp_path: Path, where: str) -> None:
+    url = f"s3://{BUCKET}/runs/one" if where == "s3" else str(tmp_path / "far")
+    store, said = open_storage(url), list[str]()
+    for step in (1, 2, 3):
+        send(checkpoint(tmp_path / "local", step), url, keep=2)
+    assert steps(store) == ["step-00000003", "step-00000002"]
+    assert not [name for name in store.list() if name.startswith("step-00000001/")]
+    assert damage(tmp_path / "local/step-00000003") is None, "what was sent is still here, and nothing else"
+    (tmp_path / "new").mkdir()
+    fetch(url, tmp_path / "new", 3, said.append)
+    assert not list((tmp_path / "new").iterdir())
+    fetch(url, tmp_path / "new", 2, said.append)
+    assert damage(tmp_path / "new/step-00000003") is None
+    shutil.rmtree(tmp_path / "new/step-00000003")
+    store.write("step-00000003/deepspeed/states.pt", bytes(9 << 20))  # of the right size, and not what was sent
+    fetch(url, tmp_path / "new", 0, said.append)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["step-00000002"]
+    assert any("step-00000003: skipped: deepspeed/states.pt does not match its hash" in line for line in said)
+
+
+def test_half_a_copy_is_none(tmp_path: Path) -> None:
+    """Killed while sending: no mark. Sent again, only what is missing goes."""
+    url = f"s3://{BUCKET}/runs/half"
+    store, path = open_storage(url), checkpoint(tmp_path / "local", 5)
+    store.write("step-00000005/plan.json", (path / "plan.json").read_bytes())
+    assert steps(store) == []
+    (tmp_path / "new").mkdir()
+    fetch(url, tmp_path / "new", 0, print)
+    assert not list((tmp_path / "new").iterdir())
+    send(path, url, keep=1)
+    assert steps(store) == ["step-00000005"]
+
+
+def test_a_file_outside_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    url, path = f"s3://{BUCKET}/runs/evil", checkpoint(tmp_path / "local", 1)
+    send(path, url, keep=1)
+    meta = json.loads((path / META).read_text())
+    meta["files"]["../../escaped"] = [1, ""]
+    open_storage(url).write(f"step-00000001/{META}", json.dumps(meta).encode())
+    (tmp_path / "new").mkdir()
+    with pytest.raises((CheckpointError, ValueError), match=r"outside of the checkpoint|unsafe file name"):
+        fetch(url, tmp_path / "new", 0, print)
+    assert not (tmp_path / "escaped").exists()
+
+
+def test_ranks_that_open_a_mirror_at_once_get_the_same(tmp_path: Path) -> None:
+    url = str(tmp_path / "far")
+    send(checkpoint(tmp_path / "local", 1), url, keep=1)
+    with ThreadPoolExecutor(4) as pool:  # each opens the lock's file for itself, as processes do
+        found = list(pool.map(lambda _: mirror.cached(url, print), range(4)))
+    assert len(set(found)) == 1 and damage(found[0] / "checkpoints/step-00000001") is None
+
+
+@pytest.mark.dist
+def test_a_run_goes_on_from_the_bucket_on_a_new_disk(tmp_path: Path) -> None:
+    toy_run.build_toy(tmp_path)
+    url = f"s3://{BUCKET}/mirror"
+    whole = toy_run.write_recipe(tmp_path / "whole.yaml", "whole", steps=4)
+    train(tmp_path, whole, ranks=1)
+    recipe = toy_run.write_recipe(tmp_path / "run.yaml", "run", steps=4, mirror=url)
+    output = train(tmp_path, recipe, "--set", "train.steps=2", ranks=1)
+    assert "WARNING" not in output
+    lines = (tmp_path / "runs/run/log.jsonl").read_text()
+    shutil.rmtree(tmp_path / "runs/run")
+    assert open_model(f"{url}/run").origin["step"] == 2
+    assert "brought back from s3://" in train(tmp_path, recipe, ranks=1)
+    (tmp_path / "runs/run/log.jsonl").write_text(lines + (tmp_path / "runs/run/log.jsonl").read_text())
+    losses = [[line["loss"] for line in curve(tmp_path, name)] for name in ("run", "whole")]
+    # The learning rate is that of a run of two steps before, and of four after: the data and the start are what counts.
+    assert losses[0][:2] == losses[1][:2] and len(losses[0]) == 4
+    assert steps(open_storage(f"{url}/run"))[0] == "step-00000004"

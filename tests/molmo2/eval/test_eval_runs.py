@@ -1,0 +1,266 @@
+"""Evaluations as they are run: several ranks, killed and resumed, data that are missing, losses, and the tool."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import demo_eval
+import pytest
+import torch
+from demo_eval import CATALOG, DEMO
+from fork_server import python
+
+from molmo2.eval.answers import Line, Store, weights_digest
+from molmo2.eval.benchmarks import SUITES, choose
+from molmo2.eval.losses import held_out_loss
+from molmo2.eval.published import WITHOUT
+from molmo2.eval.questions import as_batch, draws_of, read_samples
+from molmo2.eval.runner import Ranks, evaluate
+from molmo2.eval.score_page import render_worst
+from molmo2.export.card import About
+from molmo2.export.model import export_model
+from molmo2.model.presets import PRESETS
+from shards.catalog import Filter
+from shards.convert.reading import convert, open_rows, read_groups, with_facts
+from shards.schema import RejectedError
+from shards.stream.dataset import open_dataset
+
+ROOT = Path(__file__).resolve().parents[3]
+
+# the published evaluations of Molmo2, by the names of their datasets
+PUBLISHED = """
+pixmo-cap pixmo-ask-model-anything pixmo-count pixmo-points-eval vqa-v2 text-vqa chart-qa doc-qa info-qa ai2d a-okvqa
+mmmu real-world-qa math-vista count-bench-qa point-bench muir-bench mmiu blink screen-spot-v2 screen-spot-pro os-world-g
+llava-video-academic perception-test next-qa mvbench tomato motion-bench temp-compass temporal-bench ego-schema
+video-mme long-video-bench lvbench mlvu video-eval-pro molmo2-cap-eval molmo2-video-count-eval molmo2-video-point-eval
+mevis ref-yt-vos molmo2-video-track-eval ref-davis17 reason-vos
+""".split()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Shards of a few examples a set, and a small random model."""
+    root = tmp_path_factory.mktemp("runs")
+    return root, demo_eval.build(root)
+
+
+def test_every_published_evaluation_has_a_benchmark_or_a_reason():
+    asked = [one for name, suite in SUITES.items() if name != "demo" for one in suite.benchmarks]
+    assert len(PUBLISHED) == 44
+    twice = {"a-okvqa-da"}  # a row of its own over the data of a-okvqa
+    assert {one.dataset for one in asked} | set(WITHOUT) == set(PUBLISHED) | twice
+    assert not {one.dataset for one in asked} & set(WITHOUT)
+    names = [one.name for suite in SUITES.values() for one in suite.benchmarks]
+    assert len(names) == len(set(names))
+    assert set(names) & set(SUITES) == {"pointing"}  # the demo's own, which only "demo" asks
+    assert [suite.catalog for suite in choose("pointing")] == ["molmo2-eval"]
+    assert all("," not in name for name in names)
+
+
+def test_suites_and_single_names_mix():
+    (multi, video) = choose("next-qa, multi-image")
+    assert [one.name for one in multi.benchmarks] == ["muir-bench", "mmiu", "blink"]
+    assert [one.name for one in video.benchmarks] == ["next-qa"]
+    assert [one.name for one in choose("video,next-qa")[0].benchmarks] == [b.name for b in SUITES["video"].benchmarks]
+    with pytest.raises(ValueError, match="use --loss pixmo-cap"):
+        choose("pixmo-cap")
+    with pytest.raises(ValueError, match="unknown; suites: demo, image"):
+        choose("nextqa")
+
+
+def test_ranks_share_the_samples_and_give_the_answers_of_one(demo, tmp_path):
+    root, subject = demo
+    arguments = (DEMO, str(root / "shards"), subject)
+    alone = evaluate(*arguments, tmp_path / "1", "d", limit=4)
+    for rank in (2, 1, 0):  # rank 0 last: it gathers
+        shared = evaluate(*arguments, tmp_path / "3", "d", limit=4, ranks=Ranks(rank=rank, world=3))
+        assert (shared.results == []) == (rank != 0)
+    assert shared.results == alone.results
+    files = (tmp_path / "3").glob("image-QA-*/rank-*.jsonl")
+    assert sorted(len(path.read_text().splitlines()) for path in files) == [1, 1, 2]
+
+
+def test_what_is_answered_is_not_asked_again(demo, tmp_path, monkeypatch):
+    root, subject = demo
+    shards = str(root / "shards")
+    first = evaluate(DEMO, shards, subject, tmp_path, "d", limit=4)
+    path = next(tmp_path.glob("image-QA-*/rank-00000.jsonl"))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:9])  # killed in the third answer
+    asked = []
+    processor = subject.processor
+    monkeypatch.setattr("molmo2.eval.runner.generate", _counted(asked))
+    again = evaluate(DEMO, shards, subject, tmp_path, "d", limit=4)
+    assert len(asked) == 2
+    assert again == first
+    assert subject.processor is processor
+    evaluate(DEMO, shards, subject, tmp_path, "other weights", limit=4)
+    assert len(asked) == 2 + sum(result["num_questions"] for result in first.results)
+
+
+def _counted(asked):
+    from molmo2.model.generate import generate
+
+    def counted(model, prompts, *rest):
+        asked.extend(prompts)
+        return generate(model, prompts, *rest)
+
+    return counted
+
+
+def test_datasets_that_are_not_built_are_skipped_with_what_to_do(demo, tmp_path):
+    root, subject = demo
+    here = tmp_path / "shards"
+    (here / "eval").mkdir(parents=True)
+    (here / "eval/demo-image-qa").symlink_to(root / "shards/eval/demo-image-qa")
+    outcome = evaluate(DEMO, str(here), subject, tmp_path / "a", "d", limit=1)
+    assert [result["name"] for result in outcome.results] == ["image QA"]
+    assert set(outcome.skipped) == {"counting", "pointing at all", "pointing", "video QA"}
+    assert "build_shards.py --catalog demo --stage eval --datasets demo-count" in outcome.skipped["counting"]
+
+
+def test_a_damaged_sample_ends_the_evaluation(demo, tmp_path):
+    """A score over the rest would be of other questions."""
+    root, subject = demo
+    shutil.copytree(root / "shards/eval/demo-image-qa", tmp_path / "shards/eval/demo-image-qa")
+    tar = tmp_path / "shards/eval/demo-image-qa/000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[2000] ^= 1
+    tar.write_bytes(data)
+    suite = replace(DEMO, benchmarks=DEMO.benchmarks[:1])
+    with pytest.raises(ValueError, match=r"demo-image-qa/000000.tar, sample 0 .*checksum .*--repair"):
+        evaluate(suite, str(tmp_path / "shards"), subject, tmp_path / "a", "d", limit=2)
+
+
+def test_facts_are_those_of_the_annotations_own_row(demo):
+    """One row, or one for each annotation: then it is clear whose they are."""
+    root, _ = demo
+
+    def groups(name, facts):
+        (row,) = CATALOG.select("eval", [name])
+        row, raw = row.model_copy(update={"facts": facts}), root / "raw" / name
+        table = open_rows(row, "eval", raw)
+        return list(read_groups(row, "eval", raw, table, table.groups(row.group_by)))
+
+    def check(group, name, say):
+        (example,) = convert(group)
+        assert [dict(one.facts) for one in example.annotations] == [{name: say(one)} for one in example.annotations]
+        return example
+
+    for group in groups("demo-points", {"name": "label"}):
+        check(group, "name", lambda one: one.label)
+    for group in groups("demo-video-qa", {"said": "Answer"}):
+        example = check(group, "said", lambda one: one.answer)
+        assert len(group.values) == len(example.annotations) == 2
+    with pytest.raises(RejectedError, match=r"2 rows made 3 annotations: whose are the facts said"):
+        with_facts(group, replace(example, annotations=example.annotations + example.annotations[:1]))
+
+
+def test_rows_left_out_are_counted(demo, tmp_path):
+    root, subject = demo
+    (row,) = CATALOG.select("eval", ["demo-image-qa"])
+    answers = [question.asked.answer for question in demo_eval.questions(root / "shards", row.name)]
+    rule = Filter(column="qa_pairs.answer", op="not_in", value=[[answers[0]]])
+    demo_eval.build_row(row.model_copy(update={"filters": (rule,)}), root / "raw", tmp_path)
+    suite = replace(DEMO, benchmarks=DEMO.benchmarks[:1])
+    (result,) = evaluate(suite, str(tmp_path), subject, tmp_path / "a", "d").results
+    assert result["num_left_out"] == answers.count(answers[0])
+    assert result["num_left_out"] + result["num_questions"] == len(answers)
+    assert all("filter: qa_pairs.answer" in reason for reason in result["left_out"])
+
+
+def test_an_unknown_dataset_of_a_loss_is_refused_first(monkeypatch):
+    """Before the model is opened: there is none of that name."""
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--checkpoint", "no-such-run", "--loss", "demo-cap"])
+    with pytest.raises(SystemExit, match="--loss demo-cap: no evaluation row in demo"):
+        runpy.run_path(str(ROOT / "tools/evaluate.py"), run_name="__main__")
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    store = Store.of(tmp_path, "x y", {"a": 1})
+    assert store.folder != Store.of(tmp_path, "x y", {"a": 2}).folder
+    with store.writer(3) as write:
+        write(Line("q1", "ü\n"))
+    assert store.take(["q1"]) == ["ü\n"]
+    with pytest.raises(ValueError, match=r"1 answers are missing \(q2"):
+        store.take(["q1", "q2"])
+    path = store.folder / "rank-00003.jsonl"
+    path.write_text("{\n" + path.read_text())
+    with pytest.raises(ValueError, match=r"rank-00003.jsonl, line 1"):
+        store.read()
+
+
+def test_digest_of_weights():
+    one = {"a": torch.arange(3.0), "b": torch.ones(2, dtype=torch.bfloat16)}
+    same = weights_digest({name: one[name] for name in ("b", "a")})
+    assert weights_digest(one) == same
+    assert weights_digest({**one, "a": torch.tensor([0, 1, 2.5])}) != same
+    assert weights_digest({**one, "a": one["a"].view(3, 1)}) != same
+
+
+@pytest.mark.parametrize("name", ["demo-image-qa", "demo-video-qa"])
+def test_loss_is_the_mean_over_all_weights_whatever_the_ranks(demo, tmp_path, name):
+    """Held to cross entropy of the model's own logits, weighted token by token."""
+    root, subject = demo
+    for rank in (1, 0):
+        ranks = Ranks(rank=rank, world=2)
+        found = held_out_loss(name, "demo", str(root / "shards"), subject, tmp_path, "d", limit=3, ranks=ranks)
+    dataset = open_dataset(str(root / "shards/eval"), name)
+    total = weight = 0.0
+    for draw, stored in read_samples(dataset.tars, draws_of(dataset, 3)):
+        b = as_batch(subject.processor.layout, draw, stored)
+        with torch.no_grad():
+            logits = subject.model(b.input_ids, b.position_ids, b.segment_ids, b.is_visual, b.pixels, b.pooling)
+        kept = b.loss_weights > 0  # elsewhere a label may be a visual token, which no logit is for
+        each = -logits[kept].float().log_softmax(-1).gather(-1, b.labels[kept][:, None])[:, 0]
+        total += float((each * b.loss_weights[kept]).sum())
+        weight += float(b.loss_weights.sum())
+    assert (found["num_samples"], found["num_left_out"]) == (3, 0)
+    assert found["weight"] == pytest.approx(weight)
+    assert found["loss"] == pytest.approx(total / weight, rel=1e-5)
+
+
+def test_the_tool_on_two_ranks(demo, tmp_path, monkeypatch):
+    """torchrun, plain python and a second start: the same results; JSON and a page without links."""
+    root, subject = demo
+    weights = dict(subject.model.state_dict())
+    export_model(PRESETS["tiny"], weights, root / "raw/tokenizer", tmp_path / "model", About(origin={"run": "t"}))
+    tool = ["tools/evaluate.py", "--checkpoint", tmp_path / "model", "--shards", root / "shards"]
+    tool += ["--limit", "3", "--device", "cpu"]
+    chosen = ["--benchmarks", "counting,mmiu", "--loss", "demo-image-qa"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(command, out):
+        whole = [*command, *tool, *chosen, "--out", tmp_path / out / "e.json"]
+        run = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+        assert run.returncode == 0, run.stderr
+        return json.loads((tmp_path / out / "e.json").read_text()), run.stdout
+
+    two, said = start(launch, "two")
+    one, _ = start([python()], "one")
+    for key in ("results", "skipped"):
+        assert two[key] == one[key]
+    assert one["losses"][0]["loss"] == pytest.approx(two["losses"][0]["loss"])
+    assert [result["name"] for result in two["results"]] == ["counting"]
+    assert list(two["skipped"]) == ["mmiu"] and "skipped mmiu" in said
+    page = (tmp_path / "two/e.html").read_text()
+    assert "counting: the worst answers" in page and "data:image/png" in page and "http" not in page
+    monkeypatch.setattr(sys, "argv", [*map(str, tool), "--benchmarks", "tracking"])
+    with pytest.raises(SystemExit, match="evaluate: nothing could be asked"):
+        runpy.run_path(str(ROOT / "tools/evaluate.py"), run_name="__main__")
+
+
+def test_the_page_escapes_what_a_model_says():
+    answer = {"key": "a", "prompt": "<i>?", "wanted": "7", "prediction": "<b>", "score": 0.0, "picture": None}
+    result = {"name": "x", "metric": "m", "num_questions": 1, "score": 0.0, "chance": None, "corpus": {"cider": 1.5}}
+    document = {"checkpoint": "c", "results": [{**result, "worst": [answer]}], "losses": [], "skipped": {"y": "<u>"}}
+    page = render_worst("T", document)
+    assert "&lt;b&gt;" in page and "&lt;i&gt;?" in page and "&lt;u&gt;" in page
+    assert re.search(r"cider \(all answers\).*1\.500", page)

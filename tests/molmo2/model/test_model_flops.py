@@ -1,0 +1,55 @@
+"""Counted operations against torch's own counter, and allowed pairs against the mask written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from packed_rows import build, image
+from tiny_models import CONFIGS, QWEN
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from molmo2.model.flops import TRAINING_FACTOR, Workload, attention_pairs, forward_flops
+from molmo2.model.mask import PAD_SEGMENT, allowed
+from molmo2.model.molmo2 import Molmo2
+
+PACKED = [([image(1, 2)], [5, 7]), ([], [6]), ([{"kind": "frame"}] * 2, [4, 4, 4])]
+
+
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_equal_to_torchs_counter(variant: str) -> None:
+    config = CONFIGS[variant]
+    model, row = Molmo2(config).init_weights(0), build(config, PACKED)
+    tokens = row["input_ids"].shape[1]
+    work = Workload(
+        num_crops=len(row["pixels"]),
+        num_visual_tokens=len(row["pooling"]),
+        pool_width=row["pooling"].shape[1],
+        num_tokens=tokens,
+        num_pairs=tokens**2,  # a dense kernel computes all of them
+        num_logits=tokens,
+    )
+    counted = forward_flops(config, work)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits = model(**row)
+    parts = {name.split(".")[-1]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    assert (counted.vit, counted.connector) == (parts["vit"], parts["connector"])
+    assert counted.llm == parts["text"] + parts["lm_head"]
+    assert counted.total == counter.get_total_flops()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits.sum().backward()
+    pixels = 2 * row["pixels"].numel() * config.vit.hidden_size  # nothing flows back into the pixels
+    assert counter.get_total_flops() == (TRAINING_FACTOR - 1) * counted.total - pixels
+
+
+def test_pairs_are_those_of_the_mask() -> None:
+    rows = [build(QWEN, members) for members in (PACKED, PACKED[:1], PACKED[1:2])]
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    padding = [longest - row["input_ids"].shape[1] for row in rows]
+    pad = torch.nn.functional.pad
+    segments = [pad(row["segment_ids"], (0, n), value=PAD_SEGMENT) for row, n in zip(rows, padding, strict=True)]
+    visual = [pad(row["is_visual"], (0, n)) for row, n in zip(rows, padding, strict=True)]
+    batch = torch.cat(segments), torch.cat(visual)
+    assert sum(padding) > 0
+    assert attention_pairs(*batch) == int(allowed(*batch).sum()) - sum(padding)
+    assert attention_pairs(torch.full((1, 4), PAD_SEGMENT), torch.zeros((1, 4), dtype=torch.bool)) == 0

@@ -1,0 +1,100 @@
+"""Ranks, sequence parallelism, ZeRO stages and micro-steps change nothing: loss, gradients, norms, trained weights."""
+
+from pathlib import Path
+
+import engine_cases
+import pytest
+import torch
+from ranks import run_ranks
+
+from molmo2.checkpoint.open import load_weights
+from molmo2.parallel.mesh import SINGLE
+from molmo2.training.engine import TrainingModule, deepspeed_config, read_engine_keys
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("world", "checkpointing", "heads"),
+    [(2, False, (6, 3)), (2, True, (5, 1)), (3, False, (7, 1)), (4, False, (6, 2)), (8, True, (14, 2))],
+)
+def test_sequence_parallel_gradients_equal_one_rank(world: int, checkpointing: bool, heads: tuple[int, int]) -> None:
+    ranks = run_ranks(world, engine_cases.gradients, (checkpointing, heads, 0.0))
+    for number, case in enumerate(engine_cases.BATCHES):
+        module = TrainingModule(engine_cases.model(heads), engine_cases.recipe(), SINGLE).train()
+        loss, logged = module(engine_cases.make(case))
+        loss.backward()
+        largest = max(p.grad.abs().max().item() for p in module.model.parameters() if p.grad is not None)
+        for rank in ranks:
+            got_loss, got = rank[number]
+            torch.testing.assert_close(got_loss, logged, rtol=1e-5, atol=1e-7)
+            for name, parameter in module.model.named_parameters():
+                assert parameter.grad is not None
+                # The gradient of a key bias is zero but for rounding, so it has no scale of its own.
+                scale = max(parameter.grad.abs().max().item(), 1e-2 * largest, 1e-12)
+                torch.testing.assert_close(got[name] / scale, parameter.grad / scale, rtol=0, atol=1e-5)
+
+
+SETTINGS = [  # precision, ZeRO stage, sp, base embedding frozen, offload
+    ("fp32", 0, 1, False),
+    ("fp32", 1, 1, False),
+    ("fp32", 2, 2, False),
+    ("fp32", 3, 1, False),
+    ("fp32", 3, 2, False),
+    ("bf16", 2, 2, False),
+    ("bf16", 3, 1, False),
+    ("fp32", 1, 2, True),
+    ("bf16", 2, 1, True),
+    ("fp32", 3, 1, True),
+    ("fp32", 1, 1, False, "optimizer"),
+    ("fp32", 2, 2, False, "optimizer", "activations"),
+    ("fp32", 3, 2, False, "optimizer", "activations"),
+    ("bf16", 3, 1, False, "optimizer"),
+]
+EMBEDDING = "text.embedding.base"
+
+
+@pytest.mark.dist
+def test_trained_weights_do_not_depend_on_ranks_or_zero_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOLMO2_DATA", str(tmp_path))
+    ranks = run_ranks(2, engine_cases.start, (str(tmp_path), SETTINGS))
+    alone, norms = engine_cases.train_alone()
+    assert min(step["vit"] for step in norms) > 0.05  # clipping binds
+    for number, (precision, stage, sp, frozen, *offload) in enumerate(SETTINGS):
+        config, weights, meta = load_weights("-".join(map(str, (precision, stage, sp, frozen, *offload))))
+        assert config == engine_cases.CONFIG
+        assert (meta["zero_stage"], meta["sp"], meta["finished"]) == (stage, sp, True)
+        assert set(weights) == set(alone.state_dict())
+        exact = precision == "fp32"
+        start = engine_cases.model().state_dict()[EMBEDDING]
+        assert torch.equal(weights[EMBEDDING], start if exact else start.bfloat16().float()) == frozen
+        if frozen:
+            continue
+        for step, expected in enumerate(norms):
+            for rank in ranks:
+                assert rank[number][step] == pytest.approx(expected, rel=1e-4 if exact else 0.2)
+        for name, expected_weight in alone.state_dict().items():
+            torch.testing.assert_close(weights[name], expected_weight, rtol=0, atol=2e-5 if exact else 0.08)
+
+
+def test_deepspeed_is_told_neither_to_clip_nor_to_split_sequences() -> None:
+    config = deepspeed_config(engine_cases.recipe(sp=2))
+    assert config["gradient_clipping"] == 0.0
+    assert config["managed_gradient_accumulation"] is False
+    assert not {"sequence_parallel_size", "train_batch_size", "gradient_accumulation_steps"} & set(config)
+
+
+def test_a_user_may_add_buffers_and_nothing_that_the_recipe_decides(tmp_path: Path) -> None:
+    path, recipe = tmp_path / "ds.json", engine_cases.recipe()
+    assert deepspeed_config(recipe, added=read_engine_keys(None)) == deepspeed_config(recipe)
+    path.write_text('{"zero_optimization": {"reduce_bucket_size": 1000}, "comms_logger": {"enabled": true}}')
+    config = deepspeed_config(recipe, added=read_engine_keys(path))
+    assert config["zero_optimization"] == deepspeed_config(recipe)["zero_optimization"] | {"reduce_bucket_size": 1000}
+    assert config["comms_logger"] == {"enabled": True} and config["gradient_clipping"] == 0.0
+    path.write_text('{"zero_optimization": {"stage": 3}, "optimizer": {}, "gradient_clipping": 1.0}')
+    with pytest.raises(
+        ValueError, match=r"ds.json: optimizer, gradient_clipping, zero_optimization\.stage: the recipe"
+    ):
+        read_engine_keys(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="write a JSON object"):
+        read_engine_keys(path)

@@ -1,0 +1,119 @@
+"""The log of a run: every step once, whatever happened, and the same numbers in TensorBoard."""
+
+import importlib.machinery
+import json
+import math
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from molmo2.config import Recipe, load_recipe
+from molmo2.training.metrics import Monitor, cut_log, gpu_use, read_log, summarize
+from molmo2.training.run import LOG_NAME
+
+DEMO = Path(__file__).resolve().parents[3] / "recipes/demo/stage1.yaml"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    monkeypatch.setenv("MOLMO2_DATA", str(tmp_path))
+    recipe = load_recipe(DEMO, ["train.steps=4", "logging.tensorboard=true", "train.log_every=1"])
+    recipe.run_dir.mkdir(parents=True)
+    return recipe
+
+
+def line(step: int, loss: float) -> dict[str, Any]:
+    return {
+        "step": step,
+        "loss": loss,
+        "lr.vit": 0.1 * step,
+        "tokens": 100,
+        "tokens_per_second": 50.0,
+        "data_wait": 0.1,
+        "fill": 0.9,
+        "seconds": 2.0,
+    }
+
+
+def test_every_step_stands_once_after_a_restart(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe.run_dir / LOG_NAME
+    first = Monitor(recipe, 0)
+    for step in (1, 2, 3):
+        first.step(line(step, 10.0 - step))
+    first.close()
+    with open(path, "a") as file:
+        file.write('{"step": 4, "lo')  # killed in the middle of a line
+    assert [entry["step"] for entry in read_log(path)] == [1, 2, 3]
+    cut_log(path, 2)
+    second = Monitor(recipe, 2)
+    for step in (3, 4):
+        second.step(line(step, 5.0 - step))
+    second.close()
+    assert [(entry["step"], entry["loss"]) for entry in read_log(path)] == [(1, 9.0), (2, 8.0), (3, 2.0), (4, 1.0)]
+    shown = capsys.readouterr().err
+    assert "loss 1.0000 | 50 tok/s | wait 10% | fill 90.0%" in shown
+    events = EventAccumulator(str(recipe.run_dir / "tensorboard")).Reload()
+    assert {"loss", "lr/vit", "fill"} <= set(events.Tags()["scalars"])
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 9.0), (2, 8.0), (3, 2.0), (4, 1.0)]
+
+
+def test_wandb_without_a_network_has_every_number_and_the_samples(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logging = recipe.logging.model_copy(update={"wandb": "project", "tensorboard": False})
+    monitor = Monitor(recipe.model_copy(update={"logging": logging}), 0)
+    for step in (1, 2):
+        monitor.step(line(step, 3.125 - step))
+    monitor.plot(2, {"held_out.loss": 4.625})
+    monitor.show(2, 0, "an answer", Image.new("RGB", (4, 4)))
+    monitor.close()
+    (path,) = recipe.run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    # Protobuf: names and JSON values stand in it as they are. W&B's own process may write it just after `finish`.
+    wanted = (b"loss", b"lr/vit", b"2.125", b"1.125", b"held_out/loss", b"4.625", b"samples/0", b"an answer")
+    end = time.monotonic() + 20
+    while (missing := [each for each in wanted if each not in path.read_bytes()]) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not missing
+
+
+def test_a_gpu_tells_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_use() == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 29)
+    binding = types.ModuleType("pynvml")
+    binding.__spec__ = importlib.machinery.ModuleSpec("pynvml", None)
+    binding.NVMLError = type("NVMLError", (Exception,), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pynvml", binding)
+    monkeypatch.setattr(torch.cuda, "utilization", lambda: 87)
+    assert gpu_use() == {"gpu_memory_gib": 1.5, "gpu_utilization": 87.0}
+
+    def refused() -> int:
+        raise binding.NVMLError
+
+    monkeypatch.setattr(torch.cuda, "utilization", refused)
+    assert gpu_use() == {"gpu_memory_gib": 1.5}
+
+
+def test_what_is_no_number_is_null_in_the_log(recipe: Recipe) -> None:
+    monitor = Monitor(recipe, 0)
+    monitor.step(line(1, math.nan))
+    monitor.close()
+    text = (recipe.run_dir / LOG_NAME).read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["loss"] is None
+
+
+def test_summary_averages_the_ends_of_the_curve(recipe: Recipe) -> None:
+    summary = summarize([line(step, float(step)) for step in range(1, 21)], recipe)
+    assert (summary["loss_first"], summary["loss_last"]) == (1.5, 19.5)
+    assert (summary["steps"], summary["tokens"], summary["seconds"]) == (20, 2000, 40.0)
+    with pytest.raises(ValueError, match="no steps in it"):
+        summarize([], recipe)

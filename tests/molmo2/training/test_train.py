@@ -1,0 +1,302 @@
+"""The trainer as a user starts it: real launchers, two ranks, kills, damaged files, wrong data."""
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy_run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from train_runs import assert_same_curve, branch_off, curve, launch, log, ranks_of, start, train, wait_for
+
+from molmo2.checkpoint.open import load_weights
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, a recipe of 12 steps, and its uninterrupted run on two ranks."""
+    root = tmp_path_factory.mktemp("data")
+    toy_run.build_toy(root)
+    output = train(root, toy_run.write_recipe(root / "whole.yaml", "whole", steps=12, checkpoint_every=4))
+    assert "whole: 12 steps" in output
+    return root
+
+
+def test_the_run_learns_and_records_every_step(root: Path) -> None:
+    lines = log(root, "whole")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert all(0.2 < line["fill"] <= 1 and line["tokens_per_second"] > 0 and line["masked"] == 0 for line in lines)
+    assert lines[0]["lr.vit"] == pytest.approx(1.5e-3)
+    for line in lines:
+        assert sum(count for name, count in line.items() if name.startswith("tokens.")) == line["tokens"]
+        assert line["crops"] > 0 and line["megabytes"] > 0 and line["retries"] == line["cache_hits"] == 0
+        assert 0 < line["read_ms.p50"] <= line["read_ms.p95"] and 0 < line["decode_ms.p50"] <= line["decode_ms.p95"]
+    data = [json.loads(line) for line in (root / "runs/whole/data.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in data] == [4, 8, 12]
+    assert all(each["masked"] == 0 and each["asked"] > 0 for line in data for each in line["datasets"].values())
+    assert sum(each["asked"] for each in data[0]["datasets"].values()) == pytest.approx(1)
+    assert min(lines[0][f"grad_norm.{name}"] for name in ("vit", "connector", "llm")) > 0
+    summary = json.loads((root / "runs/whole/summary.json").read_text())
+    assert (summary["steps"], summary["tokens"]) == (12, sum(line["tokens"] for line in lines))
+    assert summary["loss_first"] > summary["loss_last"]
+
+
+def test_checkpoints_are_rotated_and_tell_where_they_come_from(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = root / "runs/whole/checkpoints"
+    assert sorted(path.name for path in directory.iterdir()) == ["step-00000008", "step-00000012"]
+    meta = json.loads((directory / "step-00000012/meta.json").read_text())
+    assert (meta["step"], meta["world"], meta["sp"], meta["finished"]) == (12, 2, 1, True)
+    assert {"torch", "deepspeed", "python"} <= set(meta["versions"])
+    recipe = json.loads((directory / "step-00000012/recipe.json").read_text())
+    assert recipe["train"]["steps"] == 12
+    monkeypatch.setenv("MOLMO2_DATA", str(root))
+    config, final, _ = load_weights("whole")
+    assert config.name == "tiny"
+    _, middle, meta = load_weights(directory / "step-00000008")  # consolidated from DeepSpeed's files
+    assert not meta["finished"]
+    assert {k: v.shape for k, v in middle.items()} == {k: v.shape for k, v in final.items()}
+    assert any((final[name] != middle[name]).any() for name in final)
+
+
+def test_kill_in_mid_run_then_restart_gives_the_same_curve(root: Path) -> None:
+    recipe = toy_run.write_recipe(root / "killed.yaml", "killed", steps=12, checkpoint_every=4)
+    process = start(root, recipe)
+    wait_for(process, lambda: len(log(root, "killed")) >= 6)
+    assert len(ranks_of(process)) == 2
+    process.kill()
+    assert 6 <= len(log(root, "killed")) < 12
+    with open(root / "runs/killed/log.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')  # a line cut short, as a kill leaves it
+    output = train(root, recipe)
+    assert "killed: steps 5-12" in output or "killed: steps 9-12" in output
+    assert curve(root, "killed") == curve(root, "whole")
+
+
+def test_damaged_checkpoint_is_passed_over(root: Path) -> None:
+    run = root / "runs/damaged"
+    shutil.copytree(root / "runs/whole", run)
+    largest = max((run / "checkpoints/step-00000012").rglob("*.pt"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    unfinished = run / "checkpoints/step-00000099"
+    unfinished.mkdir()
+    recipe = toy_run.write_recipe(root / "damaged.yaml", "damaged", steps=12, checkpoint_every=4)
+    output = train(root, recipe)
+    assert f"step-00000012: skipped: {largest.relative_to(run / 'checkpoints/step-00000012')} has " in output
+    assert "step-00000099: skipped: no meta.json: it was never finished" in output
+    assert "damaged: steps 9-12" in output
+    assert curve(root, "damaged") == curve(root, "whole")
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["damaged-step-00000012", "damaged-step-00000099", "step-00000008", "step-00000012"]
+
+
+def test_sigterm_on_one_rank_saves_and_exits_with_zero(root: Path) -> None:
+    recipe = toy_run.write_recipe(root / "stopped.yaml", "stopped", steps=12, checkpoint_every=100)
+    process = launch("torchrun", root, recipe)
+    wait_for(process, lambda: len(log(root, "stopped")) >= 2)
+    next(rank for rank in ranks_of(process) if rank.environ()["RANK"] == "1").send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "stopped as asked after step" in output
+    assert len(log(root, "stopped")) < 12
+    train(root, recipe)
+    assert curve(root, "stopped") == curve(root, "whole")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_being_judged_moves_nothing_and_leaves_losses_and_samples(root: Path, stage: int) -> None:
+    name = f"judged{stage}"
+    recipe = toy_run.write_recipe(root / f"{name}.yaml", name, steps=12, checkpoint_every=100, zero_stage=stage)
+    judged = "eval={roots: [shards/sft], datasets: [toy], every: 4, samples: 3, max_new_tokens: 12}"
+    train(root, recipe, "--set", judged, "logging.tensorboard=true")
+    if stage == 1:
+        assert curve(root, name) == curve(root, "whole")
+    else:
+        assert_same_curve(root, name, "whole", 1e-5)
+    lines = [json.loads(line) for line in (root / f"runs/{name}/eval.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert lines[0]["loss"] == lines[0]["loss.toy"] > lines[-1]["loss"] and lines[0]["masked"] == 0
+    folder = root / f"runs/{name}/samples/step-00000012"
+    samples = json.loads((folder / "samples.json").read_text())
+    assert len(samples) == 3
+    assert {sample["expected"] for sample in samples} <= {*toy_run.COLOURS, "a square"}
+    assert all("colour?" in sample["prompt"] or "shape?" in sample["prompt"] for sample in samples)
+    pictures = [sample["picture"] for sample in samples if sample["picture"]]
+    assert pictures and all((folder / picture).stat().st_size for picture in pictures)
+    page = (root / f"runs/{name}/report.html").read_text()
+    assert "12 of 12" in page and "held-out loss by step" in page and "data:image/jpeg" in page and "100.0%" in page
+    events = EventAccumulator(str(root / f"runs/{name}/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("held_out/loss")] == [4, 8, 12]
+    assert [event.step for event in events.Images(f"samples/{samples.index(next(s for s in samples if s['picture']))}")]
+
+
+def test_a_stop_file_saves_exits_with_zero_and_is_taken_away(root: Path) -> None:
+    recipe = toy_run.write_recipe(root / "filed.yaml", "filed", steps=12, checkpoint_every=100)
+    file = root / "runs/filed/stop"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert "filed: stopped as asked after step 1 of 12" in train(root, recipe)
+    assert not file.exists()
+    assert [path.name for path in (root / "runs/filed/checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_stages_hand_over_and_finished_ones_are_skipped(root: Path) -> None:
+    folder = root / "stages"
+    folder.mkdir()
+    first = toy_run.write_recipe(folder / "stage1.yaml", "first", steps=8)
+    toy_run.write_recipe(folder / "stage2.yaml", "second", init="first", steps=2, sp=2, zero_stage=2)
+    process = launch("deepspeed", root, first, "--all-stages", "--check-sp")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "second: steps 1-2" in output
+    assert "second: sp 2 agrees with one rank to" in output
+    assert "first: sp" not in output
+    assert "(dp 1, sp 2)" in output
+    assert log(root, "second")[0]["loss"] < 0.9 * log(root, "first")[0]["loss"]
+    output = train(root, first, "--all-stages")
+    assert "first: finished at step 8; nothing to do" in output
+    assert "second: finished at step 2; nothing to do" in output
+
+
+def test_ranks_sp_and_zero_stage_may_change_between_runs(root: Path) -> None:
+    branch_off(root, "moved", "whole", 8)
+    recipe = toy_run.write_recipe(root / "moved.yaml", "moved", steps=12, checkpoint_every=2)
+    output = train(root, recipe, "--set", "train.zero_stage=3", ranks=1)
+    assert "world was 2, is 1, zero_stage was 1, is 3: the checkpoint was converted" in output
+    shutil.rmtree(root / "runs/moved/checkpoints/step-00000012")
+    output = train(root, recipe, "--set", "train.zero_stage=2", "train.sp=2")
+    assert "world was 1, is 2, zero_stage was 3, is 2" in output
+    assert_same_curve(root, "moved", "whole", 1e-5)
+    names = [path.name for path in (root / "runs/moved/checkpoints").iterdir()]
+    assert sorted(names) == ["step-00000010", "step-00000012"]  # the converted copies are gone
+
+
+def test_half_precision_and_frozen_weights_move_to_other_ranks(root: Path) -> None:
+    settings = ["train.precision=bf16", "train.zero_stage=3", "optim.freeze_base_embedding=true"]
+    recipe = toy_run.write_recipe(root / "half.yaml", "half", steps=6, checkpoint_every=3)
+    train(root, recipe, "--set", *settings)
+    branch_off(root, "half-moved", "half", 3)
+    recipe = toy_run.write_recipe(root / "half-moved.yaml", "half-moved", steps=6, checkpoint_every=3)
+    train(root, recipe, "--set", *settings, ranks=1)
+    assert_same_curve(root, "half-moved", "half", 1e-2)
+    (_, one, _), (_, other, _) = (load_weights(root / "runs" / name) for name in ("half", "half-moved"))
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], other[name], rtol=0, atol=2e-3) for name in one)
+
+
+def test_an_optimizer_in_the_cpus_memory_resumes_here_and_on_other_ranks(root: Path) -> None:
+    settings = ["train.zero_stage=2", "train.offload=[optimizer]"]
+    recipe = toy_run.write_recipe(root / "off.yaml", "off", steps=6, checkpoint_every=3)
+    train(root, recipe, "--set", *settings)
+    for name, options in (("off-again", {}), ("off-moved", {"ranks": 1})):
+        branch_off(root, name, "off", 3)
+        recipe = toy_run.write_recipe(root / f"{name}.yaml", name, steps=6, checkpoint_every=3)
+        changed = ["train.zero_stage=3", settings[1]] if options else settings
+        output = train(root, recipe, "--set", *changed, **options)
+        assert ("was converted" in output) == bool(options)
+        assert_same_curve(root, name, "off", 1e-5 if options else 0.0)
+
+
+def test_another_precision_is_refused(root: Path) -> None:
+    changed = ["train.steps=20", "train.precision=bf16", "train.zero_stage=2"]
+    output = train(root, root / "whole.yaml", "--set", *changed, code=1)
+    assert "cannot continue: zero_stage was 1, is 2, precision was fp32, is bf16" in output
+    assert "Traceback" not in output
+
+
+def copied(root: Path, tmp_path: Path) -> Path:
+    shutil.copytree(root / "raw", tmp_path / "raw")
+    shutil.copytree(root / "shards", tmp_path / "shards")
+    return tmp_path
+
+
+def edit_index(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = root / "shards/sft/toy/index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+def test_shards_of_another_processor_are_refused(root: Path, tmp_path: Path) -> None:
+    data = copied(root, tmp_path)
+    edit_index(data, lambda index: index["processor"]["layout"].update(crop_size=56))
+    output = train(data, toy_run.write_recipe(tmp_path / "r.yaml", "r"), ranks=1, code=1)
+    assert "layout.crop_size: 56, wanted 48" in output
+    assert "Traceback" not in output
+    assert not (data / "runs/r/checkpoints").exists()
+
+
+def test_changed_data_are_refused_on_resume_and_told(root: Path, tmp_path: Path) -> None:
+    data = copied(root, tmp_path)
+    recipe = toy_run.write_recipe(tmp_path / "r.yaml", "r", steps=1)
+    train(data, recipe, ranks=1)
+    output = train(data, recipe, "--set", "train.steps=2", "--set", "data.seed=5", ranks=1, code=1)
+    assert "the data has changed since the checkpoint" in output
+    assert "settings.seed" in output
+    assert "Traceback" not in output
+    changed = ["--set", "train.steps=3", "data.seed=5", "--change-data"]
+    output = train(data, recipe, *changed, ranks=1)
+    assert "after step 1 the data change on purpose: settings.seed" in output
+    (line,) = [json.loads(line) for line in (data / "runs/r/data_changes.jsonl").read_text().splitlines()]
+    assert (line["step"], line["cursor"]) == (1, {"step": 1, "window": 1, "offset": 0})
+    assert [line["step"] for line in log(data, "r")] == [1, 2, 3]
+    train(data, recipe, "--set", "train.steps=4", "data.seed=5", ranks=1)  # it is the run's own now
+    assert len((data / "runs/r/data_changes.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_flipped_byte_is_masked_and_recorded(root: Path, tmp_path: Path) -> None:
+    data = copied(root, tmp_path)
+    tar = data / "shards/sft/toy/000000.tar"
+    body = bytearray(tar.read_bytes())
+    body[600] ^= 1  # inside the first sample's record
+    tar.write_bytes(body)
+    recipe = toy_run.write_recipe(tmp_path / "r.yaml", "r", steps=8)
+    output = train(data, recipe, ranks=1)
+    assert re.search(r"masked in step \d+: toy/000000\.tar, .*at byte 0: .*checksum", output)
+    recorded = [json.loads(line) for line in (data / "runs/r/quarantine.jsonl").read_text().splitlines()]
+    masked = [line["step"] for line in log(data, "r") for _ in range(line["masked"])]
+    assert masked
+    assert [entry["step"] for entry in recorded] == masked
+    assert {entry["shard"] for entry in recorded} == {"000000"}
+
+
+def test_too_much_damage_ends_the_run_with_the_list(root: Path, tmp_path: Path) -> None:
+    data = copied(root, tmp_path)
+    tar = data / "shards/sft/toy/000000.tar"
+    tar.write_bytes(tar.read_bytes()[:10_000])  # cut short: only the first sample or two are whole
+    output = train(data, toy_run.write_recipe(tmp_path / "r.yaml", "r"), code=1)
+    assert "damaged samples in toy, 1 allowed:" in output
+    assert "the file is cut short" in output
+    assert "Traceback" not in output
+    assert not list((data / "runs/r/checkpoints").glob("step-*"))
+
+
+def test_a_full_disk_is_told_and_nothing_is_taken_for_whole(root: Path, tmp_path: Path) -> None:
+    data = copied(root, tmp_path)
+    limit = 1_000_000  # bytes of a file; the states of the tiny model are larger
+    recipe = toy_run.write_recipe(tmp_path / "r.yaml", "r")
+    output = train(data, recipe, ranks=1, code=1, file_limit=limit)
+    assert "step-00000002: cannot be written" in output
+    assert list((data / "runs/r/checkpoints").iterdir()) == []
+    train(data, recipe, ranks=1)
+    assert len(log(data, "r")) == 6
+
+
+def test_every_error_of_a_recipe_in_one_message(root: Path) -> None:
+    output = train(root, root / "whole.yaml", "--set", "train.stepz=3", "--set", "optim.eps=-1", code=1)
+    assert output.count("train.stepz: unknown key; did you mean steps?") == 1
+    assert output.count("optim.eps: Input should be greater than 0 (got -1)") == 1
+    assert "Traceback" not in output.split("launch.py")[-1]
+
+
+def test_ranks_that_do_not_fit_are_told_with_all_numbers(root: Path) -> None:
+    output = train(root, root / "whole.yaml", "--set", "name=r", "--set", "train.sp=2", ranks=1, code=1)
+    assert "(ranks 1, train.sp 2, train.packs_per_step 4, train.micro_batch 1, attention heads 4)" in output

@@ -1,0 +1,299 @@
+"""Shards in a bucket of a real S3 server, straight and through a proxy that misbehaves."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from s3_server import BUCKET, Exchange, Fault, environment, faulty_proxy, s3_server, upload
+from toy import LAYOUT, make_sample, write_dataset
+
+import shards.storage.s3
+import shards.stream.reader
+from shards.build.verify import Finding, find_datasets, verify_dataset
+from shards.storage.base import UnavailableError
+from shards.storage.open import open_storage
+from shards.storage.s3 import S3Storage
+from shards.stream.collate import Batch
+from shards.stream.dataset import open_dataset
+from shards.stream.loader import make_loader
+from shards.stream.mixture import MixtureSpec
+from shards.stream.plan import Cursor, Draw, PlanSettings, open_plan
+from shards.stream.reader import Damage, StoredSample, read_sample
+
+SAMPLES = 24
+ROOT = f"s3://{BUCKET}/shards/sft"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with s3_server(tmp_path_factory.mktemp("weed")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory, server: str) -> Path:
+    """Two toy datasets on the disk, and the same in the bucket."""
+    root = tmp_path_factory.mktemp("shards")
+    for name in ("one", "two"):
+        upload(server, write_dataset(root, name, SAMPLES, per_shard=10), f"shards/sft/{name}")
+    return root
+
+
+def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `shards.storage.s3` use an endpoint."""
+    for name, value in environment(endpoint).items():
+        monkeypatch.setenv(name, value)
+    for cached in (shards.storage.s3._new_client, shards.storage.s3._presigned, shards.storage.s3._connections):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def bucket(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    point_at(server, monkeypatch)
+    return server
+
+
+@pytest.fixture
+def proxy(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[Fault], list[str]]]:
+    """Faults to switch on, and the log of requests."""
+    monkeypatch.setattr(shards.stream.reader, "PAUSE", 0.0)
+    with faulty_proxy(bucket) as proxy:
+        point_at(f"http://127.0.0.1:{proxy.server_port}", monkeypatch)
+        yield proxy.faults, proxy.log
+
+
+def draws(name: str = "one") -> list[Draw]:
+    """Every sample of a dataset's first shard."""
+    dataset = open_dataset(ROOT, name)
+    fields = ("offset", "span", "xxh64")
+    return [Draw(0, 0, i, 0, *(row[f].item() for f in fields), 0, 0, 0.0) for i, row in enumerate(dataset.sidecars[0])]
+
+
+def test_five_verbs(bucket: str, tmp_path: Path) -> None:
+    storage = open_storage(f"s3://{BUCKET}/verbs/")
+    storage.write("a/b.bin", b"0123456789")
+    storage.write("empty", b"")
+    assert storage.read("a/b.bin") == b"0123456789"
+    assert storage.read("a/b.bin", 3, 4) == b"3456"
+    assert storage.read("a/b.bin", 8, 100) == b"89"
+    assert storage.read("a/b.bin", 100) == b""
+    assert storage.read("empty") == b""
+    assert storage.size("a/b.bin") == 10
+    assert storage.size("a/c.bin") is None
+    (tmp_path / "made").write_bytes(b"x" * (20 << 20))  # goes up in parts
+    storage.publish(tmp_path / "made", "c.bin")
+    assert not (tmp_path / "made").exists()
+    assert storage.size("c.bin") == 20 << 20
+    storage.write(".hidden", b"")
+    assert storage.list() == ["a/b.bin", "c.bin", "empty"]
+    assert storage.list("b.bin") == ["a/b.bin"]
+    with pytest.raises(FileNotFoundError, match=r"NoSuchKey.*s3://bucket/verbs/missing"):
+        storage.read("missing")
+
+
+@pytest.mark.parametrize("name", ["", "/etc/passwd", "a/../../b", "..", "a//b", "./a"])
+def test_names_stay_below_the_root(name: str) -> None:
+    with pytest.raises(ValueError, match="unsafe file name"):
+        S3Storage("s3://bucket/x").read(name)
+
+
+def test_an_url_without_a_bucket() -> None:
+    with pytest.raises(ValueError, match="no bucket"):
+        open_storage("s3:///x")
+
+
+def test_wrong_keys_are_refused_with_a_remedy(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    point_at(bucket, monkeypatch)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    storage = open_storage(f"s3://{BUCKET}/x")
+    with pytest.raises(PermissionError, match=r"SignatureDoesNotMatch.*check AWS_ACCESS_KEY_ID"):
+        storage.read("y")
+    with pytest.raises(PermissionError, match="refuses"):
+        storage.write("y", b"")
+
+
+def batches(root: str, workers: int, count: int = 6, **options: int) -> list[Batch]:
+    """The first micro-batches of a mixture of both datasets."""
+    mixture = MixtureSpec.model_validate({"groups": {"all": {"rate": 1, "datasets": {"one": None, "two": None}}}})
+    plan = open_plan([root], mixture, PlanSettings(sequence_length=512, max_crops=64, packs_per_step=2, window=32))
+    loader = make_loader(plan, Cursor(), LAYOUT, workers=workers, **options)
+    try:
+        return [next(loader) for _ in range(count)]
+    finally:
+        loader.close()
+
+
+@pytest.mark.parametrize(("workers", "options"), [(0, {}), (2, {}), (0, {"read_ahead": 0}), (2, {"cache": 1 << 30})])
+def test_batches_are_those_of_the_disk(bucket: str, local: Path, workers: int, options: dict[str, int]) -> None:
+    for ours, wanted in zip(batches(ROOT, workers, **options), batches(str(local), 0), strict=True):
+        assert ours.slots == wanted.slots
+        for field in ("input_ids", "labels", "loss_weights", "segment_ids", "pixels", "pooling"):
+            assert np.array_equal(getattr(ours, field), getattr(wanted, field)), field
+        assert ours.masked == ()
+
+
+def test_sidecars_are_fetched_once(proxy: tuple[list[Fault], list[str]], local: Path) -> None:
+    _, log = proxy
+    first = open_dataset(ROOT, "one")
+    fetched = [line for line in log if ".idx.npy" in line]
+    again = open_dataset(ROOT, "one")
+    assert len(fetched) == len(first.sidecars) == 3
+    assert [line for line in log if ".idx.npy" in line] == fetched
+    assert all(np.array_equal(a, b) for a, b in zip(first.sidecars, again.sidecars, strict=True))
+
+
+def test_a_damaged_cached_sidecar_is_fetched_again(bucket: str, local: Path) -> None:
+    open_dataset(ROOT, "one")
+    cached = sorted(Path(os.environ["XDG_CACHE_HOME"]).rglob("*.npy"))
+    for path in cached:
+        path.write_bytes(path.read_bytes()[:-1])
+    assert len(open_dataset(ROOT, "one")) == SAMPLES
+    assert len(cached) == 3
+
+
+def every_third_works(change: Callable[[Exchange], None]) -> Fault:
+    """A fault that hits two of three requests."""
+
+    def fault(exchange: Exchange) -> None:
+        if exchange.number % 3:
+            change(exchange)
+
+    return fault
+
+
+def slow_down(exchange: Exchange) -> None:
+    exchange.status, exchange.headers = 503, {}
+    exchange.body = b"<Error><Code>SlowDown</Code></Error>"
+    exchange.send = len(exchange.body)
+
+
+def reset(exchange: Exchange) -> None:
+    exchange.reset = True
+
+
+def cut(exchange: Exchange) -> None:
+    exchange.send = exchange.send // 2
+
+
+def short(exchange: Exchange) -> None:
+    """Fewer bytes, and a header that is content with that."""
+    exchange.body = exchange.body[: len(exchange.body) // 2]
+    exchange.send = len(exchange.body)
+
+
+def other_range(exchange: Exchange) -> None:
+    exchange.headers = {"Content-Range": "bytes 7-9/10"}
+
+
+@pytest.mark.parametrize("change", [slow_down, reset, cut, short, other_range], ids=lambda change: change.__name__)
+def test_passing_faults_give_the_right_bytes(
+    proxy: tuple[list[Fault], list[str]], local: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[..., None]
+) -> None:
+    monkeypatch.setattr(shards.storage.s3, "PAUSE", 0.001)
+    wanted = draws()
+    tars = open_dataset(ROOT, "one").tars
+    faults, log = proxy
+    log.clear()
+    faults.append(every_third_works(change))
+    for number, draw in enumerate(wanted):
+        found = read_sample(tars, draw)
+        assert isinstance(found, StoredSample)
+        assert found.tokens.tobytes() == make_sample("one", number).variants[0].tobytes()
+    assert len(log) > 1.5 * len(wanted)  # the faults did happen
+
+
+def test_retry_after_is_honoured(proxy: tuple[list[Fault], list[str]], local: Path) -> None:
+    wanted, tars = draws()[:1], open_dataset(ROOT, "one").tars
+    faults, log = proxy
+    log.clear()
+
+    def busy(exchange: Exchange) -> None:
+        if exchange.number == 1:
+            slow_down(exchange)
+            exchange.headers = {"Retry-After": "1"}
+
+    faults.append(busy)
+    since = time.monotonic()
+    assert isinstance(read_sample(tars, wanted[0]), StoredSample)
+    assert time.monotonic() - since >= 1
+    assert len(log) == 2
+
+
+def drip(exchange: Exchange) -> None:
+    exchange.pause = 0.05
+
+
+@pytest.mark.parametrize("change", [slow_down, drip, reset], ids=lambda change: change.__name__)
+def test_lasting_faults_end_in_one_named_error(
+    proxy: tuple[list[Fault], list[str]], local: Path, change: Callable[..., None]
+) -> None:
+    wanted, tars = draws()[0], open_dataset(ROOT, "one").tars
+    proxy[0].append(change)
+    tars.storage.deadline = 1.0
+    since = time.monotonic()
+    with pytest.raises(UnavailableError, match=rf"{ROOT}/one/000000.tar: no answer in .* s: .*check the endpoint"):
+        read_sample(tars, wanted)
+    assert time.monotonic() - since < 5
+
+
+def test_a_stale_object_is_damage(proxy: tuple[list[Fault], list[str]], local: Path) -> None:
+    wanted, tars = draws()[3], open_dataset(ROOT, "one").tars
+
+    def stale(exchange: Exchange) -> None:
+        exchange.body = bytes(len(exchange.body))
+
+    proxy[0].append(stale)
+    found = read_sample(tars, wanted)
+    assert isinstance(found, Damage)
+    assert (found.dataset, found.shard, found.row, found.offset) == ("one", "000000", 3, wanted.offset)
+    assert "checksum" in found.reason
+
+
+def test_a_vanished_object_is_damage(proxy: tuple[list[Fault], list[str]], local: Path) -> None:
+    wanted, tars = draws()[0], open_dataset(ROOT, "one").tars
+
+    def gone(exchange: Exchange) -> None:
+        exchange.status, exchange.headers, exchange.body = 404, {}, b"<Error><Code>NoSuchKey</Code></Error>"
+        exchange.send = len(exchange.body)
+
+    proxy[0].append(gone)
+    found = read_sample(tars, wanted)
+    assert isinstance(found, Damage)
+    assert "NoSuchKey" in found.reason
+
+
+def test_no_answer_stops_the_loader(
+    proxy: tuple[list[Fault], list[str]], local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outage is not damage: nothing is masked."""
+    monkeypatch.setattr(shards.storage.s3, "DEADLINE", 4.0)
+    mixture = MixtureSpec.model_validate({"groups": {"all": {"rate": 1, "datasets": {"one": None}}}})
+    plan = open_plan([ROOT], mixture, PlanSettings(sequence_length=512, max_crops=64, packs_per_step=2, window=32))
+    loader = make_loader(plan, Cursor(), LAYOUT, workers=1)
+    next(loader)
+    proxy[0].append(slow_down)
+    try:
+        with pytest.raises(UnavailableError, match="no answer"):
+            for _ in range(20):
+                next(loader)
+    finally:
+        loader.close()
+
+
+def test_verify_names_what_is_damaged_in_a_bucket(bucket: str, local: Path) -> None:
+    root = f"s3://{BUCKET}/shards"
+    assert find_datasets(root) == [f"{ROOT}/one", f"{ROOT}/two"]
+    findings = [found for found in verify_dataset(f"{ROOT}/two") if isinstance(found, Finding)]
+    storage = open_storage(f"{ROOT}/two")
+    tar = storage.read("000001.tar")
+    storage.write("000001.tar", tar[:-1500])
+    try:
+        cut = [found for found in verify_dataset(f"{ROOT}/two") if isinstance(found, Finding)]
+    finally:
+        storage.write("000001.tar", tar)
+    new = [found for found in cut if found not in findings]
+    assert new and {found.shard for found in new if found.shard} == {"000001.tar"}
