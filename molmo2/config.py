@@ -1,9 +1,9 @@
-"""Recipes: one YAML file that says everything about one training run.
+"""Recipes: one YAML file that specifies a whole training run.
 
-Strict: an unknown key is an error, and all errors are told at once, each with its dotted path and the nearest known
-name. Numbers that follow from others (DeepSpeed's config, micro-steps, token totals) are derived where they are used.
-Paths are relative to `MOLMO2_DATA` (default `./data`). `data.mixture` may name a YAML file beside the recipe, so that
-recipes share one. This file imports no torch, so that tools read recipes fast.
+An unknown key is an error, and all errors are reported at once, each with its dotted path and the nearest known name.
+Numbers that follow from others (DeepSpeed's config, micro-steps, token totals) are derived where they are used.
+Paths are relative to `MOLMO2_DATA` (default `./data`). `data.mixture` may name a YAML file, relative to the recipe, so
+that several recipes share one. This file imports no torch, so that tools load recipes fast.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from yaml import YAMLError
 from shards.stream.mixture import MixtureSpec
 from shards.stream.plan import PlanSettings
 
-CHUNK_CROPS = 32  # crops that the vision transformer recomputes at once: about 1 GiB of So400m
+CHUNK_CROPS = 32  # crops that the vision transformer recomputes at once; they take about 1 GiB with So400m
 COMPONENTS = ("vit", "connector", "llm")
 Fraction = typing.Annotated[float, Field(ge=0, le=1)]
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be read or that contradicts itself; the message lists every error."""
+    """A recipe cannot be read or contradicts itself; the message lists every error."""
 
 
 class Data(pydantic.BaseModel, extra="forbid", frozen=True):
-    """What is read. Of these only the last four may change without changing the batches."""
+    """The data of a run. Only the last four settings may change without changing the batches."""
 
     roots: tuple[str, ...] = Field(min_length=1)  # folders of datasets; a dataset is taken from the first that has it
     mixture: MixtureSpec
-    leave_out: tuple[str, ...] = ()  # datasets of the mixture that are not at hand
-    sequence_length: PositiveInt  # tokens of a pack, at most
-    max_crops: NonNegativeInt  # ViT inputs of a pack, at most
+    leave_out: tuple[str, ...] = ()  # datasets of the mixture to leave out, such as those not downloaded
+    sequence_length: PositiveInt  # maximum tokens of a pack
+    max_crops: NonNegativeInt  # maximum ViT inputs of a pack
     window: PositiveInt = 4096  # draws that are packed together
     seed: NonNegativeInt = 0
-    block: PositiveInt = 1  # neighbours in a shard that are read one after another, where seeks are dear; 1: none
+    block: PositiveInt = 1  # neighbouring samples of a shard read one after another, for disks with slow seeks
     workers: NonNegativeInt = 2  # reader processes per rank; 0 reads in the training process
-    prefetch: PositiveInt = 4  # micro-batches that each worker holds ready, decoded
-    read_ahead_mib: NonNegativeInt = 256  # of samples as stored, that a rank reads from a bucket before they are needed
-    cache_mib: NonNegativeInt = 0  # of whole shards of tiny samples that a machine keeps on its disk, from a bucket
+    prefetch: PositiveInt = 4  # decoded micro-batches that each worker holds ready
+    read_ahead_mib: NonNegativeInt = 256  # MiB of stored samples that a rank reads ahead from a bucket
+    cache_mib: NonNegativeInt = 0  # MiB of a machine's disk to cache shards of tiny samples from a bucket
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Data:
@@ -56,12 +56,12 @@ class Data(pydantic.BaseModel, extra="forbid", frozen=True):
 
     @property
     def drawn(self) -> MixtureSpec:
-        """The mixture of what is at hand."""
+        """The mixture without the datasets of `leave_out`."""
         return self.mixture.without(self.leave_out)
 
 
 class Train(pydantic.BaseModel, extra="forbid", frozen=True):
-    """How long, how large, and in what arithmetic."""
+    """The length of a run, its batch size, precision, parallelism and checkpoints."""
 
     steps: PositiveInt
     packs_per_step: PositiveInt  # the global batch: packs of one optimizer step over all ranks
@@ -70,43 +70,44 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     precision: Literal["fp32", "bf16"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 2
     activation_checkpointing: bool = True
-    offload: tuple[Literal["activations", "optimizer"], ...] = ()  # kept in the CPU's memory: slower, and less of a GPU
-    z_loss: float = Field(default=1e-4, ge=0)  # times weight * logsumexp^2
-    residual_dropout: float = Field(default=0.0, ge=0, lt=1)  # on what every sublayer of the language model adds
-    dropout_on: Literal["all", "response"] = "all"  # tokens, or those alone that predict one with a loss
-    seed: NonNegativeInt = 6198  # of weights that start from nothing, and of dropout
-    checkpoint_every: PositiveInt = 1000
-    keep_last: PositiveInt = 2
-    mirror: str | None = None  # a bucket, s3://…, to which checkpoints are copied, and from which a run continues
-    on_full_disk: Literal["stop", "warn"] = "stop"  # when a checkpoint cannot be written; the last whole one stays
-    phase_deadline: PositiveFloat = 1800.0  # seconds without progress after which a rank says where it is, and ends
-    log_every: PositiveInt = 1  # steps between two refreshes of the progress bar and of TensorBoard
+    offload: tuple[Literal["activations", "optimizer"], ...] = ()  # kept in CPU memory: slower, with less GPU memory
+    z_loss: float = Field(default=1e-4, ge=0)  # factor of weight * logsumexp^2
+    residual_dropout: float = Field(default=0.0, ge=0, lt=1)  # on the output of every sublayer of the language model
+    dropout_on: Literal["all", "response"] = "all"  # "response": only on tokens that predict a token with loss
+    seed: NonNegativeInt = 6198  # for the initial weights and for dropout
+    checkpoint_every: PositiveInt = 1000  # optimizer steps
+    keep_last: PositiveInt = 2  # number of checkpoints to keep
+    mirror: str | None = None  # a bucket, s3://…, to which checkpoints are copied, and from which a run can resume
+    on_full_disk: Literal["stop", "warn"] = "stop"  # when a checkpoint cannot be written; older ones stay
+    phase_deadline: PositiveFloat = 1800.0  # seconds without progress after which the watchdog ends a rank
+    log_every: PositiveInt = 1  # steps between updates of the progress bar and of TensorBoard
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Train:
-        # DeepSpeed has another optimizer for bf16 at stage 1, whose files cannot be consolidated, and none with fp32
-        # masters at stage 0.
+        # For bf16 at stage 1 DeepSpeed uses an optimizer whose files cannot be consolidated, and at stage 0 it has no
+        # optimizer with fp32 master weights.
         if self.precision == "bf16" and self.zero_stage < 2:
             raise ValueError(f"precision bf16 needs zero_stage 2 or 3, not {self.zero_stage}")
         if "optimizer" in self.offload and self.zero_stage == 0:
             raise ValueError("offload of the optimizer needs zero_stage 1, 2 or 3")
         if "activations" in self.offload and not self.activation_checkpointing:
             raise ValueError(
-                "offload of activations needs activation_checkpointing: the inputs of layers are what moves"
+                "offload of activations needs activation_checkpointing: only the inputs of layers are offloaded"
             )
         return self
 
     @property
     def chunk_crops(self) -> int | None:
-        """Crops that the vision transformer takes at once; None: all.
+        """The number of crops that the vision transformer processes at once; None: all.
 
-        Under ZeRO-3 every call of a layer is a collective, and ranks have different numbers of crops: one call each.
+        Under ZeRO-3 every call of a layer is a collective, and ranks have different numbers of crops, so each rank
+        makes one call with all its crops.
         """
         return CHUNK_CROPS if self.activation_checkpointing and self.zero_stage < 3 else None
 
 
 class Group(pydantic.BaseModel, extra="forbid", frozen=True):
-    """One component's learning rate: linear warm-up to `lr`, then a cosine; gradients clipped to norm `clip`."""
+    """Learning rate and clipping of one component: linear warm-up to `lr`, then cosine; gradient norm up to `clip`."""
 
     lr: float = Field(ge=0)
     warmup_steps: NonNegativeInt = 200
@@ -114,10 +115,10 @@ class Group(pydantic.BaseModel, extra="forbid", frozen=True):
 
 
 class Lora(pydantic.BaseModel, extra="forbid", frozen=True):
-    """Low-rank adapters on the language model, whose own weights stay as they are."""
+    """Low-rank adapters on the language model; its own weights are frozen."""
 
     rank: PositiveInt = 16
-    alpha: PositiveFloat = 32.0  # what an adapter adds is multiplied by alpha / rank
+    alpha: PositiveFloat = 32.0  # the output of an adapter is multiplied by alpha / rank
 
 
 class Optim(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -131,55 +132,56 @@ class Optim(pydantic.BaseModel, extra="forbid", frozen=True):
     weight_decay: float = Field(default=0.0, ge=0)
     final_lr_fraction: Fraction = 0.1
     lora: Lora | None = None
-    freeze_base_embedding: bool = True  # Molmo2 leaves the base token table as it is; a new model must learn it
+    freeze_base_embedding: bool = True  # as Molmo2 does; a model trained from scratch must train it
 
 
 class Anomalies(pydantic.BaseModel, extra="forbid", frozen=True):
-    """What to do about a loss that is no number or that jumps. A step that is skipped changes no weight."""
+    """The reaction to a loss spike or a loss that is not finite. A skipped step changes no weight."""
 
     nonfinite: Literal["stop", "skip"] = "stop"
-    spike_factor: float | None = Field(default=None, gt=1)  # a spike: above this times the median of the last 100
+    spike_factor: float | None = Field(default=None, gt=1)  # a spike exceeds this times the median of the last 100
     spike: Literal["record", "skip", "stop"] = "record"
-    max_skips: PositiveInt = 5  # in a row
+    max_skips: PositiveInt = 5  # the run stops after this many skipped steps in a row
 
 
 class Evaluation(pydantic.BaseModel, extra="forbid", frozen=True):
-    """What a run is judged by while it trains: shards that it does not train on. Nothing here changes the training."""
+    """Validation during training, on shards that are not trained on. Nothing here changes the training."""
 
-    roots: tuple[str, ...] = Field(min_length=1)  # as in `data`
+    roots: tuple[str, ...] = Field(min_length=1)  # folders of datasets, as in `data`
     datasets: tuple[str, ...] = Field(min_length=1)
-    every: PositiveInt = 1000  # training steps
-    steps: PositiveInt = 1  # batches of train.packs_per_step packs, always the same
-    samples: NonNegativeInt = 4  # answers that are generated and shown
-    max_new_tokens: PositiveInt = 64  # of an answer
+    every: PositiveInt = 1000  # training steps between validations
+    steps: PositiveInt = 1  # batches of train.packs_per_step packs, the same at every validation
+    samples: NonNegativeInt = 4  # number of answers to generate
+    max_new_tokens: PositiveInt = 64  # maximum length of an answer, in tokens
 
 
 class Logging(pydantic.BaseModel, extra="forbid", frozen=True):
-    """What is written beside `log.jsonl`, which is always written."""
+    """Metrics to write besides `log.jsonl`, which is always written."""
 
     tensorboard: bool = True
-    wandb: str | None = None  # a project's name
+    wandb: str | None = None  # name of the W&B project
 
 
 class FirstWeights(pydantic.BaseModel, extra="forbid", frozen=True):
-    """Other people's weights to start from: directories, or OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face hub.
+    """Pretrained weights to start from: directories, or OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face hub.
 
-    Either both base models, whose connector and added embedding rows are then drawn, or a whole Molmo2.
+    They are either both base models, in which case connector and added embeddings are initialized at random, or a whole
+    Molmo2.
     """
 
-    llm: str | None = None  # Qwen3 or Olmo-3
-    vit: str | None = None  # SigLIP2
-    molmo2: str | None = None  # a released, exported or native Molmo2
+    llm: str | None = None  # a Qwen3 or Olmo-3 model
+    vit: str | None = None  # a SigLIP2 model
+    molmo2: str | None = None  # a released or exported Molmo2, or one of this project's checkpoints
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> FirstWeights:
         if (self.llm is None, self.vit is None, self.molmo2 is None) not in ((False, False, True), (True, True, False)):
-            raise ValueError("name llm and vit, both of them, or molmo2 alone")
+            raise ValueError("give both llm and vit, or only molmo2")
         return self
 
 
 def _read_init(value: Any) -> Any:
-    """Choose by the kind of value, so that an error has one path and not one for each alternative."""
+    """Choose by the type of the value, so that an error has one path and not one for each alternative."""
     if isinstance(value, dict):
         return FirstWeights.model_validate(value)
     if value is None or isinstance(value, str | FirstWeights):
@@ -188,13 +190,13 @@ def _read_init(value: Any) -> Any:
 
 
 class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
-    """One run of one stage: `runs/<name>/`."""
+    """The recipe of one run of one stage, whose files are in `runs/<name>/`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     stage: Literal["pretraining", "sft", "long"]
     model: str  # a preset of molmo2.model.presets
     tokenizer: str = "raw/tokenizer"
-    # Nothing, the run (or the path of a checkpoint) whose weights this one starts from, or other people's weights.
+    # The weights to start from: null for random ones, the name of a run, the path of a checkpoint, or pretrained ones.
     init: typing.Annotated[str | FirstWeights | None, pydantic.BeforeValidator(_read_init)] = None
     data: Data
     train: Train
@@ -209,8 +211,8 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
             raise ValueError(f"init names the run itself ({self.name}); name the run of the stage before, or null")
         if self.optim.lora is not None and self.train.zero_stage == 3:
             raise ValueError(
-                "optim.lora with train.zero_stage 3 is not tried by us and refused; frozen weights have no optimizer "
-                "states, so train.zero_stage=2 needs little more memory"
+                "optim.lora with train.zero_stage 3 is untested and refused; set train.zero_stage=2, which needs "
+                "little more memory, since frozen weights have no optimizer states"
             )
         if self.data.sequence_length % self.train.sp:
             raise ValueError(
@@ -226,7 +228,7 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
 
     @property
     def plan_settings(self) -> PlanSettings:
-        """What the order of batches depends on."""
+        """The settings that determine the order of batches."""
         data = self.data
         return PlanSettings(
             sequence_length=data.sequence_length,
@@ -239,12 +241,12 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
 
     @property
     def roots(self) -> list[str]:
-        """The folders of datasets, as paths and URLs."""
+        """The folders of datasets as paths and URLs, with `MOLMO2_DATA` applied."""
         return root_paths(self.data.roots)
 
     @property
     def run_dir(self) -> Path:
-        """Where the log and the checkpoints of this run lie."""
+        """The folder with the log and the checkpoints of this run."""
         return data_path(f"runs/{self.name}")
 
 
@@ -254,7 +256,7 @@ def data_path(name: str | Path = "") -> Path:
 
 
 def root_paths(roots: Sequence[str]) -> list[str]:
-    """Folders of datasets, as paths and URLs."""
+    """Folders of datasets as paths and URLs, with `MOLMO2_DATA` applied to the paths."""
     return [root if "://" in root else str(data_path(root)) for root in roots]
 
 
@@ -262,7 +264,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe; `overrides` are `a.b=value`, the value in YAML.
 
     Raises:
-        RecipeError: the file is missing or no YAML, or anything in it is unknown, missing or wrong.
+        RecipeError: the file is missing or is not YAML, or keys or values are unknown, missing or wrong.
     """
     try:
         loaded = OmegaConf.load(path)
@@ -281,17 +283,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(values: Any, where: str) -> Recipe:
-    """Validate plain values; `where` stands in the message.
+    """Validate plain values as a recipe; `where` begins the error message.
 
     Raises:
-        RecipeError: every error at once, one a line: dotted path, what is wrong, the value, the nearest known name.
+        RecipeError: the message has a line for each error: dotted path, what is wrong, the value, the nearest name.
     """
     try:
         return Recipe.model_validate(values)
     except pydantic.ValidationError as error:
-        found = error.errors(include_url=False)
-        lines = "\n".join(f"  {_describe(item)}" for item in found)
-        raise RecipeError(f"{where}: {len(found)} error{'s' if len(found) > 1 else ''}\n{lines}") from None
+        errors = error.errors(include_url=False)
+        lines = "\n".join(f"  {_describe(item)}" for item in errors)
+        raise RecipeError(f"{where}: {len(errors)} error{'s' if len(errors) > 1 else ''}\n{lines}") from None
 
 
 def _describe(error: Any) -> str:
@@ -315,7 +317,7 @@ def _models(annotation: Any) -> list[type[pydantic.BaseModel]]:
 
 
 def _known_names(location: Sequence[int | str]) -> list[str]:
-    """Names of the fields at a location; steps into lists and dicts do not change the type."""
+    """Names of the fields at a location; an index of a list or a key of a dict does not change the type."""
     annotation: Any = Recipe
     for part in location:
         fields = {name: field for model in _models(annotation) for name, field in model.model_fields.items()}

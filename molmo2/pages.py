@@ -1,4 +1,4 @@
-"""What all pages share: filling in a template, curves as SVG, and numbers as people read them.
+"""Helpers for all HTML pages: filling in a template, curves as SVG, and readable numbers.
 
 A page is one HTML file without scripts or links to other files; jinja2 escapes every value in it.
 """
@@ -12,17 +12,17 @@ from typing import Any
 
 import jinja2
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 560, 180, 44, 22  # size and margins of a curve, SVG units
-MAX_POINTS = 300  # points of a curve; longer logs are averaged
+WIDTH, HEIGHT, LEFT, BOTTOM = 560, 180, 44, 22  # size and margins of a curve, in SVG units
+MAX_POINTS = 300  # a curve has at most this many points; longer logs are averaged
 
 
 def fill_template(path: Path, values: Mapping[str, Any], *, escape: bool = True) -> str:
-    """A Jinja template filled in. Templates beside it can be included; a name without a value is an error.
+    """Fill in a Jinja template. It can include templates beside it; a name without a value is an error.
 
     Args:
         path: the template's file.
-        values: by name. The filters are `count`, `size` and `percent`.
-        escape: escape every value for HTML; Markdown wants them as they are.
+        values: the values by name. The filters are `count`, `size` and `percent`.
+        escape: escape every value for HTML; False for Markdown.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(path.parent),
@@ -37,7 +37,7 @@ def fill_template(path: Path, values: Mapping[str, Any], *, escape: bool = True)
 
 
 def size(num_bytes: float) -> str:
-    """Bytes for people, decimal units."""
+    """A number of bytes as text, in decimal units."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= scale:
             return f"{num_bytes / scale:,.2f} {unit}"
@@ -45,21 +45,21 @@ def size(num_bytes: float) -> str:
 
 
 def percent(fraction: float | None, digits: int = 1) -> str:
-    """A fraction as a table shows it; a dash where there is none."""
+    """A fraction as a percentage; a dash for None."""
     return "-" if fraction is None else f"{fraction:.{digits}%}"
 
 
 def averaged(values: Sequence[float], most: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """(step, mean) of runs of equal length, at most `most` of them; steps count from 1."""
+    """Average consecutive values in groups of equal length: at most `most` points (step, mean), steps from 1."""
     size = max(1, -(-len(values) // most))
     runs = [values[first : first + size] for first in range(0, len(values), size)]
     return [(i * size + (len(run) + 1) / 2, sum(run) / len(run)) for i, run in enumerate(runs)]
 
 
 def curve(values: Sequence[float], label: str = "loss by step", last: int | None = None) -> str:
-    """An SVG line of `values` over their number, with the extremes written on the axes; "" for fewer than two.
+    """An SVG curve of `values` with the extremes on the axes; an empty string for fewer than two values.
 
-    `last`: the step of the last value, where it is not their number.
+    `last`: the step of the last value, if it differs from the number of values.
     """
     points = averaged(values)
     if len(points) < 2:

@@ -5,9 +5,9 @@
     torchrun --nproc_per_node 8 molmo2/train.py --recipe recipes/demo/stage2.yaml --set train.steps=100
     python molmo2/train.py --recipe recipes/demo/stage1.yaml
 
-The last line trains on one rank. A run continues from its newest whole checkpoint by itself; SIGTERM, SIGUSR1 or a file
-`runs/<name>/stop` saves one and exits with 0. Written to `runs/<name>/`: log.jsonl, data.jsonl, quarantine.jsonl,
-summary.json, checkpoints and TensorBoard.
+The last line trains on one rank. A run resumes from its newest whole checkpoint by itself. SIGTERM, SIGUSR1 or a file
+`runs/<name>/stop` makes it save a checkpoint and exit with 0. It writes to `runs/<name>/`: log.jsonl, data.jsonl,
+quarantine.jsonl, summary.json, checkpoints and TensorBoard.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ from molmo2.training.run import (
 from shards.stream.loader import QuarantineError
 from shards.stream.plan import Cursor, PlanError, open_plan
 
-PACKS_SHOWN = 3
+PACKS_SHOWN = 3  # packs of a step that --inspect prints
 
 
 # --- before the first step -------------------------------------------------------------------------------------------
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--recipe", type=Path, required=True, help="YAML file of the run")
@@ -69,23 +69,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print memory and time for several numbers of GPUs")
     parser.add_argument("--inspect", type=int, nargs="?", const=1, metavar="STEP", help="print packs of a step (1)")
     parser.add_argument("--replay", type=int, metavar="STEP", help="loss of each sample of a step, before its update")
-    parser.add_argument("--change-data", action="store_true", help="go on with other data or another mixture")
+    parser.add_argument("--change-data", action="store_true", help="resume with other data or another mixture")
     parser.add_argument("--check-sp", action="store_true", help="compare a small pack on one rank and on a group first")
-    parser.add_argument("--deepspeed_config", type=Path, metavar="JSON", help="buffers, prefetching, profiling to add")
+    parser.add_argument("--deepspeed_config", type=Path, metavar="JSON", help="buffers, prefetching, profiling")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(argv)
 
 
 def read_recipes(arguments: argparse.Namespace) -> list[Recipe]:
-    """The recipes to run, in order."""
+    """Load the recipes to run, in order."""
     paths = sorted(arguments.recipe.parent.glob("stage*.yaml")) if arguments.all_stages else [arguments.recipe]
     return [load_recipe(path, arguments.set) for path in paths or [arguments.recipe]]
 
 
 def place(recipe: Recipe) -> Mesh:
-    """Check that ranks, packs and heads fit together, and form the groups."""
+    """Check that ranks, packs and heads fit together, and create the groups of ranks; collective."""
     if recipe.model not in PRESETS:
-        raise ValueError(f"model {recipe.model!r} is no preset; known: {', '.join(sorted(PRESETS))}")
+        raise ValueError(f"model {recipe.model!r} is not a preset; known: {', '.join(sorted(PRESETS))}")
     train = recipe.train
     check_mesh(
         world=dist.get_world_size(),
@@ -98,7 +98,7 @@ def place(recipe: Recipe) -> Mesh:
 
 
 def prepare(recipe: Recipe, mesh: Mesh, device: torch.device) -> Run:
-    """Check everything that can be known before a model is built: tokenizer, shards, processor."""
+    """Check everything that can be checked before the model is built: tokenizer, shards, processor."""
     if recipe.logging.wandb and not importlib.util.find_spec("wandb"):
         raise ValueError("logging.wandb is set, but wandb is not installed; pip install wandb, or set it to null")
     if recipe.optim.lora is not None and not importlib.util.find_spec("peft"):
@@ -124,7 +124,7 @@ def prepare(recipe: Recipe, mesh: Mesh, device: torch.device) -> Run:
 
 
 def starting_model(run: Run) -> Molmo2:
-    """The model before the first step: new, or with the weights of the stage before, or of other people."""
+    """The model before the first step: with random weights, with those of an earlier run, or with pretrained ones."""
     recipe, config = run.recipe, run.model_config
     if recipe.init is None:
         return Molmo2(config).init_weights(recipe.train.seed)
@@ -133,11 +133,11 @@ def starting_model(run: Run) -> Molmo2:
 
         tokenizer = data_path(recipe.tokenizer)
         return Molmo2.with_weights(config, first_weights(recipe.init, config, tokenizer, recipe.train.seed, say))
-    found, weights, meta = load_weights(recipe.init)
-    differing = differences(found, config)
+    init_config, weights, meta = load_weights(recipe.init)
+    differing = differences(init_config, config)
     if differing:
         raise CheckpointError(
-            f"init {recipe.init}: its model ({found.name}) is not the recipe's ({recipe.model}): "
+            f"init {recipe.init}: its model ({init_config.name}) is not the recipe's ({recipe.model}): "
             f"{'; '.join(differing)}; name the same preset in both stages"
         )
     if not meta["finished"]:
@@ -148,14 +148,14 @@ def starting_model(run: Run) -> Molmo2:
 def resume(
     run: Run, engine: Any, checkpoint: Checkpoint | None, universal: Path | None, change_data: bool = False
 ) -> Progress:
-    """Restore model, optimizer, the place in the data and the last losses; the plan refuses data that have changed.
+    """Restore model, optimizer, the place in the data and the last losses from a checkpoint.
 
     Args:
         run: the run.
         engine: a new engine.
-        checkpoint: where it goes on; None: from the start.
-        universal: the checkpoint's states for any number of ranks, where this number is another.
-        change_data: data that have changed are meant: take over from the checkpoint's plan, and record it.
+        checkpoint: the checkpoint to resume from; None starts from the beginning.
+        universal: the converted states of the checkpoint, if the number of ranks or the ZeRO stage has changed.
+        change_data: accept changed data and record the change; otherwise the plan refuses data that have changed.
     """
     if checkpoint is None:
         return Progress(0, Cursor(), LossHistory())
@@ -169,7 +169,7 @@ def resume(
 
 
 def take_over(run: Run, state: dict[str, Any]) -> Cursor:
-    """Go on with this recipe's data after another plan's; `data_changes.jsonl` says what changed and where."""
+    """Continue with this recipe's data after another plan's; the change is recorded in `data_changes.jsonl`."""
     cursor, changed = run.plan.change_over(state)
     if changed and run.mesh.rank == 0:
         line = {"step": cursor.step, "cursor": cursor._asdict(), "changed": changed}
@@ -180,12 +180,12 @@ def take_over(run: Run, state: dict[str, Any]) -> Cursor:
 
 
 def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, arguments: argparse.Namespace) -> bool:
-    """Train one stage; False when it was told to stop before its end."""
+    """Train one stage; return False if a stop signal ended it before its last step."""
     mesh = agreed(lambda: place(recipe))
     added = agreed(lambda: read_engine_keys(arguments.deepspeed_config))
     run = agreed(lambda: prepare(recipe, mesh, device))
-    found = on_rank_zero(lambda: mirror.newest(recipe, say))
-    done = 0 if found is None else found.step
+    checkpoint = on_rank_zero(lambda: mirror.newest(recipe, say))
+    done = 0 if checkpoint is None else checkpoint.step
     if done >= recipe.train.steps:
         say(f"{recipe.name}: finished at step {done}; nothing to do")
         if not (recipe.run_dir / SUMMARY_NAME).exists():
@@ -197,24 +197,24 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, argument
         f"{recipe.name}: steps {done + 1}-{train.steps}, {train.packs_per_step} packs of {recipe.data.sequence_length} "
         f"tokens each, on {mesh.world} ranks (dp {mesh.dp}, sp {mesh.sp}), {train.precision}, ZeRO-{train.zero_stage}"
     )
-    moved = agreed(lambda: changes(found, recipe) if found else [])
-    universal = on_rank_zero(lambda: convert(found)) if found and moved else None
-    if moved:
-        say(f"{recipe.name}: {', '.join(moved)}: the checkpoint was converted, the order of the data stays")
+    differing = agreed(lambda: changes(checkpoint, recipe) if checkpoint else [])
+    universal = on_rank_zero(lambda: convert(checkpoint)) if checkpoint and differing else None
+    if differing:
+        say(f"{recipe.name}: {', '.join(differing)}: the checkpoint was converted; the order of the data is the same")
     model = agreed(lambda: starting_model(run))
     if arguments.check_sp and mesh.sp > 1:
         from molmo2.training.check_sp import check_sequence_parallel
 
-        differing = check_sequence_parallel(model.to(device), recipe, mesh)
-        say(f"{recipe.name}: sp {mesh.sp} agrees with one rank to {max(differing.values()):.1e}")
+        errors = check_sequence_parallel(model.to(device), recipe, mesh)
+        say(f"{recipe.name}: sp {mesh.sp} agrees with one rank to {max(errors.values()):.1e}")
     engine, optimizer, names = start_engine(model, recipe, mesh, universal is not None, added)
-    progress = agreed(lambda: resume(run, engine, found, universal, arguments.change_data))
+    progress = agreed(lambda: resume(run, engine, checkpoint, universal, arguments.change_data))
     on_rank_zero(lambda: shutil.rmtree(universal) if universal else None)
     run_steps(run, engine, optimizer, names, progress, stop)
     engine.destroy()
     if progress.step < recipe.train.steps:
         say(
-            f"{recipe.name}: stopped as asked after step {progress.step} of {recipe.train.steps}; "
+            f"{recipe.name}: stopped on request after step {progress.step} of {recipe.train.steps}; "
             "start again to continue"
         )
         return False
@@ -223,14 +223,14 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, argument
 
 
 def clear_after(recipe: Recipe, step: int) -> None:
-    """Forget what a run wrote after the step from which it goes on."""
+    """Remove checkpoints and log lines of steps after the one from which the run resumes."""
     checkpoints.clear_after(checkpoints.checkpoints_dir(recipe.run_dir), step)
     for name in (LOG_NAME, QUARANTINE_NAME, ANOMALIES_NAME, CHANGES_NAME, DATA_NAME):
         cut_log(recipe.run_dir / name, step)
 
 
 def finish(recipe: Recipe) -> None:
-    """Write `summary.json` and say how it went."""
+    """Write `summary.json` and print it in one line."""
     summary = summarize(read_log(recipe.run_dir / LOG_NAME), recipe)
     (recipe.run_dir / SUMMARY_NAME).write_text(json.dumps(summary, indent=1) + "\n")
     say(
@@ -241,7 +241,7 @@ def finish(recipe: Recipe) -> None:
 
 
 def look(arguments: argparse.Namespace) -> int:
-    """Print what the recipes will need, or what a step of theirs holds; one process, nothing is trained."""
+    """Run --dry-run, --inspect or --replay for the recipes, in one process without training; return the exit code."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         for recipe in read_recipes(arguments):
@@ -267,7 +267,7 @@ def look(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, train, and turn a user's mistakes into one message and exit code 1."""
+    """Train, and return the exit code; an error that a user can mend is printed in one message, with code 1."""
     arguments = parse_arguments(argv)
     if arguments.dry_run or arguments.inspect is not None or arguments.replay is not None:
         return look(arguments)

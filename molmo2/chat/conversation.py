@@ -1,4 +1,4 @@
-"""A conversation with a model about images or a video: what the terminal and the web page share."""
+"""A conversation with a model about images or a video, for the terminal and the web page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIMITS = Limits(sequence_length=16384, max_crops=384, max_frames=384, max_images
 
 
 def conversation(turns: Sequence[Turn], images: Sequence[Path], video: Path | None) -> Example:
-    """What has been said about the media, the last turn being a question."""
+    """The turns so far about the media, as an example; the last turn must be a question."""
     return Example(
         key="chat",
         dataset="chat",
@@ -28,21 +28,21 @@ def conversation(turns: Sequence[Turn], images: Sequence[Path], video: Path | No
 def answer(
     model: Molmo2, processor: Processor, example: Example, sampling: Sampling, max_new_tokens: int
 ) -> Iterator[str]:
-    """The answer to the last question, piece by piece.
+    """Generate the answer to the last question and yield it in pieces of text.
 
     Raises:
-        RejectedError: unreadable media, or a conversation that has become too long.
+        RejectedError: media are unreadable, or the conversation is too long.
     """
     device = next(model.parameters()).device
     prompt = PromptTensors.of(processor.prompt(example, LIMITS), device)
     tokenizer = processor.tokenizer
     ids: list[int] = []
-    said = ""
+    shown = ""  # the text that has been yielded
     for (token,) in stream(model, [prompt], max_new_tokens, tokenizer.eos, sampling):
         if token != tokenizer.eos:
             ids.append(token)
         text = tokenizer.decode(ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character: its other bytes are yet to come
-            yield text[len(said) :]
-            said = text
-    yield tokenizer.decode(ids)[len(said) :]
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else the last character is incomplete
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(ids)[len(shown) :]

@@ -1,8 +1,8 @@
-"""A web page to talk with a model: images or a video are uploaded, points and tracks are drawn on them.
+"""A web page to chat with a model: a user uploads images or a video, and points and tracks are drawn on them.
 
-The server keeps nothing: a question brings the whole conversation and its media, and the answer streams back as JSON
-lines. It listens on this machine alone, answers one question at a time, and refuses requests of other sites (the names
-in Host and Origin must be its own). The page is one file without anything from elsewhere.
+The server has no state: a request has the whole conversation and its media, and the answer is streamed back as JSON
+lines. It listens only on this machine, answers one question at a time, and refuses requests from other sites (the names
+in Host and Origin must be its own). The page is one file and loads nothing else.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from molmo2.processing.points import parse_points
 from shards.schema import Turn
 
 PAGE = Path(__file__).with_name("web_page.html")
-MAX_BYTES = 256 << 20  # of a request: media in base64
+MAX_BYTES = 256 << 20  # maximum size of a request, with media in base64
 Answer = Callable[[Sequence[Turn], Sequence[Path], Path | None], Iterator[str]]
 
 
 class Said(pydantic.BaseModel, extra="forbid"):
-    """One turn."""
+    """One turn of a conversation."""
 
     role: Literal["user", "assistant"]
     text: str = pydantic.Field(min_length=1, max_length=100_000)
@@ -47,8 +47,8 @@ class ChatServer(ThreadingHTTPServer):
     """Serves the page and answers one question at a time.
 
     Args:
-        answer: turns, image files and a video file to the pieces of an answer.
-        port: 0 takes a free one.
+        answer: (turns, image files, a video file) -> the pieces of an answer.
+        port: the port to listen on; 0 takes a free one.
     """
 
     daemon_threads = True
@@ -60,7 +60,7 @@ class ChatServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """The URL of the page."""
         return f"http://127.0.0.1:{self.server_port}/"
 
 
@@ -68,7 +68,7 @@ def serve(answer: Answer, port: int) -> None:
     """Serve until the process is interrupted.
 
     Raises:
-        OSError: the port is taken.
+        OSError: the port is in use.
     """
     with ChatServer(answer, port) as server:
         write(f"open {server.url} (end with Ctrl-C)")
@@ -76,20 +76,20 @@ def serve(answer: Answer, port: int) -> None:
 
 
 def lines_of(answer: Answer, question: Question) -> Iterator[dict[str, Any]]:
-    """What the page gets: {"text": piece} as it comes, then {"points": [...]}, or {"error": sentence}."""
-    turns = [Turn(role=said.role, text=said.text) for said in question.turns]
+    """The lines of a response: {"text": piece} for each piece, then {"points": [...]}, or {"error": sentence}."""
+    turns = [Turn(role=turn.role, text=turn.text) for turn in question.turns]
     with tempfile.TemporaryDirectory(prefix="chat-") as folder:
         try:
             images = [_write(Path(folder) / f"{i}.image", data) for i, data in enumerate(question.images)]
             video = None if question.video is None else _write(Path(folder) / "video", question.video)
-            said = ""
+            text = ""
             for piece in answer(turns, images, video):
-                said += piece
+                text += piece
                 yield {"text": piece}
         except (ValueError, OSError) as error:
             yield {"error": str(error).replace(f"{folder}/", "")}
             return
-    yield {"points": [{"at": p.at, "id": p.id, "x": p.x, "y": p.y} for p in parse_points(said)]}
+    yield {"points": [{"at": p.at, "id": p.id, "x": p.x, "y": p.y} for p in parse_points(text)]}
 
 
 def _write(path: Path, data: str) -> Path:
@@ -144,11 +144,11 @@ class _Handler(BaseHTTPRequestHandler):
                     data = (json.dumps(line) + "\n").encode()
                     self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
             self.wfile.write(b"0\r\n\r\n")
-        except ConnectionError:  # the page was closed: nobody waits for the rest
+        except ConnectionError:  # the page was closed
             self.close_connection = True
 
     def _trusted(self) -> bool:
-        """Whether the request is meant for us: a site elsewhere may have its name point here."""
+        """Whether Host and Origin are this server's: another site could resolve its name to this machine."""
         origin = self.headers.get("Origin")
         own = {f"http://{name}" for name in self.server.names}
         if self.headers.get("Host") in self.server.names and (origin is None or origin in own):
@@ -158,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, code: int, why: str) -> None:
         body = json.dumps({"error": why}).encode()
-        self.close_connection = True  # what was not read of the request must not be taken for another one
+        self.close_connection = True  # the unread rest of this request must not be parsed as the next one
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -167,4 +167,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing for every request."""
+        """Log no requests."""

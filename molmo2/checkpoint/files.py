@@ -1,14 +1,14 @@
-"""Checkpoints: `runs/<name>/checkpoints/step-00001000/`, whole or not there.
+"""Checkpoints: `runs/<name>/checkpoints/step-00001000/`, written atomically.
 
     deepspeed/            model and optimizer states as DeepSpeed writes them, one file a rank
-    plan.json             where the data stands: a few integers and digests
+    plan.json             the place in the data: a few integers and digests
     recipe.json           the resolved recipe
     model.json            the model's configuration
-    weights.safetensors   float32 weights, in the last checkpoint of a run (others are consolidated when asked for)
+    weights.safetensors   float32 weights, only in the last checkpoint of a run (others are consolidated when read)
     meta.json             step, ranks, versions, and the size and hash of every other file; written last
 
-A checkpoint is written under another name and renamed. What is cut short or changed is found by size and hash and
-passed over, with a word. Continuing on another number of ranks is `molmo2.checkpoint.reshard`.
+A checkpoint is written under a temporary name and then renamed. Sizes and hashes reveal a truncated or changed
+checkpoint, which is skipped with a message. Resuming on another number of ranks is in `molmo2.checkpoint.reshard`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from molmo2.config import Recipe
 from molmo2.model.lora import merged
 from molmo2.model.presets import ModelConfig
 
-FORMAT = 1
+FORMAT = 1  # version of the layout above; another one is refused
 META, PLAN, RECIPE, MODEL, WEIGHTS, STATES = (
     "meta.json",
     "plan.json",
@@ -45,13 +45,13 @@ META, PLAN, RECIPE, MODEL, WEIGHTS, STATES = (
     "weights.safetensors",
     "deepspeed",
 )
-# Without it DeepSpeed's converter takes a checkpoint for one that knows nothing of the universal format.
+# DeepSpeed's converter to the universal format refuses a checkpoint without this entry.
 CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
-PREFIX = "model."  # of the model's parameters inside the training module
+PREFIX = "model."  # begins the names of the model's parameters inside `TrainingModule`
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, does not fit this run, or cannot be written."""
+    """A checkpoint is missing or damaged, does not fit this run, or cannot be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +63,16 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """The number of optimizer steps done."""
         return int(self.meta["step"])
 
     def read(self, name: str) -> Any:
-        """One of its JSON files."""
+        """Parse one of its JSON files."""
         return json.loads((self.path / name).read_text())
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
-    """Where the checkpoints of a run lie."""
+    """The folder with the checkpoints of a run."""
     return run_dir / "checkpoints"
 
 
@@ -89,12 +89,12 @@ def save(
     sp: int,
     losses: Sequence[float] = (),
 ) -> Path:
-    """Write a checkpoint and drop the oldest ones beyond `train.keep_last`; every rank must call it.
+    """Write a checkpoint and delete the oldest ones beyond `train.keep_last`; every rank must call it.
 
-    `losses`: the last ones, by which a run judges the next.
+    `losses`: the last losses, with which a resumed run detects loss spikes.
 
     Raises:
-        CheckpointError: it could not be written (a full disk, say); earlier checkpoints stay as they are.
+        CheckpointError: it could not be written, for example because the disk is full; earlier checkpoints stay.
     """
     directory = checkpoints_dir(recipe.run_dir)
     final = directory / f"step-{step:08d}"
@@ -105,11 +105,11 @@ def save(
         failure = _attempt(lambda: _finish(temporary, final, recipe, model_config, plan_state, meta))
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
-    told = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]
-    if told:
+    reasons = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]
+    if reasons:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"{final}: cannot be written ({'; '.join(told)}); free some space or lower train.keep_last, and start "
+            f"{final}: cannot be written ({'; '.join(reasons)}); free some space or lower train.keep_last, and start "
             "again: the run continues from its last whole checkpoint"
         )
     if dist.get_rank() == 0:
@@ -145,7 +145,7 @@ def _finish(
     for name, value in documents.items():
         _write_json(temporary / name, value)
     for script in temporary.glob("zero_to_fp32.py"):
-        script.unlink()  # DeepSpeed adds its converter; `load_weights` does that
+        script.unlink()  # DeepSpeed adds its conversion script, which `load_weights` makes unnecessary
     if meta["finished"]:
         save_file(consolidate(temporary), str(temporary / WEIGHTS))
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
@@ -181,7 +181,7 @@ def _meta(recipe: Recipe, step: int, sp: int) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the code that runs, marked when the working tree differs; None outside a git checkout."""
+    """The commit of the running code, marked if the working tree has changes; None outside a git checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
@@ -215,7 +215,7 @@ def file_hash(path: Path) -> str:
 def _rotate(directory: Path, keep: int) -> None:
     for path in sorted(directory.glob("step-*"))[:-keep]:
         doomed = path.with_name(f".old-{path.name}")
-        os.replace(path, doomed)  # first the name, so that a half-deleted one is never taken for whole
+        os.replace(path, doomed)  # renamed first, so that a half-deleted checkpoint is never read
         shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -245,7 +245,7 @@ def damage(path: Path) -> str | None:
 
 
 def find_newest(directory: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint in a directory, None when there is none; `say` is told of each damaged one."""
+    """The newest whole checkpoint in a directory, or None; each damaged one is reported with `say`."""
     for path in sorted(directory.glob("step-*"), reverse=True):
         wrong = damage(path)
         if wrong is None:
@@ -255,10 +255,10 @@ def find_newest(directory: Path, say: Callable[[str], None]) -> Checkpoint | Non
 
 
 def clear_after(directory: Path, step: int) -> None:
-    """Make the directory ready for a run that goes on after `step`.
+    """Prepare the directory for a run that resumes after `step`.
 
-    Later checkpoints, which are damaged, become `damaged-*`: their steps will be written again. What was never
-    finished is dropped.
+    Later checkpoints, which are damaged, are renamed to `damaged-*`, since their steps will be written again.
+    Unfinished ones are deleted.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in [path for kind in (".tmp-*", ".old-*", ".universal-*") for path in directory.glob(kind)]:
@@ -286,20 +286,20 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def consolidate(directory: Path) -> dict[str, Tensor]:
-    """Float32 weights from DeepSpeed's files, adapters merged, on the CPU; a tensor with two names stands once."""
+    """Float32 weights from DeepSpeed's files, on the CPU, adapters merged; a tensor with two names is kept once."""
     states = directory / STATES
-    found: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     module = states / "mp_rank_00_model_states.pt"
-    if module.exists():  # not under ZeRO-3; with ZeRO-1 and 2 only what is frozen stays as it is here
-        found |= torch.load(module, map_location="cpu", mmap=True, weights_only=False)["module"]
+    if module.exists():  # absent under ZeRO-3; under ZeRO-1 and 2 only the frozen weights are used from here
+        state |= torch.load(module, map_location="cpu", mmap=True, weights_only=False)["module"]
     if list(states.glob("*_optim_states.pt")):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            found |= get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=STATES)
+            state |= get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=STATES)
     weights: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in found.items():
+    for name, tensor in state.items():
         if tensor.data_ptr() not in seen or tensor.numel() == 0:
             weights[name.removeprefix(PREFIX)] = tensor.float().contiguous()
         seen.add(tensor.data_ptr())
@@ -307,15 +307,15 @@ def consolidate(directory: Path) -> dict[str, Tensor]:
 
 
 def load_states(engine: Any, directory: Path) -> None:
-    """Restore model and optimizer into an engine; every rank must call it.
+    """Load model and optimizer states into an engine; every rank must call it.
 
     Raises:
-        CheckpointError: there is nothing to load.
+        CheckpointError: DeepSpeed finds no states in the directory.
     """
     loaded, _ = engine.load_checkpoint(str(directory), tag=STATES)
     if loaded is None:
         raise CheckpointError(f"{directory}: DeepSpeed found nothing to load in {STATES}/")
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # ZeRO wraps ours
     for state in optimizer.state.values():
-        # DeepSpeed gives all groups one tensor when it loads the universal format at stage 3, and each counts it up.
+        # DeepSpeed gives all groups one step tensor when it loads the universal format at stage 3; each increments it.
         state["step"] = state["step"].clone()

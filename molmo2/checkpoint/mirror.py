@@ -1,11 +1,11 @@
-"""Copies of checkpoints in a bucket, sent in the background, and brought back where the disk has no newer one.
+"""The mirror of a run: copies of checkpoints in a bucket, uploaded in the background and downloaded for a resume.
 
-    <train.mirror>/<run>/step-00001000/...     as on the disk; meta.json goes last and marks a copy as whole
+    <train.mirror>/<run>/step-00001000/...     as on the disk; meta.json is uploaded last and marks a copy as whole
 
     python -m molmo2.checkpoint.mirror runs/NAME/checkpoints/step-00001000 s3://bucket/runs/NAME 2   (the trainer does)
 
-Sending is a process of its own, so that it takes no time of the ranks and shares no lock with them. One at a time: the
-next checkpoint waits for it. Works with any place that `shards.storage.base` knows.
+A separate process uploads, so that it takes no time from the ranks and shares no lock with them. Only one upload runs
+at a time: the next checkpoint waits for it. The mirror can be any storage that `shards.storage.open` opens.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from shards.storage.base import Storage
 from shards.storage.open import open_storage
 from shards.stream.cache import cache_dir
 
-CHUNK = 64 << 20  # bytes that are read at once
+CHUNK = 64 << 20  # bytes of a file that are read at once
 LOG_NAME = "mirror.log"
 
 
 def place(recipe: Recipe) -> str | None:
-    """Where the copies of a run lie, if it has any."""
+    """The URL of a run's mirror; None if the recipe has no mirror."""
     return None if recipe.train.mirror is None else f"{recipe.train.mirror.rstrip('/')}/{recipe.name}"
 
 
 def send(checkpoint: Path, url: str, keep: int) -> None:
-    """Copy a whole checkpoint, then drop older copies beyond the newest `keep`. What is there already stays.
+    """Upload a whole checkpoint, then delete older copies beyond the newest `keep`; uploaded files are not sent again.
 
     Raises:
-        OSError: the place does not answer or takes nothing.
+        OSError: the storage does not answer or refuses to write.
     """
     store = open_storage(url)
     files = json.loads((checkpoint / META).read_text())["files"]
@@ -47,28 +47,28 @@ def send(checkpoint: Path, url: str, keep: int) -> None:
         target = f"{checkpoint.name}/{name}"
         if store.size(target) != size:
             _put(store, checkpoint / name, target)
-            if (found := store.size(target)) != size:
-                raise OSError(f"{url}/{target}: {found} bytes after {size} were sent")
+            if (stored := store.size(target)) != size:
+                raise OSError(f"{url}/{target}: the copy has {stored} bytes, the file has {size}")
     store.write(f"{checkpoint.name}/{META}", (checkpoint / META).read_bytes())
     for step in steps(store)[keep:]:
-        store.remove(f"{step}/{META}")  # first the mark, so that a half-deleted one is never taken for whole
+        store.remove(f"{step}/{META}")  # deleted first, so that a half-deleted copy is never taken for whole
         for name in store.list():
             if name.startswith(f"{step}/"):
                 store.remove(name)
 
 
 def steps(store: Storage) -> list[str]:
-    """Names of the whole copies, the newest first."""
+    """Names of the whole copies in a mirror, the newest first."""
     return sorted((name.split("/")[0] for name in store.list(f"/{META}") if name.startswith("step-")), reverse=True)
 
 
 def _put(store: Storage, path: Path, target: str) -> None:
-    """`publish` moves a file: it gets a second name of it."""
+    """Upload a file. `publish` removes its source, so it gets a hard link or a copy."""
     link = path.with_name(f".{path.name}.sending")
     link.unlink(missing_ok=True)
     try:
         os.link(path, link)
-    except OSError:  # a file system without links
+    except OSError:  # the file system has no hard links
         shutil.copyfile(path, link)
     try:
         store.publish(link, target)
@@ -77,7 +77,7 @@ def _put(store: Storage, path: Path, target: str) -> None:
 
 
 def fetch(url: str, directory: Path, after: int, say: Callable[[str], None]) -> None:
-    """Bring the newest whole copy of a step after `after` into a directory, if there is one; damaged ones are told."""
+    """Download the newest whole copy of a step after `after`, if there is one; `say` reports damaged copies."""
     store = open_storage(url)
     for name in steps(store):
         if int(name.removeprefix("step-")) <= after:
@@ -111,29 +111,29 @@ def _get(store: Storage, name: str, directory: Path, file: str) -> None:
 
 
 def newest(recipe: Recipe, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint of a run, on the disk or, where that is newer, from its mirror."""
+    """The newest whole checkpoint of a run: from the disk or, if a newer one is there, downloaded from its mirror."""
     directory, url = checkpoints_dir(recipe.run_dir), place(recipe)
-    found = find_newest(directory, say)
+    local = find_newest(directory, say)
     if url is None:
-        return found
+        return local
     directory.mkdir(parents=True, exist_ok=True)
-    fetch(url, directory, 0 if found is None else found.step, say)
+    fetch(url, directory, 0 if local is None else local.step, say)
     return find_newest(directory, lambda _: None)
 
 
 def cached(url: str, say: Callable[[str], None]) -> Path:
-    """The folder in the cache with the newest whole copy of a run's mirror; ranks of a machine wait for each other."""
+    """The cache folder with the newest whole copy of a run's mirror; a lock makes the ranks of a machine take turns."""
     folder = checkpoints_dir(cache_dir() / "mirrors" / hashlib.sha256(url.encode()).hexdigest()[:16])
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        found = find_newest(folder, say)
-        fetch(url, folder, 0 if found is None else found.step, say)
+        local = find_newest(folder, say)
+        fetch(url, folder, 0 if local is None else local.step, say)
     return folder.parent
 
 
 class Sender:
-    """The process that sends the last checkpoint, if any; on rank 0."""
+    """The background process that uploads the last checkpoint; rank 0 has it."""
 
     def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
         self.url, self.keep, self.say = place(recipe), recipe.train.keep_last, say
@@ -141,23 +141,23 @@ class Sender:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, checkpoint: Path) -> None:
-        """Begin to send a checkpoint."""
+        """Start the upload of a checkpoint; nothing happens without a mirror."""
         if self.url is None:
             return
         command = [sys.executable, "-m", "molmo2.checkpoint.mirror", str(checkpoint), self.url, str(self.keep)]
         with open(self.log, "ab") as log:
-            # A session of its own: a signal to the ranks does not end it.
+            # It runs in a session of its own, so that a signal to the ranks does not end it.
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def wait(self) -> None:
-        """Until it is done; a failure is told, and training goes on: the checkpoint is on the disk."""
+        """Wait until the upload is done. A failure is only reported, since the checkpoint is still on the disk."""
         if self.process is not None and self.process.wait():
             self.say(f"WARNING: a checkpoint could not be copied to {self.url}: see {self.log}")
         self.process = None
 
 
 def main() -> int:
-    """Send one checkpoint."""
+    """Upload one checkpoint."""
     checkpoint, url, keep = sys.argv[1:]
     try:
         send(Path(checkpoint), url, int(keep))

@@ -1,4 +1,4 @@
-"""A checkpoint by name, path or URL, and the weights in it. Other people's models are `molmo2.weights.load`."""
+"""Open a checkpoint by name, path or URL, and load its weights. `molmo2.weights.load` loads other formats too."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from molmo2.model.presets import ModelConfig
 
 
 def open_checkpoint(name: str | Path, say: Callable[[str], None] = print) -> Checkpoint:
-    """A checkpoint by its own path, by the path of its run, or by the run's name: then the newest whole one.
+    """Open a checkpoint by its own path, or the newest whole one of a run by the run's path or name.
 
-    A run's mirror, s3://…/<run>, is a path too: its newest copy is brought into the cache.
+    The URL of a run's mirror, s3://…/<run>, is accepted too: its newest copy is downloaded into the cache.
 
     Raises:
-        CheckpointError: there is none, or the one that was named is damaged.
+        CheckpointError: there is no whole checkpoint, or the named one is damaged.
     """
     if "://" in str(name):
         name = cached(str(name), say)
@@ -42,9 +42,9 @@ def open_checkpoint(name: str | Path, say: Callable[[str], None] = print) -> Che
             if wrong:
                 raise CheckpointError(f"{path}: {wrong}; name another checkpoint of the run")
             return Checkpoint(path, json.loads((path / META).read_text()))
-        found = find_newest(checkpoints_dir(path), say)
-        if found:
-            return found
+        newest = find_newest(checkpoints_dir(path), say)
+        if newest:
+            return newest
     raise CheckpointError(
         f"{name}: no whole checkpoint here or in {data_path('runs') / name}; train that run first, or give the path"
     )

@@ -1,7 +1,7 @@
 """Real handwritten digits: the split into train and held-out, and pictures composed of them.
 
 The digits are scikit-learn's `load_digits` (1,797 scans of 8x8 pixels, 17 grey levels). This file draws and places
-them; what is asked about a picture is in `images` and `videos`.
+them; the questions about a picture are in `image_sets` and `video_sets`.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ class Placed:
 
 
 def generator(*key: object) -> Generator:
-    """A random generator that depends on `key` alone, so that any part of the data can be made by itself."""
+    """A random generator that depends only on `key`, so that any part of the data can be made separately."""
     seed = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(seed[:16], "little")))
 
 
 def held_out(number: int) -> bool:
-    """Whether a digit belongs to the held-out fifth; depends on its index alone."""
+    """Whether a digit belongs to the held-out fifth; this depends only on its index."""
     return hashlib.sha256(f"digit-{number}".encode()).digest()[0] % 5 == 0
 
 
 def load_pool(split: str) -> Pool:
-    """The digits of "train" or "validation" (held out). Loads scikit-learn."""
+    """Load the digits of "train" or "validation" (held out) from scikit-learn."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -73,7 +73,7 @@ def load_pool(split: str) -> Pool:
 
 
 def pick(rng: Generator, pool: Pool, labels: list[int] | None = None) -> tuple[int, int, Pixels]:
-    """A random digit: index in load_digits, label, scan. With `labels`: one of these classes, each as likely."""
+    """A random digit: index in load_digits, label, scan. `labels`: the classes to draw from, with equal probability."""
     if labels is None:
         labels = list(range(10))
     candidates = np.flatnonzero(pool.label == labels[rng.integers(len(labels))])
@@ -82,13 +82,13 @@ def pick(rng: Generator, pool: Pool, labels: list[int] | None = None) -> tuple[i
 
 
 def enlarge(scan: Pixels, size: int) -> npt.NDArray[np.float32]:
-    """Ink of a scan at `size` x `size`, 0-1."""
+    """A scan enlarged to `size` x `size`, float32 from 0 (paper) to 1 (ink)."""
     ink = np.asarray(Image.fromarray(scan).resize((size, size), Image.Resampling.BILINEAR), np.float32)
     return ink / np.float32(255)
 
 
 def draw(shape: tuple[int, int], placed: list[Placed], paper: int, ink: int) -> Pixels:
-    """A picture of `shape` = (height, width), [height, width, 3]: bright digits on dark paper, at whole pixels."""
+    """Draw bright digits on dark paper at whole pixels: uint8 [height, width, 3] for `shape` = (height, width)."""
     gray = np.full(shape, paper, np.float32)
     for digit in placed:
         x, y = round(digit.x), round(digit.y)
@@ -99,10 +99,10 @@ def draw(shape: tuple[int, int], placed: list[Placed], paper: int, ink: int) -> 
 
 
 def scatter(rng: Generator, pool: Pool, shape: tuple[int, int], cell: int, labels: list[list[int]]) -> list[Placed]:
-    """Digits in different cells of a grid over a picture of `shape` = (height, width), one per entry of `labels`.
+    """Place digits in different cells of a grid over a picture of `shape` = (height, width), one per entry of `labels`.
 
-    A digit fills the cell but for 0 or 2 pixels and stands in its middle: digits of one column share one x, so that
-    the order of points, by x and then y, can be read off the picture.
+    A digit is centred in its cell and fills it up to 0 or 2 pixels. Digits of one column share one x, so that the order
+    of points, by x and then y, is visible in the picture.
     """
     rows, cols = shape[0] // cell, shape[1] // cell
     placed = []
@@ -116,7 +116,7 @@ def scatter(rng: Generator, pool: Pool, shape: tuple[int, int], cell: int, label
 
 
 def place_word(x: float, y: float) -> str:
-    """Where a point lies, in words; x and y are fractions of width and height: "top left", "center", "right"."""
+    """The location of a point in words: "top left", "center", "right"; x and y are fractions of width and height."""
     column, row = COLUMNS[min(2, int(x * 3))], ROWS[min(2, int(y * 3))]
     if row == "middle":
         return column

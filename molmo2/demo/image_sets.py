@@ -1,7 +1,7 @@
-"""The image and text sets of the demo: what one example of each is, in the columns of the dataset it imitates.
+"""The image and text sets of the demo: functions that make one example, in the columns of the imitated dataset.
 
 Every function makes the rows of one picture (or conversation) from a generator and a pool of digits; it reads and
-writes no file. Which digits it used is returned beside the rows, so that the split can be checked.
+writes no file. It also returns the digits that it used, so that the split can be checked.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from molmo2.demo.digits import Generator, Pixels, Placed, Pool, draw, jpeg, place_word, png, scatter
 
-CELL = 16  # pixels of a digit's cell where several share a picture
-SHAPES = (*((48, 48),) * 6, (48, 80), (80, 48))  # height, width; whole cells, whole tilings
+CELL = 16  # side of a digit's cell, pixels
+# Height and width of pictures, drawn with equal probability: multiples of a cell, and sizes that tilings cover exactly.
+SHAPES = (*((48, 48),) * 6, (48, 80), (80, 48))
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 _STRING, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
@@ -35,7 +36,7 @@ POINTS_SCHEMA = pa.schema(
         ("collection_method", _STRING),
     ]
 )
-POINTS_TEST_SCHEMA = POINTS_SCHEMA.append(pa.field("boxes", pa.list_(_BOX)))  # what a point must hit, percent
+POINTS_TEST_SCHEMA = POINTS_SCHEMA.append(pa.field("boxes", pa.list_(_BOX)))  # boxes in percent for `points_in_boxes`
 COUNT_SCHEMA = pa.schema(
     [
         ("image_url", _STRING),
@@ -45,7 +46,7 @@ COUNT_SCHEMA = pa.schema(
         ("label", _STRING),
     ]
 )
-COUNT_TEST_SCHEMA = COUNT_SCHEMA.append(pa.field("boxes", pa.list_(_BOX)))  # percent: what a point must hit
+COUNT_TEST_SCHEMA = COUNT_SCHEMA.append(pa.field("boxes", pa.list_(_BOX)))  # boxes in percent for `points_in_boxes`
 IMAGE_QA_SCHEMA = pa.schema(
     [
         ("id", _STRING),
@@ -69,9 +70,9 @@ CHAT_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """One example: rows of the parquet file, media files by path below the dataset's root, digits used.
+    """One example: rows of the parquet file, media files by path below the dataset's root, and the digits used.
 
-    A row refers to a file as `file:PATH`, which the writer turns into a URL.
+    A row refers to a file as `file:PATH`, which the writer replaces by a URL.
     """
 
     rows: list[dict[str, Any]]
@@ -109,10 +110,10 @@ def _where(digit: Placed, picture: Pixels) -> str:
 
 
 def caption(rng: Generator, pool: Pool, name: str) -> Made:
-    """PixMo-Cap: a picture with one digit, a caption and what two speakers said about it.
+    """PixMo-Cap: a picture with one digit, a caption and the transcripts of two speakers.
 
-    Short on purpose: the fewer words a caption spends on what is always the same, the sooner a model that knows
-    nothing looks at the picture.
+    Captions are short on purpose: a model trained from scratch learns to use the picture sooner if a caption has few
+    words that are always the same.
     """
     picture, digit = portrait(rng, pool)
     text = f"Digit {digit.label} at the {_where(digit, picture)}."
@@ -122,20 +123,20 @@ def caption(rng: Generator, pool: Pool, name: str) -> Made:
     return Made(rows=[row], digits=[digit.number], files={path: png(picture)})
 
 
-def _point_rows(picture: Pixels, path: str, wanted: Sequence[tuple[str, list[Placed]]]) -> list[dict[str, Any]]:
-    """A row for each label with the digits that it names."""
+def _point_rows(picture: Pixels, path: str, groups: Sequence[tuple[str, list[Placed]]]) -> list[dict[str, Any]]:
+    """A row for each group, which is a label and its digits."""
     height, width = picture.shape[:2]
     sha256 = hashlib.sha256(png(picture)).hexdigest()
     return [
         {
             "image_url": f"file:{path}",
             "image_sha256": sha256,
-            "points": [{"x": 100 * d.center[0] / width, "y": 100 * d.center[1] / height} for d in found],
-            "count": len(found),
+            "points": [{"x": 100 * d.center[0] / width, "y": 100 * d.center[1] / height} for d in digits],
+            "count": len(digits),
             "label": label,
             "collection_method": "counting" if label == "digits" else "pointing",
         }
-        for label, found in wanted
+        for label, digits in groups
     ]
 
 
@@ -146,20 +147,20 @@ def _box(digit: Placed, picture: Pixels) -> dict[str, float]:
 
 
 def points(rng: Generator, pool: Pool, name: str) -> Made:
-    """PixMo-Points: a row for each of two to four digits, all of different classes; percent.
+    """PixMo-Points: a row for each of two to four digits, all of different classes; points in percent.
 
-    Never one alone: a model can point at that without reading it, and does for long.
+    There is never a single digit, since a model can point at it without reading it and would learn that first.
     """
     picture, placed = group(rng, pool, int(rng.integers(2, 5)), distinct=True)
-    chosen = rng.permutation([digit.label for digit in placed])
-    wanted = [(f"digit {c}", [digit for digit in placed if digit.label == c]) for c in chosen]
+    classes = rng.permutation([digit.label for digit in placed])
+    groups = [(f"digit {c}", [digit for digit in placed if digit.label == c]) for c in classes]
     path = f"images/{name}.png"
-    rows = _point_rows(picture, path, wanted)
+    rows = _point_rows(picture, path, groups)
     return Made(rows=rows, digits=_numbers(placed), files={path: png(picture)})
 
 
 def points_test(rng: Generator, pool: Pool, name: str) -> Made:
-    """One to three digits of different classes, one of which is asked for, with its box in percent."""
+    """A test of pointing: one to three digits of different classes, a question for one, and its box in percent."""
     picture, placed = group(rng, pool, int(rng.integers(1, 4)), distinct=True)
     digit = one_of(rng, placed)
     path = f"images/{name}.png"
@@ -182,16 +183,16 @@ def _count(picture: Pixels, placed: Sequence[Placed], name: str) -> Made:
 
 
 def count(rng: Generator, pool: Pool, name: str) -> Made:
-    """PixMo-Count: a picture with one to six digits, all of them pointed at; pixels."""
+    """PixMo-Count: a picture with one to six digits and a point at each, in pixels."""
     return _count(*group(rng, pool, int(rng.integers(1, 7))), name)
 
 
 def count_test(rng: Generator, pool: Pool, name: str) -> Made:
-    """As `count`, with the digits' boxes."""
+    """A test of counting: as `count`, with the digits' boxes."""
     picture, placed = group(rng, pool, int(rng.integers(1, 7)))
-    made = _count(picture, placed, name)
-    made.rows[0]["boxes"] = [_box(digit, picture) for digit in placed]
-    return made
+    example = _count(picture, placed, name)
+    example.rows[0]["boxes"] = [_box(digit, picture) for digit in placed]
+    return example
 
 
 WHICH = "Which digit is this?"
@@ -216,11 +217,11 @@ def image_qa(rng: Generator, pool: Pool, name: str) -> Made:
 
 
 def image_qa_test(rng: Generator, pool: Pool, name: str) -> Made:
-    """As `image_qa`, with the first question alone: chance is one in ten."""
-    made = image_qa(rng, pool, name)
-    row = made.rows[0]
+    """A test of reading: as `image_qa`, with only the first question, for which chance is one in ten."""
+    example = image_qa(rng, pool, name)
+    row = example.rows[0]
     row["qa_pairs"] = {key: values[:1] for key, values in row["qa_pairs"].items()}
-    return made
+    return example
 
 
 def multi_image_qa(rng: Generator, pool: Pool, name: str) -> Made:
@@ -228,9 +229,9 @@ def multi_image_qa(rng: Generator, pool: Pool, name: str) -> Made:
     pairs = [portrait(rng, pool) for _ in range(int(rng.integers(2, 4)))]
     labels = [digit.label for _, digit in pairs]
     paths = [f"images/{name}-{i}.png" for i in range(len(pairs))]
-    asked = int(rng.integers(len(pairs)))
+    number = int(rng.integers(len(pairs)))
     questions = [
-        (f"Which digit is in image {asked + 1}?", str(labels[asked])),
+        (f"Which digit is in image {number + 1}?", str(labels[number])),
         ("Which digits are shown, in order?", " ".join(map(str, labels))),
         ("What is the largest digit in these images?", str(max(labels))),
     ]

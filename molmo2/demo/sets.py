@@ -1,8 +1,8 @@
-"""The ten sets of the demo by name, and the making of one split of one set on disk.
+"""The ten datasets of the demo by name, and the functions that write them to disk.
 
 raw/<set>/data/<split>-00000-of-00001.parquet    rows in the layout of the imitated dataset
 raw/<set>/images, raw/<set>/videos               media files
-raw/<set>/made.json                              written last: settings, digits used, so that "complete" is known
+raw/<set>/made.json                              settings and digits used; written last, to mark a set as complete
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from molmo2.processing.contract import templates
 from molmo2.processing.points import SEPARATORS, format_points
 from shards.schema import PointGroup
 
-VERSION = 6  # raise it when the drawing changes: data of another version are made anew
+VERSION = 6  # increase it when the drawing changes: data of another version are made again
 Maker = Callable[[Generator, Pool, str], Made]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoSet:
-    """One set: examples (pictures, clips, conversations) per split, columns, makers."""
+    """One set: numbers of examples (pictures, clips, conversations) by split, columns, and the functions for them."""
 
     name: str
     schema: pa.Schema
@@ -65,7 +65,7 @@ class DemoSet:
         return max(4, round(full * scale)) if full else 0
 
     def maker(self, split: str) -> Maker:
-        """What makes an example of `split`."""
+        """The function that makes an example of `split`."""
         return self.make_validation if split == "validation" and self.make_validation else self.make
 
     def columns(self, split: str) -> pa.Schema:
@@ -112,7 +112,7 @@ SPLITS = ("train", "validation")
 
 
 def make_example(demo: DemoSet, split: str, number: int, pool: Pool, seed: int) -> Made:
-    """Example `number` of a split; depends on nothing but its arguments."""
+    """Make example `number` of a split; it depends only on the arguments."""
     name = f"{'v' if split == 'validation' else ''}{number:05d}"
     return demo.maker(split)(generator(VERSION, seed, demo.name, split, number), pool, name)
 
@@ -125,7 +125,7 @@ def _resolve(value: Any, root: Path) -> Any:
 
 
 def write_split(demo: DemoSet, split: str, made: Iterable[Made], root: Path) -> list[int]:
-    """Write media and parquet of one split below `root`; returns the digits used, sorted."""
+    """Write media and parquet of one split below `root`, and return the sorted digits that were used."""
     rows: list[dict[str, Any]] = []
     digits: set[int] = set()
     for folder in ("images", "videos", "data"):
@@ -142,13 +142,13 @@ def write_split(demo: DemoSet, split: str, made: Iterable[Made], root: Path) -> 
 
 
 def settings(demo: DemoSet, seed: int, scale: float, root: Path) -> dict[str, Any]:
-    """What the bytes of a set depend on; equal settings in `made.json` mean that nothing is to do."""
+    """The settings that determine the bytes of a set; a set with equal settings in `made.json` is complete."""
     sizes = {split: demo.size(split, scale) for split in SPLITS}
     return {"version": VERSION, "seed": seed, "sizes": sizes, "root": str(root)}
 
 
 def is_complete(demo: DemoSet, raw: Path, seed: int, scale: float) -> bool:
-    """Whether `raw` holds the whole set made with these settings."""
+    """Whether `raw` has the complete set with these settings."""
     root = raw.resolve() / demo.name
     try:
         mark = json.loads((root / "made.json").read_bytes())
@@ -176,10 +176,10 @@ def make_set(
 
 
 def texts(raw: Path) -> Iterator[str]:
-    """Every string in the training splits, for the tokenizer; URLs, ids and hashes are left out.
+    """Yield the strings of the training splits, for training the tokenizer; URLs, ids and hashes are left out.
 
-    And, about as often as the data will hold them, the words that ask for points and the text of points: spelled out
-    in single letters they would be most of an answer.
+    It also yields the templates of pointing questions and the text of points, about as often as the training data will
+    have them. Without tokens of their own they would be most of an answer's tokens.
     """
     for style in ("pointing", "point_count", "video_point", "video_point_count"):
         for template in templates()[style]:

@@ -1,6 +1,6 @@
-"""The video sets of the demo: short H.264 clips of digits that move, appear and disappear, and what is asked.
+"""The video sets of the demo: short H.264 clips of digits that move, appear and disappear, with questions.
 
-As in `images`, a function makes the rows and the files of one clip from a generator and a pool of digits.
+As in `image_sets`, a function makes the rows and the files of one clip from a generator and a pool of digits.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ TRACK_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Actor:
-    """A digit that is visible from `start` to `end` (seconds), rests, crosses the frame in mid-clip, and rests again.
+    """A digit that is visible from `start` to `end` (seconds) and may cross the frame in the middle fifth of the clip.
 
-    `path`: top left corner in pixels at the first and at the last moment of the clip, ((x, y), (x, y)).
+    `path`: its top left corner in pixels at the start and at the end of the clip, ((x, y), (x, y)).
     """
 
     digit: Placed
@@ -94,13 +94,13 @@ class Actor:
     end: float
 
     def corner(self, part: float) -> tuple[float, float]:
-        """Top left corner when `part` (0-1) of the clip is over."""
+        """The top left corner in pixels after the fraction `part` of the clip."""
         (x0, y0), (x1, y1) = self.path
         part = min(max((part - 0.4) / 0.2, 0.0), 1.0)
         return x0 + (x1 - x0) * part, y0 + (y1 - y0) * part
 
     def center(self, part: float) -> tuple[float, float]:
-        """Center in pixels when `part` of the clip is over."""
+        """The center in pixels after the fraction `part` of the clip."""
         x, y = self.corner(part)
         return x + self.digit.size / 2, y + self.digit.size / 2
 
@@ -115,16 +115,16 @@ class Clip:
 
     @property
     def duration(self) -> float:
-        """Seconds."""
+        """The duration in seconds."""
         return self.num_frames / self.fps
 
     def part(self, time: float) -> float:
-        """Share of the clip that is over at `time`."""
+        """The fraction of the clip before `time` (seconds)."""
         return min(1.0, time * self.fps / max(1, self.num_frames - 1))
 
 
 def render(clip: Clip, paper: int, ink: int) -> Pixels:
-    """Frames [num_frames, HEIGHT, WIDTH, 3]."""
+    """Draw the frames of a clip, uint8 [num_frames, HEIGHT, WIDTH, 3]."""
     shades = [enlarge(actor.digit.scan, actor.digit.size) for actor in clip.actors]
     frames = np.full((clip.num_frames, HEIGHT, WIDTH), paper, np.float32)
     for i, frame in enumerate(frames):
@@ -138,7 +138,7 @@ def render(clip: Clip, paper: int, ink: int) -> Pixels:
 
 
 def encode(frames: Pixels, fps: int) -> bytes:
-    """H.264 in mp4. One thread, so that equal frames give equal bytes."""
+    """Encode frames as H.264 in mp4, with one thread, so that equal frames give equal bytes."""
     import av
 
     buffer = io.BytesIO()
@@ -146,9 +146,9 @@ def encode(frames: Pixels, fps: int) -> bytes:
         stream = container.add_stream("libx264", rate=fps)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        # mbtree reads memory that nobody wrote when a frame has few macroblocks
+        # mbtree reads uninitialized memory when a frame has few macroblocks.
         stream.options = {"preset": "veryfast", "crf": "18", "x264-params": "mbtree=0"}
-        stream.codec_context.thread_count = 1  # as an option, "threads" is overruled
+        stream.codec_context.thread_count = 1  # the option "threads" has no effect
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
@@ -168,7 +168,7 @@ def _length(rng: Generator, shortest: float, longest: float, rates: Sequence[int
 
 
 def _actor(rng: Generator, pool: Pool, size: int, direction: str | None, span: tuple[float, float]) -> Actor:
-    """A digit in a corner of the frame that crosses it in `direction`, or rests when None."""
+    """A random digit in a corner of the frame that crosses the frame in `direction`, or does not move if None."""
     number, label, scan = pick(rng, pool)
     room_x, room_y = WIDTH - size, HEIGHT - size
     x, y = (room * int(rng.integers(2)) for room in (room_x, room_y))
@@ -182,7 +182,7 @@ def _actor(rng: Generator, pool: Pool, size: int, direction: str | None, span: t
 
 
 def _moving(rng: Generator, pool: Pool, longest: float) -> tuple[Clip, str]:
-    """One digit that moves, and where to."""
+    """A clip with one digit that moves, and its direction."""
     fps, num_frames = _length(rng, 2.0, longest)
     direction = str(one_of(rng, list(DIRECTIONS)))
     actor = _actor(rng, pool, CELL, direction, (0.0, num_frames / fps + 1))
@@ -190,10 +190,10 @@ def _moving(rng: Generator, pool: Pool, longest: float) -> tuple[Clip, str]:
 
 
 def _turns(rng: Generator, pool: Pool, count: int, longest: float) -> Clip:
-    """`count` digits, one after the other, each for an equal number of half seconds."""
+    """A clip with `count` digits, one after the other, each for an equal number of half seconds."""
     fps, num_frames = _length(rng, max(2.0, float(count)), longest)
-    each = max(0.5, int(num_frames / fps / count * 2) / 2)
-    spans = [(i * each, (i + 1) * each if i + 1 < count else num_frames / fps + 1) for i in range(count)]
+    seconds = max(0.5, int(num_frames / fps / count * 2) / 2)
+    spans = [(i * seconds, (i + 1) * seconds if i + 1 < count else num_frames / fps + 1) for i in range(count)]
     return Clip(fps=fps, num_frames=num_frames, actors=[_actor(rng, pool, CELL, None, span) for span in spans])
 
 
@@ -235,7 +235,7 @@ def _options(
 
 
 def qa(rng: Generator, pool: Pool, name: str) -> Made:
-    """Molmo2-VideoCapQA: one moving digit; which it is and where it moves, four options each."""
+    """Molmo2-VideoCapQA: one moving digit; two questions, which digit it is and where it moves, with four options."""
     clip, direction = _moving(rng, pool, 4.0)
     label = clip.actors[0].digit.label
     digits = [str(i) for i in range(10) if i != label]
@@ -248,9 +248,9 @@ def qa(rng: Generator, pool: Pool, name: str) -> Made:
 
 
 def point(rng: Generator, pool: Pool, name: str) -> Made:
-    """Molmo2-VideoPoint: digits that appear one after the other, each pointed at when it appears; percent.
+    """Molmo2-VideoPoint: digits that appear one after the other, with a point at the time of each, in percent.
 
-    So short that all of its frames at two a second fit a sample: no point is left without a frame.
+    The clip is so short that all frames at two a second fit into a sample, so that every point has a frame.
     """
     clip = _turns(rng, pool, int(rng.integers(1, 5)), 7.5)
     centers = [actor.center(clip.part(actor.start)) for actor in clip.actors]
@@ -274,7 +274,7 @@ def point(rng: Generator, pool: Pool, name: str) -> Made:
 
 
 def track(rng: Generator, pool: Pool, name: str) -> Made:
-    """MeViS as Molmo2 publishes it: one or two moving digits, followed at two answers a second; pixels."""
+    """MeViS as Molmo2 publishes it: one or two moving digits, tracked at two frames a second, in pixels."""
     fps, num_frames = _length(rng, 2.0, 8.0, rates=(24, 30))
     span = (0.0, num_frames / fps + 1)
     ways = [str(way) for way in rng.permutation(list(DIRECTIONS))[: int(rng.integers(1, 3))]]

@@ -1,7 +1,9 @@
-"""Answers on disk: `ANSWERS/<benchmark>-<digest>/rank-00000.jsonl`, appended to, so that what is said stays said.
+"""Answers on disk: `ANSWERS/<benchmark>-<digest>/rank-00000.jsonl`.
 
-The digest is of the weights and of every setting that an answer hangs on; other ones have a folder of their own. Not in
-it are the bytes of images and videos: whoever changes raw data in place removes the folder.
+Files are append-only: an answer is never rewritten, so a killed run resumes after the last one. The digest covers the
+weights, the maximum length of an answer and the index of the shards, which has hashes of every stored sample (text and
+JPEGs) and the processor's settings; other weights, data or settings use another folder. It does not cover the code, the
+batch size or the device: remove the folder after a change of the code that changes answers.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class Line(NamedTuple):
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """Hash of names, shapes, dtypes and bytes."""
+    """Hash of the names, shapes, dtypes and bytes of all tensors, in hexadecimal digits."""
     state = xxhash.xxh3_128()
     for name, tensor in sorted(weights.items()):
         state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -45,16 +47,16 @@ class Store:
 
     @classmethod
     def of(cls, root: Path, name: str, settings: Mapping[str, Any]) -> Store:
-        """The folder below `root` for answers that hang on `settings` (JSON)."""
+        """The store below `root` for answers that depend on `settings` (JSON)."""
         return cls(root / f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}-{digest(dict(settings))[:16]}")
 
     def read(self) -> dict[str, str]:
-        """Every rank's answers, question -> text; a last line that a killed process left half is no answer.
+        """The answers of all ranks, question -> text; a last line that a killed process left incomplete is skipped.
 
         Raises:
-            ValueError: a line elsewhere that is none.
+            ValueError: another line is not an answer.
         """
-        found = {}
+        answers = {}
         for path in sorted(self.folder.glob("rank-*.jsonl")):
             lines = path.read_bytes().split(b"\n")
             for number, line in enumerate(lines, 1):
@@ -62,18 +64,18 @@ class Store:
                     continue
                 try:
                     loaded = json.loads(line)
-                    found[loaded["question"]] = str(loaded["text"])
+                    answers[loaded["question"]] = str(loaded["text"])
                 except (ValueError, KeyError, TypeError) as error:
                     if number == len(lines):
                         continue
-                    raise ValueError(f"{path}, line {number}: no answer ({error}); remove the line") from None
-        return found
+                    raise ValueError(f"{path}, line {number}: not an answer ({error}); remove the line") from None
+        return answers
 
     def take(self, questions: Sequence[str]) -> list[str]:
-        """The texts of these questions.
+        """The texts of the answers to these questions, in order.
 
         Raises:
-            ValueError: some have no answer.
+            ValueError: some questions have no answer.
         """
         texts = self.read()
         if missing := [question for question in questions if question not in texts]:
@@ -82,7 +84,7 @@ class Store:
 
     @contextlib.contextmanager
     def writer(self, rank: int) -> Iterator[Callable[[Line], None]]:
-        """Appends answers to the rank's file, each on disk for other processes at once."""
+        """A function that appends an answer to the rank's file and flushes it, so that other processes can read it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"rank-{rank:05d}.jsonl"
         _drop_half_line(path)
@@ -96,7 +98,7 @@ class Store:
 
 
 def _drop_half_line(path: Path) -> None:
-    """Cut what a killed process left after the last end of line."""
+    """Truncate an incomplete last line, which a killed process left."""
     if path.exists():
         data = path.read_bytes()
         whole = data.rfind(b"\n") + 1

@@ -1,4 +1,4 @@
-"""A benchmark as data: which dataset of a catalog is asked, how answers are scored, what guessing is worth."""
+"""A benchmark as data: its dataset in a catalog, the metric of its answers, and the score of guessing."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from molmo2.eval.metrics.scores import CorpusMetric, Metric
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """One row of the result table; a prompt's form is the processor's, by the annotation.
+    """One row of the result table; the processor renders the prompts from the annotations.
 
     Attributes:
-        name: unique among all.
-        dataset: name in the catalog; its "eval" stage is asked.
+        name: unique among all benchmarks.
+        dataset: name of the dataset in the catalog; its stage is "eval".
         metric: scores one answer.
-        chance: what a blind guess is worth; None where the metric knows.
-        target: what the demo wants to reach.
-        max_new_tokens: longest answer.
-        corpus: scores of all answers together, reported beside the mean of `metric`.
+        chance: expected score of a blind guess; None if the metric gives it for each question.
+        target: the score that the demo should reach.
+        max_new_tokens: maximum length of an answer, in tokens.
+        corpus: scores of all answers together, reported besides the mean of `metric`.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The suites: benchmarks over one catalog, and how a choice among them is read. `published` has those of the paper."""
+"""The suites of benchmarks, and the selection of some by name. `published` has the benchmarks of the paper."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SUITES = {
                 name="video QA",
                 dataset="demo-video-qa",
                 metric=exact_match,
-                chance=(1 / 10 + 1 / 4) / 2,  # which digit, and in which of four directions it moves
+                chance=(1 / 10 + 1 / 4) / 2,  # half of the questions ask for the digit, half for one of four directions
                 target=0.7,
             ),
         ),
@@ -61,22 +61,22 @@ SUITES = {
 
 
 def choose(names: str) -> list[Suite]:
-    """Suites with the benchmarks that `names` asks for: names of suites and of benchmarks, commas between them.
+    """The suites with the selected benchmarks; `names` are names of suites or benchmarks, separated by commas.
 
     Raises:
-        ValueError: a name that is neither, with the reason where it is a dataset without a benchmark.
+        ValueError: a name is neither; for a dataset without a benchmark the message gives the reason.
     """
-    asked = [name.strip() for name in names.split(",")]
+    selected = [name.strip() for name in names.split(",")]
     known = {benchmark.name for suite in SUITES.values() for benchmark in suite.benchmarks}
-    for name in asked:
+    for name in selected:
         if name not in SUITES and name not in known:
-            suites, single = ", ".join(SUITES), ", ".join(sorted(known))
-            why = WITHOUT.get(name, f"unknown; suites: {suites}; benchmarks: {single}")
+            known_names = f"suites: {', '.join(SUITES)}; benchmarks: {', '.join(sorted(known))}"
+            why = WITHOUT.get(name, f"unknown; {known_names}")
             raise ValueError(f"--benchmarks {name!r}: {why}")
-    alone = set(asked) - set(SUITES)  # a suite goes before a benchmark of its name
-    chosen = []
+    single = set(selected) - set(SUITES)  # a name of both a suite and a benchmark means the suite
+    suites = []
     for name, suite in SUITES.items():
-        wanted = tuple(one for one in suite.benchmarks if name in asked or one.name in alone)
-        if wanted:
-            chosen.append(replace(suite, benchmarks=wanted))
-    return chosen
+        benchmarks = tuple(b for b in suite.benchmarks if name in selected or b.name in single)
+        if benchmarks:
+            suites.append(replace(suite, benchmarks=benchmarks))
+    return suites

@@ -1,7 +1,7 @@
-"""The loss of held-out samples, of any dataset with shards of stage "eval": the mean weighted cross entropy.
+"""The held-out loss of a dataset with shards of stage "eval": its mean weighted cross entropy.
 
-One sample is one sequence, in the form of stage "eval". While a run trains, `molmo2.training.validation` computes the
-loss of packs of such samples.
+Each sample is a sequence of its own, in the form of stage "eval". During training, `molmo2.training.validation`
+computes the loss of packs instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from shards.stream.plan import Draw
 
 @torch.no_grad()
 def sums_of(subject: Subject, batch: Batch) -> tuple[float, float]:
-    """Weighted cross entropy and weight of all tokens of a batch."""
+    """The sums of weighted cross entropy and of loss weights over a batch."""
     model, batch = subject.model, batch.to(subject.device)
     features = model.encode_visuals(batch.pixels, batch.pooling) if len(batch.pixels) else None
     x = model.embed(batch.input_ids, features)
@@ -45,7 +45,7 @@ def _scored(subject: Subject, tars: Tars, draws: Sequence[Draw]) -> Iterator[Lin
 
 
 def name_of(draw: Draw) -> str:
-    """A sample's place in its dataset."""
+    """The name of a sample in its dataset: "shard/row"."""
     return f"{draw.shard}/{draw.row}"
 
 
@@ -62,14 +62,14 @@ def held_out_loss(
 ) -> dict[str, Any] | None:
     """Mean weighted cross entropy over the first `limit` samples of a dataset of stage "eval".
 
-    Arguments are those of `runner.evaluate`. Resumed in the same way, sample by sample.
+    The arguments are those of `runner.evaluate`, and it resumes in the same way, sample by sample.
 
     Returns:
-        JSON: loss, weight, num_samples, num_left_out with the first reasons; None but on rank 0.
+        JSON: loss, weight, num_samples, num_left_out with the commonest reasons; None on other ranks than 0.
 
     Raises:
-        NotBuiltError: the shards are not there.
-        ValueError: they are damaged, another processor's, or none of them has a loss.
+        NotBuiltError: the shards have not been built.
+        ValueError: the shards are damaged or of another processor, or no sample has a loss.
     """
     dataset = open_built(name, shards, catalog, subject)
     settings = {"checkpoint": checkpoint, "data": dataset.index.digest}
@@ -82,9 +82,9 @@ def held_out_loss(
     ranks.wait()
     if ranks.rank:
         return None
-    found = [json.loads(text) for text in store.take([name_of(draw) for draw in draws])]
-    weight = sum(one["weight"] for one in found)
+    sums = [json.loads(text) for text in store.take([name_of(draw) for draw in draws])]
+    weight = sum(sample["weight"] for sample in sums)
     if not weight:
-        raise ValueError(f"{name}: {len(found)} samples, none with a loss")
-    loss = sum(one["loss"] for one in found) / weight
-    return {"dataset": name, "loss": loss, "weight": weight, "num_samples": len(found), **left_out(dataset)}
+        raise ValueError(f"{name}: none of its {len(sums)} samples has a loss")
+    loss = sum(sample["loss"] for sample in sums) / weight
+    return {"dataset": name, "loss": loss, "weight": weight, "num_samples": len(sums), **left_out(dataset)}

@@ -1,7 +1,7 @@
 """The published evaluations of Molmo2: a benchmark for each, or the reason why there is none.
 
-The datasets are rows of the catalog "molmo2-eval". What a metric reads beside the answer (`answers`,
-`masks`, `fps`, ...) is in the row's `facts`, under the names in the metric's docstring.
+The datasets are rows of the catalog "molmo2-eval". Further inputs of a metric (`answers`, `masks`, `fps`, ...) are
+`facts` of the catalog row, under the names in the metric's docstring.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from molmo2.eval.metrics.scores import Metric, count_exact, multiple_choice
 from molmo2.eval.metrics.text_scores import anls, answer_or_choice, direct_answer, relaxed_accuracy, vqa_accuracy
 from molmo2.eval.metrics.track_scores import hota, track_f1
 
+# Maximum length of an answer by kind of question, in tokens.
 CHOICE_TOKENS: Final = 32
 COUNT_TOKENS: Final = 192
 POINT_TOKENS: Final = 256

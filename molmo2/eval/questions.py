@@ -1,7 +1,7 @@
-"""Questions from shards of stage "eval": a sample, its annotations, and prompts that end where an answer begins.
+"""Questions from shards of stage "eval": samples, their annotations as questions, and batches of one sample.
 
-Decoding and geometry are those of training (`shards.stream.collate`), so a model is asked about the pixels that it
-would be trained on. Who answers, and what an answer is worth, is the work of `molmo2.eval.runner`.
+Decoding and geometry are those of training (`shards.stream.collate`), so a model gets the pixels on which it would be
+trained. `molmo2.eval.runner` generates the answers and scores them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from shards.stream.dataset import Dataset, Tars
 from shards.stream.plan import Cursor, Draw, PackSpec
 from shards.stream.reader import Damage, StoredSample, read_sample
 
-AHEAD: Final = 16  # samples that are read at once
+AHEAD: Final = 16  # samples that are read in parallel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One annotation of one sample; `draw` says where the sample lies."""
+    """One annotation of one sample. `asked`: the annotation; `draw`: the sample's location."""
 
     key: str
     number: int
@@ -35,7 +35,7 @@ class Question:
 
     @property
     def name(self) -> str:
-        """Unique in its dataset."""
+        """A name that is unique in the dataset."""
         return f"{self.key}#{self.number}"
 
 
@@ -61,36 +61,36 @@ def draws_of(dataset: Dataset, limit: int | None = None) -> list[Draw]:
 
 
 def read_samples(tars: Tars, draws: Sequence[Draw]) -> Iterator[tuple[Draw, StoredSample]]:
-    """These samples, a few read at once.
+    """Read samples, `AHEAD` of them in parallel.
 
     Raises:
-        ValueError: one is damaged: a score needs all of them.
+        ValueError: a sample is damaged; a score needs all of them.
     """
     for first in range(0, len(draws), AHEAD):
-        some = draws[first : first + AHEAD]
-        for draw, stored in zip(some, read_threads().map(lambda draw: read_sample(tars, draw), some), strict=True):
+        part = draws[first : first + AHEAD]
+        for draw, stored in zip(part, read_threads().map(lambda draw: read_sample(tars, draw), part), strict=True):
             if isinstance(stored, Damage):
                 raise ValueError(f"{stored}; run tools/verify_shards.py --repair, or build the dataset again")
             yield draw, stored
 
 
 def questions_of(draw: Draw, stored: StoredSample) -> list[Question]:
-    """A question for every branch.
+    """A question for every annotation of a sample.
 
     Raises:
-        ValueError: shards of another stage, or of an older version.
+        ValueError: the shards are of another stage or of an older version.
     """
     if stored.asked is None:
-        raise ValueError(f"sample {stored.key} says nothing of its questions; build it with --stage eval --overwrite")
-    asked = read_asked(stored.asked)
-    return [Question(key=stored.key, number=i, asked=one, draw=draw) for i, one in enumerate(asked)]
+        raise ValueError(f"sample {stored.key} has no stored questions; build it with --stage eval --overwrite")
+    annotations = read_asked(stored.asked)
+    return [Question(key=stored.key, number=i, asked=asked, draw=draw) for i, asked in enumerate(annotations)]
 
 
 def as_batch(layout: VisualLayout, draw: Draw, stored: StoredSample) -> Batch:
     """A batch of this sample alone, as the loader would make it.
 
     Raises:
-        ReadError: the sample is not what the index says.
+        ReadError: the sample does not agree with the index.
     """
     opened = open_sample(layout, draw, stored)
     crops = decode_crops(layout, stored, range(len(stored.visuals)))

@@ -1,7 +1,7 @@
-"""Ask a model the questions of a suite: samples of stage "eval" -> prompts -> greedy answers -> scores.
+"""Run the benchmarks of a suite: samples of stage "eval" -> prompts -> greedy answers -> scores.
 
-Ranks share the samples and meet in the folder of answers (`answers`), never on the wire, so that a killed run goes on
-with any number of them. Reading samples and cutting prompts is `questions`' work.
+The samples are divided among the ranks. Ranks exchange answers only through files (`answers`), not through collectives,
+so a killed run resumes with any number of ranks. `questions` reads the samples.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from shards.stream.plan import Draw
 from shards.stream.reader import StoredSample
 
 STAGE: Final = "eval"
-BATCH_SIZE: Final = 32
-CHUNK: Final = 4  # batches whose samples are in memory at once; the longer ones of a chunk share a batch
-SHOWN = 8  # answers that the reports show with their picture, the first and the worst
-FRAMES_SHOWN = 6
-REASONS_SHOWN = 3  # of rows that were left out
+BATCH_SIZE: Final = 32  # questions that are answered together
+CHUNK: Final = 4  # batches whose samples are in memory at once, sorted by length so that a batch has like lengths
+SHOWN = 8  # number of first answers, and of worst answers, that the reports show with their picture
+FRAMES_SHOWN = 6  # frames of a video that a picture shows
+REASONS_SHOWN = 3  # number of reasons for rows that were left out in a report
 
 
 class NotBuiltError(ValueError):
-    """A dataset without finished shards of stage "eval"."""
+    """A dataset has no finished shards of stage "eval"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A scored prediction."""
+    """The model's answer to a question, with its score."""
 
     question: Question
     text: str
@@ -61,7 +61,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """This process among those that share the samples; `wait` returns when all have called it."""
+    """This process among those that divide the samples; `wait` is a barrier of all of them."""
 
     rank: int = 0
     world: int = 1
@@ -73,7 +73,7 @@ ALONE: Final = Ranks()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """Who is asked. `processor` is of stage "eval", the model on `device` and in evaluation."""
+    """The model under evaluation: on `device`, in evaluation mode, with a processor of stage "eval"."""
 
     model: Molmo2
     processor: Processor
@@ -83,30 +83,36 @@ class Subject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Summaries of the benchmarks that were asked (empty but on rank 0), and why others were not, by name."""
+    """Summaries of the benchmarks that ran (only on rank 0), and by name the reasons why others were skipped."""
 
     results: list[dict[str, Any]] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
 def ask(subject: Subject, benchmark: Benchmark, tars: Tars, draws: Sequence[Draw], known: Set[str]) -> Iterator[Line]:
-    """Greedy answers to the questions of these samples that are not `known`. Questions of like length share a batch."""
+    """Generate greedy answers to the questions of these samples, except those in `known`.
+
+    Questions of similar length are in a batch.
+
+    Raises:
+        ValueError: a question has no answer in the data, so that there is no prompt.
+    """
     size, tokenizer, layout = subject.batch_size, subject.processor.tokenizer, subject.processor.layout
 
     def answered(batch: Sequence[tuple[Question, StoredSample]]) -> Iterator[Line]:
-        prompts = [prompt_of(as_batch(layout, one.draw, stored), one.number) for one, stored in batch]
+        prompts = [prompt_of(as_batch(layout, question.draw, stored), question.number) for question, stored in batch]
         inputs = [_on(prompt[0], subject.device) for prompt in prompts if prompt is not None]
         if len(inputs) < len(batch):
-            names = [one.name for (one, _), prompt in zip(batch, prompts, strict=True) if prompt is None]
-            raise ValueError(f"{benchmark.dataset}: {names[0]} has no answer that could be asked for")
+            names = [question.name for (question, _), prompt in zip(batch, prompts, strict=True) if prompt is None]
+            raise ValueError(f"{benchmark.dataset}: {names[0]} has no answer with a loss, so there is no prompt")
         rows = generate(subject.model, inputs, benchmark.max_new_tokens, tokenizer.eos)
-        for (one, _), ids in zip(batch, rows, strict=True):
-            yield Line(one.name, tokenizer.decode(ids))
+        for (question, _), ids in zip(batch, rows, strict=True):
+            yield Line(question.name, tokenizer.decode(ids))
 
     waiting: list[tuple[Question, StoredSample]] = []
     with tqdm(total=len(draws), desc=benchmark.name, unit="sample", leave=False) as bar:
         for draw, stored in read_samples(tars, draws):
-            waiting += [(one, stored) for one in questions_of(draw, stored) if one.name not in known]
+            waiting += [(question, stored) for question in questions_of(draw, stored) if question.name not in known]
             bar.update()
             if len(waiting) >= size * CHUNK or draw is draws[-1]:
                 waiting.sort(key=lambda pair: pair[0].draw.num_tokens)
@@ -120,7 +126,7 @@ def _on(prompt: PromptTensors, device: torch.device) -> PromptTensors:
 
 
 def picture(batch: Batch, visuals: Sequence[Mapping[str, Any]]) -> str | None:
-    """What the model saw, as a data URI: the first crop, or some frames side by side; None for text."""
+    """The model's visual input as a data URI: the first crop, or some frames side by side; None for text."""
     if not visuals:
         return None
     pixels = batch.pixels.numpy()
@@ -149,12 +155,12 @@ def wanted(asked: Annotation) -> str:
 
 
 def shown(subject: Subject, tars: Tars, answer: Answer) -> dict[str, Any]:
-    """An answer for the reports, with what the model was asked and saw; reads the sample again."""
+    """An answer for the reports, with its prompt and picture; it reads the sample again."""
     question, processor = answer.question, subject.processor
     ((_, stored),) = read_samples(tars, [question.draw])
     batch = as_batch(processor.layout, question.draw, stored)
-    found = prompt_of(batch, question.number)
-    ids = [] if found is None else found[0].input_ids.tolist()
+    prompt = prompt_of(batch, question.number)
+    ids = [] if prompt is None else prompt[0].input_ids.tolist()
     text = processor.tokenizer.decode([token for token in ids if token < processor.tokenizer.base_vocab])
     return {
         "key": question.key,
@@ -167,7 +173,7 @@ def shown(subject: Subject, tars: Tars, answer: Answer) -> dict[str, Any]:
 
 
 def summarize(benchmark: Benchmark, answers: Sequence[Answer], show: Callable[[Answer], Any]) -> dict[str, Any]:
-    """Scores, chance level, the first answers and the worst, as JSON; `show` is for those (`shown`)."""
+    """Scores, chance level, the first answers and the worst, as JSON; `show` converts an answer for it (`shown`)."""
     chances = [answer.score.chance for answer in answers if answer.score.chance is not None]
     chance = benchmark.chance if benchmark.chance is not None else (sum(chances) / len(chances) if chances else None)
     whole = [Answered(answer.text, answer.question.asked, answer.question.asked.facts) for answer in answers]
@@ -189,10 +195,10 @@ def summarize(benchmark: Benchmark, answers: Sequence[Answer], show: Callable[[A
 def run_benchmark(
     benchmark: Benchmark, tars: Tars, draws: Sequence[Draw], subject: Subject, store: Store, ranks: Ranks
 ) -> dict[str, Any] | None:
-    """Ask what has no answer yet, and sum up; None but on rank 0.
+    """Generate the missing answers and summarize all; the result is None on other ranks than 0.
 
     Raises:
-        ValueError: answers are missing after all ranks have answered, or a question cannot be scored.
+        ValueError: answers are missing after all ranks have finished, or a question cannot be scored.
     """
     known = store.read()
     with store.writer(ranks.rank) as write:
@@ -201,19 +207,19 @@ def run_benchmark(
     ranks.wait()
     if ranks.rank:
         return None
-    asked = [question for draw, stored in read_samples(tars, draws) for question in questions_of(draw, stored)]
+    questions = [question for draw, stored in read_samples(tars, draws) for question in questions_of(draw, stored)]
     answers = [
         Answer(question=question, text=text, score=benchmark.metric(text, question.asked, question.asked.facts))
-        for question, text in zip(asked, store.take([question.name for question in asked]), strict=True)
+        for question, text in zip(questions, store.take([question.name for question in questions]), strict=True)
     ]
     return summarize(benchmark, answers, functools.partial(shown, subject, tars))
 
 
 def open_built(name: str, shards: str, catalog: str, subject: Subject) -> Dataset:
-    """A dataset of stage "eval".
+    """Open a dataset of stage "eval".
 
     Raises:
-        NotBuiltError: it is not there; says what builds it.
+        NotBuiltError: it has not been built; the message has the command that builds it.
         DatasetError: it was built for another model or tokenizer.
     """
     root = f"{shards.rstrip('/')}/{STAGE}"
@@ -226,7 +232,7 @@ def open_built(name: str, shards: str, catalog: str, subject: Subject) -> Datase
 
 
 def left_out(dataset: Dataset) -> dict[str, Any]:
-    """How many rows or examples the build has left out, and the commonest reasons."""
+    """The number of rows or examples that the build left out, and the commonest reasons."""
     rejects = dataset.storage.read(REJECTS_NAME).splitlines() if dataset.index.totals.rejects else []
     reasons = Counter(json.loads(line)["reason"] for line in rejects)
     return {"num_left_out": len(rejects), "left_out": dict(reasons.most_common(REASONS_SHOWN))}
@@ -242,19 +248,19 @@ def evaluate(
     limit: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Outcome:
-    """Run every benchmark of a suite whose data are built; all ranks together.
+    """Run every benchmark of a suite whose data have been built; all ranks must call it.
 
     Args:
         suite: the benchmarks.
         shards: folder or URL of the shards of all stages.
-        subject: who is asked.
+        subject: the model under evaluation.
         answers: folder of the answers, the same for all ranks.
-        checkpoint: digest of the weights; other weights, data or settings ask anew.
-        limit: samples of each benchmark, at most.
-        ranks: who shares the samples.
+        checkpoint: digest of the weights; answers of other weights, data or settings are not used.
+        limit: maximum number of samples of each benchmark.
+        ranks: this process among those that divide the samples.
 
     Raises:
-        ValueError: shards that are damaged, or that another processor made.
+        ValueError: shards are damaged or of another processor.
     """
     outcome = Outcome()
     for benchmark in suite.benchmarks:

@@ -1,4 +1,4 @@
-"""A report of several runs and one evaluation, and a page of the worst answers: each one HTML file, no scripts."""
+"""Two HTML pages: a report of several runs and one evaluation, and the worst answers. They have no scripts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Stage:
 
 
 def read_stage(run_dir: Path) -> Stage:
-    """A run's summary and losses.
+    """Read a run's summary and losses.
 
     Raises:
         ValueError: the run is missing or has not finished.
@@ -43,7 +43,7 @@ def render(title: str, stages: Sequence[Stage], evaluation: Mapping[str, Any], f
     Args:
         title: heading.
         stages: in the order in which they were trained.
-        evaluation: what `tools/evaluate.py` wrote.
+        evaluation: the content of the JSON file of `tools/evaluate.py`.
         facts: lines below the heading, name and value.
     """
     curves = [(stage.summary["name"], curve(stage.losses)) for stage in stages]

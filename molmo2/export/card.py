@@ -1,6 +1,6 @@
-"""The model card of an export: recipe, data with shares and licences, figures. The words are in `model_card.md.jinja`.
+"""The model card of an export: recipe, data with shares and licences, results. The text is in `model_card.md.jinja`.
 
-Everything is read from the checkpoint and what lies beside it; what is not there is said to be missing.
+Everything is read from the checkpoint and the files of its run; the card says what is missing.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from molmo2.pages import fill_template
 from shards.catalog import load_catalog
 from shards.stream.mixture import SCALE
 
-NUM_FRAMES = 384
-CATALOGS = ("molmo2", "demo")  # where sources and licences of datasets stand
-ORIGIN = ("run", "stage", "step", "finished", "commit")
+NUM_FRAMES = 384  # maximum frames of a video, for the card and the exported processor
+CATALOGS = ("molmo2", "demo")  # catalogs with the sources and licences of datasets
+ORIGIN = ("run", "stage", "step", "finished", "commit")  # entries of a checkpoint's `meta.json` for the card
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class About:
-    """Where weights come from.
+    """The origin of weights.
 
     Attributes:
         origin: JSON; run, step and so on.
-        recipe: the resolved recipe; None where there was none.
+        recipe: the resolved recipe; None if there is none.
         shares: dataset -> share of the samples, 0 to 1.
-        evaluations: what `tools/evaluate.py` wrote of these very weights.
+        evaluations: the results of `tools/evaluate.py` for these weights.
     """
 
     origin: Mapping[str, Any]
@@ -44,7 +44,7 @@ class About:
 
 
 def about_checkpoint(checkpoint: Checkpoint) -> About:
-    """What a checkpoint says of itself, and the evaluations of it that lie in its run's directory.
+    """The origin of a checkpoint's weights, and the evaluations of them in its run's directory.
 
     Raises:
         ExportError: an evaluation's file cannot be read.
@@ -59,8 +59,8 @@ def about_checkpoint(checkpoint: Checkpoint) -> About:
 
 
 def _evaluations(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Those of this step; a run's directory may hold figures of another one."""
-    found = []
+    """The evaluations of this checkpoint's step; the run's directory may have some of other steps."""
+    evaluations = []
     for path in sorted(checkpoint.path.parent.parent.glob("evaluation-*.json")):
         try:
             document = json.loads(path.read_text())
@@ -71,8 +71,8 @@ def _evaluations(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         if not complete:
             raise ExportError(f"{path}: an evaluation without scores; evaluate again or remove it")
         if step == checkpoint.step:
-            found.append(document)
-    return found
+            evaluations.append(document)
+    return evaluations
 
 
 def _sources() -> dict[str, dict[str, str]]:
@@ -81,7 +81,7 @@ def _sources() -> dict[str, dict[str, str]]:
 
 
 def _data(shares: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Rows of the card's table, largest share first."""
+    """Rows of the card's table of data, the largest share first."""
     sources = _sources() if shares else {}
     rows = []
     for name, share in sorted(shares.items(), key=lambda item: (-item[1], item[0])):
@@ -91,16 +91,16 @@ def _data(shares: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def _init(recipe: Mapping[str, Any]) -> str:
-    """What the weights were before training; "" for drawn ones."""
+    """The initial weights of a run, as text; "" for random ones."""
     init = recipe.get("init") or ""
     named = {"": init} if isinstance(init, str) else init
     return ", ".join(f"{kind} `{name}`".strip() for kind, name in named.items() if name)
 
 
 def _hyperparameters(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reader asks first; all of it stands in the recipe at the card's end."""
+    """The most important settings of a recipe; the whole recipe is at the end of the card."""
     data, train, optim = recipe.get("data", {}), recipe.get("train", {}), recipe.get("optim", {})
-    found = {
+    values = {
         "started from": _init(recipe),
         "steps": train.get("steps"),
         "packs per step": train.get("packs_per_step"),
@@ -108,7 +108,7 @@ def _hyperparameters(recipe: Mapping[str, Any]) -> dict[str, Any]:
         "precision": train.get("precision"),
         "learning rates": ", ".join(f"{name} {optim[name]['lr']:g}" for name in ("vit", "connector", "llm") if optim),
     }
-    return {name: value for name, value in found.items() if value not in (None, "")}
+    return {name: value for name, value in values.items() if value not in (None, "")}
 
 
 def model_card(

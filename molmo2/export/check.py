@@ -1,6 +1,6 @@
-"""The export check: transformers reloads a directory and must give our tokens and our logits.
+"""The check of an export: transformers loads the directory and must give our tokens and our logits.
 
-The prompts are a text, one image, two images and a video. Answers are not generated here.
+The prompts are a text, one image, two images and a video. No answers are generated.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from molmo2.processing.tokenizer import Tokenizer
 from shards import layout as geometry
 from shards.schema import Example, ImageRef, Limits, Source, Text
 
-MAX_CROPS = 8  # tiles of an image's canvas, as in training
-FPS = 2
-TOLERANCE = 1e-4  # of logits, float32
+MAX_CROPS = 8  # maximum tiles of an image's canvas, as in training
+FPS = 2  # frames per second of a video
+TOLERANCE = 1e-4  # largest accepted absolute difference of float32 logits
 QUESTION = "What is this?"
 
 Pixels = npt.NDArray[np.uint8]
 
 
 class ExportError(ValueError):
-    """An export that cannot be made, or that transformers does not read as we mean it."""
+    """An export cannot be made, or transformers does not give our tokens and logits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is asked about: images uint8 [H, W, 3], or a video's frames uint8 [N, H, W, 3] at `FPS`, or nothing."""
+    """The visuals of a question: images uint8 [H, W, 3], or a video's frames uint8 [N, H, W, 3] at `FPS`, or none."""
 
     pictures: Sequence[Pixels] = ()
     frames: Pixels | None = None
 
 
 def questions(crop_size: int) -> dict[str, Question]:
-    """Small questions of every kind, of noise; two images of unlike shapes, so that they cannot be mistaken."""
+    """A question of every kind, with small visuals of noise; two images differ in shape, so that a swap is detected."""
     rng = np.random.Generator(np.random.Philox(0))
 
     def noise(*shape: int) -> Pixels:
@@ -69,13 +69,13 @@ def questions(crop_size: int) -> dict[str, Question]:
 def check(
     directory: Path, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer
 ) -> dict[str, float]:
-    """Reload with transformers, from disk alone and without remote code, and compare tokens and logits.
+    """Load a directory with transformers, from disk only and without remote code, and compare tokens and logits.
 
     Returns:
-        The largest difference of logits, by kind of prompt.
+        The largest absolute difference of logits, by kind of prompt.
 
     Raises:
-        ExportError: tokens differ, or logits by more than `TOLERANCE`.
+        ExportError: tokens differ, or logits differ by more than `TOLERANCE`.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -94,7 +94,7 @@ def check(
             )
         with torch.no_grad():
             differences[kind] = float((all_logits(ours, prompt) - theirs(**inputs).logits).abs().max())
-    # Not `>`: a NaN must be refused too.
+    # `not <=` instead of `>`, so that NaN is refused too.
     refused = {kind: value for kind, value in differences.items() if not value <= TOLERANCE}
     if refused:
         raise ExportError(f"{directory}: logits in transformers differ from ours: {refused}, allowed {TOLERANCE}")
@@ -109,7 +109,7 @@ def all_logits(model: Molmo2, prompt: PromptTensors) -> Tensor:
 
 
 def our_inputs(config: ModelConfig, tokenizer: Tokenizer, asked: Question) -> PromptTensors:
-    """Our model's inputs for `QUESTION`."""
+    """The inputs of our model for `QUESTION`, from our processor."""
     if asked.frames is not None:
         return _frame_inputs(config, tokenizer, asked.frames)
     files = []
@@ -135,7 +135,7 @@ def our_inputs(config: ModelConfig, tokenizer: Tokenizer, asked: Question) -> Pr
 
 
 def _frame_inputs(config: ModelConfig, tokenizer: Tokenizer, frames: Pixels) -> PromptTensors:
-    """The processor's path for a video, from frames on: no file is coded, so that theirs sees equal pixels."""
+    """The inputs of a video as the processor makes them from decoded frames, so that both models get equal pixels."""
     layout = visual_layout(config)
     visuals = [{"kind": "frame", "time": i / FPS} for i in range(len(frames))]
     trunk = [tokenizer.bos]
@@ -153,7 +153,7 @@ def _frame_inputs(config: ModelConfig, tokenizer: Tokenizer, frames: Pixels) -> 
 
 
 def their_inputs(preprocess: Any, asked: Question) -> Any:
-    """Transformers' inputs for the same; frames go in as they are, since its own sampling is not Molmo2's."""
+    """The inputs from transformers' processor; it gets the frames themselves, since its sampling is not Molmo2's."""
     from transformers.video_utils import VideoMetadata
 
     content: list[dict[str, Any]] = [{"type": "image"} for _ in asked.pictures]

@@ -1,8 +1,8 @@
-"""Export: a training checkpoint becomes a directory that transformers loads offline, without remote code.
+"""Export: it converts a training checkpoint to a directory that transformers loads offline, without remote code.
 
-Weights and `config.json` have the released ("hub") layout. Before the directory gets its name, transformers reloads
-it and must give our tokens and logits (`molmo2.export.check`); otherwise nothing is left behind. The model card is
-written by `molmo2.export.card`; uploading is `molmo2.export.upload`.
+Weights and `config.json` have the released ("hub") layout. The directory is written under a temporary name and renamed
+only if transformers loads it and gives our tokens and logits (`molmo2.export.check`). `molmo2.export.card` renders the
+model card; `molmo2.export.upload` uploads the directory.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ def export_model(
     about: About,
     remote_code: Path | None = None,
 ) -> dict[str, float]:
-    """Write `out`, whole or not at all; an earlier export there is replaced.
+    """Export a model to `out` atomically; an earlier export there is replaced.
 
     Args:
         config: the model.
         weights: float32, by our names.
-        tokenizer_dir: the tokenizer that the model was trained with.
-        out: the directory to make.
-        about: where the weights come from; for the model card and `export.json`.
-        remote_code: a downloaded release whose remote code is to lie beside the weights.
+        tokenizer_dir: the tokenizer with which the model was trained.
+        out: the directory to create.
+        about: the origin of the weights, for the model card and `export.json`.
+        remote_code: a downloaded release, whose remote code is copied beside the weights.
 
     Returns:
         The largest difference of logits to transformers, by kind of prompt.
 
     Raises:
-        ExportError: `out` holds something else, `remote_code` has no usable code, or the check failed.
+        ExportError: `out` exists and is not an export, `remote_code` has no usable code, or the check failed.
         TokenizerError: the tokenizer is missing or does not fit the model.
     """
     if out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out}: exists and is no earlier export; choose another directory or remove it")
+        raise ExportError(f"{out}: exists and is not an earlier export; choose another directory or remove it")
     tokenizer = Tokenizer(tokenizer_dir, config.text.vocab_size)
     temporary = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -83,7 +83,7 @@ def export_model(
 
 
 def write_files(config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer, directory: Path) -> None:
-    """Everything that transformers reads."""
+    """Write all files that transformers reads."""
     write_hub(weights, directory)
     write_json(directory / "config.json", hub_config(config))
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
@@ -96,12 +96,12 @@ def write_files(config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: T
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON."""
+    """Write a value as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def replace_directory(new: Path, old: Path) -> None:
-    """Give `new` the name `old`; what bore it is removed afterwards."""
+    """Rename `new` to `old`; the directory that had this name is removed afterwards."""
     doomed = old.with_name(f".old-{old.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     if old.exists():
@@ -111,7 +111,7 @@ def replace_directory(new: Path, old: Path) -> None:
 
 
 def processor_config(config: ModelConfig) -> dict[str, Any]:
-    """`processor_config.json` with both media processors inside, every flag named: defaults differ between them."""
+    """`processor_config.json` with both media processors; every flag is explicit, since their defaults differ."""
     pixels = {
         "size": {"height": config.crop_size, "width": config.crop_size},
         "patch_size": config.patch_size,

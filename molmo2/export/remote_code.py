@@ -1,7 +1,7 @@
-"""Released remote code beside an export: vLLM and older transformers load Molmo2 through it.
+"""Copy released remote code into an export: vLLM and older versions of transformers load Molmo2 with it.
 
-The code is never part of this project; it is copied from a download of a released repository, `*.py` alone, and
-`auto_map` says which classes are in it. Nothing of it is run here.
+The code is not part of this project. Only the `*.py` files of a downloaded release are copied, and `auto_map` names the
+classes in them. The code is not run here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from molmo2.export.check import ExportError
 
-# File that names classes -> where the export keeps the same settings: file, and key in it.
+# A release's file with an `auto_map` -> the place of the same settings in an export: its file, and the key in it.
 PLACES: dict[str, tuple[str, str | None]] = {
     "config.json": ("config.json", None),
     "processor_config.json": ("processor_config.json", None),
@@ -23,17 +23,17 @@ PLACES: dict[str, tuple[str, str | None]] = {
 
 
 def copy_remote_code(source: Path, directory: Path) -> list[str]:
-    """Copy `source`/*.py into an export and name their classes in its `config.json` and `processor_config.json`.
+    """Copy `source`/*.py into an export and set `auto_map` in its `config.json` and `processor_config.json`.
 
     Args:
-        source: a downloaded release, `config.json` with `auto_map` in it.
+        source: a downloaded release; its `config.json` must have an `auto_map`.
         directory: the export.
 
     Returns:
         Names of the copied files.
 
     Raises:
-        ExportError: no code there, a file that lies elsewhere, or an `auto_map` that does not fit the files.
+        ExportError: there is no code, a file is a link to outside of `source`, or `auto_map` does not fit the files.
     """
     files = sorted(source.glob("*.py"))
     if not files:
@@ -47,7 +47,7 @@ def copy_remote_code(source: Path, directory: Path) -> list[str]:
             )
     modules = {file.stem for file in files}
     if not (source / "config.json").exists():
-        raise ExportError(f"{source}: no config.json, whose auto_map says what the code is for")
+        raise ExportError(f"{source}: no config.json; its auto_map must name the classes of the code")
     for name, (target, key) in PLACES.items():
         if (source / name).exists():
             auto_map = _read_auto_map(source / name, modules)
@@ -61,16 +61,16 @@ def copy_remote_code(source: Path, directory: Path) -> list[str]:
 
 
 def _read_auto_map(path: Path, modules: set[str]) -> dict[str, Any]:
-    """`auto_map`, its references made local ("OWNER/NAME--module.Class" would be fetched from the hub)."""
+    """Read `auto_map` and make its references local: "OWNER/NAME--module.Class" would be downloaded from the hub."""
     try:
-        found = json.loads(path.read_text()).get("auto_map", {})
-        auto_map = {auto: _localise(reference) for auto, reference in found.items()}
+        references_by_class = json.loads(path.read_text()).get("auto_map", {})
+        auto_map = {auto: _localise(reference) for auto, reference in references_by_class.items()}
     except (ValueError, AttributeError) as error:
         raise ExportError(f"{path}: no readable auto_map ({error}); fetch the release again") from None
     references = [r for value in auto_map.values() for r in (value if isinstance(value, list) else [value]) if r]
     missing = sorted({r for r in references if r.partition(".")[0] not in modules})
     if missing:
-        raise ExportError(f"{path}: auto_map names {', '.join(missing)}, but no such *.py lies beside it")
+        raise ExportError(f"{path}: auto_map names {', '.join(missing)}, but no such *.py is beside it")
     return auto_map
 
 

@@ -1,25 +1,25 @@
-"""Uploading an export to the Hugging Face hub (`HF_ENDPOINT` names another one).
+"""Upload an export to the Hugging Face hub, or to the hub at `HF_ENDPOINT`.
 
-A repository that is made here is private: publishing is a decision of its own. A repository that holds something else
-than an export is left alone.
+A repository that is created here is private; publishing it is left to the user. A repository with other files than
+those of an export is never changed.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-MARK = "export.json"  # a file that every export has, see `molmo2.export.model`
+MARK = "export.json"  # a file that every export has, and by which an export is recognised
 
 
 class PushError(ValueError):
-    """A repository that cannot be written to, or that must not be."""
+    """A repository cannot be written to, or holds something else than an export."""
 
 
 def check_repository(repo: str) -> None:
-    """Before the long work: is there a token, and is `repo` absent, empty or an earlier export?
+    """Check before an export that there is a token, and that `repo` is absent, empty or an earlier export.
 
     Raises:
-        PushError: no token, an impossible name, other files in it, or no answer.
+        PushError: there is no token, the name is invalid, the repository has other files, or the hub does not answer.
     """
     import huggingface_hub
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
@@ -27,25 +27,25 @@ def check_repository(repo: str) -> None:
     if repo.count("/") != 1:
         raise PushError(f"{repo}: write OWNER/NAME")
     if huggingface_hub.get_token() is None:
-        raise PushError("the hub wants a token to upload: run `hf auth login`, or set HF_TOKEN")
+        raise PushError("uploading to the hub needs a token: run `hf auth login`, or set HF_TOKEN")
     try:
         names = set(huggingface_hub.list_repo_files(repo)) - {".gitattributes"}
     except RepositoryNotFoundError:
         return
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise _told(repo, error) from error
+        raise _push_error(repo, error) from error
     if names and MARK not in names:
-        raise PushError(f"{repo}: holds {len(names)} files and is no earlier export; choose another repository")
+        raise PushError(f"{repo}: holds {len(names)} files and is not an earlier export; choose another repository")
 
 
 def push(directory: Path, repo: str, message: str) -> str:
-    """Make `repo` hold the files of an export and no others; it is created, private, if it is not there.
+    """Replace the files of `repo` by those of an export; a repository that does not exist is created, private.
 
     Returns:
-        The commit's address.
+        The URL of the commit.
 
     Raises:
-        PushError: the hub refuses or does not answer; what stood there before stays.
+        PushError: the hub refuses or does not answer; the repository's files are unchanged.
     """
     import huggingface_hub
     from huggingface_hub.errors import HTTPError
@@ -57,11 +57,11 @@ def push(directory: Path, repo: str, message: str) -> str:
             repo_id=repo, folder_path=directory, commit_message=message, delete_patterns=["*"]
         )
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise _told(repo, error) from error
+        raise _push_error(repo, error) from error
     return str(commit.commit_url)
 
 
-def _told(repo: str, error: Exception) -> PushError:
-    """The hub's refusal, or that it cannot be reached, in one line with its cause."""
-    told = [" ".join(str(e).split()) or type(e).__name__ for e in (error, error.__cause__) if e is not None]
-    return PushError(f"{repo}: the hub did not take it: {'; '.join(told)}")
+def _push_error(repo: str, error: Exception) -> PushError:
+    """The error of a request to the hub, in one line with its cause."""
+    reasons = [" ".join(str(e).split()) or type(e).__name__ for e in (error, error.__cause__) if e is not None]
+    return PushError(f"{repo}: the upload was refused by the hub: {'; '.join(reasons)}")

@@ -1,6 +1,6 @@
-"""Facts of built datasets for a person to read: counts, histograms, rejects. Reads indexes, sidecars, reject lists.
+"""Facts about built datasets for reports: counts, histograms, rejects, from indexes, sidecars and lists of rejects.
 
-Samples themselves are `molmo2.inspection.samples`; the mixture of a recipe is `molmo2.inspection.shares`.
+Samples are in `molmo2.inspection.samples`, the mixture of a recipe in `molmo2.inspection.shares`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ from shards.storage.base import Storage
 from shards.storage.open import open_storage
 from shards.stream.dataset import Dataset, open_dataset
 
-MOST_BINS = 24
+MOST_BINS = 24  # maximum number of bins of a histogram
 
 
 class InspectionError(ValueError):
-    """Nothing to look at, or a tokenizer that did not make what is looked at."""
+    """There is no dataset to inspect, or it was built with another tokenizer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Histogram:
-    """Bin i counts the integers from `first + i * width` up to the next bin's first."""
+    """A histogram of integers: bin i counts those from `first + i * width` to below the next bin's first.
+
+    `most` is the largest value.
+    """
 
     first: int
     width: int
@@ -43,7 +46,7 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reason:
-    """Examples left out for one reason; `omitted`: on purpose. `example` is the first of them, with its place."""
+    """Examples left out for one reason. `omitted`: on purpose; `example`: the first of them, with its place."""
 
     reason: str
     omitted: bool
@@ -53,9 +56,10 @@ class Reason:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetFacts:
-    """One finished dataset. Histograms are over samples, tokens and crops those of variant 0, as the index's totals.
+    """The facts about one finished dataset. Its histograms count samples by their tokens, crops and frames.
 
-    `frames` is None where no sample has a frame. `fingerprint` is the processor's.
+    Tokens and crops are those of variant 0, as in the index's totals. `frames` is None if no sample has a frame.
+    `fingerprint` is the processor's.
     """
 
     name: str
@@ -68,29 +72,29 @@ class DatasetFacts:
 
     @property
     def num_faults(self) -> int:
-        """Rejects that nobody wanted."""
+        """Number of examples that were rejected because of an error."""
         return sum(reason.num_examples for reason in self.reasons if not reason.omitted)
 
     @property
     def num_omitted(self) -> int:
-        """Examples that the catalog leaves out."""
+        """Number of examples that the catalog leaves out on purpose."""
         return sum(reason.num_examples for reason in self.reasons if reason.omitted)
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What lies below a folder: finished datasets by stage, and folders of builds that have not finished."""
+    """The datasets below a folder: finished ones by stage, and the folders of unfinished builds."""
 
     stages: dict[str, tuple[Dataset, ...]]
     unfinished: tuple[str, ...]
 
 
 def find(where: str) -> Found:
-    """Datasets in a folder or bucket: a dataset, a stage, or the root of all stages.
+    """Find the datasets in a folder or bucket: that of a dataset, of a stage, or of all stages.
 
     Raises:
-        InspectionError: no finished dataset there.
-        FormatError: a damaged index or sidecar.
+        InspectionError: there is no finished dataset.
+        FormatError: an index or sidecar is damaged.
     """
     folders = find_datasets(where if "://" in where else os.path.abspath(where))
     finished = [folder for folder in folders if open_storage(folder).size(INDEX_NAME) is not None]
@@ -111,7 +115,7 @@ def find(where: str) -> Found:
 
 
 def facts_of(dataset: Dataset) -> DatasetFacts:
-    """Everything about a dataset that needs no sample."""
+    """The facts about a dataset; no sample is read for them."""
     index = dataset.index
     frames = _column(dataset, "num_frames")
     return DatasetFacts(
@@ -126,13 +130,13 @@ def facts_of(dataset: Dataset) -> DatasetFacts:
 
 
 def _column(dataset: Dataset, name: str) -> npt.NDArray[np.int64]:
-    """A column of all sidecars, variant 0, [samples]."""
+    """A column of all sidecars, for variant 0: int64 [samples]."""
     columns = [rows[name] if rows[name].ndim == 1 else rows[name][:, 0] for rows in dataset.sidecars]
     return np.concatenate([np.zeros(0, np.int64), *columns]).astype(np.int64)
 
 
 def histogram(values: npt.NDArray[np.int64], most_bins: int = MOST_BINS) -> Histogram:
-    """Equal bins of whole width; empty for no values."""
+    """A histogram of at most `most_bins` bins of equal integer width; it is empty if there are no values."""
     if not len(values):
         return Histogram(first=0, width=1, counts=(), mean=0.0, median=0, most=0)
     first, most = int(values.min()), int(values.max())
@@ -149,7 +153,7 @@ def histogram(values: npt.NDArray[np.int64], most_bins: int = MOST_BINS) -> Hist
 
 
 def reasons_of(storage: Storage, expected: int) -> tuple[Reason, ...]:
-    """A dataset's rejects by reason, the most frequent first; what the list lacks of the `expected` number as well."""
+    """A dataset's rejects by reason, the most frequent first; rejects missing from the list have their own reason."""
     try:
         lines = storage.read(REJECTS_NAME).splitlines()
     except FileNotFoundError:
@@ -163,7 +167,7 @@ def reasons_of(storage: Storage, expected: int) -> tuple[Reason, ...]:
 
 
 def count_reasons(rejects: Iterable[dict[str, Any]]) -> tuple[Reason, ...]:
-    """Rejects of one kind together: the reason up to its first colon, or with "filter" and the like up to its value."""
+    """Count rejects by kind: the reason up to its first colon; "filter" and "excluded" also have the column."""
     reasons: dict[tuple[str, bool], Reason] = {}
     for reject in rejects:
         kind = (_kind(reject["reason"]), reject["omitted"])

@@ -1,4 +1,4 @@
-"""What of a catalog lies on this machine: raw folders, built shards, and the commands that get the rest."""
+"""The inventory of a catalog on this machine: raw folders, built shards, and the commands that get the rest."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class Entry:
     """One dataset in one stage.
 
     Attributes:
-        raw: "by hand": missing, and only a person can get it; "to be made": by a tool of this project.
-        raw_bytes: on disk, in all folders that the row reads.
-        totals: of the finished shards.
+        raw: state of the raw data. "by hand": it is missing, and a person must get it; "to be made": a tool of this
+            project makes it.
+        raw_bytes: size on disk of all folders that the row reads.
+        totals: totals of the finished shards; None without them.
     """
 
     row: Row
@@ -36,7 +37,7 @@ class Entry:
 
 
 def inventory(catalog: Catalog, stages: Sequence[Stage], raw: Path, shards: Path) -> Iterator[Entry]:
-    """Every dataset of the stages, in the catalog's order."""
+    """Yield an entry for every dataset of the stages, in the catalog's order."""
     sizes: dict[str, int] = {}
     for stage in stages:
         for row in catalog.select(stage):
@@ -77,19 +78,19 @@ def _built(folder: Path) -> tuple[Built, Totals | None]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; 0 where there is none."""
+    """Total size of all files below a folder in bytes; 0 if the folder does not exist."""
     total = 0
     for where, _, names in os.walk(folder):
         for name in names:
             try:
                 total += os.lstat(os.path.join(where, name)).st_size
-            except FileNotFoundError:  # a download is at work
+            except FileNotFoundError:  # removed by a running download
                 continue
     return total
 
 
 def commands(entries: Sequence[Entry], catalog_name: str) -> list[str]:
-    """What gets everything that is missing, a line each with the commands first and a person's work last."""
+    """Lines with the commands that get everything that is missing; data that a person must get come last."""
     lines = []
     catalog = f" --catalog {catalog_name}"
     fetch = dict.fromkeys(entry.row.name for entry in entries if entry.raw in {"missing", "unfinished"})

@@ -1,6 +1,7 @@
-"""Examples of a raw dataset, before any model's processor: what a person asks and answers of which image or video.
+"""Examples of a raw dataset before processing: questions and answers with their images or video.
 
-Text is rendered as the stage asks it, without draws, so that two runs show the same. Needs no tokenizer and no shards.
+Text is rendered in the form of the stage without random draws, so that two runs show the same. No tokenizer and no
+shards are needed.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from shards.media.types import MediaError, Pixels
 from shards.media.video import probe_video, read_frames
 from shards.schema import Annotation, Example, Points, RejectedError, Tracks, VideoRef
 
-MOST_FRAMES = 12  # pictures of one video, marked frames not counted
-FPS = 2.0
+MOST_FRAMES = 12  # maximum number of evenly spaced frames of a video; as many marked frames are added
+FPS = 2.0  # frames per second from which the frames of a video are chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnnotationView:
-    """One branch to be. `num_points` is None where nothing is pointed at."""
+    """The view of one annotation. `num_points` is None for annotations without points."""
 
     kind: str
     style: str
@@ -42,7 +43,7 @@ class AnnotationView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExampleView:
-    """One example, or with `left_out` a row of which nothing became one. `media`: sizes and durations in words."""
+    """The view of one example. `left_out`: why a row gave no example; `media`: sizes and durations as text."""
 
     key: str
     source: str
@@ -53,18 +54,18 @@ class ExampleView:
 
 
 def view_examples(row: Row, stage: Stage, raw: Path, num_samples: int, *, pictures: bool) -> Iterator[ExampleView]:
-    """Examples of `num_samples` groups of rows spread over the dataset; `pictures` decodes their media.
+    """Yield views of the examples in `num_samples` evenly spaced groups of rows.
 
     Args:
         row: the dataset.
-        stage: whose split and whose words.
+        stage: the stage, which determines the split and the form of the text.
         raw: the dataset's raw folder.
-        num_samples: groups of rows (one image or video each).
-        pictures: whether to decode.
+        num_samples: number of groups of rows; a group has one image or video.
+        pictures: whether to decode images and videos.
 
     Raises:
-        MissingSourceError: the dataset is not there.
-        SourceError: a file is unreadable or of another layout.
+        MissingSourceError: the raw data are missing.
+        SourceError: a file is unreadable or has another layout.
     """
     table = open_rows(row, stage, raw)
     groups = table.groups(row.group_by)
@@ -81,7 +82,7 @@ def _views(group: Group, pictures: bool) -> Iterator[ExampleView]:
                 yield _view(item, group.stage, place, pictures)
             else:
                 yield ExampleView(key=group.key, source=place, left_out=item.reason)
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:  # as the builder rejects
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:  # as in the builder
         name = "" if isinstance(error, RejectedError) else f"{type(error).__name__}: "
         yield ExampleView(key=group.key, source=f"{first.file} row {first.row}", left_out=f"{name}{error}")
 
@@ -118,7 +119,7 @@ def _num_points(annotation: Annotation) -> int | None:
 
 
 def _media(example: Example, pictures: bool) -> tuple[list[str], list[Picture]]:
-    """Facts of an example's media, and the media themselves if `pictures`."""
+    """Facts about an example's media as text, and the pictures themselves if `pictures`."""
     if example.video is not None:
         info = probe_video(example.video)
         size = f"{info.width} x {info.height}"
@@ -137,7 +138,7 @@ def _media(example: Example, pictures: bool) -> tuple[list[str], list[Picture]]:
 
 
 def _frames(example: Example, ref: VideoRef, duration: float) -> list[Picture]:
-    """Frames spread over a video, and those that are marked."""
+    """Evenly spaced frames of a video, and frames with points."""
     marks = _marks(example)
     marked = sorted({min(max(at, 0.0), duration) for at, _ in marks})
     chosen = {marked[i] for i in spread(len(marked), MOST_FRAMES)}
@@ -152,7 +153,7 @@ def _frames(example: Example, ref: VideoRef, duration: float) -> list[Picture]:
 
 
 def _marks(example: Example) -> list[tuple[float, Mark]]:
-    """(image number or seconds, mark in fractions) of everything that is pointed at."""
+    """All points and tracks, each as (image number or seconds, mark in fractions)."""
     marks = []
     for i, annotation in enumerate(example.annotations):
         if isinstance(annotation, Points):
@@ -178,7 +179,7 @@ def _jpeg(pixels: Pixels, most: int) -> bytes:
 
 
 def lines(views: Sequence[ExampleView]) -> Iterator[str]:
-    """Examples as text for a terminal; control characters of a dataset are shown, not obeyed."""
+    """Examples as text for a terminal; control characters in the data are escaped."""
     for view in views:
         yield f"--- {view.key}  ({view.source})"
         if view.left_out:

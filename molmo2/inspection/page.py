@@ -1,4 +1,4 @@
-"""Pages of the inspection tools: a stage of built shards, and examples of sources before they are built."""
+"""HTML pages of the inspection tools: a stage of built shards, and examples of sources before they are built."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shards.catalog import Row, Stage
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePage:
-    """What a page shows. `samples` goes by dataset; `mixture` is empty where no recipe was given."""
+    """The content of a page. The keys of `samples` are datasets; `mixture` is empty without a recipe."""
 
     stage: str
     where: str
@@ -28,13 +28,13 @@ class StagePage:
 
 
 def render_stage(page: StagePage) -> str:
-    """The HTML of a stage."""
+    """The HTML page of a stage."""
     return fill_template(Path(__file__).with_name("shards.html.jinja"), {"page": page})
 
 
 def render_originals(
     title: str, datasets: Sequence[tuple[Row, Stage]], views: Mapping[str, Sequence[ExampleView]]
 ) -> str:
-    """The HTML of examples by dataset: rows of the catalog with their stage, and what was read of each."""
+    """The HTML page of examples: rows of the catalog with their stage, and the examples that were read of each."""
     values = {"title": title, "datasets": datasets, "views": views}
     return fill_template(Path(__file__).with_name("originals.html.jinja"), values)

@@ -1,7 +1,7 @@
 """Stored samples as the model sees them: JPEGs with crops, points and tracks to draw on them, text with loss weights.
 
-The text is decoded from the stored tokens and the points are read from that text, so a page shows what is trained on
-and not what the record says of it. Drawing is the template's work.
+The text is decoded from the stored tokens and the points are parsed from that text, so a page shows the training data
+themselves and not their record. The template draws crops and points.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from shards.stream.dataset import Dataset
 from shards.stream.plan import Draw
 from shards.stream.reader import ReadError, StoredSample, check_span, parse_sample
 
-WEIGHT_LEVELS = 5  # shades of a loss weight
+WEIGHT_LEVELS = 5  # number of shades for loss weights on a page
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Neighbouring tokens of one loss weight. `level`: 0 without a loss, up to WEIGHT_LEVELS for the largest.
+    """Neighbouring tokens with equal loss weight. `level`: 0 without loss, up to WEIGHT_LEVELS for the largest weight.
 
-    `visual` tells that the text stands for an image or a frame.
+    `visual`: the text is a placeholder for an image or a frame.
     """
 
     text: str
@@ -43,7 +43,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Branch:
-    """The trunk (number 0) or one annotation. `weight`: sum of its loss weights."""
+    """The trunk (number 0) or one annotation. `weight`: the sum of its loss weights."""
 
     number: int
     spans: tuple[Span, ...]
@@ -54,7 +54,7 @@ class Branch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleView:
-    """One sample; `damage` says why there is nothing else to show."""
+    """The view of one sample. `damage`: the reason why it cannot be read; the other fields are then empty."""
 
     key: str
     source: str = ""
@@ -70,11 +70,11 @@ class SampleView:
 
 
 def tokenizer_of(dataset: Dataset, directory: Path) -> Tokenizer:
-    """The tokenizer in `directory`, checked to be the one that made the dataset.
+    """Load the tokenizer in `directory`, and check that the dataset was built with it.
 
     Raises:
-        TokenizerError: there is none.
-        InspectionError: it is another.
+        TokenizerError: there is no tokenizer.
+        InspectionError: the dataset was built with another tokenizer.
     """
     processor = dataset.index.processor
     tokenizer = Tokenizer(directory, VisualLayout.from_json(processor["layout"]).tokens.im_start)
@@ -87,7 +87,7 @@ def tokenizer_of(dataset: Dataset, directory: Path) -> Tokenizer:
 
 
 def view_sample(dataset: Dataset, number: int, tokenizer: Tokenizer) -> SampleView:
-    """Sample `number` of a dataset, in the variant that the first epoch trains on."""
+    """The view of sample `number` of a dataset, in the variant of the first epoch."""
     draw = _draw(dataset, number)
     where = f"{dataset.index.shards[draw.shard].name}.tar, sample {draw.row}"
     try:
@@ -120,21 +120,21 @@ def view_sample(dataset: Dataset, number: int, tokenizer: Tokenizer) -> SampleVi
 
 
 def _draw(dataset: Dataset, number: int) -> Draw:
-    """Where a sample lies, as the plan's first epoch draws it."""
-    shard, row, found = dataset.lookup(np.array([number]))
-    one = found[0]
-    variant = int(one["key_hash"]) % dataset.index.num_variants
+    """The draw of a sample, as in the plan's first epoch."""
+    shard, row, rows = dataset.lookup(np.array([number]))
+    entry = rows[0]
+    variant = int(entry["key_hash"]) % dataset.index.num_variants
     return Draw(
         dataset=0,
         shard=int(shard[0]),
         row=int(row[0]),
         variant=variant,
-        offset=int(one["offset"]),
-        span=int(one["span"]),
-        xxh64=int(one["xxh64"]),
-        num_tokens=int(one["num_tokens"][variant]),
-        num_crops=int(one["num_crops"][variant]),
-        loss_weight=float(one["loss_weight"][variant]),
+        offset=int(entry["offset"]),
+        span=int(entry["span"]),
+        xxh64=int(entry["xxh64"]),
+        num_tokens=int(entry["num_tokens"][variant]),
+        num_crops=int(entry["num_crops"][variant]),
+        loss_weight=float(entry["loss_weight"][variant]),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a recipe asks of its datasets and what its first steps draw of them. Reads indexes and no sample; no torch."""
+"""Shares of the datasets in a recipe's mixture and in the draws of its first steps, from indexes, without torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from shards.stream.plan import Cursor, Plan, open_plan
 
 @dataclass(slots=True)
 class Drawn:
-    """Sums over some steps; the lists go by the number of the dataset in the plan."""
+    """Sums over the first steps; entry i of a list is for dataset i of the plan."""
 
     steps: int
     packs: int = 0
     samples: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     crops: list[int] = field(default_factory=list)
-    fewest_tokens: int = sys.maxsize  # of a pack
+    fewest_tokens: int = sys.maxsize  # tokens of the pack with the fewest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +30,10 @@ class Share:
 
     Attributes:
         size: samples in the dataset.
-        asked, drawn, tokens: of 1: the recipe's share of draws, that of the steps looked at, and that of their tokens.
-        tokens_each, crops_each: mean of a draw.
-        epochs: how often the whole run goes through the dataset.
+        asked, drawn, tokens: fractions: the recipe's share of draws, the share in the first steps, and the share of
+            their tokens.
+        tokens_each, crops_each: mean numbers of tokens and crops per draw.
+        epochs: number of epochs of the dataset in the whole run.
     """
 
     group: str
@@ -47,7 +48,7 @@ class Share:
 
 
 def draw_steps(plan: Plan, num_steps: int) -> Drawn:
-    """Plan the first steps and count what they hold."""
+    """Plan the first steps and count their packs, samples, tokens and crops."""
     zeros = [0] * len(plan.datasets)
     drawn = Drawn(num_steps, samples=zeros.copy(), tokens=zeros.copy(), crops=zeros.copy())
     cursor = Cursor()
@@ -89,7 +90,7 @@ def shares_of(recipe: Recipe, plan: Plan, drawn: Drawn) -> list[Share]:
 
 
 def plan_and_draw(recipe: Recipe, num_steps: int) -> tuple[Plan, Drawn]:
-    """A recipe's plan, and what its first steps (at most `num_steps`) draw.
+    """A recipe's plan, and the sums over its first steps, at most `num_steps`.
 
     Raises:
         DatasetError, FormatError, MixtureError, PlanError: see `shards.stream.plan.open_plan`.

@@ -1,11 +1,11 @@
-"""Attention with Molmo2's mask, without ever writing out S x S where rows are long.
+"""Attention with Molmo2's mask; no S x S mask is materialized for long rows.
 
-    dense   scaled dot product attention, the mask written out: short rows, generation, the measure of the others
+    dense   scaled dot product attention with the whole mask: short rows, generation, the reference for the others
     tiled   the same over tiles of queries, each with its own keys and piece of the mask: any device
-    flex    FlexAttention over blocks of 128 x 128, of which per-block statistics tell the empty and the full: CUDA
+    flex    FlexAttention over blocks of 128 x 128; per-block statistics find the empty and the full blocks: CUDA
 
-All three take q [B, H, S, D], k and v [B, Hkv, S, D] with Hkv dividing H, and give [B, H, S, D]. `masked_attention`
-chooses. FlexAttention has no backward on a CPU.
+All three take q [B, H, S, D], k and v [B, Hkv, S, D] with Hkv dividing H, and return [B, H, S, D]. `masked_attention`
+chooses one. FlexAttention has no backward on a CPU.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from molmo2.model.decoder import Mask
 from molmo2.model.mask import MEMBER, PAD_SEGMENT, AttentionMask, allowed
 
-SHORT = 4096  # a mask of such a row is 16 MiB: cheap enough to be written out, and to be kept for backward
-TILE = 128  # queries of a tile
-BLOCK = 128  # of FlexAttention's kernels
+SHORT = 4096  # rows of at most this many tokens get a dense mask: 16 MiB, small enough to keep for backward
+TILE = 128  # queries in a tile of `tiled_attention`
+BLOCK = 128  # queries and keys in a block of FlexAttention's kernels
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Attention with the mask written out."""
+    """Attention with the whole mask materialized."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense(), enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -42,16 +42,16 @@ class Span(NamedTuple):
 
 
 def key_spans(segment_ids: Tensor, is_visual: Tensor, tile: int = TILE) -> list[Span]:
-    """Tiles of queries with the span of keys outside which all of them are blind.
+    """Tiles of queries, each with the span of keys that contains every key its queries may see.
 
-    A query sees no key of an earlier pack member, and a later key only if both are visual and of one member. Exact at
-    both ends where members stand one after the other, as they do in packs. Sums over tiles, so the work of `tiled`
-    goes with the members' lengths squared, not with the row's.
+    A query sees no key of an earlier pack member, and a later key only if both are visual and of one member. Both ends
+    of a span are exact if pack members are contiguous, as the loader makes them. The work of `tiled_attention`
+    therefore grows with the squares of the members' lengths, not with the square of the row's length.
 
     Args:
         segment_ids: int [B, S].
         is_visual: bool [B, S].
-        tile: queries of a tile.
+        tile: number of queries in a tile.
     """
     length = segment_ids.shape[1]
     starts = range(0, length, tile)
@@ -69,25 +69,25 @@ def key_spans(segment_ids: Tensor, is_visual: Tensor, tile: int = TILE) -> list[
         first = torch.where(before, positions, length).amin()
         last = torch.where(both, positions, -1).amax() * (is_visual[:, start:stop] & real).any()
         bounds.append(torch.stack([first, last]))
-    found = torch.stack(bounds).tolist()  # one look at the device for all tiles
+    key_bounds = torch.stack(bounds).tolist()  # one transfer from the device for all tiles
     spans = []
-    for start, (first, last) in zip(starts, found, strict=True):
+    for start, (first, last) in zip(starts, key_bounds, strict=True):
         stop = min(start + tile, length)
         spans.append(Span(start, stop, min(first, start), max(stop, last + 1)))
     return spans
 
 
 def _tile_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, is_visual: Tensor, span: Span) -> Tensor:
-    """One tile: q [B, H, tile, D], k and v [B, Hkv, keys, D] of the span."""
+    """Attention of one tile: q [B, H, tile, D], k and v [B, Hkv, keys, D] of the span."""
     queries, keys = slice(span.start, span.stop), slice(span.first_key, span.last_key)
     mask = allowed(segment_ids, is_visual, queries, keys)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """Attention tile by tile: the largest piece of the mask is `TILE` x keys, made again in backward in long rows.
+    """Attention tile by tile: the largest piece of the mask is `TILE` x keys, and long rows recompute it in backward.
 
-    Packs of short samples gain most: dense attention computes every pair of the row.
+    Packs of short samples gain most, since dense attention computes every pair of the row.
     """
     spans = mask.made(key_spans)
     if torch.is_grad_enabled() and q.shape[2] > SHORT:
@@ -103,10 +103,10 @@ def _tile(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, span: Span) -> T
 
 
 class _RecomputedTiles(torch.autograd.Function):
-    """All tiles as one operation, which keeps its inputs alone.
+    """All tiles as one autograd operation that saves only its inputs.
 
-    Left to autograd, every tile would add a gradient as long as the row to those of the keys: work that grows as the
-    square of the row, whatever the mask.
+    With plain autograd every tile would add a gradient of the whole row's length to the gradient of the keys, and this
+    work would grow with the square of the row's length, whatever the mask.
     """
 
     @staticmethod
@@ -121,43 +121,45 @@ class _RecomputedTiles(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        whole = [torch.zeros_like(each, dtype=torch.float32) for each in (q, k, v)]
+        totals = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (q, k, v)]
         for span in ctx.spans:
             rows, keys = slice(span.start, span.stop), slice(span.first_key, span.last_key)
             with torch.enable_grad():
                 places = (rows, keys, keys)
                 parts = [
-                    each[:, :, place].detach().requires_grad_() for each, place in zip((q, k, v), places, strict=True)
+                    tensor[:, :, place].detach().requires_grad_()
+                    for tensor, place in zip((q, k, v), places, strict=True)
                 ]
                 out = _tile_attention(parts[0], parts[1], parts[2], ctx.mask.segment_ids, ctx.mask.is_visual, span)
             for total, place, part in zip(
-                whole, places, torch.autograd.grad(out, parts, grads[0][:, :, rows]), strict=True
+                totals, places, torch.autograd.grad(out, parts, grads[0][:, :, rows]), strict=True
             ):
                 total[:, :, place] += part
-        return (*(total.to(each.dtype) for total, each in zip(whole, (q, k, v), strict=True)), None, None)
+        return (*(total.to(tensor.dtype) for total, tensor in zip(totals, (q, k, v), strict=True)), None, None)
 
 
 def _blocks(values: Tensor, fill: Any) -> Tensor:
-    """[B, S] as [B, blocks, BLOCK], the last one filled up."""
+    """Reshape [B, S] to [B, blocks, BLOCK]; the last block is padded with `fill`."""
     missing = -values.shape[1] % BLOCK
     return F.pad(values, (0, missing), value=fill).unflatten(1, (-1, BLOCK))
 
 
 def block_tables(segment_ids: Tensor, is_visual: Tensor) -> tuple[Tensor, Tensor]:
-    """Which blocks of 128 queries x 128 keys may hold an allowed pair, and which hold nothing else.
+    """Classify the blocks of 128 queries x 128 keys as mixed, full or empty.
 
-    From the smallest and largest segment of every block, so that no S x S tensor is made. Where intervals leave it
-    open a block counts as mixed, which costs time and changes no result.
+    The classes follow from the smallest and largest segment id of every block, so no S x S tensor is made. A block
+    that these intervals do not decide counts as mixed, which costs time and changes no result.
 
     Returns:
-        `mixed` and `full`, bool [B, blocks, blocks]: query blocks by key blocks. The rest is empty.
+        `mixed` and `full`, bool [B, blocks, blocks]: query blocks by key blocks. In a full block every pair is
+        allowed; a block that is neither is empty.
     """
     segments = _blocks(segment_ids, PAD_SEGMENT)
     valid = segments != PAD_SEGMENT
     visual = _blocks(is_visual, False) & valid
     low, high = segments.amin(2), segments.amax(2)  # padding counts as the highest
     highest_valid = segments.masked_fill(~valid, -1).amax(2)
-    first_member = segments.masked_fill(~visual, PAD_SEGMENT).amin(2) // MEMBER  # of the visual tokens
+    first_member = segments.masked_fill(~visual, PAD_SEGMENT).amin(2) // MEMBER  # visual tokens only
     last_member = segments.masked_fill(~visual, -1).amax(2) // MEMBER
     number = torch.arange(low.shape[1], device=low.device)
     earlier, same = number[None, :] < number[:, None], number[None, :] == number[:, None]
@@ -201,7 +203,7 @@ def _compiled_flex() -> Any:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """FlexAttention, compiled: uncompiled it would write S x S out."""
+    """FlexAttention, compiled; without compilation it would materialize S x S scores."""
     return _compiled_flex()(q, k, v, block_mask=mask.made(block_mask), enable_gqa=q.shape[1] != k.shape[1])
 
 

@@ -1,7 +1,7 @@
-"""The connector: windows of patches to visual tokens, for images and frames alike.
+"""The connector: it pools windows of patches to visual tokens, for images and frames alike.
 
-Each visual token names up to nine patches. Their mean is the query of one attention over them; a SwiGLU projector
-brings the result to the width of the language model.
+Each visual token has the indices of up to nine patches. Their mean is the query of an attention over them; a SwiGLU
+projector maps the result to the width of the language model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from molmo2.model.presets import ConnectorConfig, TextConfig, VitConfig
 
 
 class AttentionPooling(nn.Module):
-    """One query, the mean of a window, over the patches of the window."""
+    """Attention pooling: the query is the mean of a window, keys and values are the patches of the window."""
 
     def __init__(self, config: ConnectorConfig, feature_size: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class AttentionPooling(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, windows: Tensor, valid: Tensor) -> Tensor:
-        """Windows [T, P, features], valid bool [T, P] to [T, hidden]. A window without a valid patch gives NaN."""
+        """Pool windows [T, P, features], valid bool [T, P], to [T, hidden]; NaN for a window without valid patches."""
         query = windows.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None].to(windows.dtype)
         q, k, v = (
             proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -35,7 +35,7 @@ class AttentionPooling(nn.Module):
 
 
 class Connector(nn.Module):
-    """Patch features and pooling indices to features of the language model's width."""
+    """Maps patch features and pooling indices to features of the language model's width."""
 
     def __init__(self, config: ConnectorConfig, vit: VitConfig, text: TextConfig) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Connector(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, text.hidden_size, bias=False)
 
     def forward(self, features: Tensor, pooling: Tensor) -> Tensor:
-        """Features [N, patches, C], pooling int64 [T, P] into the flat patch axis (-1 pads) to [T, d]."""
+        """Map features [N, patches, C] to [T, d]. `pooling`: int64 [T, P], flat patch indices, -1 pads."""
         valid = pooling >= 0
         windows = features.flatten(0, 1)[pooling.clamp(min=0)] * valid[..., None].to(features.dtype)
         pooled = self.pooling(windows, valid)

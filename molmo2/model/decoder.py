@@ -1,6 +1,6 @@
 """The language model: Qwen3's structure, or Olmo-3's, as Molmo2 uses them.
 
-The attention itself comes from outside: `attend(q, k, v, mask)`. The model knows nothing of sequence parallelism.
+The attention function is an argument, `attend(q, k, v, mask)`, so the model does not depend on sequence parallelism.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Cache:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append to a layer; returns all of its keys and values."""
+        """Append keys and values of new tokens to a layer, and return all of the layer's."""
         if layer in self.layers:
             old_k, old_v = self.layers[layer]
             k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., size] to the same."""
+        """Normalize [..., size] over the last dim."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
@@ -114,7 +114,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, attend: Attend, cache: Cache | None
     ) -> Tensor:
-        """[B, S, d] to the same."""
+        """Map [B, S, d] to [B, S, d]."""
         q = rotate(self._heads(self.q_proj(x), self.q_norm), *rope)
         k = rotate(self._heads(self.k_proj(x), self.k_norm), *rope)
         v = self._heads(self.v_proj(x), None)
@@ -124,7 +124,7 @@ class SelfAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer; with `norm_after` the norms act on what the sublayers give (Olmo-3)."""
+    """One decoder layer; with `norm_after` the norms act on the outputs of the sublayers (Olmo-3)."""
 
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Layer(nn.Module):
         cache: Cache | None,
         dropout: Dropout | None = None,
     ) -> Tensor:
-        """[B, S, d] to the same."""
+        """Map [B, S, d] to [B, S, d]."""
         if self.norm_after:
             added = self.attention_norm(self.attention(x, rope, mask, attend, cache))
         else:
@@ -159,7 +159,7 @@ class Layer(nn.Module):
 
 
 class Embedding(nn.Module):
-    """The base table and, apart from it, the rows of the added tokens."""
+    """Token embeddings: the base table, and a separate table for the added tokens."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class Embedding(nn.Module):
         self.added = nn.Parameter(torch.empty(config.additional_vocab_size, config.hidden_size))
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """int64 [B, S] to [B, S, d]. Two look-ups: joining the tables would copy them in every step."""
+        """Embed int64 [B, S] to [B, S, d], with two look-ups: joining the tables would copy them in every step."""
         size = self.base.shape[0]
         is_added = input_ids >= size
         base = F.embedding(input_ids.masked_fill(is_added, 0), self.base)
@@ -176,7 +176,7 @@ class Embedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings in, final hidden states out."""
+    """The decoder layers: embeddings to final hidden states."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         dropout: Dropout | None = None,
     ) -> Tensor:
-        """Embeddings [B, S, d], positions [B, S] to final-normed hidden states [B, S, d]."""
+        """Map embeddings [B, S, d] and positions [B, S] to final-normed hidden states [B, S, d]."""
         tables = self.rope(position_ids)
         scaled = self.config.rope_scaling.layers if self.config.rope_scaling else ()
         for number, layer in enumerate(self.layers):

@@ -1,8 +1,8 @@
-"""Dropout on what a sublayer adds to the residual stream, with masks that depend on the place of a token alone.
+"""Dropout on the outputs of sublayers (the residual branches), with masks that depend only on a token's place.
 
-A mask is drawn from (seed, step, pack, sublayer, block of tokens) and never from a state: a resumed run, activations
-that are computed again, and ranks that share a pack or take other packs all see the same one. Kinds of device draw
-other numbers from one seed.
+A mask is drawn from (seed, step, pack, sublayer, block of tokens) and never from a generator's state. It is therefore
+the same after a resume, in recomputed activations, and for any distribution of packs over ranks. CPU and CUDA draw
+different numbers from the same seed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 1024  # tokens that are drawn at once: a rank with a slice of a pack draws its own blocks and no more
+BLOCK = 1024  # tokens whose mask has one seed: a rank with a slice of a pack draws only the blocks of its slice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +21,9 @@ class Dropout:
     """The dropout of one micro-batch, or of one slice of it.
 
     Attributes:
-        rates: float32 [B, S], in [0, 1): with what probability a token's channels are dropped.
-        packs: a number for each of the B rows, from (seed, step, pack).
-        start: where the slice begins in the pack.
+        rates: float32 [B, S] in [0, 1): the probability that a channel of a token is dropped.
+        packs: a seed for each of the B rows, from (seed, step, pack).
+        start: index in the pack of the slice's first token.
     """
 
     rates: Tensor
@@ -31,7 +31,7 @@ class Dropout:
     start: int = 0
 
     def __call__(self, x: Tensor, place: int) -> Tensor:
-        """[B, S, d] to the same, of equal expectation; `place` tells the sublayers of a model apart."""
+        """Apply dropout to [B, S, d], keeping the expectation; `place` is the index of the sublayer in the model."""
         dropped = torch.empty(x.shape, dtype=torch.bool, device=x.device)
         generator = torch.Generator(x.device)
         end = self.start + x.shape[1]

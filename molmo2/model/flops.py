@@ -1,8 +1,8 @@
-"""Floating-point operations of a forward pass, from sizes: for MFU, with the three components apart.
+"""Floating-point operations of a forward pass for MFU, computed from sizes for each of the three components.
 
-Matrix products and attention only, two operations to a multiply-add, as `torch.utils.flop_counter` counts. Attention
-counts the pairs that the mask allows, whatever a kernel computes besides. The backward pass takes twice as much;
-recomputed activations are no useful work and are not counted.
+Only matrix products and attention count, with two operations for a multiply-add, as in `torch.utils.flop_counter`.
+Attention counts the pairs that the mask allows, even if a kernel computes more. The backward pass takes twice as much
+as the forward pass; MFU does not count recomputed activations.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 from molmo2.model.mask import MEMBER, PAD_SEGMENT, TRUNK
 from molmo2.model.presets import ConnectorConfig, ModelConfig, TextConfig, VitConfig
 
-TRAINING_FACTOR = 3  # forward and backward over forward
+TRAINING_FACTOR = 3  # operations of forward and backward, relative to forward alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What a batch asks of the model.
+    """The sizes of a batch that determine the model's operations.
 
     Attributes:
         num_crops: ViT inputs.
         num_visual_tokens: rows of the pooling table.
-        pool_width: patches a row names, padding included.
+        pool_width: patches in a row of the pooling table, padding included.
         num_tokens: tokens of the language model, padding included.
         num_pairs: (query, key) pairs of tokens that the mask allows, see `attention_pairs`.
         num_logits: tokens whose logits are computed.
@@ -41,7 +41,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """Operations of each component; the head counts to the language model."""
+    """Operations of each component; the head is part of the language model."""
 
     vit: int
     connector: int
@@ -65,9 +65,9 @@ def forward_flops(config: ModelConfig, work: Workload) -> Flops:
 
 
 def attention_pairs(segment_ids: Tensor, is_visual: Tensor) -> int:
-    """Pairs that Molmo2's mask allows, without writing the mask out; padding's view of itself is not counted.
+    """The number of pairs that Molmo2's mask allows, computed without the mask; padding tokens are not counted.
 
-    Holds for rows as the loader makes them: visual tokens in trunks only, a branch after its trunk.
+    It is correct for rows as the loader makes them: visual tokens are only in trunks, and a branch follows its trunk.
 
     Args:
         segment_ids: int [B, S], see `molmo2.model.mask`.

@@ -1,4 +1,4 @@
-"""Generation with a key/value cache, for a batch of prompts of any lengths: greedy or sampled, whole or as it comes."""
+"""Generation with a key/value cache for a batch of prompts of any lengths: greedy or sampled, whole or streamed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from molmo2.model.molmo2 import Molmo2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTensors:
-    """One prompt, placeholders expanded, ending where the answer begins."""
+    """One prompt with expanded placeholders; it ends where the answer begins."""
 
     input_ids: Tensor  # int64 [S]
     is_visual: Tensor  # bool [S]
@@ -26,7 +26,7 @@ class PromptTensors:
 
     @classmethod
     def of(cls, prompt: Any, device: torch.device | str = "cpu") -> PromptTensors:
-        """From any object with these four arrays, such as the processor's `Prompt`."""
+        """Convert any object with these four arrays, such as the processor's `Prompt`."""
         return cls(**{item.name: torch.as_tensor(getattr(prompt, item.name), device=device) for item in fields(cls)})
 
 
@@ -48,7 +48,11 @@ def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
 
 
 def prefill(model: Molmo2, prompts: Sequence[PromptTensors], cache: Cache) -> tuple[Tensor, Tensor]:
-    """Run the prompts: the last token's hidden states [B, 1, d], and which columns hold tokens, bool [B, S]."""
+    """Run the prompts and fill the cache.
+
+    Returns:
+        The last token's hidden states [B, 1, d], and a bool [B, S] that is False for padding.
+    """
     input_ids = pad_left([prompt.input_ids for prompt in prompts], 0)
     is_visual = pad_left([prompt.is_visual.long() for prompt in prompts], 0).bool()
     segment_ids = pad_left([torch.full_like(prompt.input_ids, TRUNK) for prompt in prompts], PAD_SEGMENT)
@@ -66,9 +70,9 @@ class Sampling:
 
     Attributes:
         temperature: divides the logits; 0 takes the most likely token.
-        top_p: only the most likely tokens are drawn from, as few as have at least this probability together (nucleus
-            sampling, Holtzman et al. 2020).
-        seed: equal seeds give equal answers to equal batches on equal devices.
+        top_p: a token is drawn from the smallest set of most likely tokens whose probabilities add up to at least
+            this (nucleus sampling, Holtzman et al. 2020).
+        seed: the same seed gives the same answers for the same batch on the same kind of device.
     """
 
     temperature: float = 0.0
@@ -86,21 +90,21 @@ GREEDY = Sampling()
 
 
 def nucleus(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities float32 [B, V] that tokens are drawn with, from logits [B, V]; `temperature` above 0."""
+    """Sampling probabilities float32 [B, V] from logits [B, V]; `temperature` must be above 0."""
     probabilities = (logits.float() / sampling.temperature).softmax(-1)
     sorted_, order = probabilities.sort(dim=-1, descending=True, stable=True)
     before = sorted_.cumsum(-1) - sorted_
-    kept = sorted_ * (before < sampling.top_p)
-    return torch.zeros_like(probabilities).scatter_(-1, order, kept / kept.sum(-1, keepdim=True))
+    truncated = sorted_ * (before < sampling.top_p)
+    return torch.zeros_like(probabilities).scatter_(-1, order, truncated / truncated.sum(-1, keepdim=True))
 
 
 @torch.no_grad()
 def stream(
     model: Molmo2, prompts: Sequence[PromptTensors], max_new_tokens: int, eos_id: int, sampling: Sampling = GREEDY
 ) -> Iterator[list[int]]:
-    """The next token of every prompt, one after the other; a prompt that has ended gives EOS from then on.
+    """Yield the next token of every prompt, [B] ids at a time; a prompt that has ended yields EOS from then on.
 
-    At most `max_new_tokens` (one or more) times; ends when all prompts have.
+    It yields at most `max_new_tokens` (one or more) times and stops when all prompts have ended.
     """
     cache = Cache()
     hidden, valid = prefill(model, prompts, cache)

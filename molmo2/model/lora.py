@@ -1,6 +1,6 @@
 """LoRA on the language model (arXiv 2106.09685): low-rank adapters beside its linear layers, which stay as they are.
 
-peft makes the adapters. Whoever reads a checkpoint gets them merged; only resuming sees them apart.
+The adapters are peft's. Reading the weights of a checkpoint merges them; only a resumed run loads them separately.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ BASE, A, B = (f".{name}.weight" for name in ("base_layer", "lora_A.default", "lo
 
 @torch.no_grad()
 def add_adapters(model: Molmo2, rank: int, alpha: float, seed: int) -> None:
-    """Put adapters that change nothing yet beside every linear layer of the decoder, and freeze all else of it.
+    """Add adapters with zero output to every linear layer of the decoder, and freeze the decoder's own weights.
 
-    The added embeddings, the connector and the vision transformer train as before. Equal on every rank.
+    The added embeddings, the connector and the vision transformer train as before. The initial adapters are the same on
+    every rank.
     """
-    from peft import LoraConfig, inject_adapter_in_model  # an extra; `train.py` has checked that it is there
+    from peft import LoraConfig, inject_adapter_in_model  # an optional dependency, which `train.py` has checked
 
     with torch.random.fork_rng():
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LAYERS)
@@ -38,7 +39,7 @@ def add_adapters(model: Molmo2, rank: int, alpha: float, seed: int) -> None:
 
 
 def merged(weights: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of a plain model; `recipe`: JSON of the one that trained them, perhaps without adapters."""
+    """Merge adapters into the weights; `recipe` is the JSON of the recipe that trained them, with or without LoRA."""
     settings = recipe["optim"].get("lora")
     if settings is None:
         return dict(weights)

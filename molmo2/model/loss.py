@@ -1,7 +1,7 @@
-"""Weighted cross entropy with a z term, over the rows that carry loss only.
+"""Weighted cross entropy with z-loss, computed only for the rows that carry loss.
 
-The sum, not the mean, of the local rows: the trainer divides by the loss weight of the whole step, so that every
-token of a step counts alike whatever rank, micro-batch or pack it lies in. Nothing here communicates.
+The result is the sum over the local rows, not their mean. The trainer divides by the loss weight of the whole step, so
+that a token's weight does not depend on its rank, micro-batch or pack. Nothing here communicates.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = 2**30
-BYTES_PER_LOGIT = 12  # the logit and its gradient, each in bf16 and in fp32
+CHUNK_BYTES = 2**30  # logits and their gradients of one chunk of rows fill about this many bytes
+BYTES_PER_LOGIT = 12  # a logit and its gradient, each in bf16 and in fp32
 
 
 class LossSums(NamedTuple):
@@ -32,7 +32,7 @@ class LossSums(NamedTuple):
 
 
 def rows_per_chunk(vocabulary: int) -> int:
-    """Rows whose logits and gradients fill about `CHUNK_BYTES`."""
+    """The number of rows whose logits and gradients fill about `CHUNK_BYTES`."""
     return max(1, CHUNK_BYTES // (BYTES_PER_LOGIT * vocabulary))
 
 
@@ -53,13 +53,14 @@ def weighted_loss(
         hidden: [..., d], final-normed; one row or more.
         labels: [...] int64, already shifted.
         weights: [...] float32.
-        head: rows [n, d] -> logits [n, vocabulary]; the module that owns the weight, so that its hooks fire.
-        z_loss: factor of the z term.
-        chunk_rows: rows whose logits exist at once; each chunk is computed again in backward.
-        num_chunks: at least so many chunks, the rest on a row of weight 0. Under ZeRO-3 every call of `head` is a
-            collective, so all ranks must agree on the number. At least 1: a rank without any row calls it too.
-        datasets: [...] int64, where a row comes from: numbers below `num_datasets`; None: all from dataset 0.
-        num_datasets: how many datasets are told apart.
+        head: rows [n, d] -> logits [n, vocabulary]; it must be the module that owns the weight, so that its hooks run.
+        z_loss: factor of the z-loss.
+        chunk_rows: rows whose logits exist at once; each chunk is recomputed in backward.
+        num_chunks: the minimum number of chunks; extra ones compute a row of weight 0. Under ZeRO-3 every call of
+            `head` is a collective, so all ranks must agree on the number. It is at least 1, so that a rank without
+            any row calls `head` too.
+        datasets: [...] int64, the dataset of each row, below `num_datasets`; None: all rows are of dataset 0.
+        num_datasets: number of datasets with sums of their own.
 
     Returns:
         The sums; the first two are connected to `hidden` and to the head even when no row carries loss.
@@ -75,16 +76,16 @@ def weighted_loss(
         index = chunks[part] if busy else idle
         weight = weights[index] * busy
         inputs = (rows[index], labels[index], weight, head, z_loss)
-        both, each = checkpoint(_chunk_sums, *inputs, use_reentrant=False, preserve_rng_state=False)
+        both, cross_entropy = checkpoint(_chunk_sums, *inputs, use_reentrant=False, preserve_rng_state=False)
         sums = sums + both
-        by_dataset.index_add_(1, datasets[index], torch.stack([weight * each.detach(), weight]))
+        by_dataset.index_add_(1, datasets[index], torch.stack([weight * cross_entropy.detach(), weight]))
     return LossSums(sums[0], sums[1], by_dataset)
 
 
 def _chunk_sums(
     rows: Tensor, labels: Tensor, weights: Tensor, head: Callable[[Tensor], Tensor], z: float
 ) -> tuple[Tensor, Tensor]:
-    """Both sums, and the cross entropy of each row."""
+    """The sums of cross entropy and z-loss [2], and the cross entropy of each row [n]."""
     logits = head(rows).float()
     lse = logits.logsumexp(-1)
     cross_entropy = lse - logits.gather(-1, labels[:, None]).squeeze(-1)

@@ -1,8 +1,8 @@
-"""Who may see whom: Molmo2's attention rule on packed rows with message trees, from two vectors.
+"""The attention mask: Molmo2's rule for packed rows with message trees, defined by two vectors.
 
 A token's segment id is `pack_member * 100_000 + branch`, the shared trunk being branch 10_000. A query sees a key when
 
-    the key is no padding,
+    the key is not padding,
     the key's segment id is not smaller (its own branch, or its own trunk; never a later pack member), and
     the key is not later in the row, or both are visual tokens of the same pack member.
 
@@ -18,23 +18,23 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-MEMBER = 100_000
-TRUNK = 10_000
-PAD_SEGMENT = 2**31 - 1
+MEMBER = 100_000  # factor of the pack member in a segment id
+TRUNK = 10_000  # branch number of the shared trunk
+PAD_SEGMENT = 2**31 - 1  # segment id of padding tokens
 
 Made = TypeVar("Made")
 
 
 @dataclass(slots=True)
 class AttentionMask:
-    """The rule for one batch: `segment_ids` int [B, S], `is_visual` bool [B, S]."""
+    """The mask of one batch, as two vectors: `segment_ids` int [B, S], `is_visual` bool [B, S]."""
 
     segment_ids: Tensor
     is_visual: Tensor
     _made: dict[object, object] = field(default_factory=dict, repr=False)
 
     def made(self, make: Callable[[Tensor, Tensor], Made]) -> Made:
-        """What `make` makes of the two vectors, made once for all layers."""
+        """The result of `make` for the two vectors; it is computed once and cached for all layers."""
         if make not in self._made:
             self._made[make] = make(self.segment_ids, self.is_visual)
         return self._made[make]  # type: ignore[return-value]
@@ -46,7 +46,7 @@ class AttentionMask:
 
 @dataclass(slots=True)
 class KeyMask:
-    """Every query sees every valid key: one generated token after its prompt. `valid` bool [B, keys]."""
+    """The mask of one generated token: it sees every valid key of its prompt. `valid`: bool [B, keys]."""
 
     valid: Tensor
 
@@ -56,7 +56,7 @@ class KeyMask:
 
 
 def allowed(segment_ids: Tensor, is_visual: Tensor, queries: slice = slice(None), keys: slice = slice(None)) -> Tensor:
-    """The rule written out for some queries and keys: bool [B, 1, queries, keys]."""
+    """The dense mask of some queries and keys: bool [B, 1, queries, keys]."""
     query, key = segment_ids[:, None, queries, None], segment_ids[:, None, None, keys]
     position = torch.arange(segment_ids.shape[1], device=segment_ids.device)
     query_position, key_position = position[queries, None], position[None, keys]

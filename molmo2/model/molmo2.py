@@ -1,7 +1,7 @@
-"""Molmo2: vision transformer, connector and language model, joined by addition.
+"""The Molmo2 model: vision transformer, connector and language model.
 
-Visual features are added to the embeddings of the `<im_patch>` tokens, in row-major order. Everything parallel
-(sequence slices, shares of the frames, sharded parameters) is applied from outside: see the trainer's code.
+Visual features are added to the embeddings of the `<im_patch>` tokens, in row-major order. Parallelism (sequence
+slices, splits of the vision work, sharded parameters) is not in the model: `molmo2.training.engine` applies it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from molmo2.model.vit import VisionTransformer
 
 
 class Molmo2(nn.Module):
-    """The whole model. `forward` serves tests and evaluation; the trainer composes the four parts itself."""
+    """The whole model. Tests and evaluation call `forward`; the trainer composes the four parts itself."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Molmo2(nn.Module):
 
     @classmethod
     def with_weights(cls, config: ModelConfig, weights: Mapping[str, Tensor]) -> Molmo2:
-        """A model that holds these very tensors (they are not copied).
+        """A model with these tensors as its parameters; they are not copied.
 
         Raises:
             RuntimeError: a tensor is missing, unexpected or of another shape.
@@ -45,10 +45,10 @@ class Molmo2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> Molmo2:
-        """Start from nothing: activations of about unit size, zero biases, norms one. Equal on every rank and device.
+        """Initialize all weights: activations of about unit size, zero biases, norms 1; equal on every rank and device.
 
-        A fixed std of 0.02 is right for wide models alone: at the width of `tiny` the gradients of the vision
-        transformer then vanish below Adam's epsilon. Only the head keeps it, so that training starts from even odds.
+        A fixed std of 0.02 suits wide models only: at the width of `tiny` the gradients of the vision transformer would
+        be below Adam's epsilon. Only the head has std 0.02, so that training starts from nearly uniform predictions.
         """
         generator = torch.Generator().manual_seed(seed)
         stds = {"vit.positions": 1.5, "text.embedding.base": 0.5, "text.embedding.added": 0.5, "lm_head.weight": 0.02}
@@ -63,17 +63,17 @@ class Molmo2(nn.Module):
         return self
 
     def set_checkpointing(self, enabled: bool, chunk_crops: int | None = None, offload: bool = False) -> None:
-        """Recompute each layer's activations in the backward pass instead of keeping them.
+        """Set activation checkpointing: each layer's activations are recomputed in backward instead of saved.
 
-        With `chunk_crops` the vision transformer works on so many crops at a time, so that it is a chunk's layer that
-        is recomputed at once, and not that of 384 frames. With `offload` the layers' inputs wait in the CPU's memory.
+        `chunk_crops`: the vision transformer processes this many crops at a time, so that a layer is recomputed for a
+        chunk and not for 384 frames at once. `offload`: the saved inputs of layers are kept in CPU memory.
         """
         self.vit.checkpointing = self.text.checkpointing = enabled
         self.vit.offload = self.text.offload = offload
         self.vit.chunk_crops = chunk_crops
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The three components that have learning rates of their own; the added embeddings go with the connector."""
+        """The parameters of each component that has a learning rate; the added embeddings belong to the connector."""
         groups: dict[str, list[nn.Parameter]] = {"vit": [], "connector": [], "llm": []}
         for name, parameter in self.named_parameters():
             if name.startswith("vit."):
@@ -85,16 +85,16 @@ class Molmo2(nn.Module):
         return groups
 
     def encode_visuals(self, pixels: Tensor, pooling: Tensor) -> Tensor:
-        """uint8 crops [N, H, W, 3] and pooling int64 [T, P] to visual features [T, d]."""
+        """Encode uint8 crops [N, H, W, 3] with pooling int64 [T, P] to visual features [T, d]."""
         return self.connector(self.vit(pixels), pooling)
 
     def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
-        """int64 [B, S] and features [T, d], one for each `<im_patch>`, to embeddings [B, S, d]."""
+        """Embed int64 ids [B, S] to [B, S, d], adding features [T, d], one for each `<im_patch>`."""
         x = self.text.embedding(input_ids)
         if features is None or features.shape[0] == 0:
             return x
         is_patch = (input_ids == self.config.image_patch_id).flatten()
-        # The k-th patch token takes the k-th feature; a gather needs no count on the host.
+        # The k-th patch token gets the k-th feature; a gather needs no synchronization with the device.
         number = (is_patch.cumsum(0) - 1).clamp(min=0)
         spread = features[number] * is_patch[:, None].to(features.dtype)
         return x + spread.view_as(x).to(x.dtype)
@@ -108,7 +108,7 @@ class Molmo2(nn.Module):
         cache: Cache | None = None,
         dropout: Dropout | None = None,
     ) -> Tensor:
-        """Embeddings [B, S, d] and positions int64 [B, S] to final-normed hidden states [B, S, d]."""
+        """Map embeddings [B, S, d] and positions int64 [B, S] to final-normed hidden states [B, S, d]."""
         return self.text(x, position_ids, mask, attend, cache, dropout)
 
     def forward(
@@ -120,7 +120,7 @@ class Molmo2(nn.Module):
         pixels: Tensor,
         pooling: Tensor,
     ) -> Tensor:
-        """Logits [B, S, base vocabulary] of a batch as the loader makes it; `pixels` may hold no crop."""
+        """Logits [B, S, base vocabulary] of a batch from the loader; `pixels` may be empty."""
         features = self.encode_visuals(pixels, pooling) if pixels.shape[0] else None
         hidden = self.decode(self.embed(input_ids, features), position_ids, AttentionMask(segment_ids, is_visual))
         return self.lm_head(hidden)

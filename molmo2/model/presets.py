@@ -1,6 +1,6 @@
-"""Sizes of a Molmo2 model, and the presets. Plain data: no torch, no files.
+"""The configuration of a Molmo2 model, and the presets. This file imports no torch and reads no files.
 
-Numbers of the real presets are those of the released Molmo2 models; `tiny` is the demo's.
+The real presets have the sizes of the released Molmo2 models; `tiny` is for the demo and the tests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VitConfig:
-    """Vision transformer: pre-norm, biases, learned positions, no CLS token. `num_layers` counts the layers kept."""
+    """Vision transformer: pre-norm, biases, learned positions, no CLS token. `num_layers`: layers that are used."""
 
     hidden_size: int
     intermediate_size: int
@@ -98,7 +98,7 @@ class TextConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A model and the geometry of its vision input (pixels; margins in patches)."""
+    """Configuration of a model and the geometry of its vision input (sizes in pixels, margins in patches)."""
 
     name: str
     vit: VitConfig
@@ -124,7 +124,7 @@ class ModelConfig:
         return self.text.vocab_size + 2
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value from which `from_json` makes an equal config."""
+        """The config as a JSON value; `from_json` is the inverse."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -143,7 +143,7 @@ class ModelConfig:
         return cls(**{**value, **parts})
 
 
-# SigLIP2 So400m/14 384: the last two of its 27 blocks feed nothing and are left out.
+# SigLIP2 So400m/14 384: the outputs of its last two blocks of 27 are not used, so they are left out.
 _SIGLIP2 = VitConfig(hidden_size=1152, intermediate_size=4304, num_layers=25, num_heads=16, feature_layers=(24, 18))
 
 
@@ -219,11 +219,11 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def differences(found: Any, wanted: Any, ignore: Sequence[str] = ()) -> list[str]:
-    """Fields in which two configs differ, as "text.rope_theta 1e6, wanted 5e6"; names are not compared.
+    """Fields in which two configs differ, as "text.rope_theta 1e6, wanted 5e6"; the configs' names are not compared.
 
     Args:
         found: a dataclass.
-        wanted: another of its type.
+        wanted: another dataclass of the same type.
         ignore: dotted names of fields that may differ.
     """
     old, new = (_flat(dataclasses.asdict(config)) for config in (found, wanted))

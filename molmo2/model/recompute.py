@@ -1,4 +1,4 @@
-"""Layers whose activations are computed again in the backward pass instead of being kept."""
+"""Activation checkpointing: a layer's activations are recomputed in the backward pass instead of saved."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(layer: Callable[..., Tensor], x: Tensor, *others: Any, offload: bool) -> Tensor:
-    """`layer(x, *others)`, of which only `x` is kept for the backward pass; with `offload` in the CPU's memory.
+    """Compute `layer(x, *others)` and save only `x` for the backward pass; with `offload`, in CPU memory.
 
     Gradients flow to `x` and to parameters, not to `others`.
     """
     if not offload:
         return checkpoint(layer, x, *others, use_reentrant=False)
-    if not x.requires_grad:  # with everything before it frozen; this kind of checkpoint would give no gradient at all
+    if not x.requires_grad:  # everything before the layer is frozen; reentrant checkpointing would give no gradient
         x = x.detach().requires_grad_()
     with save_on_cpu(pin_memory=x.is_cuda):
-        # Only the reentrant kind keeps its input where these hooks see it.
+        # Only reentrant checkpointing saves its input with saved-tensor hooks, which do the offloading.
         return checkpoint(layer, x, *others, use_reentrant=True)

@@ -1,7 +1,7 @@
-"""The vision transformer: uint8 crops to patch features of two blocks.
+"""The vision transformer: it maps uint8 crops to the patch features of two blocks.
 
-SigLIP2's structure: linear patch embedding, learned positions, pre-norm blocks with biases, no CLS token and no final
-norm. Positions are not interpolated: crops always have the configured size.
+The structure is SigLIP2's: linear patch embedding, learned positions, pre-norm blocks with biases, no CLS token and no
+final norm. Positions are not interpolated, since crops always have the configured size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from molmo2.model.recompute import recomputed
 
 
 def to_patches(pixels: Tensor, patch_size: int) -> Tensor:
-    """uint8 crops [N, H, W, 3] to float32 patches [N, patches, patch * patch * 3] in [-1, 1], channels last."""
+    """Split uint8 crops [N, H, W, 3] into float32 patches [N, patches, patch * patch * 3] in [-1, 1], channels last."""
     count, height, width, channels = pixels.shape
     rows, cols = height // patch_size, width // patch_size
     grid = pixels.view(count, rows, patch_size, cols, patch_size, channels).transpose(2, 3)
@@ -26,7 +26,7 @@ def to_patches(pixels: Tensor, patch_size: int) -> Tensor:
 class Attention(nn.Module):
     """Self-attention over the patches of one crop.
 
-    In bfloat16 too: torch's fused kernels keep scores and softmax in float32, and round the probabilities only.
+    It runs in bfloat16 too: torch's fused kernels compute scores and softmax in float32 and round only probabilities.
     """
 
     def __init__(self, config: VitConfig) -> None:
@@ -39,7 +39,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, patches, width] to the same."""
+        """Map [N, patches, width] to [N, patches, width]."""
         q, k, v = (
             proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -49,7 +49,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """A pre-norm transformer block."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
@@ -60,13 +60,13 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, patches, width] to the same."""
+        """Map [N, patches, width] to [N, patches, width]."""
         x = x + self.attention(self.norm1(x))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
 
 
 class VisionTransformer(nn.Module):
-    """Crops to the features that the connector pools."""
+    """The vision transformer, which maps crops to the features that the connector pools."""
 
     def __init__(self, config: VitConfig, patch_size: int, num_patches: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """uint8 [N, H, W, 3] to [N, patches, hidden * feature layers]."""
+        """Encode uint8 [N, H, W, 3] to [N, patches, hidden * feature layers]."""
         return torch.cat([self._encode(part) for part in pixels.split(self.chunk_crops or max(1, len(pixels)))])
 
     def _encode(self, pixels: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""What ranks do together before and between steps: agree that all went well, let one act for all, and speak once.
+"""Agreement of ranks before and between steps: report a failure once, run an action on one rank, print on rank 0.
 
-Steps themselves do not come here: a failure in the middle of one is told by the rank that had it.
+It is not used inside a step, where a rank reports its own failure.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 
 class AgreedError(Exception):
-    """Something failed on some rank; all ranks know, and rank 0 has said so."""
+    """An action failed on some rank; all ranks raise this, and rank 0 has printed the reason."""
 
 
 def agreed(action: Callable[[], T]) -> T:
-    """Do something on every rank; if it fails on any, say so once.
+    """Run an action on every rank and return this rank's result; if it fails on any rank, print one reason.
 
     Raises:
-        AgreedError: on every rank, when it failed on one.
+        AgreedError: on every rank, if the action failed on any.
     """
     results: list[T] = []
     failure = None
@@ -42,17 +42,17 @@ def agreed(action: Callable[[], T]) -> T:
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """The result of something that one rank does for all."""
+    """Run an action on rank 0 and return its result on all ranks; collective."""
     box: list[Any] = [agreed(lambda: action() if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(box)
     return box[0]
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with this code, whatever state its peers are in.
+    """End the process with this exit code at once, in whatever state the other ranks are.
 
-    Taking a process group apart while peers are already gone can hang (NCCL) or abort the process (gloo's threads),
-    which would hide the exit code. Files are closed by then; only the standard streams are left to flush.
+    Destroying a process group after other ranks have exited can hang (NCCL) or abort the process (gloo's threads),
+    which would hide the exit code. Files are already closed here; only the standard streams must be flushed.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -60,17 +60,17 @@ def leave(code: int) -> NoReturn:
 
 
 def lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has ended, which has told its own reason."""
+    """Whether a collective failed because another rank has exited; that rank has reported its own reason."""
     return isinstance(error, dist.DistError) or "closed by peer" in str(error) or "reset by peer" in str(error)
 
 
 def say(text: str) -> None:
-    """A line on rank 0's standard output."""
+    """Print a line on rank 0's standard output."""
     if dist.get_rank() == 0:
         write(text)
 
 
 def write(text: str, stream: Any = None) -> None:
-    """A line that does not tear the progress bar."""
+    """Print a line without breaking the progress bar."""
     tqdm.write(text, file=stream)
     (stream or sys.stdout).flush()

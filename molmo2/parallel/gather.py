@@ -1,4 +1,4 @@
-"""The one differentiable exchange besides Ulysses': equal blocks of all ranks of a group, joined."""
+"""A differentiable all-gather: equal blocks of all ranks of a group, concatenated."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather(value: Tensor, mesh: Mesh) -> Tensor:
-    """Blocks of equal shape, one a rank, concatenated on dim 0. Backward sums the ranks' gradients of each block.
+    """Gather one block of equal shape from each rank, concatenated on dim 0; backward sums the gradients of each block.
 
-    Sum is right where the loss is a sum over ranks. Every rank must run the backward, so every rank's loss must depend
-    on the result.
+    The sum is correct if the loss is a sum over ranks. Every rank must run the backward, so every rank's loss must
+    depend on the result.
     """
     gathered: Tensor = _AllGather.apply(value, mesh)
     return gathered

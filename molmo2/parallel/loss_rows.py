@@ -1,8 +1,8 @@
-"""The rows that carry loss, shared out evenly over the ranks that hold slices of one sequence.
+"""Redistribution of the rows that carry loss, in equal parts over the ranks that hold slices of one sequence.
 
-In a long video the text stands at the end, so that without this every loss row would lie on the last rank, and with
-it the whole of the head's work and of its logits. All ranks know the weights of the whole sequence, so nothing is
-negotiated: each sends its own rows in one exchange and takes its equal part of them.
+In a long video the text is at the end. Without redistribution the last rank would have every loss row, and with them
+all of the head's work and logits. All ranks know the weights of the whole sequence, so the parts need no negotiation:
+one all-gather exchanges the rows, and each rank takes its part of them.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ class LossRows(NamedTuple):
 
 
 def share_loss_rows(hidden: Tensor, labels: Tensor, weights: Tensor, datasets: Tensor, mesh: Mesh) -> LossRows:
-    """This rank's part of the rows with weight; one row of weight 0 where it gets none, so that the graph stays whole.
+    """This rank's part of the rows with weight > 0; a rank without any gets one row of weight 0, to keep the graph.
 
     Args:
         hidden: [B, S / sp, d], this rank's slice.
-        labels: int64 [B, S], of the whole sequence.
-        weights: float32 [B, S], likewise.
-        datasets: int64 [B, S], likewise: which dataset a token comes from.
+        labels: int64 [B, S], for the whole sequence.
+        weights: float32 [B, S], for the whole sequence.
+        datasets: int64 [B, S], the dataset of each token, for the whole sequence.
         mesh: this rank's place.
     """
-    # By the rank that holds them: [sp, B * S / sp], the order in which the exchange brings the rows.
-    whole = (labels, weights, datasets)
-    labels, weights, datasets = (each.unflatten(1, (mesh.sp, -1)).transpose(0, 1).flatten(1) for each in whole)
+    # Order the columns by the rank that holds them, [sp, B * S / sp], as the all-gather orders the rows.
+    columns = (labels, weights, datasets)
+    labels, weights, datasets = (c.unflatten(1, (mesh.sp, -1)).transpose(0, 1).flatten(1) for c in columns)
     carries = weights > 0
     own = hidden.flatten(0, 1)
     rows = own[carries[mesh.sp_rank]]
@@ -48,10 +48,10 @@ def share_loss_rows(hidden: Tensor, labels: Tensor, weights: Tensor, datasets: T
         gathered = all_gather(F.pad(rows, (0, 0, 0, block - len(rows))), mesh)
         index = [rank * block + i for rank, count in enumerate(counts) for i in range(count)]
         rows = gathered[torch.tensor(index, device=rows.device)]
-    share = -(-sum(counts) // mesh.sp)
-    part = slice(mesh.sp_rank * share, (mesh.sp_rank + 1) * share)
-    found = LossRows(rows[part], labels[carries][part], weights[carries][part], datasets[carries][part])
-    if len(found.hidden):
-        return found
+    size = -(-sum(counts) // mesh.sp)
+    part = slice(mesh.sp_rank * size, (mesh.sp_rank + 1) * size)
+    loss_rows = LossRows(rows[part], labels[carries][part], weights[carries][part], datasets[carries][part])
+    if len(loss_rows.hidden):
+        return loss_rows
     idle = rows[:1] if len(rows) else own[:1]
     return LossRows(idle, labels.new_zeros(1), weights.new_zeros(1), datasets.new_zeros(1))

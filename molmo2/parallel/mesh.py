@@ -1,6 +1,7 @@
-"""Which rank does what: data-parallel ranks, and groups of `sp` neighbours that share one pack.
+"""The mesh of ranks: data-parallel groups, each of `sp` neighbouring ranks that share one pack.
 
-Ranks [i * sp, (i + 1) * sp) are one group, inside one node. DeepSpeed is not told: it sees plain data parallelism.
+Ranks [i * sp, (i + 1) * sp) are one group, inside one node. DeepSpeed has no knowledge of the groups: it sees plain
+data parallelism over all ranks.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import torch.distributed as dist
 
 
 class MeshError(ValueError):
-    """Numbers of ranks, packs and heads that do not fit together; the message gives all of them."""
+    """The numbers of ranks, packs and heads do not fit together; the message lists all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
-    """This rank's place. `sp_group` is None without sequence parallelism."""
+    """This rank's place among the ranks. `sp_group` is None without sequence parallelism."""
 
     rank: int
     world: int
@@ -25,17 +26,17 @@ class Mesh:
 
     @property
     def dp(self) -> int:
-        """Number of groups that read different packs."""
+        """The number of groups, which read different packs."""
         return self.world // self.sp
 
     @property
     def dp_rank(self) -> int:
-        """Which packs this rank reads; the same on all ranks of a group."""
+        """The index of this rank's group, which determines the packs that it reads."""
         return self.rank // self.sp
 
     @property
     def sp_rank(self) -> int:
-        """This rank's part of the pack."""
+        """The index of this rank in its group, which determines its slice of a pack."""
         return self.rank % self.sp
 
 
@@ -43,10 +44,10 @@ SINGLE = Mesh(rank=0, world=1, sp=1, sp_group=None)
 
 
 def check_mesh(*, world: int, sp: int, packs_per_step: int, micro_batch: int, num_heads: int) -> None:
-    """Check that a step's packs and the heads divide over the ranks.
+    """Check that the packs of a step and the attention heads can be divided among the ranks.
 
     Raises:
-        MeshError: every rule that is broken, and all the numbers.
+        MeshError: a rule is broken; the message lists every broken rule and all numbers.
     """
     broken = []
     if world % sp:

@@ -1,11 +1,11 @@
-"""Ulysses sequence parallelism: every rank holds a slice of the sequence, and in attention a share of the heads.
+"""Ulysses sequence parallelism: every rank has a slice of the sequence and, in attention, a part of the heads.
 
     [B, heads, S / sp, D]  --all-to-all-->  [B, heads / sp, S, D]  attend  --all-to-all-->  [B, heads, S / sp, D]
 
-Queries, keys and values travel in one exchange, the output in another: two collectives a layer. The attention in
-the middle is any function of the model's kind, with the mask of the whole sequence. Head counts need not divide:
-`plan_heads` repeats heads by index, and a key/value head that several ranks read is sent to each of them.
-Rotary positions are applied before, by the model, from the positions that travel with the slice.
+Queries, keys and values are exchanged in one collective and the output in another: two collectives a layer. The
+attention in the middle is any function of type `Attend`, with the mask of the whole sequence. The number of ranks need
+not divide the numbers of heads: `plan_heads` repeats heads by index, and a key/value head that several ranks read is
+sent to each of them. The model applies rotary embeddings before, with the positions of the slice.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadPlan:
-    """Which heads go where, for P ranks.
+    """The assignment of heads to P ranks.
 
-    `query`: P * num_query head numbers in the order of the ranks, the last head repeated at the end if need be.
-    `key`: P * num_key key/value head numbers likewise. `local[r]`: for each query head of rank r the position of its
-    key head among the rank's own, or None when plain grouping (equal consecutive shares) gives the same.
+    `query`: P * num_query head numbers in the order of the ranks; the last head is repeated to fill the last ranks.
+    `key`: P * num_key key/value head numbers, likewise. `local[r]`: for each query head of rank r the position of its
+    key head among the rank's key heads; `local` is None if plain grouping (equal consecutive parts) gives the same.
     """
 
     query: tuple[int, ...]
@@ -41,7 +41,7 @@ class HeadPlan:
 
 
 def plan_heads(num_heads: int, num_kv_heads: int, ranks: int) -> HeadPlan:
-    """Split heads over ranks in contiguous shares; any counts where `num_heads` is a multiple of `num_kv_heads`."""
+    """Divide heads among ranks in contiguous parts; `num_heads` must be a multiple of `num_kv_heads`."""
     assert num_heads % num_kv_heads == 0
     share, group = -(-num_heads // ranks), num_heads // num_kv_heads
     query = [[min(r * share + i, num_heads - 1) for i in range(share)] for r in range(ranks)]
@@ -61,7 +61,7 @@ def plan_heads(num_heads: int, num_kv_heads: int, ranks: int) -> HeadPlan:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Equal-split all-to-all over dim 0, which has one entry per rank. It is its own inverse and its own gradient."""
+    """Equal-split all-to-all over dim 0, which has one entry per rank; its backward is the same all-to-all."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -91,7 +91,7 @@ def ulysses(attend: Attend, mesh: Mesh, num_heads: int, num_kv_heads: int) -> At
     group, ranks = mesh.sp_group, mesh.sp
     plan = plan_heads(num_heads, num_kv_heads, ranks)
 
-    @functools.cache  # one copy to each device, not one a layer
+    @functools.cache  # one copy for each device, not one for each layer
     def indices(device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         own = None if plan.local is None else torch.tensor(plan.local[mesh.sp_rank], device=device)
         return torch.tensor(plan.query, device=device), torch.tensor(plan.key, device=device), own

@@ -1,8 +1,8 @@
-"""Vision work shared by the ranks that share a pack: whole images and frames per rank, one exchange of features.
+"""The vision work of a pack split among the ranks of a group: whole images and frames per rank, one all-gather.
 
-Every rank knows from the batch how many crops and tokens each visual has, so nothing is negotiated. The tower runs
-on every rank in every step, on a dummy crop times zero where there is no visual: otherwise the gradient hooks and
-collectives of the ranks would not match.
+Every rank knows from the batch how many crops and tokens each visual has, so the split needs no negotiation. The vision
+transformer runs on every rank in every step. A rank without a visual runs a dummy crop and multiplies by zero;
+otherwise the gradient hooks and collectives of the ranks would not match.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def encode_shared(
     crop_size: int,
     mesh: Mesh,
 ) -> tuple[Tensor, Tensor]:
-    """Features of all visuals of a batch, each rank of the group having computed its share.
+    """Features of all visuals of a batch; each rank of the group computes its split, and all get all features.
 
     Args:
         encode: (pixels uint8 [n, H, W, 3], pooling [t, P]) -> features [t, d].
-        pixels: uint8 [n, H, W, 3], the crops of this rank's share: what its loader decoded.
+        pixels: uint8 [n, H, W, 3], the crops of this rank's split, which its loader decoded.
         pooling: int64 [T, P], indices into [N * patches_per_crop], -1 pads.
         visual_crops: int64 [U], crops of each visual.
         visual_tokens: int64 [U], pooled tokens of each visual.
@@ -42,11 +42,11 @@ def encode_shared(
         mesh: this rank's place.
 
     Returns:
-        features [T, d], and a zero (scalar) to be added to the embeddings: it ties the tower to the graph where
-        no feature does.
+        features [T, d], and a zero (scalar) to be added to the embeddings: it keeps the vision transformer in the
+        graph if no feature does.
     """
-    shares = split_visuals(visual_crops.tolist(), visual_tokens.tolist(), mesh.sp)
-    own = shares[mesh.sp_rank]
+    splits = split_visuals(visual_crops.tolist(), visual_tokens.tolist(), mesh.sp)
+    own = splits[mesh.sp_rank]
     assert len(pixels) == own.crops.stop - own.crops.start
     if own.num_tokens:
         part = pooling[own.tokens]
@@ -57,8 +57,8 @@ def encode_shared(
         features = encode(dummy, torch.zeros(1, 1, dtype=torch.int64, device=pixels.device)) * 0
     touch = features[:1].sum() * 0
     if mesh.sp_group is not None:
-        block = max(1, *(share.num_tokens for share in shares))
+        block = max(1, *(split.num_tokens for split in splits))
         features = all_gather(torch.nn.functional.pad(features, (0, 0, 0, block - len(features))), mesh)
-        index = [rank * block + i for rank, share in enumerate(shares) for i in range(share.num_tokens)]
+        index = [rank * block + i for rank, split in enumerate(splits) for i in range(split.num_tokens)]
         features = features[torch.tensor(index, dtype=torch.int64, device=pixels.device)]
     return features[: len(pooling)], touch

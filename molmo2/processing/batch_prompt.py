@@ -1,4 +1,4 @@
-"""The prompt inside a batch of one stored sample: what the model is shown before the answer that it was given."""
+"""Extract the prompt from a batch of one stored sample: the model's inputs before the sample's answer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from shards.stream.collate import Batch
 
 
 def prompt_of(batch: Batch, number: int | None = None) -> tuple[PromptTensors, Tensor] | None:
-    """The trunk and a branch of a batch of one sample up to its answer, and the answer's tokens int64 [n].
+    """The trunk and one branch of a one-sample batch up to the branch's answer, and the answer's tokens int64 [n].
 
-    `number` counts annotations from 0; None takes the first branch. None is returned where nothing is answered.
+    `number` is the annotation's number from 0; None takes the first branch. The result is None if there is no answer.
     """
     segments = batch.segment_ids[0]
     branches = segments[segments < TRUNK]
@@ -25,7 +25,7 @@ def prompt_of(batch: Batch, number: int | None = None) -> tuple[PromptTensors, T
     if not len(places):
         return None
     first = int(places[0])
-    answer = places[places - torch.arange(len(places), device=places.device) == first]  # of the first turn alone
+    answer = places[places - torch.arange(len(places), device=places.device) == first]  # the first turn only
     prompt = PromptTensors(
         input_ids=batch.input_ids[0][own][: first + 1],
         is_visual=batch.is_visual[0][own][: first + 1],

@@ -1,8 +1,8 @@
-"""Messages to stored tokens: ChatML turns, the loss weight of every token, the branches of a message tree.
+"""The chat format: it encodes messages as ChatML tokens with loss weights, in the branches of a message tree.
 
-A stored variant is a trunk (BOS, visual placeholders and the text between them) and one branch per annotation. The
-system never speaks, user turns carry no loss, and every answer ends with `<|im_end|>`, which carries loss too.
-`chat_template.jinja` beside this file says the same to users of an exported model.
+A stored variant is a trunk (BOS, visual placeholders and the text between them) and one branch per annotation. There
+are no system turns, user turns carry no loss, and every answer ends with `<|im_end|>`, which carries loss too.
+`chat_template.jinja` beside this file is the same format for users of an exported model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shards.schema import RejectedError
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Tokens of one annotation; `answer` marks those with loss. The last token is the final EOS."""
+    """Tokens of one annotation; `answer` is True for tokens with loss. The last token is the final EOS."""
 
     messages: tuple[Message, ...]
     ids: npt.NDArray[np.int32]
@@ -30,7 +30,7 @@ class Branch:
 
 
 def encode_user(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A user turn and the opening of the assistant's: what the model sees before it answers."""
+    """Ids of a user turn and of the start of the assistant's turn, after which the model answers."""
     end = [tokenizer.eos, *tokenizer.encode("\n"), tokenizer.turn_start]
     return [tokenizer.turn_start, *tokenizer.encode(f"user\n{text}"), *end, *tokenizer.encode("assistant\n")]
 
@@ -56,11 +56,11 @@ def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> Branch
 
 
 def token_weight(num_loss_tokens: int, num_annotations: int) -> float:
-    """Molmo2's loss weight of each token of an annotation: 2 / sqrt(n), shared among the branches of a tree.
+    """Molmo2's loss weight of each token of an annotation: 2 / sqrt(n), divided by sqrt(annotations) in a tree.
 
     Args:
-        num_loss_tokens: of the annotation, its final EOS included.
-        num_annotations: kept in the tree. From two on n leaves out the final EOS, as Molmo2 does.
+        num_loss_tokens: tokens with loss in the annotation, including its final EOS.
+        num_annotations: annotations in the tree. With two or more, n does not count the final EOS, as in Molmo2.
     """
     if num_annotations < 2:
         return 2 / math.sqrt(num_loss_tokens)
@@ -72,7 +72,7 @@ def assemble(trunk: Sequence[int], branches: Sequence[Branch], flat_weight: floa
 
     Args:
         trunk: ids of BOS, placeholders and the text between.
-        branches: the annotations that are kept.
+        branches: the encoded annotations.
         flat_weight: weight of every loss token; None for `token_weight`.
     """
     lengths = [len(trunk), *(len(branch.ids) for branch in branches)]

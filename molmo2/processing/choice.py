@@ -1,6 +1,6 @@
 """Multiple choice: a question with its options, and the answer, as text.
 
-All of evaluation and 10 % of training use one fixed form; the rest of training draws how options are labelled.
+Evaluation and 10 % of training use one fixed form; the rest of training draws the labels and layout of the options.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import numpy as np
 
 from shards.schema import Choice, RejectedError
 
-FIXED_SHARE = 0.1
-INLINE_SHARE = 0.1
-LABELS_SHOWN_SHARE = 0.8
-LABEL_ONLY_SHARE = 0.25
+FIXED_SHARE = 0.1  # probability of the fixed form in training
+INLINE_SHARE = 0.1  # probability that the options are in the line of the question
+LABELS_SHOWN_SHARE = 0.8  # probability that options have labels
+LABEL_ONLY_SHARE = 0.25  # probability that the answer is only a label
 INSTRUCTION = "Only return the correct answer option."
 
-_MAX_OPTIONS = 26  # letters
+_MAX_OPTIONS = 26  # number of letters for labels
 _MARKERS = ("{}.", "{})", "({})", "{}:", "[{}]")
 _INSTRUCTIONS = (
     "",
@@ -39,10 +39,10 @@ def _label(kind: int, index: int) -> str:
 
 
 def render_choice(choice: Choice, rng: np.random.Generator | None) -> tuple[str, str]:
-    """The user's message and the answer. Without `rng`: the fixed form "A. option", on which scoring relies.
+    """The user's message and the answer. Without `rng` they have the fixed form "A. option", which scoring expects.
 
     Raises:
-        RejectedError: more options than letters, or an answer that is none of them.
+        RejectedError: there are more options than letters, or the answer is not one of the options.
     """
     if not 0 <= choice.answer < len(choice.options) <= _MAX_OPTIONS:
         raise RejectedError(f"answer {choice.answer} of {len(choice.options)} options (at most {_MAX_OPTIONS})")

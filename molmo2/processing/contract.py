@@ -1,7 +1,7 @@
-"""What a model expects of its data: geometry, tokenizer, chat format, templates.
+"""The contract between a model and its data: geometry, tokenizer, chat format, templates.
 
-The settings in it are the fingerprint of shards: the builder writes them into every index, and the loader compares
-them. Doing the work, from an `Example` to a `Sample`, is `molmo2.processing.processor`.
+The digest of its settings is the fingerprint of shards: the builder writes the settings into every index, and the
+loader compares them. `molmo2.processing.processor` converts an `Example` to a `Sample` by these settings.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from molmo2.processing.tokenizer import Tokenizer
 from shards.format import digest
 from shards.layout import VisualLayout, VisualTokens
 
-CHAT_FORMAT_VERSION = 1
-JPEG_QUALITY = 95
+CHAT_FORMAT_VERSION = 1  # part of the fingerprint; increase it when `chat_format` encodes messages differently
+JPEG_QUALITY = 95  # quality of stored views, canvases and frames, 0 to 100
 TEMPLATES_PATH = Path(__file__).with_name("templates.yaml")
 STAGE_MODES = {"pretraining": "pretraining", "sft": "sft", "long": "sft", "eval": "eval"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessorSettings:
-    """From what a processor is built; picklable, so that each worker process builds its own.
+    """The settings from which a processor is built; picklable, so that each worker process builds its own.
 
     `preset` names a model in `molmo2.model.presets.PRESETS`; `stage` is one of `STAGE_MODES`.
     """
@@ -73,7 +73,7 @@ def read_contract(settings: ProcessorSettings) -> Contract:
 
 
 def visual_layout(config: ModelConfig) -> VisualLayout:
-    """The geometry of a model's vision input as the data side knows it."""
+    """The geometry of a model's vision input, in the form that `shards` uses."""
     return VisualLayout(
         tokens=VisualTokens.after(config.text.vocab_size),
         crop_size=config.crop_size,

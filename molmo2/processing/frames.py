@@ -1,6 +1,6 @@
-"""Video: the times at which frames are taken, and the texts that tell the model a frame's time and what is said.
+"""Sampling of video frames: the times of the frames, the text with a frame's time, and the text of subtitles.
 
-Pure arithmetic on durations; decoding is `shards.media.video`. Times are seconds from the start of the clip.
+It computes with durations only; decoding is in `shards.media.video`. Times are seconds from the start of the clip.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import numpy as np
 
 from shards.schema import Cue
 
-SUBTITLE_REACH = 1.0  # seconds: a line is shown if it overlaps this much time around some frame
+SUBTITLE_REACH = 1.0  # seconds; a line is included if it overlaps the time from this long before to after a frame
 
 
 def frame_times(duration: float, fps: float, max_frames: int) -> tuple[float, ...]:
-    """Molmo2's "uniform_last_frame": a grid at `fps` plus the very end, or `max_frames` evenly when too long.
+    """Molmo2's "uniform_last_frame": times at `fps` and the end, or `max_frames` times evenly spaced in a long video.
 
-    The last time is always `duration` (with one exception: `max_frames` = 1 keeps time 0 only).
+    The last time is always `duration`, except that `max_frames` = 1 gives only time 0.
     """
     if max_frames < 1:
         raise ValueError(f"max_frames = {max_frames}: a video needs at least one frame")
@@ -30,7 +30,7 @@ def frame_times(duration: float, fps: float, max_frames: int) -> tuple[float, ..
 
 
 def grid_times(duration: float, fps: float, max_frames: int) -> tuple[float, ...]:
-    """A grid at `fps`, cut after `max_frames`: keeps annotations made at `fps` on their frames (tracking)."""
+    """The first `max_frames` times at `fps`, so that tracks annotated at `fps` stay on their frames."""
     return _grid(duration, fps)[:max_frames] or (0.0,)
 
 
@@ -40,12 +40,12 @@ def _grid(duration: float, fps: float) -> tuple[float, ...]:
 
 
 def timestamp(index: int, time: float) -> str:
-    """Text before frame number `index`: one decimal, a space after it, and before it except at the first frame."""
+    """The text before frame `index`: the time with one decimal, a space after it and, but for frame 0, before it."""
     return f"{'' if index == 0 else ' '}{time:.1f} "
 
 
 def subtitle_text(cues: Sequence[Cue], times: Sequence[float]) -> str:
-    """What is said around the frames at `times`, a line per cue: the text after all frames, "" if there is none."""
+    """The subtitles around the frames at `times`, one line per cue, to follow all frames; "" if there are none."""
     lines = []
     for cue in cues:
         if cue.start is None or cue.end is None:

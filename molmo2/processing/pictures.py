@@ -19,17 +19,17 @@ from molmo2.processing.points import ParsedPoint, parse_points
 from shards.layout import VisualLayout
 from shards.stream.reader import StoredSample
 
-LARGE = 420  # screen pixels of an image's longer side
-SMALL = 168  # of a view or a frame
-MOST_FRAMES = 24  # pictures of one video
-MOST_RASTER = 6  # pictures side by side
-MOST_ZOOM = 4.0  # the demo has pictures of 48 pixels
+LARGE = 420  # longer side of an image on a page, screen pixels
+SMALL = 168  # longer side of a view or a frame on a page, screen pixels
+MOST_FRAMES = 24  # maximum number of frames shown of one video
+MOST_RASTER = 6  # maximum number of pictures that `raster` puts side by side
+MOST_ZOOM = 4.0  # maximum enlargement, reached by the demo's pictures of 48 pixels
 COLOURS = ("#e6194b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6", "#3cb44b")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """A point on a picture, pixels of the picture. `trail`: where a track's object was before, oldest first."""
+    """A point on a picture, in pixels of the picture. `trail`: earlier points of a track, oldest first."""
 
     x: float
     y: float
@@ -40,7 +40,10 @@ class Mark:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """One JPEG and what is drawn on it. `crops`: (x, y, side) of each crop, pixels; `zoom`: screen over picture."""
+    """One JPEG with crops and marks to draw on it. `crops`: (x, y, side) of each crop, in pixels of the picture.
+
+    `zoom`: screen pixels per pixel of the picture.
+    """
 
     caption: str
     uri: str
@@ -52,7 +55,7 @@ class Picture:
 
 
 def spread(size: int, num_samples: int) -> list[int]:
-    """At most `num_samples` numbers below `size`, at equal distances from each other."""
+    """At most `num_samples` evenly spaced integers below `size`."""
     count = min(size, num_samples)
     return [i * size // count for i in range(count)]
 
@@ -64,7 +67,7 @@ def picture(
     crops: tuple[tuple[int, int, int], ...] = (),
     marks: Sequence[Mark] = (),
 ) -> Picture:
-    """A JPEG with marks given in fractions; `screen`: pixels that its longer side takes on a page."""
+    """A picture of a JPEG, with marks given in fractions. `screen`: its longer side on a page, screen pixels."""
     height, width, _, _ = simplejpeg.decode_jpeg_header(jpeg)
     scaled = tuple(
         Mark(
@@ -88,7 +91,10 @@ def picture(
 
 
 def raster(pictures: Sequence[Picture]) -> Image.Image | None:
-    """Pictures side by side with their points and trails drawn; of many, those with points first. None for none."""
+    """Draw pictures side by side with their points and trails; of many, those with points are taken first.
+
+    The result is None if there are no pictures.
+    """
     order = sorted(range(len(pictures)), key=lambda i: not pictures[i].marks)[:MOST_RASTER]
     parts = [_drawn(pictures[i]) for i in sorted(order)]
     if not parts:
@@ -118,12 +124,12 @@ def _drawn(picture: Picture) -> Image.Image:
 
 
 def pictures_of(stored: StoredSample, layout: VisualLayout, texts: dict[int, str]) -> tuple[Picture, ...]:
-    """A sample's pictures with the points and tracks of `texts`, which go by number of the annotation (from 1)."""
+    """A sample's pictures with the points and tracks of `texts`, whose keys are annotation numbers from 1."""
     return tuple(_pictures(stored, layout, _marks(stored.visuals, texts)))
 
 
 def _marks(visuals: Sequence[dict[str, Any]], texts: dict[int, str]) -> dict[int, list[Mark]]:
-    """Points and tracks of all branches by number of the visual, in fractions of its width and height."""
+    """Points and tracks of all branches, by number of the visual, in fractions of its width and height."""
     marks: dict[int, list[Mark]] = {}
     for number, text in texts.items():
         tracks, trails = "<tracks" in text, dict[int, tuple[tuple[float, float], ...]]()
@@ -140,7 +146,7 @@ def _marks(visuals: Sequence[dict[str, Any]], texts: dict[int, str]) -> dict[int
 
 
 def _visual_at(visuals: Sequence[dict[str, Any]], point: ParsedPoint) -> int | None:
-    """The frame nearest to a point's time, or the image of its number; None where there is no such image."""
+    """The number of the frame nearest to a point's time, or of the image that the point names; None if it is absent."""
     times = [visual["time"] for visual in visuals if visual["kind"] == "frame"]
     if times:
         return int(np.abs(np.array(times) - point.at).argmin())
@@ -148,7 +154,7 @@ def _visual_at(visuals: Sequence[dict[str, Any]], point: ParsedPoint) -> int | N
 
 
 def _pictures(stored: StoredSample, layout: VisualLayout, marks: dict[int, list[Mark]]) -> Iterator[Picture]:
-    """The stored JPEGs of the visuals; of a long video the frames that are pointed at, and some others."""
+    """The stored JPEGs of the visuals; of a long video only the frames with points, and some others."""
     shown = _shown(len(stored.visuals), sorted(marks)) if len(stored.visuals) > MOST_FRAMES else None
     for i, visual in enumerate(stored.visuals):
         own = marks.get(i, [])
@@ -166,7 +172,7 @@ def _pictures(stored: StoredSample, layout: VisualLayout, marks: dict[int, list[
 
 
 def _shown(count: int, marked: Sequence[int]) -> set[int]:
-    """Numbers of the frames to show: as many marked ones as may be, the rest spread over the video."""
-    kept = [marked[i] for i in spread(len(marked), MOST_FRAMES)]
-    others = [i for i in range(count) if i not in set(kept)]
-    return {*kept, *(others[i] for i in spread(len(others), MOST_FRAMES - len(kept)))}
+    """Numbers of the frames to show: up to `MOST_FRAMES` marked ones, the rest spread over the video."""
+    frames = [marked[i] for i in spread(len(marked), MOST_FRAMES)]
+    others = [i for i in range(count) if i not in set(frames)]
+    return {*frames, *(others[i] for i in spread(len(others), MOST_FRAMES - len(frames)))}

@@ -1,11 +1,11 @@
-"""Points and tracks as text, both ways.
+"""Formatting and parsing of points and tracks as text.
 
     <points coords="1 1 500 250 2 730 400">dog</points>            one image: frame "1", then id x y ...
     <points coords="0.5 1 500 250;2.0 2 510 260">dog</points>      video: seconds; a frame separator between frames
     <tracks coords="0.0 1 500 250 2 730 400;0.5 1 505 250">dogs</tracks>
 
-x and y are thousandths of width and height. Parsing accepts what a model may leave behind: other separators, and
-text that ends before the closing quote or tag.
+x and y are thousandths of width and height. Parsing accepts imperfect output of a model: other separators, and text
+that ends before the closing quote or tag.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from shards.schema import PointGroup, RejectedError, TrackGroup
 
-SEPARATORS = {"html-v1": "\t", "html-v2": ";"}
+SEPARATORS = {"html-v1": "\t", "html-v2": ";"}  # Molmo2's name of the format -> separator between frames
 NO_TRACKS = "No tracks available."
-SCALE = 1000
+SCALE = 1000  # coordinates are integers from 0 to this
 
 _TAG = re.compile(r"<(points|tracks)\b[^>]*?coords=\"(?P<coords>[0-9\t:;,. ]*)")
 _GROUP_BREAK = re.compile(r"[\t:,;]")
@@ -43,19 +43,19 @@ def _scaled(fraction: float) -> int:
 
 
 def _tag(name: str, groups: Sequence[tuple[str, list[tuple[int, int, int]]]], label: str, separator: str) -> str:
-    """`groups`: (printed frame, [(id, x, y), ...])."""
+    """The tag's text; `groups` are (frame as printed, [(id, x, y), ...])."""
     frames = [" ".join([at, *(f"{i} {x:03d} {y:03d}" for i, x, y in points)]) for at, points in groups]
     return f'<{name} coords="{separator.join(frames)}">{label}</{name}>'
 
 
 def format_points(groups: Sequence[PointGroup], label: str, *, seconds: bool, separator: str) -> str:
-    """Text of all points, numbered through from 1 in output order, so that the last id is the count.
+    """The text of all points; their ids count from 1 in output order, so that the last id is the number of points.
 
     Args:
-        groups: points of each image or frame, fractions; sorted here.
-        label: what is pointed at.
+        groups: points of each image or frame in fractions; this function sorts them.
+        label: the name of the objects.
         seconds: print `at` with one decimal (video) instead of as an image number.
-        separator: between frames, one of `SEPARATORS`.
+        separator: text between frames, one of `SEPARATORS`.
     """
     number, out = 1, []
     for group in sorted(groups, key=lambda group: group.at):
@@ -67,7 +67,7 @@ def format_points(groups: Sequence[PointGroup], label: str, *, seconds: bool, se
 
 
 def format_tracks(groups: Sequence[TrackGroup], label: str, *, separator: str) -> str:
-    """Text of all tracks: an object gets its number where it first appears, by (x, y) among those of that frame."""
+    """The text of all tracks; objects are numbered from 1 by first appearance, and by (x, y) within a frame."""
     numbers: dict[int, int] = {}
     out = []
     for group in sorted(groups, key=lambda group: group.time):
@@ -84,16 +84,16 @@ def _at(at: float, seconds: bool) -> str:
 
 
 def parse_points(text: str) -> list[ParsedPoint]:
-    """All points and tracks in `text`, in order; empty when there is none.
+    """All points and tracks in `text`, in order; an empty list if there are none.
 
-    Coordinates outside the image are dropped, and so is a second point of the same id in one frame of a track. The
-    last point of a text that was cut off counts only if its coordinates have the three digits that all have.
+    Points outside the image are dropped, and so is a second point of the same id in one frame of a track. The last
+    point of a truncated text counts only if both its coordinates are complete, with three digits.
     """
     return [point for tag in _TAG.finditer(text) for point in _parse_tag(tag)]
 
 
 def _parse_tag(tag: re.Match[str]) -> list[ParsedPoint]:
-    found: list[ParsedPoint] = []
+    points: list[ParsedPoint] = []
     for group in _GROUP_BREAK.split(tag["coords"]):
         at, _, rest = group.strip().partition(" ")
         if not re.fullmatch(r"\d+(\.\d+)?", at):
@@ -104,5 +104,5 @@ def _parse_tag(tag: re.Match[str]) -> list[ParsedPoint]:
             if max(x, y) > SCALE or (tag[1] == "tracks" and number in ids):
                 continue
             ids.add(number)
-            found.append(ParsedPoint(float(at), number, x / SCALE, y / SCALE))
-    return found
+            points.append(ParsedPoint(float(at), number, x / SCALE, y / SCALE))
+    return points

@@ -1,8 +1,8 @@
-"""The processor: an `Example` becomes a `Sample` for the shards, or a `Prompt` for generation, by one path.
+"""The processor: it converts an `Example` to a `Sample` for the shards, or to a `Prompt` for generation.
 
-It renders K text variants, chooses tilings and frames, weighs the loss and fits all of it into `Limits`: visuals
-shrink, to a quarter at the least; a tree of annotations that does not fit even then is the builder's to split.
-Reading files and writing shards happens elsewhere (`shards.media.video`, `shards.build.builder`).
+It renders K text variants, chooses tilings and frames, computes loss weights and fits everything into `Limits`. Visuals
+are shrunk for this, at most to a quarter. If a tree of annotations still does not fit, the builder splits the tree.
+Files are read and shards written elsewhere (`shards.media.video`, `shards.build.builder`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from shards import layout as geometry
 from shards.layout import VisualLayout
 from shards.schema import Annotation, Example, Limits, OverlongError, Points, RejectedError, Sample, Tracks
 
-HIGH_RESOLUTION_SHARE = 0.3  # of the variants that point in images, where the limits offer more tiles for them
-SHRINK_AT_MOST = 4  # visuals never shrink below a quarter to make room for text
-ALTERNATIVES = frozenset({"transcript"})  # styles of which a tree holds one annotation, drawn per variant
+HIGH_RESOLUTION_SHARE = 0.3  # probability that a variant with points in images gets `Limits.pointing_crops` tiles
+SHRINK_AT_MOST = 4  # visuals are shrunk at most by this factor to make room for text
+ALTERNATIVES = frozenset({"transcript"})  # a tree holds one annotation of each of these styles, drawn per variant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +37,12 @@ class Prompt:
     """Model inputs that end where the answer begins: one row, no batch axis.
 
     Attributes:
-        input_ids: int64 [tokens], placeholders expanded.
-        is_visual: bool [tokens], the tokens that see each other in both directions.
+        input_ids: int64 [tokens], with expanded placeholders.
+        is_visual: bool [tokens], True for tokens that attend to each other in both directions.
         pixels: uint8 [crops, crop, crop, 3].
         pooling: int64 [im_patch tokens, pool ** 2] into the flat patch axis of all crops; -1 pads.
-        visuals: the plan, as in a sample's record but without files.
-        text: the user's and earlier messages, readable.
+        visuals: the plan of the visuals, as in a sample's record but without files.
+        text: the messages up to the question, readable.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -55,7 +55,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class _Fitted:
-    """Some variants of an example that share their visuals; `notes` says what was left out to fit."""
+    """Variants of an example that share their visuals; `notes` records how visuals were shrunk to fit."""
 
     plan: Plan
     trunk: list[int]
@@ -74,20 +74,20 @@ def build_processor(settings: ProcessorSettings) -> Processor:
 
 
 def draws(dataset: str, key: str, variant: int) -> np.random.Generator:
-    """The generator of every draw in one text variant of one example."""
+    """The random generator for one text variant of one example."""
     seed = hashlib.sha256(f"{dataset}\0{key}\0{variant}".encode()).digest()[:16]
     return np.random.Generator(np.random.Philox(key=int.from_bytes(seed)))
 
 
 class Processor:
-    """The model's contract with the data: chat text, tokenizer and geometry.
+    """Processes examples by the contract of a model: chat format, tokenizer and geometry.
 
     Attributes:
         settings: every setting that changes a token or a pixel, JSON; its digest is the shards' fingerprint.
     """
 
     def __init__(self, layout: VisualLayout, tokenizer: Tokenizer, mode: str, num_variants: int = 4):
-        """`mode` is one of `text.MODES`; in "eval" nothing is drawn and all variants are equal."""
+        """`mode` is one of `text.MODES`; in "eval" nothing is random and all variants are equal."""
         self.layout, self.tokenizer, self.mode, self.num_variants = layout, tokenizer, mode, num_variants
         self.settings = Contract(layout, tokenizer, mode).settings
 
@@ -95,8 +95,8 @@ class Processor:
         """Process one example for training or for scoring answers.
 
         Raises:
-            OverlongError: several annotations are more than the limits hold, even beside the smallest visuals.
-            RejectedError: unreadable media, an annotation that cannot be asked, or one that is too long alone.
+            OverlongError: several annotations exceed the limits, even with the smallest visuals.
+            RejectedError: unreadable media, an annotation that cannot be rendered, or one that is too long alone.
         """
         if not example.annotations:
             raise RejectedError("no annotations")
@@ -132,16 +132,16 @@ class Processor:
     def prompt(self, example: Example, limits: Limits, annotation: int = 0) -> Prompt:
         """Model inputs that ask `example.annotations[annotation]`; its answer may be empty and is not used.
 
-        Room for the answer is the caller's: `limits.sequence_length` holds the prompt alone.
+        The caller must leave room for the answer: `limits.sequence_length` limits the prompt alone.
 
         Raises:
-            RejectedError: unreadable media, or a prompt longer than the limits even with its visuals shrunk.
+            RejectedError: unreadable media, or a prompt that exceeds the limits even with the smallest visuals.
         """
         opened = visuals.open_media(example, limits)
         plan = visuals.full_plan(self.layout, opened, limits, self._image_tiles(example, limits, None))
         messages = text.render(example.annotations[annotation], self.mode, None, video=isinstance(opened, Clip))
-        asked = messages[:-1] if messages[-1].role == "assistant" else messages
-        branch = encode_messages(self.tokenizer, asked)
+        turns = messages[:-1] if messages[-1].role == "assistant" else messages
+        branch = encode_messages(self.tokenizer, turns)
         trunk = self._trunk(example, plan)
         while (excess := self._length(trunk, plan) + len(branch.ids) - limits.sequence_length) > 0:
             smaller = self._shrink(opened, limits, plan, excess, floor=1)
@@ -157,20 +157,20 @@ class Processor:
             pixels=pixels,
             pooling=pooling,
             visuals=plan.visuals,
-            text="\n".join(f"{message.role}: {message.content}" for message in asked),
+            text="\n".join(f"{message.role}: {message.content}" for message in turns),
         )
 
     def _image_tiles(self, example: Example, limits: Limits, variant: int | None) -> int:
-        """Tiles per image: the high resolution for some variants that point in images."""
+        """Maximum tiles per image; some variants with points in images get a higher resolution."""
         points = example.images and any(isinstance(a, Points) for a in example.annotations)
         if self.mode != "sft" or variant is None or not points or limits.pointing_crops is None:
             return limits.image_crops
-        # a generator of its own, so that changed limits leave all other draws alone
+        # This draw has its own generator, so that changed limits do not change any other draw.
         high = draws(example.dataset, f"{example.key}\0resolution", variant).random() < HIGH_RESOLUTION_SHARE
         return limits.pointing_crops if high else limits.image_crops
 
     def _trunk(self, example: Example, plan: Plan) -> list[int]:
-        """BOS, a placeholder per visual after "Image i" (several images) or the frame's time, then the subtitles."""
+        """Ids of BOS, a placeholder per visual after "Image i" (several images) or the frame's time, and subtitles."""
         ids = [self.tokenizer.bos]
         for i, visual in enumerate(plan.visuals):
             if visual["kind"] == "frame":
@@ -181,29 +181,29 @@ class Processor:
         return ids + self.tokenizer.encode(_subtitles(example, plan))
 
     def _length(self, trunk: Sequence[int], plan: Plan) -> int:
-        """Tokens of the trunk after expansion."""
+        """Number of tokens in the trunk after expansion of the placeholders."""
         return len(trunk) + sum(len(geometry.visual_tokens(self.layout, visual)) - 1 for visual in plan.visuals)
 
     def _fit(self, example: Example, opened: Opened, limits: Limits, tiles: int, members: Sequence[int]) -> _Fitted:
-        """One plan for the variants `members`, and the branches of each that fit beside it."""
+        """Find a plan for the variants `members` such that the branches of each variant fit beside it."""
         full = plan = visuals.full_plan(self.layout, opened, limits, tiles)
-        if isinstance(opened, Clip) and opened.pointed and self.mode != "eval":  # there the frames are the rule's alone
+        if isinstance(opened, Clip) and opened.pointed and self.mode != "eval":  # "eval" ignores where the points are
             visuals.check_points(example, plan, limits.fps)
         floor = max(1, full.budget // SHRINK_AT_MOST)
         while True:
             trunk = self._trunk(example, plan)
             room = limits.sequence_length - self._length(trunk, plan)
             branches = {v: self._branches(example, plan, limits, v) for v in members}
-            excess = max(_length(kept) for kept in branches.values()) - room
+            excess = max(_length(variant) for variant in branches.values()) - room
             smaller = self._shrink(opened, limits, plan, excess, floor) if excess > 0 else None
             if smaller is None:
                 break
             plan = smaller
         notes: list[dict[str, Any]] = []
-        wanted = full if isinstance(opened, Clip) else visuals.make_plan(self.layout, opened, limits, tiles)
-        if plan.num_crops < wanted.num_crops:
-            notes.append({"variants": list(members), "crops": {"wanted": wanted.num_crops, "kept": plan.num_crops}})
-        longest = max(_length(kept) for kept in branches.values())
+        largest = full if isinstance(opened, Clip) else visuals.make_plan(self.layout, opened, limits, tiles)
+        if plan.num_crops < largest.num_crops:
+            notes.append({"variants": list(members), "crops": {"wanted": largest.num_crops, "kept": plan.num_crops}})
+        longest = max(_length(variant) for variant in branches.values())
         if longest > room:
             error = OverlongError if len(example.annotations) > 1 else RejectedError
             raise error(
@@ -213,7 +213,7 @@ class Processor:
         return _Fitted(plan, trunk, branches, notes)
 
     def _shrink(self, opened: Opened, limits: Limits, plan: Plan, excess: int, floor: int) -> Plan | None:
-        """A smaller plan that saves about `excess` tokens, or None where nothing may shrink further."""
+        """A smaller plan that saves about `excess` tokens, or None if nothing may be shrunk further."""
         if not opened or plan.budget <= floor or (isinstance(opened, Clip) and opened.pointed):
             return None
         step = 1
@@ -241,18 +241,18 @@ def _subtitles(example: Example, plan: Plan) -> str:
 
 
 def _length(branches: Sequence[Branch]) -> int:
-    """Input tokens of branches: the last token of each is a label only."""
+    """Number of input tokens in the branches; the last token of each is only a label."""
     return sum(len(branch.ids) - 1 for branch in branches)
 
 
 def _tree(annotations: tuple[Annotation, ...], rng: np.random.Generator | None) -> list[Annotation]:
-    """The annotations of one variant: one of each kind of alternatives, in a drawn order."""
-    kept: list[Annotation] = [a for a in annotations if a.style not in ALTERNATIVES]
+    """The annotations of one variant in random order, with one of each style in `ALTERNATIVES`."""
+    chosen: list[Annotation] = [a for a in annotations if a.style not in ALTERNATIVES]
     for style in sorted(ALTERNATIVES):
         options = [a for a in annotations if a.style == style]
         if options:
-            kept.append(options[0 if rng is None else int(rng.integers(len(options)))])
-    return kept if rng is None else [kept[i] for i in rng.permutation(len(kept))]
+            chosen.append(options[0 if rng is None else int(rng.integers(len(options)))])
+    return chosen if rng is None else [chosen[i] for i in rng.permutation(len(chosen))]
 
 
 def _readable(branches: Sequence[Branch], chosen: list[int], num_visuals: int) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""What an annotation says: the user's and the assistant's messages, before tokens.
+"""Prompts: it renders an annotation as the messages of user and assistant, before tokenization.
 
-Two ways to condition on the kind of answer. In pretraining ("style_and_length_v2") the user names the style and a
-noisy hint of the answer's length: "long_caption 52:". Later ("demo_or_style_v2") requests read naturally, and only
-academic styles keep their name: "vqa2: What colour is the car?". Wording of our own stands in `templates.yaml`.
-Every draw comes from the generator handed in; without one, everything takes its evaluation form.
+There are two ways to condition on the kind of answer. In pretraining ("style_and_length_v2") the user's message has the
+style and a noisy hint of the answer's length: "long_caption 52:". Later ("demo_or_style_v2") questions are in natural
+language, and only academic styles keep their name: "vqa2: What colour is the car?". The wording of questions that the
+data does not have is in `templates.yaml`. Every draw comes from the given generator; without one, everything has its
+evaluation form.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from shards.schema import Annotation, Chat, Choice, PointGroup, Points, Rejected
 
 MODES = ("pretraining", "sft", "eval")
 
-# Styles that users of a demo ask for in plain words; all others are announced by name after pretraining.
+# Styles whose questions are in natural language after pretraining; all others begin with the style's name.
 _DEMO = frozenset(
     "point_count pointing cosyn_point user_qa long_caption short_caption video_long_caption video_short_caption "
     "video_point_track_per_frame video_point_track_start_end video_single_point_track_start_end video_transcript "
@@ -33,9 +34,11 @@ _COUNT_FIRST = frozenset({"count_then_point", "video_count_point", "multi_image_
 _COUNT_ONLY = frozenset({"count", "video_count", "multi_image_counting"})
 _POINT_FIRST = frozenset({"point_count", "point_then_count", "video_point_count", "multi_image_point_then_count"})
 
+# The length hint: its probability, the standard deviation of its noise and its unit (characters), and the fixed hint
+# without a generator (units).
 _HINT_SHARE, _HINT_NOISE, _HINT_UNIT, _HINT_DEFAULT = 0.9, 25, 15, 65
-_LATER_START_SHARE = 0.2  # of single-object tracks that start at a later visible frame than the first
-_PLAIN_FPS = 2.0  # a tracking question need not name this rate
+_LATER_START_SHARE = 0.2  # probability that a single-object track may start after the first visible frame
+_PLAIN_FPS = 2.0  # a tracking question at this rate may leave the rate out
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +53,13 @@ def render(annotation: Annotation, mode: str, rng: np.random.Generator | None, *
     """The messages of one annotation, user first.
 
     Args:
-        annotation: what to ask and answer.
-        mode: one of `MODES`; "eval" words requests like "sft".
-        rng: source of every draw; None takes the evaluation form.
-        video: whether points are placed by seconds instead of image numbers.
+        annotation: the question and answer.
+        mode: one of `MODES`; "eval" has the questions of "sft".
+        rng: source of every draw; None gives the evaluation form.
+        video: whether points have a time in seconds instead of an image number.
 
     Raises:
-        RejectedError: an empty answer, turns that do not alternate, a style without question and template.
+        RejectedError: turns do not alternate, or the style has neither a question nor a template.
     """
     if isinstance(annotation, Chat):
         return _chat(annotation, mode, rng)
@@ -79,7 +82,7 @@ def _prefix(annotation: Annotation, answer: str, mode: str, rng: np.random.Gener
     if mode != "pretraining":
         plain = style in _DEMO or isinstance(annotation, Choice) or "multiple_choice" in style
         return "" if plain else f"{style}:"
-    if isinstance(annotation, Points | Tracks):  # the length follows from what there is to point at
+    if isinstance(annotation, Points | Tracks):  # the number of points determines the length
         return f"{style}:"
     if rng is None:
         return f"{style} {_HINT_DEFAULT}:"
@@ -92,7 +95,7 @@ def _pick(options: list[str], rng: np.random.Generator | None) -> str:
 
 
 def _template(style: str, rng: np.random.Generator | None, **values: str) -> str:
-    """A drawn template with its {names} replaced; "" for an academic style that has none."""
+    """A random template of the style with its {names} replaced; "" for an academic style without templates."""
     options = templates().get(style)
     if options is None:
         if style in _DEMO or values:
@@ -156,7 +159,7 @@ def _tracks(tracks: Tracks, mode: str, rng: np.random.Generator | None) -> tuple
 
 
 def _from_visible_frame(tracks: Tracks, rng: np.random.Generator | None) -> tuple[TrackGroup, ...]:
-    """The groups from the frame in which the question points at the object."""
+    """The groups from the frame on whose point the question is based."""
     visible = [i for i, group in enumerate(tracks.groups) if group.objects]
     if not visible:
         raise RejectedError(f"style {tracks.style!r}: the object is visible in no frame")
@@ -166,7 +169,7 @@ def _from_visible_frame(tracks: Tracks, rng: np.random.Generator | None) -> tupl
 
 
 def _ends(groups: tuple[TrackGroup, ...]) -> tuple[TrackGroup, ...]:
-    """Only the first and the last frame of each object."""
+    """The groups with only the first and the last frame of each object."""
     frames: dict[int, list[int]] = {}
     for i, group in enumerate(groups):
         for obj, _, _ in group.objects:

@@ -1,7 +1,7 @@
-"""Images: which tiling an image gets, and its pixels at the exact sizes a shard stores.
+"""Tiling of images: the choice of a tiling, and the resized view and canvas that a shard stores.
 
 The aspect ratio is not kept and nothing is padded: the view and every canvas are plain resizes of the whole image.
-Cutting a canvas into crops is `shards.layout.split_crops`, on the loader's side.
+`shards.layout.split_crops` cuts a canvas into crops when the loader reads it.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def _candidates(max_crops: int) -> npt.NDArray[np.int64]:
 
 @functools.lru_cache(maxsize=4096)
 def choose_tiling(layout: VisualLayout, height: int, width: int, max_crops: int) -> tuple[int, int]:
-    """The (rows, cols) of crops whose canvas needs the least upscaling, or the least downscaling if all shrink it.
+    """The (rows, cols) of crops whose canvas needs the least upscaling, or the least downscaling if all downscale.
 
-    The canvas border (the overlap margins) is taken off the image before comparing; a side shorter than the border
-    counts as one pixel. Ties go to the tiling with fewer tiles, then fewer rows.
+    The canvas border (the overlap margins) is subtracted from the image's size first; a side shorter than the border
+    counts as one pixel. Of equally good tilings the one with fewer tiles is taken, then the one with fewer rows.
     """
     window = layout.window_patches * layout.patch_size
     border = 2 * layout.overlap_margin * layout.patch_size
     inner = np.array([max(height - border, 1), max(width - border, 1)], np.float32)
     candidates = _candidates(max_crops)
-    # float32 on purpose: the official rule compares in float32, and near-ties must fall the same way
+    # The official rule compares in float32, so float32 is needed to decide near-ties alike.
     scales = ((candidates * window).astype(np.float32) / inner).min(axis=1)
     best = int(scales.argmax()) if (scales < 1).all() else int(np.where(scales < 1, np.inf, scales).argmin())
     rows, cols = candidates[best].tolist()
@@ -43,7 +43,7 @@ def choose_tiling(layout: VisualLayout, height: int, width: int, max_crops: int)
 
 
 def resize(rgb: Pixels, size: tuple[int, int]) -> Pixels:
-    """Bilinear resize without antialiasing, rounded: equal to transformers' Molmo2 processors to the last bit.
+    """Resize bilinearly without antialiasing, and round; bit-identical to transformers' Molmo2 processors.
 
     Args:
         rgb: [H, W, 3] or [T, H, W, 3].
@@ -52,8 +52,8 @@ def resize(rgb: Pixels, size: tuple[int, int]) -> Pixels:
     if rgb.shape[-3:-1] == tuple(size):
         return rgb
     if rgb.ndim == 4:
-        return np.stack([resize(frame, size) for frame in rgb])  # one at a time: a clip in float32 is large
-    import torch  # here, because only resizing needs it: choosing tilings must not wait for this import
+        return np.stack([resize(frame, size) for frame in rgb])  # one at a time, since a clip in float32 is large
+    import torch  # imported here, so that choosing tilings does not need torch
 
     pixels = torch.from_numpy(rgb.astype(np.float32)).permute(2, 0, 1)[None]
     pixels = torch.nn.functional.interpolate(pixels, size=tuple(size), mode="bilinear", align_corners=False)
@@ -61,7 +61,7 @@ def resize(rgb: Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def view(layout: VisualLayout, rgb: Pixels) -> Pixels:
-    """The whole image as one crop, [crop, crop, 3]; also what a video frame becomes, [T, crop, crop, 3]."""
+    """The whole image resized to one crop, [crop, crop, 3]; for video frames [T, crop, crop, 3]."""
     return resize(rgb, (layout.crop_size, layout.crop_size))
 
 

@@ -1,8 +1,8 @@
-"""Tokenizer: a directory with `tokenizer.json`, read by `tokenizers`, plus what Molmo2 expects of its ids.
+"""The tokenizer: a directory with `tokenizer.json`, loaded with `tokenizers`, with Molmo2's tokens at fixed ids.
 
-Everything that people wrote is encoded as ordinary text: a question that contains "<im_patch>" or "<|im_end|>" gives
-the letters of that string, never the special id. Special ids enter a sequence only by their attribute here.
-`write_tokenizer` adds Molmo2's tokens to a byte-level tokenizer, `train_demo_tokenizer` makes a tiny one.
+All text of datasets and users is encoded as ordinary text: "<im_patch>" or "<|im_end|>" in a question gives the tokens
+of its letters, never the special id. Special ids get into a sequence only through the attributes of `Tokenizer`.
+`write_tokenizer` adds Molmo2's tokens to a byte-level tokenizer; `train_demo_tokenizer` trains a tiny one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MOLMO2_TOKENS = (
     "<|vit_index|>",
     "<|vit_loc|>",
 )
-# How Qwen cuts text before its merges: digits stand alone, words take the space before them.
+# Qwen's pre-tokenization: each digit is a piece of its own, and a word includes the space before it.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -44,24 +44,24 @@ _SPLIT = (
 
 
 class TokenizerError(ValueError):
-    """A tokenizer directory that is missing, unreadable or without Molmo2's tokens in their places."""
+    """A tokenizer is missing or unreadable, or does not have Molmo2's tokens at their ids."""
 
 
 class Tokenizer:
-    """Text to ids and back.
+    """Encodes text to ids and decodes ids to text.
 
     Attributes:
         base_vocab: rows of the model's base embedding table; the ids of Molmo2's added tokens start here.
-        bos, eos, pad, turn_start: ids. `eos` is `<|im_end|>`, the end of a turn; `bos` opens every sequence.
-        visual: ids of the tokens that carry visuals.
+        bos, eos, pad, turn_start: ids. `eos` is `<|im_end|>`, the end of a turn; `bos` begins every sequence.
+        visual: ids of the tokens for visuals.
         sha256: hash of `tokenizer.json`.
     """
 
     def __init__(self, directory: str | Path, base_vocab: int):
-        """Read `directory`.
+        """Load the tokenizer in `directory`.
 
         Raises:
-            TokenizerError: no readable `tokenizer.json`, or a token that is missing or out of place.
+            TokenizerError: there is no readable `tokenizer.json`, or a token is missing or has another id.
         """
         self.directory, self.base_vocab = Path(directory), base_vocab
         path = self.directory / "tokenizer.json"
@@ -71,19 +71,19 @@ class Tokenizer:
             for token in value["added_tokens"]:
                 token["special"] |= token["content"] in MOLMO2_TOKENS or token["content"].startswith("|<EXTRA_TOKENS")
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(value))
-        except Exception as error:  # the Rust side raises bare Exception
+        except Exception as error:  # tokenizers raises plain Exception
             raise TokenizerError(
                 f"{path}: cannot read a tokenizer ({error}); give a directory that holds one"
             ) from None
-        self._tokenizer.encode_special_tokens = True  # special strings in text stay text
+        self._tokenizer.encode_special_tokens = True  # special strings in text are encoded as text
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.sha256 = hashlib.sha256(data).hexdigest()
         for offset, token in enumerate(MOLMO2_TOKENS):
-            found = self._tokenizer.token_to_id(token)
-            if found != base_vocab + offset:
+            number = self._tokenizer.token_to_id(token)
+            if number != base_vocab + offset:
                 raise TokenizerError(
-                    f"{path}: token {token} has id {found}, the model wants {base_vocab + offset} (base vocabulary "
+                    f"{path}: token {token} has id {number}, the model wants {base_vocab + offset} (base vocabulary "
                     f"{base_vocab} + {offset}); use the model's own tokenizer, or add the tokens with write_tokenizer"
                 )
         self.visual = VisualTokens.after(base_vocab)
@@ -93,10 +93,10 @@ class Tokenizer:
         self.pad = self._id(names.get("pad_token") or PAD)
 
     def _id(self, token: str) -> int:
-        found = self._tokenizer.token_to_id(token)
-        if found is None:
+        number = self._tokenizer.token_to_id(token)
+        if number is None:
             raise TokenizerError(f"{self.directory}: no token {token}, which the chat format needs")
-        return int(found)
+        return int(number)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` as ordinary text, without BOS or EOS."""
@@ -108,7 +108,7 @@ class Tokenizer:
 
 
 def _special_names(directory: Path) -> dict[str, str]:
-    """`bos_token`, `eos_token`, `pad_token` of `tokenizer_config.json`, those that are set."""
+    """The values of `bos_token`, `eos_token` and `pad_token` in `tokenizer_config.json`, as far as they are set."""
     path = directory / "tokenizer_config.json"
     try:
         config = json.loads(path.read_bytes()) if path.exists() else {}
@@ -124,7 +124,7 @@ def _special_names(directory: Path) -> dict[str, str]:
 
 
 def write_tokenizer(tokenizer: tokenizers.Tokenizer, directory: str | Path, base_vocab: int) -> None:
-    """Complete `tokenizer` with Molmo2's tokens at `base_vocab` + offset and write it where transformers loads it.
+    """Add Molmo2's tokens to `tokenizer` at `base_vocab` + offset, and write it in the layout of transformers.
 
     Ids between the tokenizer's own and `base_vocab` are filled with unused tokens, because the embedding table may
     have more rows than the tokenizer has entries.

@@ -1,7 +1,8 @@
-"""An example's media: opened, planned against a budget, and turned into stored files or model inputs.
+"""The visuals of an example: media are opened, planned within a budget, and converted to files or model inputs.
 
-A *plan* says what the model will see without touching pixels: each image's tiling, or the times of a video's frames.
-Its *budget* is the one number by which visuals shrink: tiles per image, or frames. Decoding is `shards.media.video`.
+A *plan* determines the visuals without pixels: each image's tiling, or the times of a video's frames. Its *budget* is
+the maximum number of tiles per image, or of frames; a smaller budget shrinks the visuals. Decoding is in
+`shards.media.video`.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from shards.schema import Example, Limits, Points, RejectedError, Tracks, VideoR
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A video that was probed but not decoded."""
+    """A video that has been probed but not decoded."""
 
     ref: VideoRef
     info: VideoInfo
-    tracked: bool  # frames at the fixed rate, cut at the end
-    pointed: bool  # frames at the fixed rate, none to be left out
+    tracked: bool  # it has tracks: frames have a fixed rate, and a long clip is cut at the end
+    pointed: bool  # it has points: no frame may be left out
 
 
 Opened = tuple[Pixels, ...] | Clip
@@ -41,14 +42,14 @@ Opened = tuple[Pixels, ...] | Clip
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the model will see: `visuals` as in a sample's record, but with "image" (a number) for the files."""
+    """The planned visuals: `visuals` as in a sample's record, but with "image" (a number) in place of files."""
 
     budget: int
     visuals: tuple[dict[str, Any], ...]
 
     @property
     def num_crops(self) -> int:
-        """ViT inputs."""
+        """Number of ViT inputs."""
         return sum(geometry.visual_crops(visual) for visual in self.visuals)
 
     @property
@@ -58,10 +59,10 @@ class Plan:
 
 
 def open_media(example: Example, limits: Limits) -> Opened:
-    """Decode the images, or probe the video; `()` for text.
+    """Decode the images, or probe the video; the result is `()` for text.
 
     Raises:
-        RejectedError: unreadable, too many images, or images and a video at once.
+        RejectedError: media are unreadable, there are too many images, or there are both images and a video.
     """
     if example.video is not None and example.images:
         raise RejectedError("an example has images or a video, not both")
@@ -78,7 +79,7 @@ def open_media(example: Example, limits: Limits) -> Opened:
 
 
 def make_plan(layout: VisualLayout, opened: Opened, limits: Limits, budget: int) -> Plan:
-    """The visuals under `budget`: at most so many tiles per image, or so many frames."""
+    """Plan the visuals with at most `budget` tiles per image, or at most `budget` frames."""
     if isinstance(opened, Clip):
         rule = grid_times if opened.tracked else frame_times
         times = rule(opened.info.duration, limits.fps, budget)
@@ -91,7 +92,7 @@ def make_plan(layout: VisualLayout, opened: Opened, limits: Limits, budget: int)
 
 
 def full_plan(layout: VisualLayout, opened: Opened, limits: Limits, image_tiles: int) -> Plan:
-    """The largest plan whose crops fit the limits; a video's budget becomes its number of frames.
+    """The largest plan whose crops fit the limits; the budget of a video is then its number of frames.
 
     Raises:
         RejectedError: not even one tile per image fits.
@@ -107,7 +108,7 @@ def full_plan(layout: VisualLayout, opened: Opened, limits: Limits, image_tiles:
 
 
 def check_points(example: Example, plan: Plan, fps: float) -> None:
-    """Check that every point of a video lies on a frame that the model sees.
+    """Check that every point of a video is on a planned frame.
 
     Raises:
         RejectedError: a point further than half a sampling interval from the nearest frame.
@@ -134,7 +135,7 @@ def _view_file(layout: VisualLayout, rgb: Pixels) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a shard keeps: the record's "visuals", its "media" facts, the JPEG files, each plan's visuals by index."""
+    """Visuals as a shard stores them: the record's "visuals" and "media", JPEG files, each plan's visuals by index."""
 
     visuals: list[dict[str, Any]]
     facts: dict[str, Any]
@@ -143,10 +144,10 @@ class Stored:
 
 
 def store(layout: VisualLayout, opened: Opened, plans: Sequence[Plan]) -> Stored:
-    """Decode, resize and encode what the plans need, equal visuals once."""
+    """Decode, resize and encode the visuals of all plans; equal visuals are stored once."""
     if isinstance(opened, Clip):
         (plan,) = plans
-        frames = _read(opened, plan, functools.partial(_view_file, layout))  # encoded where they are decoded
+        frames = _read(opened, plan, functools.partial(_view_file, layout))  # encoded in the decoding process
         times = [visual["time"] for visual in plan.visuals]
         records = [{"kind": "frame", "view": i, "time": time} for i, time in enumerate(times)]
         facts: dict[str, Any] = {"video": asdict(opened.info) | {"decoder": frames.decoder}}

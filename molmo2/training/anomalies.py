@@ -1,8 +1,8 @@
-"""Losses that are no number or that jump: found before the update, so that the update can be left out.
+"""Loss spikes and losses that are not finite: they are detected before the update, so that the update can be skipped.
 
-All ranks see the same sums and the same history, so all decide alike, and the history is in every checkpoint, so that
-a run which was interrupted decides alike too. What is found is written to `anomalies.jsonl` with the samples of the
-step, which the plan knows; `train.py --replay STEP` computes them again.
+All ranks see the same sums and the same history, so they all decide alike. The history is in every checkpoint, so that
+a resumed run decides as an uninterrupted one would. Each anomaly is written to `anomalies.jsonl` with the samples of
+its step, which the plan knows; `train.py --replay STEP` computes their losses again.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from molmo2.config import Anomalies
 from shards.stream.dataset import Dataset
 from shards.stream.plan import Draw, StepSpec
 
-HISTORY = 100  # losses whose median is the usual one
-LEAST = 20  # of them before a jump is one
+HISTORY = 100  # a loss is compared with the median of this many before it
+MIN_HISTORY = 20  # a spike is judged only after this many losses
 
 
 class LossHistory:
-    """The last losses that were accepted, oldest first, and how many steps in a row were not."""
+    """The last `HISTORY` losses whose steps updated the weights, oldest first, and the number of skips in a row."""
 
     def __init__(self, losses: Iterable[float] = ()) -> None:
         self.losses = deque(losses, HISTORY)
         self.skips = 0
 
     def judge(self, loss: float, settings: Anomalies) -> str | None:
-        """What is wrong with a step's loss, "nonfinite" or "spike", or None."""
+        """Classify a step's loss: "nonfinite", "spike", or None for a normal one."""
         if not math.isfinite(loss):
             return "nonfinite"
-        if settings.spike_factor is None or len(self.losses) < LEAST:
+        if settings.spike_factor is None or len(self.losses) < MIN_HISTORY:
             return None
         return "spike" if loss > settings.spike_factor * statistics.median(self.losses) else None
 
     def add(self, loss: float, skipped: bool) -> None:
-        """A step is over."""
+        """Record the loss of a step that is over, or count the step as skipped."""
         self.skips = self.skips + 1 if skipped else 0
         if not skipped:
             self.losses.append(loss)
@@ -59,6 +59,6 @@ def describe(step: StepSpec, datasets: Sequence[Dataset], kind: str, loss: float
 
 
 def sample_name(datasets: Sequence[Dataset], draw: Draw) -> str:
-    """Where a sample lies: "dataset/shard/row"."""
+    """The name of a sample by its location: "dataset/shard/row"."""
     tars = datasets[draw.dataset].tars
     return f"{tars.name}/{tars.shards[draw.shard]}/{draw.row}"

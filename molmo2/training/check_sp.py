@@ -1,10 +1,11 @@
-"""Before training: one small pack through the model on one rank and on all ranks of a group, which must agree.
+"""A check before training: one small pack must give the same loss and gradients on one rank and on a group of ranks.
 
     deepspeed molmo2/train.py --recipe recipes/demo/stage3.yaml --check-sp
 
-Catches what no test on another machine can: a library whose collectives or attention kernels differ here. It compares
-the loss, and the gradients of all vectors (norms, biases) of every layer, by component; the matrices' are left out,
-since they would take as much memory as the model. Costs a few seconds and needs the model whole on each rank.
+It catches what no test on another machine can: a library whose collectives or attention kernels differ here. It
+compares the loss, and the gradients of all vectors (norms, biases) of every layer, by component. Gradients of matrices
+are left out, since they would take as much memory as the model. The check takes a few seconds and needs the whole
+model on each rank.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from molmo2.training.engine import TrainingModule
 from shards.stream.collate import Batch, own_share
 from shards.stream.plan import Cursor
 
-FRAMES, TOKENS = 3, 9  # visuals of the pack, and visual tokens of each
-PART = 16  # tokens of one rank's slice, at least
-# Of the loss, and of a component's gradient over its norm. With float32 both are rounding, far below.
+FRAMES, TOKENS = 3, 9  # number of frames in the pack, and of visual tokens in each frame
+MIN_SLICE = 16  # each rank's slice of the pack has at least this many tokens
+# The largest relative difference that is accepted, for the loss and for each component's gradient. Rounding in float32
+# stays far below.
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
@@ -35,7 +37,7 @@ def check_sequence_parallel(model: Molmo2, recipe: Recipe, mesh: Mesh) -> dict[s
         Relative differences of the loss and of each component's gradient; empty where no ranks share a pack.
 
     Raises:
-        MeshError: on every rank, a difference that is no rounding.
+        MeshError: a difference is larger than rounding; raised on every rank.
     """
     if mesh.sp_group is None:
         return {}
@@ -51,21 +53,21 @@ def check_sequence_parallel(model: Molmo2, recipe: Recipe, mesh: Mesh) -> dict[s
         value /= mesh.dp  # all groups ran the same pack
         if name != "loss":
             value /= mesh.world  # the mean over ranks, as DeepSpeed takes it
-    found = {name: float((shared[name] - value).norm() / value.norm()) for name, value in alone.items()}
+    differences = {name: float((shared[name] - value).norm() / value.norm()) for name, value in alone.items()}
     limit = LIMITS[weight.dtype]
-    worst = torch.tensor(list(found.values()), device=weight.device).nan_to_num(nan=torch.inf).max()
+    worst = torch.tensor(list(differences.values()), device=weight.device).nan_to_num(nan=torch.inf).max()
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     if not worst <= limit:
-        told = ", ".join(f"{name} {value:.2g}" for name, value in found.items())
+        listed = ", ".join(f"{name} {value:.2g}" for name, value in differences.items())
         raise MeshError(
-            f"a small pack differs with train.sp {mesh.sp} from the same on one rank, by more than {limit:g}: {told} "
+            f"a small pack differs with train.sp {mesh.sp} from the same on one rank, by more than {limit:g}: {listed} "
             "(relative); set train.sp=1, or find which of torch, the driver and the communication library changed"
         )
-    return found
+    return differences
 
 
 def _loss_and_gradients(module: TrainingModule, batch: Batch) -> dict[str, Tensor]:
-    """The local loss, and each component's gradient of its vectors, joined, float32."""
+    """The local loss, and for each component the gradients of its vectors, concatenated; float32."""
     components = module.model.parameter_groups()
     vectors = {name: [p for p in group if p.requires_grad and p.ndim == 1] for name, group in components.items()}
     loss, logged = module(batch)
@@ -76,11 +78,11 @@ def _loss_and_gradients(module: TrainingModule, batch: Batch) -> dict[str, Tenso
 
 
 def small_pack(config: ModelConfig, sp: int) -> Batch:
-    """A pack with frames, two branches, a second member of text, and padding; equal on every rank."""
+    """A random pack with frames, two branches, a second member of text, and padding; the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     vocabulary, patches = config.text.vocab_size, config.patches_per_crop
     frame = [vocabulary, *[config.image_patch_id] * TOKENS, vocabulary + 1]
-    length = sp * max(PART, -(-2 * FRAMES * len(frame) // sp))
+    length = sp * max(MIN_SLICE, -(-2 * FRAMES * len(frame) // sp))
     trunk = frame * FRAMES
     branch = (length - len(trunk)) // 4
     sizes = {1: branch, 2: branch, MEMBER: branch}

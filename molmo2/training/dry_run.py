@@ -1,11 +1,12 @@
-"""What a run will need before anything starts: memory of one GPU by its parts, and time, for several numbers of GPUs.
+"""An estimate of what a run will need: memory of one GPU by its parts, and time, for several numbers of GPUs.
 
     python molmo2/train.py --recipe recipes/stage1.yaml --dry-run
 
-Parameters and states follow from DeepSpeed's stages. Activations are counted, not modelled: one layer of the recipe's
-own size runs on a few tokens, and what autograd keeps is added up. Everything is of a full pack, so it is the most
-that a step takes. Time counts the model's operations at an assumed share of a GPU's peak. Left out: the loader, the
-CUDA context, and what the allocator wastes beyond `MARGIN`.
+The sizes of parameters, gradients and optimizer states follow from the ZeRO stage. Activations are measured: one layer
+of the recipe's own size runs on a few tokens, and the bytes that autograd saves for backward are added up. All figures
+are for full packs, so they are the most that a step takes. Time is the number of the model's operations at an assumed
+utilisation of the GPU. The estimate leaves out the loader, the CUDA context, and fragmentation beyond
+`ALLOCATOR_MARGIN`.
 """
 
 from __future__ import annotations
@@ -30,24 +31,24 @@ from molmo2.model.vit import VisionTransformer
 from molmo2.parallel.mesh import MeshError, check_mesh
 
 GIB = 2**30
-MARGIN = 1.1  # fragments and small things
-LAYER_PEAK = 1.3  # a layer in backward: what it keeps, and gradients on the way
-BUCKET = 5 * 10**8  # DeepSpeed's default: parameters that are reduced, or gathered, at once
-GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
-CARD_GIB = 80  # of an A100 or H100
-PEAK_TFLOPS, UTILISATION = 989, 0.4  # H100, dense bfloat16; the share that is assumed
+ALLOCATOR_MARGIN = 1.1  # fragmentation and buffers too small to model
+LAYER_PEAK = 1.3  # peak memory of one layer in backward, relative to its saved activations: gradients come on top
+BUCKET = 5 * 10**8  # parameters that DeepSpeed reduces or gathers at once; its default
+GPUS = (1, 2, 4, 8, 16, 32, 64, 128)  # numbers of GPUs that the table lists
+CARD_GIB = 80  # memory of an A100 or H100, GiB
+PEAK_TFLOPS, UTILISATION = 989, 0.4  # peak of an H100 in dense bfloat16, and the part of it that is assumed to be used
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """Bytes that autograd keeps, and bytes that checkpointing keeps instead of them.
+class SavedBytes:
+    """Bytes of activations that autograd saves for backward; activation checkpointing saves only the inputs.
 
     Attributes:
-        layer: of one language model layer, for a token.
-        layer_input: of its input.
-        block: of one vision transformer block, for a crop.
-        block_input: of its input.
-        connector: of the connector, for a frame.
+        layer: one language model layer, bytes per token.
+        layer_input: the input of such a layer, bytes per token.
+        block: one vision transformer block, bytes per crop.
+        block_input: the input of such a block, bytes per crop.
+        connector: the connector, bytes per frame.
     """
 
     layer: int
@@ -58,24 +59,24 @@ class Kept:
 
 
 def kept_bytes(modules: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Bytes of the tensors that autograd keeps for the backward pass of `run`, parameters left out."""
+    """Bytes of the tensors that autograd saves for the backward pass of `run`, without parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in modules.parameters()}
     sizes: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with saved_tensors_hooks(note, lambda tensor: tensor):
+    with saved_tensors_hooks(count, lambda tensor: tensor):
         output = run()
     assert output.requires_grad
     return sum(sizes.values())
 
 
-def count_kept(config: ModelConfig, dtype: torch.dtype) -> Kept:
-    """What the layers of this model keep, counted on one layer of each kind and a few tokens."""
+def count_kept(config: ModelConfig, dtype: torch.dtype) -> SavedBytes:
+    """Measure the saved activations of this model on one layer of each kind and a few tokens."""
     tokens = 64
     with torch.device("meta"):
         decoder = Decoder(config.text)
@@ -102,7 +103,7 @@ def count_kept(config: ModelConfig, dtype: torch.dtype) -> Kept:
         dtype=dtype,
         requires_grad=True,
     )
-    return Kept(
+    return SavedBytes(
         layer=kept_bytes(layer, lambda: layer(x, rope, mask, attend, None)) // tokens,
         layer_input=x.nbytes // tokens,
         block=kept_bytes(block, lambda: block(crop)),
@@ -112,27 +113,27 @@ def count_kept(config: ModelConfig, dtype: torch.dtype) -> Kept:
 
 
 def state_bytes(recipe: Recipe, config: ModelConfig, world: int) -> dict[str, float]:
-    """Parameters, gradients and optimizer states of one of `world` GPUs, and DeepSpeed's buffers, in bytes."""
+    """Bytes of parameters, gradients, optimizer states and DeepSpeed's buffers on one of `world` GPUs."""
     with torch.device("meta"):
         model = Molmo2(config)
     if recipe.optim.freeze_base_embedding:
         model.text.embedding.base.requires_grad_(False)
-    every = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     half, stage = recipe.train.precision == "bf16", recipe.train.zero_stage
     return {
-        "parameters": every * (2 if half else 4) / (world if stage == 3 else 1),
-        "gradients": trained * 4 / (world if stage >= 2 else 1),  # added up in float32
+        "parameters": total * (2 if half else 4) / (world if stage == 3 else 1),
+        "gradients": trained * 4 / (world if stage >= 2 else 1),  # accumulated in float32
         "optimizer": 0.0
         if "optimizer" in recipe.train.offload
-        # with masters of bfloat16
+        # two moments in float32, and float32 master weights when the model is bfloat16
         else trained * (12 if half else 8) / (world if stage >= 1 else 1),
         "buckets": 2 * min(BUCKET, trained) * (2 if half else 4) if stage else 0,
     }
 
 
-def activation_bytes(recipe: Recipe, config: ModelConfig, kept: Kept) -> dict[str, float]:
-    """Activations of one GPU in a full micro-batch, in bytes."""
+def activation_bytes(recipe: Recipe, config: ModelConfig, kept: SavedBytes) -> dict[str, float]:
+    """Bytes of activations on one GPU in a full micro-batch."""
     train, data = recipe.train, recipe.data
     tokens = train.micro_batch * data.sequence_length / train.sp
     crops = train.micro_batch * -(-data.max_crops // train.sp)
@@ -155,15 +156,15 @@ def activation_bytes(recipe: Recipe, config: ModelConfig, kept: Kept) -> dict[st
     }
 
 
-def memory(recipe: Recipe, world: int, kept: Kept) -> dict[str, float]:
-    """Peak memory of one of `world` GPUs by its parts, in bytes; the values sum to the whole."""
+def memory(recipe: Recipe, world: int, kept: SavedBytes) -> dict[str, float]:
+    """Peak memory of one of `world` GPUs by its parts, in bytes; the values add up to the total."""
     config = PRESETS[recipe.model]
     parts = state_bytes(recipe, config, world) | activation_bytes(recipe, config, kept)
-    return {name: MARGIN * value for name, value in parts.items()}
+    return {name: ALLOCATOR_MARGIN * value for name, value in parts.items()}
 
 
 def step_flops(recipe: Recipe) -> float:
-    """Operations of a step of full packs, recomputed ones included: one video and one question each."""
+    """Operations of a step, including recomputation; every pack is full and holds one video and one question."""
     config, data = PRESETS[recipe.model], recipe.data
     tokens, crops = data.sequence_length, data.max_crops
     visual = min(tokens, crops * (round(config.patches_per_crop**0.5) // config.video_pool) ** 2)
@@ -180,17 +181,21 @@ def step_flops(recipe: Recipe) -> float:
 
 
 def changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """What one may change when a card is too small, the cheapest first; each step keeps those before it."""
+    """Settings to change when the GPU is too small, the cheapest first; each item includes the changes before it.
+
+    Returns:
+        The overrides for `--set`, as text, and the recipe with them.
+    """
     train = recipe.train
-    wanted: list[tuple[str, Any]] = [
+    savings: list[tuple[str, Any]] = [
         ("train.activation_checkpointing", True),
         ("train.micro_batch", 1),
         ("train.zero_stage", 3),
         *(("train.sp", sp) for sp in (2, 4, 8)),
         ("train.offload", ("activations", "optimizer")),
     ]
-    said: list[str] = []
-    for path, value in wanted:
+    overrides: list[str] = []
+    for path, value in savings:
         name = path.removeprefix("train.")
         if getattr(train, name) == value or (
             name == "sp" and (train.sp >= value or recipe.data.sequence_length % value)
@@ -198,18 +203,18 @@ def changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
             continue
         train = train.model_copy(update={name: value})
         shown = f"[{','.join(value)}]" if isinstance(value, tuple) else value
-        said = [*(text for text in said if not text.startswith(path)), f"{path}={shown}"]
-        yield " ".join(said), recipe.model_copy(update={"train": train})
+        overrides = [*(text for text in overrides if not text.startswith(path)), f"{path}={shown}"]
+        yield " ".join(overrides), recipe.model_copy(update={"train": train})
 
 
 def dry_run(recipe: Recipe) -> list[str]:
     """The lines to print: memory of a GPU and time of the run for every number of GPUs on which the recipe runs.
 
     Raises:
-        ValueError: the recipe's model is no preset.
+        ValueError: the recipe's model is not a preset.
     """
     if recipe.model not in PRESETS:
-        raise ValueError(f"model {recipe.model!r} is no preset; known: {', '.join(sorted(PRESETS))}")
+        raise ValueError(f"model {recipe.model!r} is not a preset; known: {', '.join(sorted(PRESETS))}")
     config, train = PRESETS[recipe.model], recipe.train
     kept = count_kept(config, torch.bfloat16 if train.precision == "bf16" else torch.float32)
     flops = step_flops(recipe)

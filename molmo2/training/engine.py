@@ -37,7 +37,7 @@ from molmo2.parallel.vision import encode_shared
 from molmo2.training.optim import ComponentAdamW, parameter_groups
 from shards.stream.collate import Batch
 
-# Of DeepSpeed's keys those that change neither what is computed nor what the recipe says.
+# The DeepSpeed keys that a user may set: they neither change what is computed nor contradict the recipe.
 ENGINE_KEYS = frozenset({"aio", "comms_logger", "dump_state", "flops_profiler", "memory_breakdown"})
 ZERO_KEYS = frozenset(
     {
@@ -57,10 +57,10 @@ ZERO_KEYS = frozenset(
 
 
 class TrainingModule(nn.Module):
-    """The model and its loss: what DeepSpeed wraps.
+    """The model and its loss, as the one module that DeepSpeed wraps.
 
     Args:
-        model: the model, whose parameters stand below "model." in a checkpoint.
+        model: the model; its parameters have the prefix "model." in a checkpoint.
         recipe: the run.
         mesh: this rank's place.
     """
@@ -75,12 +75,12 @@ class TrainingModule(nn.Module):
         self.attend = ulysses(masked_attention, mesh, model.config.text.num_heads, model.config.text.num_kv_heads)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Forward of one micro-batch; every rank must call it together.
+        """Compute the loss of one micro-batch; all ranks must call it together.
 
         Returns:
-            The loss to go backward from (scalar: world * local sum / W), and the local sums for the log, detached:
+            The loss for backward (scalar: world * local sum / W), and the local sums for the log, detached:
             [2 + 2 * datasets], cross entropy and z term, both / W, then each dataset's weighted cross entropy, then
-            each one's weight.
+            each dataset's loss weight.
         """
         model, mesh = self.model, self.mesh
         features, touch = encode_shared(
@@ -128,7 +128,8 @@ class TrainingModule(nn.Module):
 def start_distributed() -> torch.device:
     """Join the process group (gloo on CPU, nccl on CUDA) and return this rank's device.
 
-    Works under deepspeed, torchrun, accelerate and srun, which set the variables, and without a launcher: one rank.
+    It works under deepspeed, torchrun, accelerate and srun, which set the environment variables of the ranks, and
+    without a launcher, on one rank.
     """
     if "RANK" not in os.environ:
         with socket.socket() as free:
@@ -146,7 +147,7 @@ def start_distributed() -> torch.device:
 
 
 def _free_name_of_shared_memory() -> None:
-    """Unlink DeepSpeed's CPU exchange buffer once all ranks have it open: 66 MiB a rank would stay after every run."""
+    """Unlink DeepSpeed's CPU exchange buffer once all ranks have opened it: else 66 MiB a rank stay after a run."""
     dist.barrier()
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
@@ -154,10 +155,10 @@ def _free_name_of_shared_memory() -> None:
 
 
 def read_engine_keys(path: Path | None) -> dict[str, Any]:
-    """What a user adds to DeepSpeed's JSON (`--deepspeed_config`): buffers, prefetching, profiling, and nothing else.
+    """Read a user's additions to DeepSpeed's JSON (`--deepspeed_config`): only buffers, prefetching and profiling.
 
     Raises:
-        ValueError: no JSON object, or keys that the recipe decides or that change what is computed; all are named.
+        ValueError: the file holds no JSON object, or keys that the recipe sets or that change what is computed.
     """
     if path is None:
         return {}
@@ -177,24 +178,25 @@ def read_engine_keys(path: Path | None) -> dict[str, Any]:
 def deepspeed_config(
     recipe: Recipe, universal: bool = False, added: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """DeepSpeed's JSON, derived. Batch sizes and accumulation are ours: it is only told the micro-batch.
+    """DeepSpeed's configuration, derived from the recipe. `added`: see `read_engine_keys`.
 
-    `added`: see `read_engine_keys`.
+    Of the batch sizes it gets only the micro-batch, since the trainer does gradient accumulation itself.
     """
     train = recipe.train
     half = train.precision == "bf16"
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if "optimizer" in train.offload else {}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
-        "managed_gradient_accumulation": False,  # backward any number of times, then step
+        "managed_gradient_accumulation": False,  # the trainer calls backward for every micro-batch, then step
         "gradient_clipping": 0.0,  # explicit, since its default is 1.0
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # ours runs on the CPU as it is
+        "zero_force_ds_cpu_optimizer": False,  # `ComponentAdamW` runs on the CPU too
         "zero_optimization": {
             "stage": train.zero_stage,
             **offload,
             "overlap_comm": False,
-            # One sub-group to a component: otherwise ZeRO-3 would show the optimizer only a part of its gradient.
+            # One sub-group for each component: ZeRO-3 steps one sub-group at a time, and clipping needs the norm of
+            # the component's whole gradient.
             "sub_group_size": 10**12,
             **added.get("zero_optimization", {}),
         },
@@ -210,9 +212,9 @@ def deepspeed_config(
 def start_engine(
     model: Molmo2, recipe: Recipe, mesh: Mesh, universal: bool = False, added: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[Any, ComponentAdamW, list[str]]:
-    """Freeze what the recipe freezes and wrap model and optimizer; collective.
+    """Freeze the parameters that the recipe freezes, and wrap model and optimizer in an engine; collective.
 
-    `universal`: the engine will load states in the format for any number of ranks. `added`: see `read_engine_keys`.
+    `universal`: the engine will load a checkpoint in DeepSpeed's universal format. `added`: see `read_engine_keys`.
 
     Returns:
         The engine, the optimizer inside it, and the names of its groups in order.

@@ -1,4 +1,4 @@
-"""The steps of a run: forward, backward, update, what is measured, and when a checkpoint is written."""
+"""The training loop: gradient accumulation, update, metrics, validation and checkpoints of every step of a run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from shards.stream.plan import Cursor
 
 
 class StopSignal:
-    """Remembers that SIGTERM or SIGUSR1 came; the step under way is finished first."""
+    """Records that SIGTERM or SIGUSR1 arrived; the run finishes the current step and then stops."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -51,16 +51,16 @@ class StopSignal:
         self.seen = True
 
     def asked(self, run: Run) -> bool:
-        """Whether this rank was told to stop: by a signal or, looked for by rank 0 alone, a file in the run's folder.
+        """Whether this rank should stop: it got a signal or, on rank 0, there is a `stop` file in the run's folder.
 
-        One rank, since a shared file system may show a new file to some machines a step later than to others.
+        Only rank 0 looks, since a shared file system may show a new file to some machines a step later than to others.
         """
         return self.seen or (run.mesh.rank == 0 and (run.recipe.run_dir / STOP_NAME).exists())
 
 
 @dataclass(slots=True)
 class Progress:
-    """What changes while it trains, beside the weights: steps done, the place in the data, the last losses."""
+    """The state of a run beside weights and optimizer: steps done, the place in the data, the last losses."""
 
     step: int
     cursor: Cursor
@@ -68,23 +68,23 @@ class Progress:
 
 
 class Totals(NamedTuple):
-    """Sums of one step over all ranks; both losses are already divided by the loss weight of the step."""
+    """Sums of one step over all ranks; `loss` and `z_loss` are divided by the loss weight of the step."""
 
     loss: float
     z_loss: float
-    stopping: float  # ranks that were told to stop
-    masked: float  # samples that were quarantined
+    stopping: float  # number of ranks that got a signal to stop
+    masked: float  # number of quarantined samples
     crops: float
-    retries: float  # reads that were tried again
-    cache_hits: float  # reads from shards that were kept on the disk
-    megabytes: float  # read, as stored
+    retries: float  # reads from storage that were repeated after an error
+    cache_hits: float  # reads from shards in the disk cache
+    megabytes: float  # bytes read as stored, in units of 1e6
     tokens: float
-    losses: dict[str, float]  # mean cross entropy of each dataset that is in the step
-    tokens_of: dict[str, float]  # of each dataset that is in the step
+    losses: dict[str, float]  # mean cross entropy of each dataset in the step
+    tokens_of: dict[str, float]  # number of tokens of each dataset in the step
 
 
 def record_masked(batch: Batch, run: Run) -> None:
-    """Write damaged samples to `quarantine.jsonl` and say so; one rank of a group does it."""
+    """Write damaged samples to `quarantine.jsonl` and report them on stderr; one rank of a group does it."""
     if not batch.masked or run.mesh.sp_rank:
         return
     with open(run.recipe.run_dir / QUARANTINE_NAME, "a", encoding="utf-8") as file:
@@ -96,10 +96,10 @@ def record_masked(batch: Batch, run: Run) -> None:
 def compute(
     run: Run, engine: Any, batches: Iterator[Batch], clock: StepClock, watchdog: Watchdog, cursor: Cursor, stop: bool
 ) -> tuple[Totals, Cursor]:
-    """Forward and backward over one step's packs; gradients are in the engine then.
+    """Accumulate the gradients of one step in the engine: forward and backward over all its micro-batches.
 
     Returns:
-        The step's sums, and where the data stand after it.
+        The step's sums, and the place in the data after it.
     """
     train, step, names = run.recipe.train, cursor.step + 1, [dataset.name for dataset in run.plan.datasets]
     sums = torch.zeros(len(Totals._fields) - 2 + 3 * len(names), dtype=torch.float64, device=run.device)
@@ -126,9 +126,10 @@ def compute(
 
 
 def sums_of(batch: Batch, logged: Tensor, num_datasets: int, sp: int) -> Tensor:
-    """What this rank adds to a step's `Totals` for one micro-batch, float64; then loss, weight and tokens by dataset.
+    """One rank's contribution to a step's `Totals` for one micro-batch: float64, on the device of `logged`.
 
-    What the ranks of a group have in common is divided among them. Nothing here waits for the device.
+    The numeric fields come in order, then loss, weight and tokens of each dataset. Numbers that the ranks of a group
+    have in common are divided by `sp`. Nothing here waits for the device.
     """
     inside, counts = batch.segment_ids != PAD_SEGMENT, batch.reads.counts
     tokens = logged.new_zeros(num_datasets, dtype=torch.float64)
@@ -146,10 +147,11 @@ def sums_of(batch: Batch, logged: Tensor, num_datasets: int, sp: int) -> Tensor:
 
 
 def update(run: Run, engine: Any, optimizer: ComponentAdamW, progress: Progress, totals: Totals) -> bool:
-    """Apply the gradients, unless the recipe leaves out such a step; False when it was left out.
+    """Apply the gradients, unless the step is anomalous and the recipe skips it; False when it was skipped.
 
     Raises:
-        TrainingError: the loss or a gradient is no number, or jumped, and the recipe says to stop; nothing was updated.
+        TrainingError: the loss or a gradient is not finite, or there is a loss spike, and the recipe says to stop;
+            nothing was updated.
     """
     settings, history = run.recipe.anomalies, progress.history
     kind = history.judge(totals.loss, settings)
@@ -158,7 +160,7 @@ def update(run: Run, engine: Any, optimizer: ComponentAdamW, progress: Progress,
         optimizer.skip = action == "skip"
         engine.step()
         if kind is None and (optimizer.refused or not engine.was_step_applied()):
-            kind = "nonfinite"  # a gradient, though the loss was a number
+            kind = "nonfinite"  # the loss was finite and a gradient was not
             action = action_for(kind, history, settings)
     if kind is not None and run.mesh.rank == 0:
         line = describe(run.plan.step(progress.cursor), run.plan.datasets, kind, totals.loss, action)
@@ -167,8 +169,8 @@ def update(run: Run, engine: Any, optimizer: ComponentAdamW, progress: Progress,
         write(f"step {line['step']}: {kind}, loss {totals.loss:.4g}: {action}; packs: {file.name}", sys.stderr)
     if action == "stop":
         raise TrainingError(
-            f"step {progress.step + 1}: loss {totals.loss:.4g} ({kind}: the loss, or a gradient) and nothing was "
-            "updated; see what the step held with --replay, and start again from the last checkpoint with lower "
+            f"step {progress.step + 1}: loss {totals.loss:.4g} ({kind}: the loss or a gradient); nothing was updated; "
+            "look at the losses of its samples with --replay, and start again from the last checkpoint with lower "
             f"learning rates (optim.*.lr), a longer warm-up, or anomalies.{kind}=skip"
         )
     history.add(totals.loss, action == "skip")
@@ -178,7 +180,7 @@ def update(run: Run, engine: Any, optimizer: ComponentAdamW, progress: Progress,
 def measurements(
     run: Run, step: int, totals: Totals, rates: dict[str, float], optimizer: ComponentAdamW, clock: StepClock
 ) -> dict[str, float]:
-    """One line of the log; ends the clock's lap."""
+    """The values of one line of `log.jsonl`; it ends the clock's lap."""
     train = run.recipe.train
     seconds, data_wait, reads = clock.lap()
     return {
@@ -205,7 +207,7 @@ def measurements(
 
 
 def record_data(run: Run, progress: Progress) -> None:
-    """One line in `data.jsonl`: of every dataset its share as asked and as drawn, its epochs, and samples masked."""
+    """Write a line to `data.jsonl`: each dataset's share of the mixture and of the draws, epochs, masked samples."""
     window, total = progress.cursor.window, sum(run.plan.weights.values())
     drawn, epochs = run.plan.draws_until(window), run.plan.epochs(window)
     masked = Counter(line["dataset"] for line in read_log(run.recipe.run_dir / QUARANTINE_NAME))
@@ -223,10 +225,10 @@ def record_data(run: Run, progress: Progress) -> None:
 
 
 def save(run: Run, engine: Any, progress: Progress, sender: Sender | None) -> None:
-    """Write a checkpoint and begin to send it; when writing fails, the recipe says whether training goes on without."""
+    """Write a checkpoint and begin to copy it to the mirror; when writing fails, `train.on_full_disk` decides."""
     recipe, state = run.recipe, run.plan.state(progress.cursor)
     if sender is not None:
-        sender.wait()  # what it sends may be dropped now
+        sender.wait()  # saving may delete the checkpoint that is being copied
     if run.mesh.rank == 0:
         record_data(run, progress)
     losses = tuple(progress.history.losses)
@@ -235,7 +237,7 @@ def save(run: Run, engine: Any, progress: Progress, sender: Sender | None) -> No
     except CheckpointError as error:  # raised by all ranks together
         if recipe.train.on_full_disk == "stop":
             raise
-        say(f"{recipe.name}: WARNING: goes on without a checkpoint: {error}")
+        say(f"{recipe.name}: WARNING: training continues without a checkpoint: {error}")
     else:
         if sender is not None:
             sender.start(path)
@@ -244,12 +246,12 @@ def save(run: Run, engine: Any, progress: Progress, sender: Sender | None) -> No
 
         try:
             write_report(recipe)
-        except OSError as error:  # no reason to stop a run
+        except OSError as error:  # a missing report is no reason to stop a run
             write(f"{recipe.name}: WARNING: no {REPORT_NAME}: {error}", sys.stderr)
 
 
 def judge(run: Run, engine: Any, step: int, monitor: Monitor | None) -> None:
-    """Held-out losses to `eval.jsonl`, generated answers to `samples/`; collective."""
+    """Run validation: held-out losses go to `eval.jsonl`, generated answers to `samples/`; collective."""
     from molmo2.training.validation import evaluate, write_samples
 
     values, samples = evaluate(run, engine)
@@ -268,7 +270,7 @@ def judge(run: Run, engine: Any, step: int, monitor: Monitor | None) -> None:
 def run_steps(
     run: Run, engine: Any, optimizer: ComponentAdamW, names: list[str], progress: Progress, stop: StopSignal
 ) -> None:
-    """Train to the end or to a signal, and save; `progress` is kept up to date."""
+    """Train until the last step or a stop signal, and save checkpoints; `progress` is updated after every step."""
     recipe, steps = run.recipe, run.recipe.train.steps
     monitor = Monitor(recipe, progress.step) if run.mesh.rank == 0 else None
     sender = Sender(recipe, say) if run.mesh.rank == 0 else None
@@ -301,7 +303,7 @@ def run_steps(
             if recipe.eval is not None and (step == steps or step % recipe.eval.every == 0):
                 watchdog.enter("evaluation", step)
                 judge(run, engine, step, monitor)
-                clock.lap()  # no step's time
+                clock.lap()  # validation counts towards no step's time
             if stopping or step == steps or step % recipe.train.checkpoint_every == 0:
                 watchdog.enter("checkpoint", step)
                 save(run, engine, progress, sender)

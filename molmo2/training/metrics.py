@@ -1,6 +1,6 @@
-"""What a run tells while it trains: one line of JSON a step, a progress bar, and TensorBoard or W&B by recipe.
+"""Metrics of a run during training: one line of JSON a step, a progress bar, and TensorBoard or W&B as in the recipe.
 
-`log.jsonl` is the record: on resume, lines after the resumed step are dropped, so that every step stands in it once.
+`log.jsonl` is the record: on resume, lines after the resumed step are dropped, so that every step is in it once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from shards.stream.collate import ReadStats
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log in order; an unfinished last line (a run that was killed) is left out."""
+    """Parsed lines of a log; a last line without a line break, cut short when a run was killed, is left out.
+
+    A file that does not exist has no lines.
+    """
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
@@ -34,20 +37,20 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_log(path: Path, last_step: int) -> None:
-    """Drop the lines after `last_step` and an unfinished one, atomically."""
+    """Drop the lines after `last_step` and an unfinished last line, atomically."""
     if path.exists():
-        kept = [line for line in read_log(path) if line["step"] <= last_step]
+        lines = [line for line in read_log(path) if line["step"] <= last_step]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.replace(temporary, path)
 
 
 class Monitor:
-    """Writes the metrics of one run; made on rank 0 only.
+    """Writes the metrics of one run; only rank 0 has one.
 
     Args:
         recipe: the run.
-        start: steps done before.
+        start: optimizer steps done before, when the run resumes.
     """
 
     def __init__(self, recipe: Recipe, start: int) -> None:
@@ -57,7 +60,7 @@ class Monitor:
         self.bar = tqdm(total=recipe.train.steps, initial=start, desc=recipe.name, unit="step", dynamic_ncols=True)
         self.tensorboard = self.wandb = None
         if recipe.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and some runs do without
+            from torch.utils.tensorboard import SummaryWriter  # imported here because it is slow
 
             self.tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
         if recipe.logging.wandb:
@@ -78,7 +81,7 @@ class Monitor:
         self.plot(line["step"], {name: value for name, value in values.items() if name != "step"})
 
     def plot(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers for TensorBoard and W&B alone; a dot in a name becomes a slash."""
+        """Write numbers to TensorBoard and W&B, not to the log; a dot in a name becomes a slash."""
         numbers = {name.replace(".", "/"): value for name, value in values.items()}
         if self.tensorboard is not None:
             for name, value in numbers.items():
@@ -87,7 +90,7 @@ class Monitor:
             self.wandb.log(numbers, step=step)
 
     def show(self, step: int, number: int, text: str, image: Any = None) -> None:
-        """One generated sample for TensorBoard and, with its picture alone, W&B; `image`: of PIL."""
+        """Write one generated sample to TensorBoard, and to W&B if it has a picture. `image` is a PIL image."""
         if self.tensorboard is not None:
             self.tensorboard.add_text(f"samples/{number}", text, step)
             if image is not None:
@@ -97,7 +100,7 @@ class Monitor:
             self.wandb.log({f"samples/{number}": wandb.Image(image, caption=text)}, step=step)
 
     def say(self, text: str) -> None:
-        """A message that does not tear the progress bar."""
+        """Print a message without breaking the progress bar."""
         self.bar.write(text)
 
     def close(self) -> None:
@@ -111,7 +114,7 @@ class Monitor:
 
 
 class StepClock:
-    """Seconds of a step, how many of them were spent waiting for data, and what one sample took to read and decode."""
+    """Measures the seconds of a step, the part spent waiting for data, and the time to read and decode each sample."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -123,12 +126,12 @@ class StepClock:
         self.waited += time.perf_counter() - since
 
     def reads(self, stats: ReadStats) -> None:
-        """Count the samples of a batch."""
+        """Add the times to read and decode the samples of a batch."""
         self.seconds["read"] += stats.read
         self.seconds["decode"] += stats.decode
 
     def lap(self) -> tuple[float, float, dict[str, float]]:
-        """Seconds of the step, share of it spent waiting, milliseconds of a sample by percentile; starts the next."""
+        """End the step: its seconds, the fraction spent waiting, and percentiles of milliseconds per sample."""
         now = time.perf_counter()
         seconds, waited = now - self.start, self.waited
         percentiles = {
@@ -142,13 +145,13 @@ class StepClock:
 
 
 def summarize(lines: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
-    """The figures of a whole run from its log: losses are means over the first and last tenth of the steps.
+    """The summary of a whole run from its log: losses are means over the first and last tenth of the steps.
 
     Raises:
-        ValueError: the log is empty or was taken away.
+        ValueError: the log is empty or missing.
     """
     if not lines:
-        raise ValueError(f"{recipe.run_dir / LOG_NAME}: no steps in it, so there is nothing to sum up")
+        raise ValueError(f"{recipe.run_dir / LOG_NAME}: it has no steps, so there is nothing to summarize")
     span = max(1, len(lines) // 10)
     return {
         "name": recipe.name,
@@ -165,24 +168,24 @@ def summarize(lines: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
 def gpu_use() -> dict[str, float]:
     """Peak memory of this rank's GPU, GiB, and its utilisation, percent; empty without a GPU.
 
-    Utilisation needs NVML's Python binding (nvidia-ml-py), which torch does not bring, and a GPU that tells it.
+    Utilisation needs NVML's Python binding (nvidia-ml-py), which torch does not install, and a GPU that reports it.
     """
     if not torch.cuda.is_available():
         return {}
-    found = {"gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+    values = {"gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
     if importlib.util.find_spec("pynvml"):
         with contextlib.suppress(importlib.import_module("pynvml").NVMLError):
-            found["gpu_utilization"] = float(torch.cuda.utilization())
-    return found
+            values["gpu_utilization"] = float(torch.cuda.utilization())
+    return values
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN; `null` marks a number that is not one."""
+    """The value, or None in place of NaN or an infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _start_wandb(recipe: Recipe) -> Any:
-    wandb = importlib.import_module("wandb")  # an extra; `train.py` has checked that it is there
+    wandb = importlib.import_module("wandb")  # an optional dependency; `train.py` has checked that it is installed
     settings = recipe.model_dump(mode="json")
     names = {"project": recipe.logging.wandb, "name": recipe.name, "id": recipe.name}
     return wandb.init(**names, dir=str(recipe.run_dir), resume="allow", config=settings)

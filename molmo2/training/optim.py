@@ -1,8 +1,8 @@
 """AdamW over three components, each with its own learning rate, warm-up and gradient clip.
 
-DeepSpeed clips only the norm over all parameters and knows one schedule; Molmo2 trains vision tower, connector and
-language model at different rates and clips each to its own norm. Everything is therefore in the optimizer that
-DeepSpeed wraps, and DeepSpeed's own clipping and scheduling stay off.
+DeepSpeed clips only the norm over all parameters and has one schedule; Molmo2 trains vision tower, connector and
+language model at different rates and clips each to its own norm. Clipping and schedules are therefore in the optimizer
+that DeepSpeed wraps, and DeepSpeed's own are off.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class ComponentAdamW(torch.optim.AdamW):
         super().__init__(groups, **options)
         self.partitioned = partitioned
         self.norms: dict[str, Tensor] = {}  # gradient norm of each component before clipping, fp32, last step
-        self.skip = False  # set it to leave the next update out: weights and moments stay as they are
-        self.refused = False  # whether the last step had a gradient that is no number, and changed nothing
+        self.skip = False  # set by the caller to skip the next update: weights and moments do not change
+        self.refused = False  # whether the last step had a gradient that is not finite, and changed nothing
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Clip each component, then update, unless a gradient is no number. All ranks must call it together.
+        """Clip each component, then update, unless a gradient is not finite. All ranks must call it together.
 
-        Under ZeRO-3, which calls it for one component at a time, those before the faulty one are updated.
+        ZeRO-3 calls it for one component at a time, so components before the faulty one are still updated.
         """
         scales = {}
         for group in self.param_groups:
@@ -65,7 +65,7 @@ class ComponentAdamW(torch.optim.AdamW):
 
 
 def parameter_groups(components: Mapping[str, Iterable[torch.nn.Parameter]], optim: Optim) -> list[dict[str, Any]]:
-    """Groups for `ComponentAdamW`: the parameters that train, one group a component.
+    """Groups for `ComponentAdamW`: one group of trainable parameters for each component.
 
     The rate is 0 until `set_learning_rates`. A component whose parameters are all frozen has no group.
     """
@@ -89,7 +89,7 @@ def learning_rate(group: Group, step: int, num_steps: int, final_fraction: float
 def set_learning_rates(optimizer: Any, names: list[str], optim: Optim, step: int, num_steps: int) -> dict[str, float]:
     """Set the rate of every group for the `step`-th update (from 1) and return the rates by name.
 
-    By index and not by the groups' own names: a checkpoint that is loaded may replace both.
+    Groups are matched by index and not by their own names, since loading a checkpoint may replace names and rates.
     """
     rates = {name: learning_rate(getattr(optim, name), step, num_steps, optim.final_lr_fraction) for name in names}
     for group, name in zip(optimizer.param_groups, names, strict=True):

@@ -1,6 +1,7 @@
-"""What one step of a run holds: its packs, their samples in words, and the loss of each under a checkpoint's weights.
+"""Replay of one step of a run: its packs, their samples as text, and the loss of each under a checkpoint's weights.
 
-The plan says what any step of any run reads, so nothing has to be recorded for it. One process, no launcher.
+The plan determines what every step of a run reads, so nothing has to be recorded for it. It runs in one process,
+without a launcher.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from shards.stream.loader import pack_reader
 from shards.stream.plan import Cursor, Draw, PackSpec, Plan, StepSpec
 from shards.stream.read_ahead import MicroSpec
 
-TEXT_LENGTH = 300  # characters of a message that are shown
+TEXT_LENGTH = 300  # a message is cut after this many characters
 
 
 def find_step(run: Run, number: int) -> StepSpec:
-    """Step `number` (from 1) of the plan, from the nearest checkpoint before it, or from the start.
+    """Step `number` (from 1) of the plan, computed from the nearest checkpoint before it, or from the start.
 
     Raises:
-        ValueError: there is no step 0; PlanError: a checkpoint is of other data.
+        ValueError: `number` is less than 1.
+        PlanError: the checkpoint was trained on other data.
     """
     if number < 1:
         raise ValueError(f"step {number}: the first one is 1")
@@ -43,7 +45,7 @@ def find_step(run: Run, number: int) -> StepSpec:
 
 
 def _before(run: Run, number: int) -> Checkpoint | None:
-    """The newest whole checkpoint of the run whose weights have not seen step `number`."""
+    """The newest whole checkpoint of the run that was written before step `number`."""
     for path in sorted(checkpoints_dir(run.recipe.run_dir).glob("step-*"), reverse=True):
         if int(path.name.removeprefix("step-")) < number and damage(path) is None:
             return Checkpoint(path, json.loads((path / META).read_text()))
@@ -51,7 +53,7 @@ def _before(run: Run, number: int) -> Checkpoint | None:
 
 
 def show_packs(run: Run, step: StepSpec, num_packs: int) -> Iterator[str]:
-    """Lines for a person: the packs of a step, each sample with its place, its lengths and its messages."""
+    """Lines to print: the packs of a step, each sample with its name, its lengths and its messages."""
     for pack in step.packs[:num_packs]:
         yield _heading(run, pack)
         for draw in pack.draws:
@@ -62,12 +64,12 @@ def show_packs(run: Run, step: StepSpec, num_packs: int) -> Iterator[str]:
 
 
 def show_losses(run: Run, step: StepSpec, fresh: Molmo2 | None = None) -> Iterator[str]:
-    """Lines for a person: the loss of every sample of a step, under the weights before it.
+    """Lines to print: the loss of every sample of a step, under the weights before it.
 
-    `fresh`: the run's first weights, for a step that no checkpoint comes before.
+    `fresh`: the run's initial weights, for a step with no checkpoint before it.
 
     Raises:
-        ValueError: no checkpoint of the run comes before the step, and no weights are given.
+        ValueError: no checkpoint of the run precedes the step, and `fresh` is None.
     """
     number = step.step + 1
     checkpoint = _before(run, number)
@@ -93,7 +95,7 @@ def show_losses(run: Run, step: StepSpec, fresh: Molmo2 | None = None) -> Iterat
 
 @torch.no_grad()
 def member_losses(module: TrainingModule, batch: Batch, num_members: int) -> list[float | None]:
-    """Mean weighted cross entropy of every member of a batch of one pack; None for one without loss."""
+    """Mean weighted cross entropy of every member of a batch of one pack; None for a member without loss."""
     inside = batch.segment_ids != PAD_SEGMENT
     members = torch.where(inside, batch.segment_ids // MEMBER, 0).long()
     module.num_datasets = num_members  # members take the place of datasets

@@ -1,4 +1,4 @@
-"""`runs/<name>/report.html`: what a run did so far, from its own files, without scripts or links to other files."""
+"""The report of a run, `runs/<name>/report.html`, from the run's files; it has no scripts or links to other files."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 def write_report(recipe: Recipe) -> Path:
-    """Write the report, whole or not at all.
+    """Write the report atomically and return its path.
 
     Raises:
-        OSError: it cannot be written, or a file of the run cannot be read.
+        OSError: the report cannot be written, or a file of the run cannot be read.
     """
     run_dir = recipe.run_dir
     log, held_out, data = (read_log(run_dir / name) for name in (LOG_NAME, EVAL_NAME, DATA_NAME))
@@ -48,9 +48,9 @@ def write_report(recipe: Recipe) -> Path:
 
 
 def facts(recipe: Recipe, log: Lines) -> dict[str, str]:
-    """Progress, and with what it was made: of the newest checkpoint, and of this machine."""
-    found = sorted(checkpoints_dir(recipe.run_dir).glob(f"step-*/{META}"))
-    meta = json.loads(found[-1].read_text()) if found else {}
+    """Progress from the log, ranks and versions from the newest checkpoint, and the hardware of this machine."""
+    metas = sorted(checkpoints_dir(recipe.run_dir).glob(f"step-*/{META}"))
+    meta = json.loads(metas[-1].read_text()) if metas else {}
     cuda = torch.cuda.is_available()
     hardware = torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
     tokens, seconds = sum(line["tokens"] for line in log), sum(line["seconds"] for line in log)
@@ -66,7 +66,10 @@ def facts(recipe: Recipe, log: Lines) -> dict[str, str]:
 
 
 def curves(lines: Lines, kinds: Sequence[str], prefix: str = "") -> list[tuple[str, str]]:
-    """(title, SVG) of every number of these kinds: "loss" and then "loss.<dataset>", in order; short ones left out."""
+    """Titles and SVG curves of every number of these kinds: "loss", then "loss.<dataset>", in the order of `kinds`.
+
+    Numbers with fewer than two values have no curve.
+    """
     columns: dict[str, list[float]] = {}
     for line in lines:
         for name, value in line.items():
@@ -79,7 +82,7 @@ def curves(lines: Lines, kinds: Sequence[str], prefix: str = "") -> list[tuple[s
 
 
 def shares(log: Lines, data: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of every dataset: share of the draws as asked and as drawn, share of the tokens, epochs, samples masked."""
+    """One row for each dataset: its share of the mixture, the draws and the tokens, epochs, and masked samples."""
     tokens = {name: sum(line.get(f"tokens.{name}", 0) for line in log) for name in data}
     total = sum(tokens.values()) or 1
     rows = [{"name": name, "tokens": tokens[name] / total, **values} for name, values in data.items()]
@@ -87,11 +90,11 @@ def shares(log: Lines, data: Mapping[str, Mapping[str, Any]]) -> list[dict[str, 
 
 
 def latest_samples(run_dir: Path) -> list[dict[str, Any]]:
-    """The last generated answers; pictures become data URIs."""
-    found = sorted((run_dir / SAMPLES_NAME).glob("step-*/samples.json"))
-    samples: list[dict[str, Any]] = json.loads(found[-1].read_text()) if found else []
+    """The generated samples of the last validation; pictures become data URIs."""
+    files = sorted((run_dir / SAMPLES_NAME).glob("step-*/samples.json"))
+    samples: list[dict[str, Any]] = json.loads(files[-1].read_text()) if files else []
     for sample in samples:
         if sample["picture"]:
-            data = (found[-1].parent / sample["picture"]).read_bytes()
+            data = (files[-1].parent / sample["picture"]).read_bytes()
             sample["picture"] = "data:image/jpeg;base64," + base64.b64encode(data).decode()
     return samples

@@ -1,4 +1,4 @@
-"""A checked recipe on its ranks, and how ranks that share a pack come to hold the same one."""
+"""A checked recipe on its ranks, and the agreement of ranks that share a pack on the samples to mask in it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from shards.stream.plan import Cursor, Plan
 from shards.stream.read_ahead import MicroSpec
 from shards.stream.reader import Damage
 
-# Files of a run's folder, beside its checkpoints.
+# Names of the files in a run's folder, beside its checkpoints.
 LOG_NAME = "log.jsonl"  # one line a step
-DATA_NAME = "data.jsonl"  # one line a checkpoint: what was drawn from every dataset
-CHANGES_NAME = "data_changes.jsonl"  # one line for each change of the data on purpose
+DATA_NAME = "data.jsonl"  # one line a checkpoint: shares, epochs and masked samples of every dataset
+CHANGES_NAME = "data_changes.jsonl"  # one line for each change of the data with --change-data
 QUARANTINE_NAME = "quarantine.jsonl"  # one line for each damaged sample that was masked
-ANOMALIES_NAME = "anomalies.jsonl"  # one line for each loss that jumped or is no number
+ANOMALIES_NAME = "anomalies.jsonl"  # one line for each loss spike or loss that is not finite
 EVAL_NAME = "eval.jsonl"  # one line for each evaluation on held-out data
 SAMPLES_NAME = "samples"  # folder of generated answers
 SUMMARY_NAME = "summary.json"  # written at the end
@@ -32,14 +32,14 @@ STOP_NAME = "stop"  # a user creates it to stop the run
 
 
 class TrainingError(ValueError):
-    """The run cannot go on: the loss is no number any more, or ranks that share a pack read different data."""
+    """The run cannot go on: a loss spike or a loss that is not finite, or ranks of a group that read different data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A checked recipe on its ranks: everything that training needs and nothing that changes while it trains.
+    """A checked recipe on its ranks: everything that training needs and that does not change during the run.
 
-    `held_out`: the batches that it is judged by, where the recipe has an `eval` section.
+    `held_out`: the plan of the validation batches, if the recipe has an `eval` section.
     """
 
     recipe: Recipe
@@ -53,7 +53,7 @@ class Run:
 
 
 def same_on_peers(batch: Batch, mesh: Mesh) -> bool:
-    """Whether the ranks that share a pack hold the same one; every one of them must call it."""
+    """Whether the ranks that share a pack have read the same one; collective in the group."""
     if mesh.sp_group is None:
         return True
     parts = (batch.input_ids, batch.labels, batch.segment_ids, batch.loss_weights > 0, batch.visual_tokens)
@@ -65,23 +65,23 @@ def same_on_peers(batch: Batch, mesh: Mesh) -> bool:
 
 
 def agree_on_masked(run: Run, batch: Batch, cursor: Cursor) -> Batch:
-    """The batch, with every sample masked that any rank of its group found damaged; collective in the group.
+    """The batch with every sample masked that any rank of its group found damaged; collective in the group.
 
     Args:
         run: the run.
-        batch: what this rank read.
-        cursor: where the batch's step begins.
+        batch: the batch as this rank read it.
+        cursor: the place in the data at which the batch's step begins.
 
     Raises:
-        TrainingError: the ranks read different packs all the same.
+        TrainingError: the ranks still have different packs after masking.
     """
     if same_on_peers(batch, run.mesh):
         return batch
-    found: list[tuple[Damage, ...]] = [()] * run.mesh.sp
-    dist.all_gather_object(found, batch.masked, group=run.mesh.sp_group)
+    gathered: list[tuple[Damage, ...]] = [()] * run.mesh.sp
+    dist.all_gather_object(gathered, batch.masked, group=run.mesh.sp_group)
     step = run.plan.step(cursor)
     packs = tuple(step.packs[slot] for slot in batch.slots)
-    known = {(each.dataset, each.shard, each.row): each for damages in found for each in damages}
+    known = {(damage.dataset, damage.shard, damage.row): damage for damages in gathered for damage in damages}
     spec = MicroSpec(packs, step.divisor, step.cursor)
     reader = pack_reader(run.plan, run.layout, (run.mesh.sp_rank, run.mesh.sp))
     batch = reader.without(spec, known.values()).to(run.device)

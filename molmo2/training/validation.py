@@ -1,8 +1,8 @@
-"""A run judged while it trains: the loss of held-out batches, and greedy answers to a few fixed questions.
+"""Validation during training: the loss of held-out batches, and greedy answers to a few fixed questions.
 
-All ranks take part in both: the loss is shared out as in training, and every forward of ZeRO-3 is a collective, so each
-rank generates every answer, always to the full length: which collectives there are must depend on no value. Nothing
-here draws a random number, and the loader of training is not touched.
+All ranks take part in both. The packs of the loss are divided among the ranks as in training. Every forward under
+ZeRO-3 is a collective, so each rank generates every answer, and always to the full length: the sequence of collectives
+must not depend on what is generated. Validation draws no random number and does not touch the loader of training.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from shards.stream.plan import Cursor, Draw, PackSpec, Plan, StepSpec, open_plan
 from shards.stream.read_ahead import MicroSpec
 from shards.stream.reader import StoredSample, read_sample
 
-NEVER = -1  # an end of text that no model predicts
+NO_END_TOKEN = -1  # given as the end-of-text id: no model predicts it, so generation runs to the full length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
-    """A generated answer beside the one that the data have. `pictures`: what was seen, with the points generated."""
+class GeneratedSample:
+    """A generated answer and the expected one. `pictures`: the visuals of the sample, with the generated points."""
 
     dataset: str
     key: str
@@ -47,21 +47,24 @@ class Shown:
 
 
 def open_held_out(recipe: Recipe, held_out: Evaluation, processor: dict[str, Any]) -> Plan:
-    """The held-out batches.
+    """Open the plan of the held-out batches.
 
     Raises:
-        DatasetError, FormatError, PlanError: as for the data of training.
+        DatasetError, FormatError, PlanError: as for the training data.
     """
     names: Any = dict.fromkeys(held_out.datasets)
     mixture = MixtureSpec.model_validate({"groups": {"held out": {"rate": 1, "datasets": names}}})
     return open_plan(root_paths(held_out.roots), mixture, recipe.plan_settings, processor)
 
 
-def evaluate(run: Run, engine: Any) -> tuple[dict[str, float], list[Shown]]:
-    """Held-out losses by name, and answers (rank 0 alone); collective. The engine is left in training."""
+def evaluate(run: Run, engine: Any) -> tuple[dict[str, float], list[GeneratedSample]]:
+    """Held-out losses by name, and generated samples (on rank 0 only); collective.
+
+    The engine is in training mode afterwards.
+    """
     assert run.recipe.eval is not None and run.held_out is not None
     module = engine.module
-    trained = module.num_datasets
+    num_training_datasets = module.num_datasets
     module.num_datasets = len(run.held_out.datasets)
     engine.eval()
     try:
@@ -69,11 +72,11 @@ def evaluate(run: Run, engine: Any) -> tuple[dict[str, float], list[Shown]]:
             return losses(run, engine, run.held_out), list(answers(run, module.model, run.held_out))
     finally:
         engine.train()
-        module.num_datasets = trained
+        module.num_datasets = num_training_datasets
 
 
 def losses(run: Run, engine: Any, plan: Plan) -> dict[str, float]:
-    """Mean cross entropy over the first batches of `plan`: "loss", "loss.<dataset>", and the samples "masked"."""
+    """Mean cross entropy over the first batches of `plan`: "loss", "loss.<dataset>"; "masked" counts samples."""
     assert run.recipe.eval is not None
     mesh, cursor = run.mesh, Cursor()
     reader = pack_reader(plan, run.layout, (mesh.sp_rank, mesh.sp))
@@ -95,32 +98,32 @@ def losses(run: Run, engine: Any, plan: Plan) -> dict[str, float]:
     return {"loss": sum(totals) / max(sum(weights), 1e-9), "masked": masked, **means}
 
 
-def answers(run: Run, model: Any, plan: Plan) -> Iterator[Shown]:
-    """What the model says to the first question of some samples, the same ones every time."""
+def answers(run: Run, model: Any, plan: Plan) -> Iterator[GeneratedSample]:
+    """Generate answers to the first question of some samples, the same samples at every validation."""
     settings, tokenizer = run.recipe.eval, run.tokenizer
     assert settings is not None
     step = plan.step(Cursor())
     reader = pack_reader(plan, run.layout)
     for draw in chosen(step, settings.samples):
         pack = PackSpec(0, 0, (draw,))
-        found = prompt_of(reader[MicroSpec((pack,), step.divisor, step.cursor)].to(run.device))
-        missing = torch.tensor(float(found is None), device=run.device)  # damaged, or nothing in it is answered
+        question = prompt_of(reader[MicroSpec((pack,), step.divisor, step.cursor)].to(run.device))
+        missing = torch.tensor(float(question is None), device=run.device)  # damaged, or it holds no answer
         dist.all_reduce(missing)
-        if found is None or missing:
+        if question is None or missing:
             continue
-        prompt, expected = found
-        (ids,) = generate(model, [prompt], settings.max_new_tokens, NEVER)
+        prompt, expected = question
+        (ids,) = generate(model, [prompt], settings.max_new_tokens, NO_END_TOKEN)
         tars = plan.datasets[draw.dataset].tars
         stored = read_sample(tars, draw) if run.mesh.rank == 0 else None
         if not isinstance(stored, StoredSample):
             continue
         ids = ids[: ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids
         answer = tokenizer.decode(ids)
-        asked = [token for token in prompt.input_ids.tolist() if token < tokenizer.base_vocab]
-        yield Shown(
+        text_ids = [token for token in prompt.input_ids.tolist() if token < tokenizer.base_vocab]
+        yield GeneratedSample(
             dataset=tars.name,
             key=stored.key,
-            prompt=tokenizer.decode(asked),
+            prompt=tokenizer.decode(text_ids),
             answer=answer,
             expected=tokenizer.decode(expected.tolist()),
             pictures=pictures_of(stored, run.layout, {1: answer}),
@@ -128,15 +131,15 @@ def answers(run: Run, model: Any, plan: Plan) -> Iterator[Shown]:
 
 
 def chosen(step: StepSpec, count: int) -> list[Draw]:
-    """The first draws of a step, the datasets taking turns."""
+    """The first `count` draws of a step; the datasets take turns."""
     draws = sorted((draw for pack in step.packs for draw in pack.draws), key=lambda draw: draw.dataset)
     groups = [list(group) for _, group in itertools.groupby(draws, key=lambda draw: draw.dataset)]
     turns = itertools.chain.from_iterable(itertools.zip_longest(*groups))
     return [draw for draw in turns if draw is not None][:count]
 
 
-def write_samples(run_dir: Path, step: int, samples: list[Shown]) -> list[Image.Image | None]:
-    """`samples/step-*/`: samples.json and one picture for each sample that has any; returns the pictures."""
+def write_samples(run_dir: Path, step: int, samples: list[GeneratedSample]) -> list[Image.Image | None]:
+    """Write `samples/step-*/`: samples.json, and a picture for each sample with visuals; return the pictures."""
     folder = run_dir / SAMPLES_NAME / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     images = [raster(sample.pictures) for sample in samples]
@@ -148,5 +151,5 @@ def write_samples(run_dir: Path, step: int, samples: list[Shown]) -> list[Image.
         lines.append(line | {"picture": None if image is None else f"{number}.jpg"})
     temporary = folder / "samples.tmp"
     temporary.write_text(json.dumps(lines, indent=1) + "\n")
-    os.replace(temporary, folder / "samples.json")  # the report reads it, whatever was killed before
+    os.replace(temporary, folder / "samples.json")  # atomic, since the report reads it after a killed run
     return images

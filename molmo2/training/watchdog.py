@@ -1,8 +1,8 @@
-"""A thread that ends a rank which is stuck, and says where: in which phase of which step, with which packs.
+"""Watchdog: a thread that ends a stuck rank and reports the phase, the step and the packs in which it was stuck.
 
-A rank that waits for another in a collective waits for ever on gloo and for half an hour on NCCL. When no phase has
-ended within the deadline, every rank that is alive says what it is doing, and ends; the one that has another phase than
-the rest is the culprit.
+A rank that waits for another in a collective waits for ever on gloo and for half an hour on NCCL. When a phase takes
+longer than the deadline, every rank that is alive reports its phase and exits. The straggler is the rank that reports
+another phase than the rest.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 from molmo2.parallel.agree import leave, write
 
-EXIT_CODE, STDERR = 1, 2  # the descriptor: it needs no Python object, whatever state they are in
+EXIT_CODE = 1
+STDERR = 2  # the file descriptor: the traceback is written without `sys.stderr`, whose lock may be held
 
 
 class Phase(NamedTuple):
-    """What a rank does since `began` (monotonic seconds)."""
+    """What a rank has been doing since `began` (monotonic clock, seconds)."""
 
     name: str
     step: int
@@ -29,12 +30,12 @@ class Phase(NamedTuple):
 
 
 class Watchdog:
-    """Watches one rank from now on until `stop`.
+    """Watch one rank from construction until `stop`.
 
     Args:
         rank: this rank, for the message.
         deadline: seconds that a phase may take.
-        end: what ends the process.
+        end: called with the exit code to end the process.
     """
 
     def __init__(self, rank: int, deadline: float, end: Callable[[int], object] = leave) -> None:
@@ -44,11 +45,11 @@ class Watchdog:
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def enter(self, name: str, step: int, slots: tuple[int, ...] = ()) -> None:
-        """A phase begins: the one before has ended."""
+        """Begin a phase; the phase before it has ended."""
         self.phase = Phase(name, step, slots, time.monotonic())
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self.stopped.set()
 
     def _watch(self) -> None:
@@ -59,8 +60,8 @@ class Watchdog:
                 write(
                     f"train.py: rank {self.rank} has been in phase {phase.name!r} of step {phase.step} for "
                     f"{passed:.0f} s (packs {list(phase.slots)}), more than train.phase_deadline {self.deadline:g}; "
-                    "where its threads are follows. Compare with the other ranks: one that is in another phase held "
-                    "them up. Start again to continue from the last checkpoint",
+                    "the stacks of its threads follow. Compare with the other ranks: a rank in another phase is the "
+                    "straggler. Start again to continue from the last checkpoint",
                     sys.stderr,
                 )
                 faulthandler.dump_traceback(file=STDERR, all_threads=True)

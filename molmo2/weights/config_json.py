@@ -1,7 +1,7 @@
-"""Reading other people's `config.json`: released and native Molmo2, and the base models Qwen3, Olmo-3 and SigLIP.
+"""Read the `config.json` of other models: released and native Molmo2, and the base models Qwen3, Olmo-3 and SigLIP.
 
-The inverse of `hub.hub_config`, and more: what this model cannot be is refused with the key's dotted path, never
-ignored. Only sizes and constants are read here; tensors are not opened.
+It includes the inverse of `names.hub_config`. A setting that this model does not support is an error with the key's
+place in the file; it is never ignored. Only sizes and constants are read here; tensors are not opened.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONFIG = "config.json"
 _TEXT_FIXED = {"hidden_act": "silu", "attention_bias": False, "qkv_bias": False, "use_qk_norm": True}
 _VISION_FIXED = {"hidden_act": "gelu_pytorch_tanh", "attention_bias": True}
 _ADAPTER_FIXED = {"hidden_act": "silu", "attention_bias": True, "mlp_bias": False, "pooling_attention_mask": True}
-# Our names of the visual tokens and those of `config.json`.
+# Names of the visual tokens: ours, and those in `config.json`.
 _TOKEN_KEYS = {
     "im_start": "image_start_token_id",
     "im_end": "image_end_token_id",
@@ -42,48 +42,46 @@ _TOKEN_KEYS = {
 
 
 class ForeignConfigError(ValueError):
-    """A `config.json` that cannot be read, or that describes a model which this code does not have."""
+    """A `config.json` cannot be read, or describes a model that this code does not support."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Section:
-    """An object of a `config.json` and its place, for messages."""
+    """An object in a `config.json`, with its place for error messages."""
 
     value: Mapping[str, Any]
     where: str
 
     def get(self, *names: str) -> Any:
-        """The value under the first of these names that is there."""
+        """The value under the first of these names that the object has."""
         for name in names:
             if name in self.value:
                 return self.value[name]
         raise ForeignConfigError(f"{self.where}: {' or '.join(names)} is missing")
 
     def section(self, *names: str) -> Section:
-        """The object under the first of these names that is there."""
+        """The object under the first of these names that this object has."""
         value = self.get(*names)
         if not isinstance(value, dict):
-            raise ForeignConfigError(f"{self.where}: {names[0]} is {value!r}, an object is wanted")
+            raise ForeignConfigError(f"{self.where}: {names[0]} is {value!r}; it must be an object")
         return Section(value, f"{self.where}: {next(name for name in names if name in self.value)}")
 
     def expect(self, fixed: Mapping[str, Any]) -> None:
-        """Refuse any of these keys that is there with another value."""
+        """Raise an error if any of these keys has another value; absent keys are accepted."""
         other = [
-            f"{key} {self.value[key]!r} ({fixed[key]!r})"
+            f"{key} is {self.value[key]!r}, supported is {fixed[key]!r}"
             for key in fixed
             if self.value.get(key, fixed[key]) != fixed[key]
         ]
         if other:
-            raise ForeignConfigError(
-                f"{self.where}: not known to this model, in parentheses what is: {', '.join(other)}"
-            )
+            raise ForeignConfigError(f"{self.where}: settings that this code does not support: {', '.join(other)}")
 
 
 def open_config(directory: Path) -> Section:
-    """The `config.json` of a directory.
+    """Read the `config.json` of a directory.
 
     Raises:
-        ForeignConfigError: there is none, or it is no JSON object.
+        ForeignConfigError: the file is missing or is not a JSON object.
     """
     path = directory / CONFIG
     value = _read_json(path)
@@ -100,7 +98,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise ForeignConfigError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ForeignConfigError(f"{path}: holds no JSON object")
+        raise ForeignConfigError(f"{path}: is not a JSON object")
     return value
 
 
@@ -108,12 +106,13 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_molmo2(directory: Path) -> ModelConfig:
-    """The model of a Molmo2 directory, released ("hub") or native form; a preset's name if it is one, else "molmo2".
+    """Read the configuration of a Molmo2 directory in the released ("hub") or native form.
 
-    The geometry of crops that is not in `config.json` comes from the processor's files, or is Molmo2's without them.
+    Its name is that of the preset with equal settings, else "molmo2". The geometry of crops that is not in
+    `config.json` comes from the processor's files; without them it is Molmo2's.
 
     Raises:
-        ForeignConfigError: another kind of model, or settings that this code does not have.
+        ForeignConfigError: another kind of model, or settings that this code does not support.
     """
     top = open_config(directory)
     top.expect({"use_frame_special_tokens": True, "tie_word_embeddings": False})
@@ -123,7 +122,7 @@ def read_molmo2(directory: Path) -> ModelConfig:
     vision = top.section("vit_config", "vision_config")
     layers = adapter.get("vision_feature_layer", "vit_layers")
     num_layers = vision.get("num_hidden_layers")
-    features = tuple(layer % num_layers for layer in layers)  # released ones count from the end
+    features = tuple(layer % num_layers for layer in layers)  # released models count layers from the end
     adapter.expect(_ADAPTER_FIXED | {"text_hidden_size": text.get("hidden_size")})
     vit = _vision(vision, features)
     connector = ConnectorConfig(
@@ -156,7 +155,7 @@ def _molmo2_text(text: Section) -> TextConfig:
 
 
 def _vision(vision: Section, features: tuple[int, ...]) -> VitConfig:
-    """Blocks behind the last one whose features are used are left out, as the released models do."""
+    """The vision transformer without the blocks after the last of `features`, as in the released models."""
     vision.expect(_VISION_FIXED)
     return VitConfig(
         hidden_size=vision.get("hidden_size"),
@@ -169,24 +168,24 @@ def _vision(vision: Section, features: tuple[int, ...]) -> VitConfig:
 
 
 def _heads(section: Section) -> int:
-    """Heads that share nothing and fill the width."""
+    """The number of attention heads; grouped heads, and heads that do not fill the width, are refused."""
     heads, width = section.get("num_attention_heads"), section.get("hidden_size")
     section.expect({"num_key_value_heads": heads, "head_dim": width // heads})
     return int(heads)
 
 
 def _square(section: Section, *names: str) -> int:
-    """The side of a square given as a number or as two."""
+    """The side of a square that is given as one number or as two equal ones."""
     size = section.get(*names)
     sides = size if isinstance(size, list) else [size, size]
     if len(set(sides)) != 1:
-        raise ForeignConfigError(f"{section.where}: {names[0]} {size} is no square")
+        raise ForeignConfigError(f"{section.where}: {names[0]} {size} is not a square")
     return int(sides[0])
 
 
 def _pooling(directory: Path) -> dict[str, int]:
-    """Overlap and pooling windows, which stand with the processor: in one file (native) or in two (released)."""
-    found: dict[str, int] = {}
+    """Overlap and pooling windows from the processor's files: one file (native form) or two (released form)."""
+    settings: dict[str, int] = {}
     joint = _read_json(directory / "processor_config.json") or {}
     for nested, file, keys in (
         (
@@ -197,19 +196,19 @@ def _pooling(directory: Path) -> dict[str, int]:
         ("video_processor", "video_preprocessor_config.json", {"pooling_size": "video_pool"}),
     ):
         value = joint.get(nested) or _read_json(directory / file) or {}
-        where = Section(value, f"{directory}: {nested}")
-        found |= {ours: _square(where, theirs) for theirs, ours in keys.items() if theirs in value}
-    return found
+        section = Section(value, f"{directory}: {nested}")
+        settings |= {ours: _square(section, theirs) for theirs, ours in keys.items() if theirs in value}
+    return settings
 
 
 # --- base models -----------------------------------------------------------------------------------------------------
 
 
 def read_base_text(directory: Path) -> tuple[TextConfig, bool]:
-    """The language model of a Qwen3 or Olmo-3 directory, and whether its head is tied to the embedding.
+    """Read the language model of a Qwen3 or Olmo-3 directory, and whether its head is tied to the embedding.
 
     Raises:
-        ForeignConfigError: another kind of model, or settings that this code does not have.
+        ForeignConfigError: another kind of model, or settings that this code does not support.
     """
     top = open_config(directory)
     kind = top.get("model_type")
@@ -217,17 +216,17 @@ def read_base_text(directory: Path) -> tuple[TextConfig, bool]:
         raise ForeignConfigError(f"{top.where}: model_type {kind!r}; Molmo2's language model is qwen3 or olmo3")
     top.expect({"use_sliding_window": False})
     olmo = kind == "olmo3"
-    # Olmo-3 scales the rotation of its full-attention layers alone; the rest of them slide, which Molmo2 leaves out.
+    # Olmo-3 scales RoPE only in its full-attention layers. Its other layers have a sliding window; Molmo2 has none.
     layers = [n for n, layer in enumerate(top.get("layer_types")) if layer == "full_attention"] if olmo else None
     text = dataclasses.replace(_text(top, layers), qk_norm="olmo" if olmo else "qwen3", norm_after=olmo)
     return text, bool(top.value.get("tie_word_embeddings", False))
 
 
 def read_siglip(directory: Path, features: tuple[int, ...]) -> tuple[VitConfig, int, int, int]:
-    """The vision tower of a SigLIP or SigLIP2 directory, down to the last block of `features`.
+    """Read the vision transformer of a SigLIP or SigLIP2 directory, up to the last block of `features`.
 
     Returns:
-        The tower, the side of its images, the side of a patch (pixels), and the number of blocks in the file.
+        Its configuration, the side of its images and of a patch (pixels), and the number of blocks in the file.
 
     Raises:
         ForeignConfigError: another kind of model, or fewer blocks than `features` needs.
@@ -244,12 +243,12 @@ def read_siglip(directory: Path, features: tuple[int, ...]) -> tuple[VitConfig, 
     vision = Section(defaults | dict(vision.value), vision.where)
     blocks = vision.get("num_hidden_layers")
     if max(features) >= blocks:
-        raise ForeignConfigError(f"{vision.where}: {blocks} blocks, features of block {max(features)} are wanted")
+        raise ForeignConfigError(f"{vision.where}: {blocks} blocks, but the model needs block {max(features)}")
     return _vision(vision, features), _square(vision, "image_size"), vision.get("patch_size"), blocks
 
 
 def _text(text: Section, scaled_layers: Sequence[int] | None) -> TextConfig:
-    """What all of these decoders have; `scaled_layers` None: every layer, if there is a scaling."""
+    """The settings of every kind of decoder. `scaled_layers`: the layers to which RoPE scaling applies; None: all."""
     text.expect(_TEXT_FIXED)
     layers = tuple(range(text.get("num_hidden_layers"))) if scaled_layers is None else tuple(scaled_layers)
     theta, scaling = _rope(text, layers)
@@ -268,7 +267,7 @@ def _text(text: Section, scaled_layers: Sequence[int] | None) -> TextConfig:
 
 
 def _rope(text: Section, layers: tuple[int, ...]) -> tuple[float, RopeScaling | None]:
-    """Base and scaling: `rope_parameters` since transformers 5, `rope_theta` and `rope_scaling` before."""
+    """RoPE's base and scaling: from `rope_parameters` (transformers 5), or from `rope_theta` and `rope_scaling`."""
     value: Any = text.value.get("rope_parameters")
     if value is None:
         value = {"rope_theta": text.get("rope_theta"), **(text.value.get("rope_scaling") or {})}
@@ -276,7 +275,9 @@ def _rope(text: Section, layers: tuple[int, ...]) -> tuple[float, RopeScaling | 
     theta = float(rope.get("rope_theta"))
     plain = value.get("sliding_attention", {"rope_theta": theta})
     if plain["rope_theta"] != theta or plain.get("rope_type", "default") != "default":
-        raise ForeignConfigError(f"{rope.where}: {plain} on layers that slide; one base, without scaling, is known")
+        raise ForeignConfigError(
+            f"{rope.where}: {plain} on sliding-window layers; supported is {theta} without scaling"
+        )
     kind = rope.value.get("rope_type", rope.value.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -285,7 +286,7 @@ def _rope(text: Section, layers: tuple[int, ...]) -> tuple[float, RopeScaling | 
     factor = float(rope.get("factor"))
     return theta, RopeScaling(
         factor=factor,
-        attention_factor=rope.value.get("attention_factor") or 0.1 * math.log(factor) + 1,  # YaRN's own rule
+        attention_factor=rope.value.get("attention_factor") or 0.1 * math.log(factor) + 1,  # YaRN's default
         original_max_positions=rope.get("original_max_position_embeddings"),
         beta_fast=rope.value.get("beta_fast") or 32.0,
         beta_slow=rope.value.get("beta_slow") or 1.0,

@@ -1,4 +1,4 @@
-"""A model to use, wherever it comes from: one of our runs, a directory that was released or exported, or the hub."""
+"""Load a model from any source: a run of this project, a released or exported directory, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from molmo2.weights.pretrained import PretrainedError, load_released, locate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedModel:
-    """Configuration and float32 weights by our names, and what belongs to them.
+    """A model's configuration, its float32 weights by our names, and their origin.
 
     Attributes:
         path: the checkpoint or the directory.
-        tokenizer_dir: the tokenizer that it was trained with.
-        origin: JSON: run, stage, step, whether finished, commit; or the released name and its directory.
+        tokenizer_dir: the tokenizer with which the model was trained.
+        origin: JSON: run, stage, step, finished and commit; or the released name and its directory.
     """
 
     config: ModelConfig
@@ -34,13 +34,15 @@ class OpenedModel:
 
 
 def open_model(name: str) -> OpenedModel:
-    """Load a run or checkpoint of ours (name or path), a directory with `config.json`, or OWNER/NAME[@REVISION].
+    """Load a run or checkpoint of this project (name or path), a directory with `config.json`, or a model on the hub.
 
-    What lies on this machine goes before the hub. The mirror of a run, s3://…/<run>, is a path too.
+    A model on the hub is named OWNER/NAME or OWNER/NAME@REVISION.
+
+    Models on this machine have precedence. The URL of a run's mirror, s3://…/<run>, is accepted as a path.
 
     Raises:
-        CheckpointError: a checkpoint of ours that is damaged.
-        PretrainedError: there is nothing of that name.
+        CheckpointError: a checkpoint of this project is damaged.
+        PretrainedError: no model has this name.
         ForeignConfigError: the directory holds another kind of model.
         WeightsError: its tensors are not those of the model.
     """

@@ -1,8 +1,8 @@
-"""Names of weights: ours, those of the released checkpoints ("hub"), and transformers' own ("native").
+"""Conversion of weights between our names, those of the released checkpoints ("hub"), and transformers' ("native").
 
-Reading takes either foreign form, from a directory of safetensors files, one tensor at a time; writing makes the
-released form: fused projections, base and added embedding rows apart, and the `config.json` that belongs to it.
-Reading a `config.json` is in `molmo2.weights.config_json`; fetching from the hub, and base models, are in
+Both foreign forms can be read from a directory of safetensors files, one tensor at a time. Only the released form is
+written: fused projections, separate base and added embedding rows, and the `config.json` for them. Reading a
+`config.json` is in `molmo2.weights.config_json`; downloads from the hub, and base models, are in
 `molmo2.weights.pretrained`.
 """
 
@@ -23,10 +23,12 @@ from torch import Tensor
 from molmo2.model.presets import ModelConfig, TextConfig
 from shards.layout import VisualTokens
 
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 4 << 30  # maximum bytes of tensors in one safetensors file, unless one tensor is larger
 INDEX = "model.safetensors.index.json"
 
-# Ours -> (hub, native); N stands for a layer number. Weights and biases share a line where the pattern ends openly.
+# One row for each tensor: our name, the hub name, the native name; N is a layer number. A name that ends with a dot is
+# a prefix, so that one row serves both weight and bias. Rows with the same hub name are parts of one fused tensor, in
+# this order. None: the native form has no such tensor.
 _NAMES = (
     (
         "vit.positions",
@@ -88,16 +90,16 @@ _NAMES = (
 
 
 class WeightsError(ValueError):
-    """A checkpoint whose tensors are not those of the model; the message lists them."""
+    """The tensors of a checkpoint are not those of the model; the message lists them."""
 
 
 def native_name(name: str) -> str | None:
-    """Transformers' name of our tensor; None for the added embedding rows, which it keeps below the base table."""
+    """The native name of our tensor; None for the added embedding rows, which the native form appends to the base."""
     return _foreign(name, 2)
 
 
 def _foreign(name: str, column: int) -> str | None:
-    """Our tensor's name in the hub (1) or native (2) form; None where that form has no tensor of its own."""
+    """The name of our tensor in the hub form (`column` 1) or the native form (2); None if that form has none."""
     number = re.search(r"\.(\d+)\.", name)
     pattern = re.sub(r"\.\d+\.", ".N.", name, count=1)
     for row in _NAMES:
@@ -111,7 +113,7 @@ def _foreign(name: str, column: int) -> str | None:
 
 
 def to_hub(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Our weights as the released checkpoints lay them out; q, k, v and up, gate become one tensor each."""
+    """Convert our weights to the released layout: q, k, v are fused into one tensor, and up, gate into another."""
     fused: dict[str, list[Tensor]] = {}
     order = [name for row in _NAMES for name in _expand(row[0], weights)]
     assert sorted(order) == sorted(weights), sorted(set(order) ^ set(weights))
@@ -124,21 +126,21 @@ def to_hub(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _expand(pattern: str, weights: Mapping[str, Tensor]) -> list[str]:
-    """Our names that a row of the table stands for."""
+    """All our names that match a name of the table."""
     regex = re.compile(re.escape(pattern).replace(r"\.N\.", r"\.\d+\.") + (".*" if pattern.endswith(".") else "") + "$")
     return [name for name in weights if regex.match(name)]
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in a safetensors file. Calling it reads it: float32, in memory of its own."""
+    """A tensor in a safetensors file. Calling it reads the tensor as float32, in memory of its own."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
 
     def __call__(self) -> Tensor:
-        """The tensor. The file is mapped only meanwhile, so that its pages do not stand beside the copy."""
+        """Read the tensor; the file is mapped only for the read, so that its pages do not stay in memory."""
         with safe_open(self.file, "pt") as handle:
             tensor = handle.get_tensor(self.name)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
@@ -147,15 +149,15 @@ class Stored:
 
 
 def open_tensors(directory: Path) -> dict[str, Stored]:
-    """Every tensor of a directory's safetensors files, by name; the index says which files, where there is one.
+    """All tensors of a directory's safetensors files, by name; if there is an index, it determines the files.
 
     Raises:
-        FileNotFoundError: no safetensors file.
-        WeightsError: a file that is cut short, damaged or missing, or that lacks what the index expects of it.
+        FileNotFoundError: there is no safetensors file.
+        WeightsError: a file is truncated, damaged or missing, or lacks a tensor that the index names.
     """
     index = directory / INDEX
-    where = _weight_map(index) if index.exists() else {}
-    files = sorted({directory / file for file in where.values()}) or sorted(directory.glob("*.safetensors"))
+    weight_map = _weight_map(index) if index.exists() else {}
+    files = sorted({directory / file for file in weight_map.values()}) or sorted(directory.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{directory}: no *.safetensors file in it")
     tensors: dict[str, Stored] = {}
@@ -170,7 +172,7 @@ def open_tensors(directory: Path) -> dict[str, Stored]:
             raise WeightsError(f"{file}: no readable safetensors file ({error}); fetch or export it again") from None
     problems = [
         f"{name} is not in {file}"
-        for name, file in where.items()
+        for name, file in weight_map.items()
         if name not in tensors or tensors[name].file.name != file
     ]
     if problems:
@@ -186,7 +188,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def from_foreign(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
-    """Our weights from a hub or native checkpoint; `shapes` are those of our model.
+    """Convert the tensors of a hub or native checkpoint to our weights; `shapes` are those of our model.
 
     Raises:
         WeightsError: tensors are missing, unexpected, or of another shape; all of them are listed.
@@ -203,12 +205,12 @@ def from_foreign(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Callabl
 def collect(
     shapes: Mapping[str, torch.Size], split: Mapping[str, list[str]], tensors: Mapping[str, Callable[[], Tensor]]
 ) -> dict[str, Tensor]:
-    """Read every tensor once and cut it into ours.
+    """Read every foreign tensor once and split its rows into our tensors.
 
     Args:
-        shapes: of our tensors.
-        split: to each foreign name the names of ours whose rows it holds, in order.
-        tensors: the foreign ones, read when called.
+        shapes: the shapes of our tensors, by name.
+        split: for each foreign name, the names of our tensors whose rows it holds, in order.
+        tensors: the foreign tensors; each is read when it is called.
 
     Raises:
         WeightsError: tensors are missing, unexpected, of another shape or not finite; all of them are listed.
@@ -225,7 +227,7 @@ def collect(
             problems.append(f"{foreign}: shape {list(tensor.shape)}, wanted {[sum(rows), *shapes[names[0]][1:]]}")
             continue
         if not tensor.is_meta and not tensor.sum().isfinite():
-            problems.append(f"{foreign}: holds infinity or what is no number")
+            problems.append(f"{foreign}: holds infinity or NaN")
         weights.update(zip(names, tensor.split(rows), strict=True))
     if problems:
         raise WeightsError("the checkpoint does not fit the model:\n  " + "\n  ".join(problems))
@@ -251,32 +253,32 @@ def write_hub(weights: Mapping[str, Tensor], directory: Path, shard_bytes: int =
     if len(parts) == 1:
         parts[0][0].rename(directory / "model.safetensors")
         return
-    where = {}
+    weight_map = {}
     for number, (path, names) in enumerate(parts, 1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         path.rename(directory / file)
-        where.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": where}
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _shards(tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Tensors in groups of at most `shard_bytes`, or one that is larger; one group is held at a time."""
+    """Group tensors into shards of at most `shard_bytes`, or of one larger tensor; only one shard is in memory."""
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
         if shard and size + tensor.nbytes > shard_bytes:
             yield shard
             shard, size = {}, 0
-        # A tied head is the embedding's tensor once more, which safetensors refuses to store twice.
-        twice = any(tensor.data_ptr() == other.data_ptr() for other in shard.values())
-        shard[name] = tensor.clone() if twice else tensor.contiguous()
+        # A tied head shares memory with the embedding, and safetensors refuses to store one tensor twice.
+        shared = any(tensor.data_ptr() == other.data_ptr() for other in shard.values())
+        shard[name] = tensor.clone() if shared else tensor.contiguous()
         size += tensor.nbytes
     yield shard
 
 
 def hub_config(config: ModelConfig) -> dict[str, Any]:
-    """`config.json` with the key names of the released checkpoints, which transformers and vLLM read."""
+    """The content of `config.json` with the keys of the released checkpoints, which transformers and vLLM read."""
     tokens = VisualTokens.after(config.text.vocab_size)
     no_dropout = {"residual_dropout": 0.0, "attention_dropout": 0.0}
     return {

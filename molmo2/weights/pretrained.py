@@ -1,9 +1,9 @@
-"""First weights that others have made: base models to begin from, and whole Molmo2 models to go on with or to use.
+"""Pretrained weights: base models to start training from, and whole Molmo2 models to train further or to use.
 
-`first_weights` serves the trainer, `load_released` whoever has a released or exported directory instead of a run.
-Every tensor of a checkpoint is either used or stands in a list of those that are left out, with the reason; anything
-else is an error. Tensors are read one at a time, so a model is held once. Names of Molmo2's own tensors are in
-`molmo2.weights.names`, `config.json` is read in `molmo2.weights.config_json`.
+The trainer calls `first_weights`; evaluation, chat and export call `load_released` for released or exported
+directories. Every tensor of a checkpoint must be used, or match a pattern of the tensors that are left out on purpose;
+any other tensor is an error. Tensors are read one at a time, so the model is in memory once. Names of Molmo2's own
+tensors are in `molmo2.weights.names`; `config.json` is read in `molmo2.weights.config_json`.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from molmo2.model.presets import ModelConfig, differences
 from molmo2.weights.config_json import read_base_text, read_molmo2, read_siglip
 from molmo2.weights.names import Stored, WeightsError, collect, from_foreign, native_name, open_tensors
 
-FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")  # weights, configuration, tokenizer, processor
-STD = 0.02  # of connector and added embedding rows where the rest is pretrained
+FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")  # files to download: weights, configuration, tokenizer
+STD = 0.02  # standard deviation of new connector weights and added embedding rows beside pretrained base models
 _REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
-# Tensors that are deliberately left out, and why.
+# Patterns of tensors that are left out on purpose, with the reason.
 _SIGLIP_UNUSED = {
     r"text_model\..*": "Molmo2 has a language model of its own",
     r"logit_(scale|bias)": "parts of SigLIP's loss",
     r"vision_model\.head\..*": "pools one vector from an image; Molmo2 pools windows of patches",
-    r"vision_model\.post_layernorm\..*": "behind the last block; Molmo2 takes the features of blocks as they are",
+    r"vision_model\.post_layernorm\..*": "after the last block; Molmo2 uses the features of blocks without it",
     r"vision_model\.embeddings\.position_ids": "a buffer of older files: 0, 1, 2, ...",
 }
 _TEXT_UNUSED = {r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "a buffer of older files, computed here"}
@@ -48,19 +48,19 @@ _TIED_UNUSED = {r"lm_head\.weight": "the head is tied: the embedding table once 
 
 
 class PretrainedError(ValueError):
-    """Weights that cannot be found or fetched, or that belong to another model than the recipe's."""
+    """Weights cannot be found or downloaded, or belong to another model than the recipe's."""
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
 
 
 def locate(name: str | Path) -> Path:
-    """The directory of a model: itself, below `MOLMO2_DATA`, or fetched from the hub by OWNER/NAME[@REVISION].
+    """The directory of a model: a path, a path below `MOLMO2_DATA`, or a download of OWNER/NAME[@REVISION].
 
-    What has been fetched stays in the cache of `huggingface_hub`, in a directory named after the commit.
+    Downloads are kept in the cache of `huggingface_hub`, in a directory named after the commit.
 
     Raises:
-        PretrainedError: there is no such directory or repository, or the hub does not give it out.
+        PretrainedError: there is no such directory or repository, or the hub refuses the download.
     """
     for path in (Path(name), data_path(name)):
         if path.is_dir():
@@ -74,8 +74,8 @@ def locate(name: str | Path) -> Path:
 def _fetch(repo: str, revision: str) -> Path:
     page = f"{constants.ENDPOINT}/{repo}"
     try:
-        # No folders: some repositories keep the same weights in other formats there.
-        found = snapshot_download(repo, revision=revision, allow_patterns=list(FILES), ignore_patterns=["*/*"])
+        # Folders are left out: some repositories keep the same weights in other formats there.
+        directory = snapshot_download(repo, revision=revision, allow_patterns=list(FILES), ignore_patterns=["*/*"])
     except GatedRepoError:
         reason = f"is gated; accept its terms at {page}, then log in (hf auth login) or set HF_TOKEN"
     except RepositoryNotFoundError:
@@ -90,7 +90,7 @@ def _fetch(repo: str, revision: str) -> Path:
     except (HFValidationError, OSError) as error:
         reason = f"cannot be fetched from {page}: {error}".splitlines()[0] + "; try again, or give a directory"
     else:
-        return Path(found)
+        return Path(directory)
     raise PretrainedError(f"{repo} {reason}")
 
 
@@ -98,13 +98,13 @@ def _fetch(repo: str, revision: str) -> Path:
 
 
 def load_released(name: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """A Molmo2 that is a directory or repository with `config.json`: released, exported here, or saved by transformers.
+    """Load a Molmo2 model with a `config.json`: released, exported by this project, or saved by transformers.
 
     Returns:
         Its configuration, and its float32 weights by our names.
 
     Raises:
-        PretrainedError: it cannot be found.
+        PretrainedError: the directory or repository cannot be found.
         ForeignConfigError: it is another kind of model.
         WeightsError: tensors are missing, unexpected, damaged or of another shape.
     """
@@ -120,13 +120,13 @@ def _released_weights(directory: Path, config: ModelConfig) -> dict[str, Tensor]
 
 
 def _deeper_blocks(prefix: str, config: ModelConfig, count: int = 64) -> dict[str, str]:
-    """Vision blocks that are left out, of `count`."""
-    reason = "behind the last block whose features are used"
+    """Patterns of the vision blocks that are left out; the checkpoint has at most `count` blocks."""
+    reason = "after the last block whose features are used"
     return {rf"{prefix}\.{number}\..*": reason for number in range(config.vit.num_layers, count)}
 
 
 def _joined_embedding(tensors: Mapping[str, Stored], rows: int) -> Mapping[str, Callable[[], Tensor]]:
-    """Repair the embedding as transformers 5 saves it: one table cut into two halves instead of base and added rows."""
+    """Repair an embedding saved by transformers 5, which splits the whole table in half, not at the added rows."""
     names = ("model.transformer.wte.embedding", "model.transformer.wte.new_embedding")
     if not all(name in tensors for name in names):
         return tensors
@@ -142,7 +142,7 @@ def _cut(base: Stored, added: Stored, rows: slice) -> Tensor:
 
 
 def _used(tensors: Mapping[str, Stored], unused: Mapping[str, str]) -> dict[str, Stored]:
-    """Tensors without those that are deliberately left out."""
+    """The tensors whose names match none of the `unused` patterns."""
     pattern = re.compile("|".join(unused) or "(?!)")
     return {name: tensor for name, tensor in tensors.items() if not pattern.fullmatch(name)}
 
@@ -158,33 +158,33 @@ def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
 def first_weights(
     init: FirstWeights, config: ModelConfig, tokenizer_dir: Path, seed: int, say: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    """Float32 weights by our names for a run that starts from other people's.
+    """Float32 weights by our names for a run that starts from pretrained weights.
 
     Args:
-        init: where they come from.
+        init: the sources of the weights.
         config: the recipe's model.
-        tokenizer_dir: the recipe's tokenizer; it must give text the ids that the weights know.
-        seed: of what is drawn.
-        say: is told which directory, so which commit, was read.
+        tokenizer_dir: the recipe's tokenizer; it must have the token ids with which the weights were trained.
+        seed: seed of the weights that no base model has.
+        say: reports the directory of each source, which for downloads is named after the commit.
 
     Raises:
-        PretrainedError: they cannot be found, or belong to another model or tokenizer.
+        PretrainedError: a source cannot be found, or belongs to another model or tokenizer.
         ForeignConfigError: a checkpoint is another kind of model.
         WeightsError: tensors are missing, unexpected, damaged or of another shape.
     """
-    found = {key: locate(name) for key, name in init.model_dump().items() if name is not None}
-    for key, directory in found.items():
+    directories = {key: locate(name) for key, name in init.model_dump().items() if name is not None}
+    for key, directory in directories.items():
         say(f"init.{key}: {getattr(init, key)}, read from {directory}")
     if init.molmo2:
-        directory = found["molmo2"]
-        # The number of positions has no weights; it may be chosen anew.
+        directory = directories["molmo2"]
+        # No weight depends on the maximum number of positions, so it may differ.
         _refuse_other("molmo2", directory, differences(read_molmo2(directory), config, ["text.max_positions"]))
         check_tokenizer(directory, tokenizer_dir, config.text.vocab_size)
         return _released_weights(directory, config)
     weights = _new_weights(config, seed)
-    weights |= _text_weights(found["llm"], config)
-    weights |= _vision_weights(found["vit"], config)
-    check_tokenizer(found["llm"], tokenizer_dir, config.text.vocab_size)
+    weights |= _text_weights(directories["llm"], config)
+    weights |= _vision_weights(directories["vit"], config)
+    check_tokenizer(directories["llm"], tokenizer_dir, config.text.vocab_size)
     return weights
 
 
@@ -197,13 +197,16 @@ def _refuse_other(key: str, directory: Path, differing: list[str]) -> None:
 
 
 def check_tokenizer(directory: Path, tokenizer_dir: Path, vocab_size: int) -> None:
-    """Compare the tokenizer beside some weights, if there is one, with the tokenizer that is to be used.
+    """Check that a tokenizer gives tokens the ids with which weights were trained.
 
-    The base table may have more rows than its tokenizer has entries, never fewer; `write_tokenizer` fills the gap, and
-    only what fills it may be called otherwise.
+    Args:
+        directory: the weights; without a `tokenizer.json` beside them nothing is checked.
+        tokenizer_dir: the tokenizer to use. It may have unused extra tokens in place of missing ones, with which
+            `write_tokenizer` fills the rows between the tokenizer's entries and the base embedding table.
+        vocab_size: rows of the base embedding table.
 
     Raises:
-        PretrainedError: a token has another id, or none.
+        PretrainedError: a token has another id or is missing.
     """
     theirs, ours = (path / "tokenizer.json" for path in (directory, tokenizer_dir))
     if not theirs.exists():
@@ -211,11 +214,15 @@ def check_tokenizer(directory: Path, tokenizer_dir: Path, vocab_size: int) -> No
     trained, used = (Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True) for path in (theirs, ours))
     trained = {token: number for token, number in trained.items() if not token.startswith("|<EXTRA_TOKENS")}
     other = [
-        f"{token!r} is {number}, was {trained[token]}"
+        f"token {token!r} has id {number} and had id {trained[token]} in training"
         for token, number in used.items()
         if trained.get(token, number) != number
     ]
-    other += [f"{token!r} is none, was {number}" for token, number in trained.items() if token not in used]
+    other += [
+        f"token {token!r} had id {number} in training and is missing from this tokenizer"
+        for token, number in trained.items()
+        if token not in used
+    ]
     if other:
         raise PretrainedError(
             f"{ours} gives {len(other)} tokens other ids than {theirs}, with which the weights were trained: "
@@ -224,7 +231,7 @@ def check_tokenizer(directory: Path, tokenizer_dir: Path, vocab_size: int) -> No
 
 
 def _new_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """What no base model has: connector and added embedding rows. Equal for equal seeds."""
+    """Random weights of what no base model has: the connector and the added embedding rows."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.zeros(shape) if name.endswith(".bias") else torch.empty(shape).normal_(0, STD, generator=generator)
@@ -234,9 +241,9 @@ def _new_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
 
 
 def _text_weights(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Decoder, base embedding and head of Qwen3 or Olmo-3; a tied head becomes a tensor of its own."""
+    """Weights of decoder, base embedding and head from Qwen3 or Olmo-3; a tied head is copied to its own tensor."""
     text, tied = read_base_text(directory)
-    ignored = ["additional_vocab_size", "max_positions"]  # Molmo2's own
+    ignored = ["additional_vocab_size", "max_positions"]  # settings of Molmo2, not of the base model
     _refuse_other("llm", directory, [f"text.{line}" for line in differences(text, config.text, ignored)])
     shapes = {
         name: shape
@@ -251,7 +258,7 @@ def _text_weights(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _text_name(name: str, norm_after: bool) -> str:
-    """The name in Qwen3, or with `norm_after` in Olmo-3, which calls its norms after what they follow."""
+    """The name of our tensor in Qwen3 or, with `norm_after`, in Olmo-3, which names norms after the sublayer before."""
     native = native_name(name)
     assert native is not None
     if norm_after:
@@ -261,7 +268,7 @@ def _text_name(name: str, norm_after: bool) -> str:
 
 
 def _vision_weights(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The vision tower of SigLIP2, down to the last block that is used."""
+    """Weights of the vision transformer from SigLIP2, up to the last block that is used."""
     vit, image_size, patch_size, num_blocks = read_siglip(directory, config.vit.feature_layers)
     differing = [f"vit.{line}" for line in differences(vit, config.vit)]
     # SigLIP2's images may be a little larger than a whole number of patches: 384 = 27 * 14 + 6.
@@ -272,7 +279,7 @@ def _vision_weights(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
     shapes = {name: shape for name, shape in _shapes(config).items() if name.startswith("vit.")}
     unused = _SIGLIP_UNUSED | _deeper_blocks(r"vision_model\.encoder\.layers", config, num_blocks)
     stored = open_tensors(directory)
-    if not any(name.startswith("vision_model.") for name in stored):  # transformers 5 saves a bare tower so
+    if not any(name.startswith("vision_model.") for name in stored):  # saved alone by transformers 5
         stored = {f"vision_model.{name}": tensor for name, tensor in stored.items()}
     tensors: dict[str, Callable[[], Tensor]] = dict(_used(stored, unused))
     patches = "vision_model.embeddings.patch_embedding.weight"
@@ -296,7 +303,7 @@ def _vision_name(name: str) -> str:
 
 
 def _flat_patches(kernel: Tensor) -> Tensor:
-    """A convolution's kernel [out, channels, rows, columns] as a matrix over pixels, channels last."""
+    """Reshape a convolution kernel [out, channels, rows, columns] to a matrix over pixels, channels last."""
     return kernel.permute(0, 2, 3, 1).flatten(1) if kernel.ndim == 4 else kernel
 
 

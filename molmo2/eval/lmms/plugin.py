@@ -1,8 +1,8 @@
 """A plugin of lmms-eval: `--model nanomolmo2 --model_args checkpoint=DIR` runs its tasks with our frames and prompts.
 
-The entry point `lmms_eval.models` names `manifest`. Tasks of type generate_until run, no others. Only this module
-imports lmms-eval, and nothing else of the project imports this module. Reading requests and answering them are the work
-of `lmms_requests` and `lmms_answers`.
+The entry point `lmms_eval.models` names `manifest`. Only tasks of type generate_until are supported. Only this module
+imports lmms-eval, and nothing else of the project imports this module. Requests are read in `requests` and answered in
+`replies`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from shards.schema import RejectedError
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval's registry asks an entry point for."""
+    """The manifest that lmms-eval's registry loads from the entry point."""
     return ModelManifest(model_id="nanomolmo2", chat_class_path=f"{__name__}.NanoMolmo2")
 
 
 class NanoMolmo2(lmms):
-    """The model as lmms-eval sees it. Every rank holds all of it, on its own device, and answers its own requests."""
+    """The model in lmms-eval's interface. Every rank has the whole model on its device and answers its own requests."""
 
     is_simple = False  # requests hold chat messages
 
@@ -50,10 +50,10 @@ class NanoMolmo2(lmms):
 
         Args:
             checkpoint: a run, a checkpoint, a model's directory, or OWNER/NAME.
-            device: "cuda" is this rank's GPU; without one: a GPU where there is one.
+            device: "cuda" is this rank's GPU; None takes a GPU if there is one.
             batch_size: questions that are answered together.
-            max_batch_size: without effect; lmms-eval hands it over where its command line has it.
-            max_frames: of a video; as many as in `tools/evaluate.py` if not given.
+            max_batch_size: ignored; lmms-eval passes it if it is on its command line.
+            max_frames: maximum frames of a video; None takes the number of `tools/evaluate.py`.
 
         Raises:
             ValueError: no such model, or an argument out of its range.
@@ -78,9 +78,9 @@ class NanoMolmo2(lmms):
         """The answer to every request; those with equal generation arguments share batches.
 
         Raises:
-            TooManyFailuresError: more questions than the budget allows cannot be asked.
+            TooManyFailuresError: more questions have no prompt than the budget allows.
         """
-        found = [GenerationResult(text="")] * len(requests)
+        results = [GenerationResult(text="")] * len(requests)
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[2], sort_keys=True), []).append(number)
@@ -94,24 +94,24 @@ class NanoMolmo2(lmms):
                     lambda number: self._prompt(requests[number], failures), members, self.batch_size
                 ):
                     seed += self.world_size
-                    asked = [(number, prompt) for number, prompt in batch if prompt is not None]
-                    for number, answer in self._answers(asked, generation_of(json.loads(arguments), seed)):
-                        found[number] = answer
+                    prompts = [(number, prompt) for number, prompt in batch if prompt is not None]
+                    for number, answer in self._answers(prompts, generation_of(json.loads(arguments), seed)):
+                        results[number] = answer
                     bar.update(len(batch))
         if failures.found:
             logger.warning(f"{len(failures.found)} of {len(requests)} questions could not be asked")
-        return found
+        return results
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not offered: lmms-eval's tasks do not agree on whether it is a loss or a log probability."""
+        """Not supported: lmms-eval's tasks do not agree on whether it is a loss or a log probability."""
         raise NotImplementedError("nanomolmo2 runs tasks of type generate_until, not of loglikelihood")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Not offered."""
+        """Not supported."""
         raise NotImplementedError("nanomolmo2 runs tasks of type generate_until, not of generate_until_multi_round")
 
     def _prompt(self, request: Instance, failures: Failures) -> PromptTensors | None:
-        """The prompt of a request, on the CPU; None for one that cannot be asked."""
+        """The prompt of a request, on the CPU; None if no prompt can be made, which counts as a failure."""
         _, messages_of, _, doc_id, task, split = request.args
         try:
             example = example_of(messages_of(self.task_dict[task][split][doc_id]))
@@ -127,12 +127,12 @@ class NanoMolmo2(lmms):
         if not asked:
             return []
         prompts = [PromptTensors.of(prompt, self.device) for _, prompt in asked]
-        found = replies(self.model, self._processor.tokenizer, prompts, generation)
+        answers = replies(self.model, self._processor.tokenizer, prompts, generation)
         counts = [
             TokenCounts(input_tokens=len(prompt.input_ids), output_tokens=reply.num_tokens)
-            for prompt, reply in zip(prompts, found, strict=True)
+            for prompt, reply in zip(prompts, answers, strict=True)
         ]
         return [
             (number, GenerationResult(text=reply.text, token_counts=count))
-            for (number, _), reply, count in zip(asked, found, counts, strict=True)
+            for (number, _), reply, count in zip(asked, answers, counts, strict=True)
         ]

@@ -1,7 +1,7 @@
-"""Conversations to a model's answers, batch by batch, as lmms-eval wants them: stop texts, and a budget of failures.
+"""Batched generation of answers for lmms-eval, with stop texts and a budget of failures.
 
-Frames, crops and the prompt's length are those of `tools/evaluate.py`; the caller sets the most frames. What lmms-eval
-hands over is read in `molmo2.eval.lmms.requests`.
+The limits of frames, crops and the prompt's length are those of `tools/evaluate.py`, but the caller may set the maximum
+number of frames. The requests of lmms-eval are read in `molmo2.eval.lmms.requests`.
 """
 
 from __future__ import annotations
@@ -18,51 +18,51 @@ from molmo2.processing.tokenizer import Tokenizer
 from shards.catalog import load_catalog
 from shards.schema import Limits
 
-BUDGET: Final = 0.01  # of the questions may fail; their answers are empty, and so wrong
+BUDGET: Final = 0.01  # fraction of the questions that may fail; their answers are empty, and so count as wrong
 
 Asked = TypeVar("Asked")
 Ready = TypeVar("Ready")
 
 
 class Reply(NamedTuple):
-    """An answer and how many tokens it took."""
+    """An answer and its number of tokens."""
 
     text: str
     num_tokens: int
 
 
 class TooManyFailuresError(ValueError):
-    """So many questions could not be asked that a score would say little."""
+    """More questions failed than the budget allows, so that a score would mean little."""
 
 
 @dataclass(slots=True)
 class Failures:
-    """Questions that cannot be asked, among `num_questions`; more than `BUDGET` of them end the evaluation."""
+    """Questions without a prompt, among `num_questions`; a fraction above `BUDGET` ends the evaluation."""
 
     num_questions: int
     found: list[str] = field(default_factory=list)
 
     def add(self, name: str, reason: Exception) -> str:
-        """Take note; returns the line that tells of it.
+        """Record a failure and return a line for the log.
 
         Raises:
-            TooManyFailuresError: the budget is spent.
+            TooManyFailuresError: the failures exceed the budget.
         """
         self.found.append(f"{name}: {reason}")
         if len(self.found) > BUDGET * self.num_questions:
-            told = "\n  ".join(self.found[-5:])
+            latest = "\n  ".join(self.found[-5:])
             raise TooManyFailuresError(
                 f"{len(self.found)} of {self.num_questions} questions cannot be asked, at most {BUDGET:.0%} may fail:"
-                f"\n  {told}"
+                f"\n  {latest}"
             )
         return f"no answer, which counts as a wrong one: {self.found[-1]}"
 
 
 def limits_of(max_frames: int | None) -> Limits:
-    """The limits of a prompt: those of the published benchmarks' catalog, but as many images as there are crops for.
+    """The limits of a prompt: those of the published benchmarks' catalog, with as many images as the crops allow.
 
     Raises:
-        ValueError: no frame is allowed.
+        ValueError: `max_frames` is less than 1.
     """
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames={max_frames}: a video needs at least one frame")
@@ -73,10 +73,10 @@ def limits_of(max_frames: int | None) -> Limits:
 def replies(
     model: Molmo2, tokenizer: Tokenizer, prompts: Sequence[PromptTensors], generation: Generation
 ) -> list[Reply]:
-    """The answer to each prompt of one batch; it ends before the first stop text."""
+    """Generate the answer to each prompt of one batch; an answer ends before its first stop text."""
     rows: list[list[int]] = [[] for _ in prompts]
     ended: set[int] = set()
-    reach = max((len(stop.encode()) for stop in generation.until), default=0)  # tokens: each holds a byte or more
+    reach = max((len(stop.encode()) for stop in generation.until), default=0)  # in tokens of a byte or more
     for tokens in stream(model, prompts, generation.max_new_tokens, tokenizer.eos, generation.sampling):
         for number, token in enumerate(tokens):
             if number in ended or token == tokenizer.eos:
@@ -94,7 +94,7 @@ def replies(
 def prepared_ahead(
     prepare: Callable[[Asked], Ready], items: Sequence[Asked], size: int
 ) -> Iterator[list[tuple[Asked, Ready]]]:
-    """Batches of `size` items with what `prepare` makes of each; a thread makes the next while one is in use."""
+    """Yield batches of `size` items, each with its result of `prepare`; a thread prepares the next batch meanwhile."""
     batches = [items[first : first + size] for first in range(0, len(items), size)]
 
     def make(batch: Sequence[Asked]) -> list[tuple[Asked, Ready]]:

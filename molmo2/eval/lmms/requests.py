@@ -1,8 +1,8 @@
-"""What lmms-eval asks, in our terms: its chat messages become an `Example`, its generation arguments become ours.
+"""Convert requests of lmms-eval: chat messages to an `Example`, and generation arguments to `Generation`.
 
-Media go before all text, as in training; where several images stand among the text, their names ("Image 2") take their
-places. A message of the system opens the first question, since the system never speaks in our chats. Of media, images
-and one video are known, in files or in memory. lmms-eval itself is met in `molmo2.eval.lmms.plugin` alone.
+Media come before all text, as in training. With several images, names ("Image 2") replace the images within the text. A
+system message becomes the start of the first question, since our chats have no system turns. Supported media are images
+and one video, as files or in memory. Only `molmo2.eval.lmms.plugin` imports lmms-eval.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import PIL.ImageOps
 from molmo2.model.generate import Sampling
 from shards.schema import Chat, Example, ImageRef, RejectedError, Source, Turn, VideoRef
 
-MAX_NEW_TOKENS = 1024  # of tasks that do not say
-READ = frozenset({"max_new_tokens", "until", "do_sample", "temperature", "top_p", "top_k", "seed"})
-NEUTRAL: tuple[Any, ...] = (None, False, 0, 1, "", [])  # values of other arguments that ask for nothing
+MAX_NEW_TOKENS = 1024  # maximum length of an answer for tasks that do not set it
+READ = frozenset({"max_new_tokens", "until", "do_sample", "temperature", "top_p", "top_k", "seed"})  # arguments used
+NEUTRAL: tuple[Any, ...] = (None, False, 0, 1, "", [])  # values with which other arguments have no effect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """How a task wants its answers.
+    """The generation arguments of a task.
 
     Attributes:
-        until: texts before which an answer ends.
-        ignored: arguments that we do not know, with their values.
+        until: stop texts; an answer ends before the first of them.
+        ignored: unsupported arguments, with their values.
     """
 
     max_new_tokens: int
@@ -39,14 +39,16 @@ class Generation:
 
 
 def generation_of(arguments: Mapping[str, Any], seed: int = 0) -> Generation:
-    """A task's `generation_kwargs`. Without a temperature above 0, with `do_sample: false` or `top_k: 1`: greedy.
+    """Convert a task's `generation_kwargs`.
+
+    Generation is greedy with `do_sample: false`, with `top_k: 1`, or without a temperature above 0.
 
     Args:
         arguments: as in the task's YAML file.
-        seed: added to the task's own, so that batches differ.
+        seed: added to the task's seed, so that batches differ.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value is out of its range.
     """
     until = arguments.get("until") or ()
     max_new_tokens = int(arguments.get("max_new_tokens") or MAX_NEW_TOKENS)
@@ -57,7 +59,7 @@ def generation_of(arguments: Mapping[str, Any], seed: int = 0) -> Generation:
         temperature = 1.0 if arguments.get("do_sample") else 0.0
     if arguments.get("do_sample") is False or arguments.get("top_k") == 1:
         temperature = 0.0
-    top_p = float(arguments.get("top_p") or 1.0)  # 0 is how tasks write that it is not set
+    top_p = float(arguments.get("top_p") or 1.0)  # tasks write 0 for an unset top_p
     sampling = Sampling(temperature=float(temperature), top_p=top_p, seed=seed + int(arguments.get("seed") or 0))
     ignored = {name: value for name, value in arguments.items() if name not in READ and value not in NEUTRAL}
     if sampling.temperature and (arguments.get("top_k") or 0) > 1:
@@ -71,15 +73,15 @@ def generation_of(arguments: Mapping[str, Any], seed: int = 0) -> Generation:
 
 
 def cut(text: str, until: Sequence[str]) -> str:
-    """The text before the first of `until` in it."""
+    """The text before the first occurrence of any text in `until`."""
     return text[: min((place for stop in until if (place := text.find(stop)) >= 0), default=len(text))]
 
 
 def example_of(messages: Sequence[Mapping[str, Any]]) -> Example:
-    """The conversation of chat messages: `role`, and `content`, a text or parts {"type": "image", "url": ...}.
+    """Convert chat messages, each a `role` and a `content`: a text, or parts such as {"type": "image", "url": ...}.
 
     Raises:
-        RejectedError: media of a kind, or a mixture, that no prompt of ours holds; a conversation that cannot be asked.
+        RejectedError: an unsupported kind or combination of media, or turns that do not end with a question.
     """
     parts = [part for message in messages for part in _parts(message["content"])]
     images = [_image(part["url"]) for part in parts if part["type"] == "image"]
@@ -103,8 +105,8 @@ def _parts(content: Any) -> list[Mapping[str, Any]]:
 
 
 def _turns(messages: Sequence[Mapping[str, Any]], *, named: bool) -> tuple[Turn, ...]:
-    """Turns that alternate and end with the user; images after some text leave their name there if they are `named`."""
-    said: list[tuple[str, str]] = []
+    """Alternating turns that end with the user; if `named`, images after some text are replaced by their names."""
+    turns: list[tuple[str, str]] = []
     number = 0
     for message in messages:
         role = "user" if message["role"] == "system" else str(message["role"])
@@ -112,19 +114,19 @@ def _turns(messages: Sequence[Mapping[str, Any]], *, named: bool) -> tuple[Turn,
         for part in _parts(message["content"]):
             if part["type"] == "image":
                 number += 1
-                text = _join(text, f"Image {number}" if named and (said or text) else "", " ")
+                text = _join(text, f"Image {number}" if named and (turns or text) else "", " ")
             elif part["type"] == "text":
                 text = _join(text, part["text"], " ")
-        before = said.pop()[1] if said and said[-1][0] == role else ""
-        said.append((role, _join(before, text, "\n")))
-    roles = [role for role, _ in said]
+        before = turns.pop()[1] if turns and turns[-1][0] == role else ""
+        turns.append((role, _join(before, text, "\n")))
+    roles = [role for role, _ in turns]
     if len(roles) % 2 == 0 or roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
         raise RejectedError(f"roles {roles}: user and assistant must take turns, the user first and last")
-    return tuple(Turn(role=role, text=text) for role, text in said)
+    return tuple(Turn(role=role, text=text) for role, text in turns)
 
 
 def _join(before: str, after: str, separator: str) -> str:
-    """Both, with the separator where neither brings white space."""
+    """Join two texts, with the separator unless there is white space between them or one is empty."""
     if not before or not after or before[-1].isspace() or after[0].isspace():
         return before + after
     return before + separator + after
@@ -138,15 +140,15 @@ def _image(image: Any) -> ImageRef:
     if not isinstance(image, PIL.Image.Image):
         raise RejectedError(f"an image given as {type(image).__name__}: a path or a PIL image is needed")
     data = io.BytesIO()
-    PIL.ImageOps.exif_transpose(image).convert("RGB").save(data, "PPM")  # what `load_image` would make of its file
+    PIL.ImageOps.exif_transpose(image).convert("RGB").save(data, "PPM")  # as `load_image` treats a file
     return ImageRef(data=data.getvalue())
 
 
 def _video(part: Mapping[str, Any]) -> VideoRef:
-    """A path, or a mapping with one; the clip's times stand in either place."""
-    found = part["url"]
-    inner = found if isinstance(found, Mapping) else {}
-    path = (inner.get("url") or inner.get("path")) if inner else found
+    """A video given by a path or by a mapping with a path; the times of a clip are in the mapping or in the part."""
+    value = part["url"]
+    inner = value if isinstance(value, Mapping) else {}
+    path = (inner.get("url") or inner.get("path")) if inner else value
     if not isinstance(path, str) or "://" in path:
         raise RejectedError(f"a video given as {path!r:.80}: the path of a file is needed")
     start, end = (inner.get(f"video_{side}", part.get(f"{side}_time")) for side in ("start", "end"))

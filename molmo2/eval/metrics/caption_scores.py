@@ -1,7 +1,7 @@
-"""Captions: CIDEr and ROUGE-L by pycocoevalcap, and statement F1 behind the interface of a judge.
+"""Metrics of captions: CIDEr and ROUGE-L by pycocoevalcap, and statement F1 with a judge.
 
-No Java: words are split here, not by the PTB tokenizer, so a CIDEr is comparable only with others of this project. No
-judge is shipped: it is a language model of the user's choice.
+Words are split here and not by the PTB tokenizer, which needs Java, so a CIDEr is comparable only with others of this
+project. The project has no judge: it is a language model that the user provides.
 """
 
 from __future__ import annotations
@@ -18,50 +18,50 @@ _WORD = re.compile(r"\w+(?:'\w+)?")
 
 
 def words(text: str) -> str:
-    """Lower-case words with one space between them, no punctuation."""
+    """The words of a text in lower case, without punctuation, separated by single spaces."""
     return " ".join(_WORD.findall(text.lower()))
 
 
 def rouge_l(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
-    """ROUGE-L: F of the longest common subsequence, recall counting 1.2 times."""
+    """ROUGE-L: F measure of the longest common subsequence with beta 1.2."""
     from pycocoevalcap.rouge.rouge import Rouge  # extra "eval"
 
     return Score(float(Rouge().calc_score([words(prediction)], [words(answer) for answer in accepted(asked, row)])))
 
 
 def cider(answers: Sequence[Answered]) -> float:
-    """CIDEr over all answers (0 to 10): the rarer an n-gram is among the references, the more it counts."""
+    """CIDEr over all answers (0 to 10); n-grams that are rare in the references have more weight."""
     from pycocoevalcap.cider.cider import Cider  # extra "eval"
 
     references = {i: [words(a) for a in accepted(answer.asked, answer.row)] for i, answer in enumerate(answers)}
-    said = {i: [words(answer.prediction)] for i, answer in enumerate(answers)}
-    return float(Cider().compute_score(references, said)[0])
+    predictions = {i: [words(answer.prediction)] for i, answer in enumerate(answers)}
+    return float(Cider().compute_score(references, predictions)[0])
 
 
 class Judge(Protocol):
-    """A language model that reads. Its answers must not hang on the order of the calls."""
+    """A language model that judges captions. Its answers must not depend on the order of the calls."""
 
     def statements(self, caption: str) -> list[str]:
         """The single facts that a caption states."""
 
     def supported(self, statement: str, caption: str) -> bool:
-        """Whether the caption says so."""
+        """Whether the caption supports the statement."""
 
 
 def statement_f1(judge: Judge) -> Metric:
-    """The metric of a judge: harmonic mean of precision and recall of statements.
+    """The statement F1 of a judge, as a metric: the harmonic mean of precision and recall of statements.
 
-    Precision: of the prediction's statements, those that the reference caption supports. Recall: of
-    `row["statements"]`, those that the prediction supports.
+    Precision is the fraction of the prediction's statements that the reference caption supports. Recall is the fraction
+    of `row["statements"]` that the prediction supports.
     """
 
     def statement_f1(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
         (reference,) = accepted(asked, row)
-        said, wanted = judge.statements(prediction), list(row["statements"])
-        if not said or not wanted:
-            return Score(float(not said and not wanted))
-        precision = sum(judge.supported(one, reference) for one in said) / len(said)
-        recall = sum(judge.supported(one, prediction) for one in wanted) / len(wanted)
+        predicted, expected = judge.statements(prediction), list(row["statements"])
+        if not predicted or not expected:
+            return Score(float(not predicted and not expected))
+        precision = sum(judge.supported(statement, reference) for statement in predicted) / len(predicted)
+        recall = sum(judge.supported(statement, prediction) for statement in expected) / len(expected)
         return Score(2 * precision * recall / (precision + recall) if precision + recall else 0.0)
 
     return statement_f1

@@ -1,8 +1,7 @@
-"""What a prediction is worth: text against the annotation that was asked, one number from 0 to 1.
+"""Types of metrics, and the metrics that need no library: a prediction against its annotation, from 0 to 1.
 
-Every metric also gives the chance level where it follows from the question (options, size of the boxes). Here are the
-kinds of metrics and those without a library; `metrics_text`, `metrics_points`, `metrics_tracks` and
-`metrics_captions` hold the others.
+A metric also gives the chance level if it follows from the question (options, size of the boxes). The other metrics are
+in `text_scores`, `point_scores`, `track_scores` and `caption_scores`.
 """
 
 from __future__ import annotations
@@ -22,26 +21,26 @@ _LABEL = re.compile(r"\s*[\[(]?([A-Za-z])\b")
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """0 (wrong) to 1 (right), and what a blind guess is worth on average; None where the benchmark must say."""
+    """A score from 0 (wrong) to 1 (right). `chance`: expected score of a guess; None if the benchmark gives it."""
 
     value: float
     chance: float | None = None
 
 
-# prediction, what was asked, the row of the source with the columns that the benchmark asks for
+# A metric of one answer: prediction, annotation, and the source's row with the catalog row's `facts` -> score.
 Metric = Callable[[str, Annotation, Mapping[str, Any]], Score]
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A prediction, what was asked, and the row: what a corpus metric takes of every question."""
+    """A prediction, the annotation and the source's row: the input of a corpus metric for each question."""
 
     prediction: str
     asked: Annotation
     row: Mapping[str, Any]
 
 
-# all answers of a benchmark to one number, for scores that are no mean over questions
+# A metric of all answers of a benchmark together, for scores that are not a mean over questions.
 CorpusMetric = Callable[[Sequence[Answered]], float]
 
 
@@ -50,13 +49,13 @@ def _plain(text: str) -> str:
 
 
 def exact_match(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
-    """Equal but for case, spaces and a final full stop."""
+    """1 if the texts are equal, ignoring case, white space and final full stops."""
     assert isinstance(asked, Text)
     return Score(float(_plain(prediction) == _plain(asked.answer)))
 
 
 def read_count(text: str) -> int | None:
-    """The last integer outside of point tags; "there are none" is 0; None without either."""
+    """The last integer outside of point tags; 0 for a text with "none"; else None."""
     plain = _TAG.sub(" ", text)
     numbers = _INTEGER.findall(plain)
     if numbers:
@@ -65,27 +64,27 @@ def read_count(text: str) -> int | None:
 
 
 def asked_count(asked: Annotation) -> int:
-    """The right number: of points, or the answer's own.
+    """The right number: the number of points, or the number in the answer.
 
     Raises:
-        ValueError: an answer that states no number.
+        ValueError: the answer states no number.
     """
     if isinstance(asked, Points):
         return asked.count
     assert isinstance(asked, Text)
     count = read_count(asked.answer)
     if count is None:
-        raise ValueError(f"the answer {asked.answer!r} to {asked.question!r} states no number to count to")
+        raise ValueError(f"the answer {asked.answer!r} to {asked.question!r} states no number")
     return count
 
 
 def count_exact(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
-    """The number that the answer states is the right one."""
+    """1 if the prediction states the right number."""
     return Score(float(read_count(prediction) == asked_count(asked)))
 
 
 def choice_of(text: str, options: Sequence[str]) -> int | None:
-    """Index of the option that an answer names: by "A." before it, else by its text alone."""
+    """The index of the option that an answer names by its label ("A.") or else by its text; None if there is none."""
     label = _LABEL.match(text)
     if label and ord(label[1].upper()) - ord("A") < len(options) and not _is_option(text, options):
         return ord(label[1].upper()) - ord("A")
@@ -100,7 +99,7 @@ def _is_option(text: str, options: Sequence[str]) -> bool:
 
 
 def multiple_choice(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
-    """The right option was named."""
+    """1 if the prediction names the right option."""
     assert isinstance(asked, Choice)
     return Score(float(choice_of(prediction, asked.options) == asked.answer), 1 / len(asked.options))
 
@@ -109,7 +108,7 @@ Box = tuple[float, float, float, float]
 
 
 def hits(points: Sequence[tuple[float, float]], boxes: Sequence[Box]) -> int:
-    """Largest number of boxes (x0, y0, x1, y1) that can each be given a point of its own that lies inside."""
+    """The largest number of boxes (x0, y0, x1, y1) that can be matched with different points inside them."""
     owner: dict[int, int] = {}  # point -> box
 
     def place(box: int, tried: set[int]) -> bool:
@@ -126,11 +125,12 @@ def hits(points: Sequence[tuple[float, float]], boxes: Sequence[Box]) -> int:
 
 
 def points_in_boxes(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
-    """Boxes hit by a point of their own, over the larger of both numbers: points too many cost as much as missing ones.
+    """The number of matched boxes over the larger of the numbers of boxes and points.
 
-    `row["boxes"]`: x0, y0, x1, y1 in percent. Chance: one random point for each box.
+    Superfluous points therefore cost as much as missing ones. `row["boxes"]`: x0, y0, x1, y1 in percent. Chance is for
+    one random point per box.
     """
     boxes = [(box["x0"], box["y0"], box["x1"], box["y1"]) for box in row["boxes"]]
     points = [(100 * point.x, 100 * point.y) for point in parse_points(prediction)]
-    share = sum((x1 - x0) * (y1 - y0) / 1e4 for x0, y0, x1, y1 in boxes) / len(boxes)
-    return Score(hits(points, boxes) / max(len(points), len(boxes)), share)
+    area = sum((x1 - x0) * (y1 - y0) / 1e4 for x0, y0, x1, y1 in boxes) / len(boxes)
+    return Score(hits(points, boxes) / max(len(points), len(boxes)), area)

@@ -1,7 +1,7 @@
-"""Short answers: VQA accuracy, ANLS, relaxed accuracy, and the mixed form of benchmarks that also have options.
+"""Metrics of short answers: VQA accuracy, ANLS, relaxed accuracy, and answers that may also be options.
 
-Each takes the accepted answers from `row["answers"]` where the benchmark names such a column, else the annotation's
-own. Answers that only a language model can judge are `metrics_captions`' matter.
+The accepted answers are `row["answers"]` if the catalog row has that fact, else the annotation's answer. Answers that
+only a language model can judge are in `caption_scores`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, Final
 from molmo2.eval.metrics.scores import Score, exact_match, multiple_choice
 from shards.schema import Annotation, Choice, Text
 
-AGREEING: Final = 3  # people who gave an answer that is fully right
-ANLS_THRESHOLD: Final = 0.5
-TOLERANCE: Final = 0.05
+AGREEING: Final = 3  # an answer that this many people gave has score 1
+ANLS_THRESHOLD: Final = 0.5  # an answer at this normalised edit distance or more has score 0
+TOLERANCE: Final = 0.05  # relative error up to which a number is right in relaxed accuracy
 
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
 _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
@@ -35,22 +35,22 @@ who'd've wouldn't've you'd've y'all'll
 
 
 def _spellings() -> dict[str, str]:
-    """A contraction without any one of its apostrophes, or without all -> the contraction."""
-    found = {}
+    """Misspelled contractions -> contractions: each without one of its apostrophes, or without all of them."""
+    spellings = {}
     for word in _CONTRACTED:
-        found[word.replace("'", "")] = word
+        spellings[word.replace("'", "")] = word
         for place in (i for i, letter in enumerate(word) if letter == "'"):
-            found[word[:place] + word[place + 1 :]] = word
-    return found
+            spellings[word[:place] + word[place + 1 :]] = word
+    return spellings
 
 
 _CONTRACTIONS = _spellings()
 
 
 def vqa_normal(text: str) -> str:
-    """An answer as the VQA evaluation compares it: no punctuation, no articles, digits for number words.
+    """Normalise an answer as the VQA evaluation does: no punctuation, no articles, digits for number words.
 
-    A sign of punctuation that stands beside a space anywhere in the text is dropped, otherwise it becomes a space.
+    A punctuation mark that is next to a space anywhere in the text is deleted; otherwise it is replaced by a space.
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
     drop_all = _COMMA_IN_NUMBER.search(text) is not None
@@ -64,7 +64,7 @@ def vqa_normal(text: str) -> str:
 
 
 def accepted(asked: Annotation, row: Mapping[str, Any]) -> list[str]:
-    """The answers that count as right.
+    """The accepted answers.
 
     Raises:
         ValueError: the row's list of answers is empty.
@@ -72,8 +72,8 @@ def accepted(asked: Annotation, row: Mapping[str, Any]) -> list[str]:
     if "answers" not in row:
         assert isinstance(asked, Text)
         return [asked.answer]
-    found = row["answers"]
-    answers = [found] if isinstance(found, str) else [a["answer"] if isinstance(a, dict) else str(a) for a in found]
+    value = row["answers"]
+    answers = [value] if isinstance(value, str) else [a["answer"] if isinstance(a, dict) else str(a) for a in value]
     if not answers:
         raise ValueError("a question without answers cannot be scored; filter it in the catalog row")
     return answers
@@ -86,24 +86,24 @@ def _agreement(answer: str, people: Sequence[str]) -> float:
 def vqa_accuracy(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
     """Mean over the people of min(1, others who gave this answer / 3), all answers normalised.
 
-    With one answer only, whether it is that answer.
+    If there is only one answer, the score is 1 for that answer and else 0.
     """
     people = [vqa_normal(answer) for answer in accepted(asked, row)]
-    said = vqa_normal(prediction)
+    predicted = vqa_normal(prediction)
     if len(people) == 1:
-        return Score(float(said == people[0]))
-    scores = [_agreement(said, people[:i] + people[i + 1 :]) for i in range(len(people))]
+        return Score(float(predicted == people[0]))
+    scores = [_agreement(predicted, people[:i] + people[i + 1 :]) for i in range(len(people))]
     return Score(sum(scores) / len(scores))
 
 
 def direct_answer(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
-    """A-OKVQA's: min(1, people who gave this answer / 3), without leaving one out."""
-    said = vqa_normal(prediction)
-    return Score(_agreement(said, [vqa_normal(answer) for answer in accepted(asked, row)]))
+    """A-OKVQA's metric: min(1, people who gave this answer / 3), without leaving one out."""
+    predicted = vqa_normal(prediction)
+    return Score(_agreement(predicted, [vqa_normal(answer) for answer in accepted(asked, row)]))
 
 
 def anls(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
-    """Best over the answers of 1 - edit distance / longer length; 0 where half of the text or more differs."""
+    """ANLS: the best of 1 - edit distance / longer length over the answers; 0 if half of the text or more differs."""
     from rapidfuzz.distance import Levenshtein  # extra "eval"
 
     def plain(text: str) -> str:
@@ -114,7 +114,7 @@ def anls(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
 
 
 def number_of(text: str) -> float | None:
-    """A number as an answer states it: "1,200", "12 %" (0.12), "-3.5"; None for anything else."""
+    """The number that a text is, such as "1,200", "12 %" (0.12) or "-3.5"; None for any other text."""
     plain = text.strip().rstrip(".").replace(",", "")
     try:
         return float(plain.rstrip("% ")) / 100 if plain.endswith("%") else float(plain)
@@ -123,28 +123,28 @@ def number_of(text: str) -> float | None:
 
 
 def _relaxed(prediction: str, answer: str) -> bool:
-    found, wanted = number_of(prediction), number_of(answer)
-    if found is not None and wanted:
-        return abs(found - wanted) <= TOLERANCE * abs(wanted) * (1 + 1e-12)  # the bound itself is within
+    predicted, expected = number_of(prediction), number_of(answer)
+    if predicted is not None and expected:
+        return abs(predicted - expected) <= TOLERANCE * abs(expected) * (1 + 1e-12)  # the bound itself is accepted
     return " ".join(prediction.lower().split()).rstrip(".") == " ".join(answer.lower().split()).rstrip(".")
 
 
 def relaxed_accuracy(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
-    """ChartQA's: a number within 5 % of the answer, any other text exactly."""
+    """ChartQA's metric: a number must be within 5 % of the answer; any other text must be equal, ignoring case."""
     return Score(float(any(_relaxed(prediction, answer) for answer in accepted(asked, row))))
 
 
 def answer_or_choice(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
-    """For benchmarks with questions of both forms: the right option, or the answer exactly.
+    """The metric of benchmarks with questions of both forms: the right option, or exactly the answer.
 
-    Numbers are compared by value, rounded to `row["precision"]` decimals where the benchmark gives them.
+    Numbers are compared by value, rounded to `row["precision"]` decimals if the row has it.
     """
     if isinstance(asked, Choice):
         return multiple_choice(prediction, asked, row)
     assert isinstance(asked, Text)
-    found, wanted = number_of(prediction), number_of(asked.answer)
-    if found is not None and wanted is not None:
+    predicted, expected = number_of(prediction), number_of(asked.answer)
+    if predicted is not None and expected is not None:
         if row.get("precision") is not None:
-            found, wanted = (round(number, int(row["precision"])) for number in (found, wanted))
-        return Score(float(found == wanted))
+            predicted, expected = (round(number, int(row["precision"])) for number in (predicted, expected))
+        return Score(float(predicted == expected))
     return exact_match(prediction, asked, row)

@@ -1,8 +1,8 @@
-"""Tracks: point F1, HOTA of points in masks, and J&F of masks, the last two by `trackeval`.
+"""Metrics of tracks: point F1, HOTA of points in masks, and J&F of masks, the last two by `trackeval`.
 
-A row has `row["masks"]`: for each object a list with a mask (or None) per frame, forms as in `metrics_points`, and
-`row["fps"]` of those frames. An answer is compared at the frames that it is asked at. J&F needs masks of the
-prediction, which a model of points does not give: `j_and_f` takes them from whatever made them of the points.
+`row["masks"]` has for each object a list with a mask (or None) per frame, in the forms of `point_scores`; `row["fps"]`
+is the rate of those frames. An answer is compared at the frame rate of the question. J&F needs predicted masks, which
+a model that answers with points does not give: the caller of `j_and_f` must make them from the points.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from molmo2.eval.metrics.scores import Answered, Score
 from molmo2.processing.points import ParsedPoint, parse_points
 from shards.schema import Annotation, Tracks
 
-HALF_TENTH: Final = 0.0501  # answers print times with one decimal
+HALF_TENTH: Final = 0.0501  # seconds; tolerance of a point's time, since answers have times with one decimal
 
 
 class _Scene:
-    """The frames of one answer: the points said at each, and the masks that are there, by object."""
+    """The frames of one answer: the predicted points of each frame, and its masks by object."""
 
     def __init__(self, prediction: str, asked: Annotation, row: Mapping[str, Any]):
         assert isinstance(asked, Tracks)
@@ -36,24 +36,24 @@ class _Scene:
             }
             for frame in frames
         ]
-        self.masks = [{number: mask for number, mask in found.items() if mask.any()} for found in self.masks]
-        self.said: list[list[ParsedPoint]] = [[] for _ in self.times]
+        self.masks = [{number: mask for number, mask in masks.items() if mask.any()} for masks in self.masks]
+        self.points: list[list[ParsedPoint]] = [[] for _ in self.times]
         self.num_elsewhere = 0
         for point in parse_points(prediction):
             near = [i for i, time in enumerate(self.times) if abs(time - point.at) <= HALF_TENTH]
             if near:
-                self.said[near[0]].append(point)
+                self.points[near[0]].append(point)
             else:
                 self.num_elsewhere += 1
 
     def similarity(self, frame: int) -> npt.NDArray[np.float64]:
-        """[objects, points] of a frame: 1 where the point lies in the object's mask."""
-        rows = [[inside(p.x, p.y, mask) for p in self.said[frame]] for mask in self.masks[frame].values()]
-        return np.array(rows, float).reshape(len(rows), len(self.said[frame]))
+        """A matrix [objects, points] for a frame: 1 if the point is in the object's mask, else 0."""
+        rows = [[inside(p.x, p.y, mask) for p in self.points[frame]] for mask in self.masks[frame].values()]
+        return np.array(rows, float).reshape(len(rows), len(self.points[frame]))
 
 
 def _times(row: Mapping[str, Any], fps: float) -> list[float]:
-    """Seconds of the frames that are asked: `fps` per second of those that have masks."""
+    """The times of the compared frames, in seconds: `fps` of them per second, as far as there are masks."""
     num_frames = max((len(stored) for stored in row["masks"]), default=0)
     if not num_frames or row["fps"] <= 0:
         raise ValueError(f"tracks need masks at a frame rate, found {num_frames} frames at {row['fps']} per second")
@@ -62,46 +62,46 @@ def _times(row: Mapping[str, Any], fps: float) -> list[float]:
 
 
 def track_f1(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
-    """F1 of points in masks over all frames, Hungarian matching in each; points at no asked time count as wrong."""
+    """F1 of points in masks over all frames, with Hungarian matching in each; points at other times count as wrong."""
     scene = _Scene(prediction, asked, row)
     right = sum(most_pairs(scene.similarity(i) > 0) for i in range(len(scene.times)))
-    num_said = sum(map(len, scene.said)) + scene.num_elsewhere
-    return Score(f1(right, num_said, sum(map(len, scene.masks))))
+    num_points = sum(map(len, scene.points)) + scene.num_elsewhere
+    return Score(f1(right, num_points, sum(map(len, scene.masks))))
 
 
 def _numbered(ids: Sequence[Sequence[int]]) -> tuple[list[npt.NDArray[np.int64]], int]:
-    """The ids of each frame renumbered from 0 without gaps, and how many there are."""
-    numbers = {one: number for number, one in enumerate(sorted({one for frame in ids for one in frame}))}
-    return [np.array([numbers[one] for one in frame], int) for frame in ids], len(numbers)
+    """The ids of each frame renumbered from 0 without gaps, and the number of different ids."""
+    numbers = {i: number for number, i in enumerate(sorted({i for frame in ids for i in frame}))}
+    return [np.array([numbers[i] for i in frame], int) for frame in ids], len(numbers)
 
 
 def hota_data(scene: _Scene) -> dict[str, Any]:
-    """What `trackeval.metrics.HOTA` takes of one sequence."""
-    wanted, num_wanted = _numbered([list(masks) for masks in scene.masks])
-    said, num_said = _numbered([[point.id for point in points] for points in scene.said])
+    """The input of `trackeval.metrics.HOTA` for one sequence."""
+    expected, num_expected = _numbered([list(masks) for masks in scene.masks])
+    predicted, num_predicted = _numbered([[point.id for point in points] for points in scene.points])
     return {
-        "num_gt_dets": sum(map(len, wanted)),
-        "num_tracker_dets": sum(map(len, said)),
-        "num_gt_ids": num_wanted,
-        "num_tracker_ids": num_said,
-        "gt_ids": wanted,
-        "tracker_ids": said,
+        "num_gt_dets": sum(map(len, expected)),
+        "num_tracker_dets": sum(map(len, predicted)),
+        "num_gt_ids": num_expected,
+        "num_tracker_ids": num_predicted,
+        "gt_ids": expected,
+        "tracker_ids": predicted,
         "similarity_scores": [scene.similarity(frame) for frame in range(len(scene.times))],
     }
 
 
 def hota(answers: Sequence[Answered]) -> float:
-    """HOTA over all answers, mean over its thresholds: similarity is 1 for a point in the mask, else 0."""
+    """HOTA over all answers, averaged over its thresholds; the similarity is 1 for a point in the mask, else 0."""
     from trackeval.metrics import HOTA  # extra "eval"
 
     metric = HOTA()
     scenes = (_Scene(answer.prediction, answer.asked, answer.row) for answer in answers)
-    found = {number: metric.eval_sequence(hota_data(scene)) for number, scene in enumerate(scenes)}
-    return float(np.mean(metric.combine_sequences(found)["HOTA"]))
+    sequences = {number: metric.eval_sequence(hota_data(scene)) for number, scene in enumerate(scenes)}
+    return float(np.mean(metric.combine_sequences(sequences)["HOTA"]))
 
 
 def j_and_f(wanted: Sequence[Sequence[Mask]], predicted: Sequence[Sequence[Mask]]) -> float:
-    """Mean of region similarity and boundary accuracy of one video.
+    """J&F: the mean of region similarity and boundary accuracy of one video.
 
     Args:
         wanted: for each object a bool mask [height, width] per frame; at least one object.
@@ -113,7 +113,7 @@ def j_and_f(wanted: Sequence[Sequence[Mask]], predicted: Sequence[Sequence[Mask]
     def frames(objects: Sequence[Sequence[Mask]]) -> list[list[dict[str, Any]]]:
         return [[coco.encode(np.asfortranarray(o[t], np.uint8)) for o in objects] for t in range(len(wanted[0]))]
 
-    found = JAndF().eval_sequence(
+    result = JAndF().eval_sequence(
         {
             "num_timesteps": len(wanted[0]),
             "num_gt_ids": len(wanted),
@@ -124,4 +124,4 @@ def j_and_f(wanted: Sequence[Sequence[Mask]], predicted: Sequence[Sequence[Mask]
             "tracker_dets": frames(predicted),
         }
     )
-    return float(found["J&F"])
+    return float(result["J&F"])

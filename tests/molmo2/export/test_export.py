@@ -200,7 +200,7 @@ def test_a_difference_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch:
     model = noisy(QWEN)
     written = dataclasses.replace(QWEN, text=dataclasses.replace(QWEN.text, rope_theta=1e4))
     wrong = hub.hub_config(written)
-    monkeypatch.setattr(hub, "hub_config", lambda config: wrong)
+    monkeypatch.setattr(export, "hub_config", lambda config: wrong)
     with pytest.raises(ExportError, match="logits in transformers differ"):
         exported(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

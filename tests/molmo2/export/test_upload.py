@@ -63,7 +63,7 @@ def test_other_repositories_are_left_alone(hub: Hub, tmp_path: Path) -> None:
     foreign = hub.root / "models/owner/precious"
     foreign.mkdir(parents=True)
     (foreign / "model.bin").write_text("mine")
-    with pytest.raises(PushError, match="owner/precious: holds 1 files and is no earlier export"):
+    with pytest.raises(PushError, match="owner/precious: holds 1 files and is not an earlier export"):
         push(export_like(tmp_path / "out"), "owner/precious", "x")
     assert files(foreign) == ["model.bin"] and not any(line.startswith("POST") for line in hub.log)
 
@@ -73,7 +73,7 @@ def test_refusals_are_told(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(PushError, match="OWNER/NAME"):
         check_repository("model")
     hub.refuse_commits = True
-    with pytest.raises(PushError, match=r"owner/model: the hub did not take it: .*no room left"):
+    with pytest.raises(PushError, match=r"owner/model: the upload was refused by the hub: .*no room left"):
         push(out, "owner/model", "x")
     assert files(hub.root / "models/owner/model") == []
     hub.refuse_commits = False

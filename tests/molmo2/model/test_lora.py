@@ -78,7 +78,7 @@ def test_a_run_resumes_and_its_checkpoints_are_read_merged(tmp_path: Path, monke
         moved = {name for name, tensor in weights.items() if not torch.equal(tensor, start[name])}
         layers = {name for name in weights if "_proj" in name and name.startswith("text.")}
         assert {name for name in moved if name.startswith(("text.", "lm_head"))} == layers | {"text.embedding.added"}
-    with pytest.raises(RecipeError, match="not tried by us and refused"):
+    with pytest.raises(RecipeError, match="is untested and refused"):
         load_recipe(recipe, [lora[1], "train.zero_stage=3"])
 
 

@@ -12,10 +12,10 @@ from train_runs import log, train
 
 from molmo2.checkpoint.open import load_weights
 from molmo2.config import Anomalies
-from molmo2.training.anomalies import LEAST, LossHistory, action_for
+from molmo2.training.anomalies import MIN_HISTORY, LossHistory, action_for
 from molmo2.training.watchdog import Watchdog
 
-USUAL = [2.0, 2.2, 1.8] * LEAST
+USUAL = [2.0, 2.2, 1.8] * MIN_HISTORY
 
 
 def test_a_loss_is_judged_by_the_median_of_those_before() -> None:
@@ -23,7 +23,7 @@ def test_a_loss_is_judged_by_the_median_of_those_before() -> None:
     assert LossHistory(USUAL).judge(3.9, settings) is None
     assert LossHistory(USUAL).judge(4.1, settings) == "spike"
     assert LossHistory(USUAL).judge(4.1, Anomalies()) is None
-    assert LossHistory(USUAL[: LEAST - 1]).judge(1e9, settings) is None  # too few to know what is usual
+    assert LossHistory(USUAL[: MIN_HISTORY - 1]).judge(1e9, settings) is None  # too few to know what is usual
     for loss in (math.nan, math.inf):
         assert LossHistory().judge(loss, settings) == "nonfinite"
 
@@ -67,7 +67,12 @@ def test_a_watchdog_that_was_stopped_is_silent() -> None:
 def test_a_spike_can_be_skipped_or_stop_the_run(tmp_path: Path, zero_stage: int) -> None:
     toy_run.build_toy(tmp_path)
     recipe = toy_run.write_recipe(
-        tmp_path / "r.yaml", "r", steps=LEAST + 3, checkpoint_every=LEAST, zero_stage=zero_stage, packs_per_step=1
+        tmp_path / "r.yaml",
+        "r",
+        steps=MIN_HISTORY + 3,
+        checkpoint_every=MIN_HISTORY,
+        zero_stage=zero_stage,
+        packs_per_step=1,
     )
     # A factor just above 1 makes ordinary noise of a loss that has stopped falling a spike.
     still = ["optim.vit.lr=0", "optim.connector.lr=0", "optim.llm.lr=0", "anomalies.spike_factor=1.0001"]
@@ -76,7 +81,7 @@ def test_a_spike_can_be_skipped_or_stop_the_run(tmp_path: Path, zero_stage: int)
     skipped = [line["step"] for line in log(tmp_path, "r") if line.get("skipped")]
     assert skipped and [line["step"] for line in lines] == skipped
     assert all(
-        line["kind"] == "spike" and line["action"] == "skip" and step > LEAST
+        line["kind"] == "spike" and line["action"] == "skip" and step > MIN_HISTORY
         for line, step in zip(lines, skipped, strict=True)
     )
     assert lines[0]["packs"][0][0].startswith("toy/000000/")

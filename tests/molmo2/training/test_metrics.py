@@ -115,5 +115,5 @@ def test_summary_averages_the_ends_of_the_curve(recipe: Recipe) -> None:
     summary = summarize([line(step, float(step)) for step in range(1, 21)], recipe)
     assert (summary["loss_first"], summary["loss_last"]) == (1.5, 19.5)
     assert (summary["steps"], summary["tokens"], summary["seconds"]) == (20, 2000, 40.0)
-    with pytest.raises(ValueError, match="no steps in it"):
+    with pytest.raises(ValueError, match="it has no steps"):
         summarize([], recipe)

@@ -13,7 +13,7 @@ import toy_run
 import yaml
 from ranks import Launch
 from s3_server import BUCKET, Server, client, environment, upload
-from train_runs import log, ranks_of, start, train
+from train_runs import log, ranks_of, start, train, wait_for
 
 STEPS = int(os.environ.get("SOAK_STEPS", "24"))
 KILLS = int(os.environ.get("SOAK_KILLS", "3"))
@@ -27,14 +27,11 @@ def strike(kind: str, process: Launch, server: Server, rng: np.random.Generator)
         time.sleep(OUTAGE)
         server.start()
         return
-    ranks = ranks_of(process)
-    rank = ranks[int(rng.integers(len(ranks)))]
-    if kind == "rank":
-        rank.kill()
-        return
+    wait_for(process, lambda: len(ranks_of(process)) == 2 and all(rank.children() for rank in ranks_of(process)))
+    rank = ranks_of(process)[int(rng.integers(2))]
     workers = rank.children()
-    assert workers, "a rank without loader workers"
-    workers[int(rng.integers(len(workers)))].kill()
+    victim = rank if kind == "rank" else workers[int(rng.integers(len(workers)))]
+    victim.kill()
 
 
 @pytest.mark.dist
@@ -60,16 +57,12 @@ def test_kills_at_random_leave_the_curve_as_it_was(tmp_path: Path, monkeypatch: 
         process = start(tmp_path, path)
         starts = 1
         for step, kind in zip(at, kinds, strict=True):
-            while len(log(tmp_path, "soak")) < step:
-                if process.poll() is not None:
-                    process, starts = start(tmp_path, path), starts + 1
-                time.sleep(0.02)
+            wait_for(process, lambda step=step: len(log(tmp_path, "soak")) >= step)
             strike(kind, process, server, rng)
             if kind != "server":
                 assert process.wait(timeout=300) != 0
-        while process.wait(timeout=1800) != 0:
-            assert starts <= KILLS + 1, process.output.read_text()[-4000:]
-            process, starts = start(tmp_path, path), starts + 1
+                process, starts = start(tmp_path, path), starts + 1
+        assert process.wait(timeout=1800) == 0, process.output.read_text()[-4000:]
     finally:
         server.kill()
     losses = [[line["loss"] for line in log(tmp_path, name)] for name in ("calm", "soak")]

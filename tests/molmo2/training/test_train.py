@@ -105,7 +105,7 @@ def test_sigterm_on_one_rank_saves_and_exits_with_zero(root: Path) -> None:
     next(rank for rank in ranks_of(process) if rank.environ()["RANK"] == "1").send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert "stopped as asked after step" in output
+    assert "stopped on request after step" in output
     assert len(log(root, "stopped")) < 12
     train(root, recipe)
     assert curve(root, "stopped") == curve(root, "whole")
@@ -143,7 +143,7 @@ def test_a_stop_file_saves_exits_with_zero_and_is_taken_away(root: Path) -> None
     file = root / "runs/filed/stop"
     file.parent.mkdir(parents=True)
     file.touch()
-    assert "filed: stopped as asked after step 1 of 12" in train(root, recipe)
+    assert "filed: stopped on request after step 1 of 12" in train(root, recipe)
     assert not file.exists()
     assert [path.name for path in (root / "runs/filed/checkpoints").iterdir()] == ["step-00000001"]
 
