@@ -1,6 +1,7 @@
-"""What scoring needs of a sample: the annotation of every branch, kept in stage "eval" as `KEY.asked.json.gz`.
+"""The annotation of every branch of a sample, stored in stage "eval" as member `KEY.asked.json.gz` for scoring.
 
-Compressed, because masks are long and simple; webdataset's `decode()` opens it too. Scoring is `molmo2.eval`'s.
+The JSON is compressed because masks are long and repetitive; webdataset's `decode()` reads it too.
+The scores are computed in `molmo2.eval`.
 """
 
 from __future__ import annotations
@@ -18,44 +19,44 @@ import pydantic
 from shards.schema import Annotation, Chat, Choice, Points, Text, Tracks
 
 MEMBER_NAME: Final = "asked.json.gz"
-LARGEST: Final = 256 << 20  # bytes, unpacked
-BYTES: Final = "base64"  # {BYTES: "..."} stands for bytes
+LARGEST: Final = 256 << 20  # bytes; a member that unpacks to more is refused
+BYTES: Final = "base64"  # JSON has no bytes: they are stored as {BYTES: "<base64>"}
 KINDS: Final = {
     kind.__name__.lower(): pydantic.TypeAdapter[Annotation](kind) for kind in (Text, Choice, Chat, Points, Tracks)
 }
 
 
 class AskedError(ValueError):
-    """Annotations that cannot be written, or bytes that are none."""
+    """Annotations cannot be stored as JSON, or a member cannot be read as annotations."""
 
 
 def asked_bytes(annotations: Sequence[Annotation]) -> bytes:
-    """The member: equal annotations give equal bytes.
+    """Encode annotations as the bytes of the member; equal annotations give equal bytes.
 
     Raises:
-        AskedError: a fact is of a type that JSON does not have.
+        AskedError: a fact has a type that cannot be stored as JSON.
     """
-    listed = [{"kind": type(annotation).__name__.lower(), **asdict(annotation)} for annotation in annotations]
+    records = [{"kind": type(annotation).__name__.lower(), **asdict(annotation)} for annotation in annotations]
     try:
-        text = json.dumps(listed, default=_text_of_bytes, separators=(",", ":"), sort_keys=True)
+        text = json.dumps(records, default=_text_of_bytes, separators=(",", ":"), sort_keys=True)
     except (TypeError, ValueError) as error:
-        raise AskedError(f"facts of {annotations[0].style}: {error}") from None
+        raise AskedError(f"facts of {annotations[0].style}: {error}; correct `facts` of the catalog row") from None
     return gzip.compress(text.encode(), mtime=0)
 
 
 def read_asked(data: bytes | memoryview) -> tuple[Annotation, ...]:
-    """The annotations of a member.
+    """Decode the annotations of a member.
 
     Raises:
-        AskedError: no such member, or one that unpacks to more than `LARGEST`.
+        AskedError: the bytes are not such a member, or unpack to more than `LARGEST`.
     """
     unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
     try:
         text = unpacker.decompress(data, LARGEST)
         if unpacker.unconsumed_tail:
-            raise AskedError(f"{MEMBER_NAME} unpacks to more than {LARGEST} bytes")
-        listed = json.loads(text, object_hook=_bytes_of_text)
-        return tuple(KINDS[one.pop("kind")].validate_python(one) for one in listed)
+            raise AskedError(f"{MEMBER_NAME} unpacks to more than {LARGEST} bytes; the sample is damaged")
+        records = json.loads(text, object_hook=_bytes_of_text)
+        return tuple(KINDS[record.pop("kind")].validate_python(record) for record in records)
     except (zlib.error, KeyError, TypeError, AttributeError, ValueError) as error:
         raise AskedError(f"{MEMBER_NAME}: {type(error).__name__}: {error}") from None
 
@@ -63,7 +64,7 @@ def read_asked(data: bytes | memoryview) -> tuple[Annotation, ...]:
 def _text_of_bytes(value: Any) -> dict[str, str]:
     if isinstance(value, bytes):
         return {BYTES: base64.b64encode(value).decode()}
-    raise TypeError(f"{type(value).__name__} {str(value)[:40]!r} is nothing that JSON has")
+    raise TypeError(f"{type(value).__name__} {str(value)[:40]!r} cannot be stored as JSON")
 
 
 def _bytes_of_text(value: dict[str, Any]) -> Any:

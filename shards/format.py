@@ -1,6 +1,7 @@
 """Shard format, version 1: names, dtypes and the index, shared by the builder and the reader.
 
-`docs/shard-format.md` is the specification. This file reads no file and knows no tokenizer.
+`docs/shard-format.md` is the specification. The functions here work on bytes and arrays: they open no file and need no
+tokenizer.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ FORMAT_VERSION = 1
 BLOCK = 512  # bytes; tar headers and contents begin at multiples of it
 INDEX_NAME = "index.json"
 REJECTS_NAME = "rejects.jsonl"
-KEY_PATTERN = re.compile(
-    r"[A-Za-z0-9_-]{1,80}"
-)  # no dots: webdataset splits at the first one; short: names fit the plain tar header
+# A key has no dots, because webdataset splits names at the first one. It is short so that names fit a plain tar header.
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 # One stored token. `branch` 0 is the shared trunk (BOS and visuals), annotation i is branch i + 1. `weight` is the
 # loss weight of *predicting* this token. The last token of a branch (EOS) is a label only and never an input.
@@ -32,15 +32,15 @@ TOKEN_DTYPE = np.dtype([("id", "<i4"), ("branch", "<i2"), ("weight", "<f4")])
 
 
 class FormatError(ValueError):
-    """A shard or an index that is damaged, foreign or of another version."""
+    """A shard or an index is damaged, not of this format, or of another format version."""
 
 
 def index_dtype(num_variants: int) -> np.dtype[np.void]:
-    """Row of `NNNNNN.idx.npy`: one per sample, 26 + 10 K bytes.
+    """Dtype of a row of `NNNNNN.idx.npy`: one row per sample, 26 + 10 K bytes, K being the number of variants.
 
     offset, span: the sample's byte range in the tar (first header to last padding block); xxh64: xxh3-64 of that
-    span; key_hash: `key_hash(key)`; per variant: num_crops (ViT inputs), num_frames, num_tokens (expanded input
-    tokens) and loss_weight (sum of the tokens' weights).
+    span; key_hash: `key_hash(key)`; num_frames: video frames of the sample. Per variant [K]: num_crops (ViT inputs),
+    num_tokens (expanded input tokens) and loss_weight (sum of the tokens' weights).
     """
     k = (num_variants,)
     return np.dtype(
@@ -58,7 +58,7 @@ def index_dtype(num_variants: int) -> np.dtype[np.void]:
 
 
 def key_hash(key: str) -> int:
-    """32-bit hash of a key: picks the text variant of an epoch, (epoch + hash) mod K."""
+    """32-bit hash of a key; it selects the text variant of an epoch: (epoch + hash) mod K."""
     return xxhash.xxh32_intdigest(key.encode())
 
 
@@ -68,17 +68,17 @@ def span_hash(data: bytes | memoryview) -> int:
 
 
 def canonical_json(value: Any) -> bytes:
-    """JSON bytes that depend on the value alone: sorted keys, no spaces, ASCII."""
+    """JSON bytes that depend on nothing but the value: sorted keys, no spaces, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
 def digest(value: Any) -> str:
-    """sha256 of `canonical_json(value)`, 16 hex digits: enough to tell settings apart and short to print."""
+    """sha256 of `canonical_json(value)`, 16 hex digits: enough to distinguish settings, and short to print."""
     return hashlib.sha256(canonical_json(value)).hexdigest()[:16]
 
 
 class ShardInfo(pydantic.BaseModel, extra="forbid", frozen=True):
-    """One tar and its sidecar. `name` is the stem: `000000` for `000000.tar` and `000000.idx.npy`."""
+    """Index entry of a shard, a tar and its sidecar. `name` is the stem of `000000.tar` and `000000.idx.npy`."""
 
     name: str = pydantic.Field(pattern=r"^\d{6}$")
     bytes: int
@@ -88,7 +88,7 @@ class ShardInfo(pydantic.BaseModel, extra="forbid", frozen=True):
 
 
 class Totals(pydantic.BaseModel, extra="forbid", frozen=True):
-    """Sums over the dataset. `trees` counts examples, `annotations` their branches; tokens and crops: variant 0."""
+    """Sums over the dataset. `annotations` counts the branches of all samples; `tokens`, `crops`: of variant 0."""
 
     samples: int
     annotations: int
@@ -100,11 +100,11 @@ class Totals(pydantic.BaseModel, extra="forbid", frozen=True):
 
 
 class DatasetIndex(pydantic.BaseModel, extra="forbid", frozen=True):
-    """`index.json`: written last, so its presence means that the dataset is whole.
+    """Content of `index.json`. The file is written last, so its presence means that the dataset is complete.
 
     `processor` holds every setting that changes a token or a pixel (`processor["layout"]` is a `layout.VisualLayout`);
-    `source` names the published dataset (repo, revision); `build` the options of the build, none of which the
-    reader needs.
+    `source` names the published dataset (repo, revision); `build` records the options of the build, and the reader
+    needs none of them.
     """
 
     format_version: int
@@ -124,7 +124,7 @@ class DatasetIndex(pydantic.BaseModel, extra="forbid", frozen=True):
 
     @property
     def digest(self) -> str:
-        """What the plan depends on: the samples (through the sidecars' hashes) and the processor."""
+        """Digest of what the plan depends on: the samples (by the sidecars' hashes) and the processor's settings."""
         return digest([self.format_version, self.processor, [[s.name, s.samples, s.index_sha256] for s in self.shards]])
 
 
@@ -132,7 +132,7 @@ def parse_index(data: bytes, where: str) -> DatasetIndex:
     """Parse `index.json`.
 
     Raises:
-        FormatError: not JSON, a field missing or unknown, or another format version.
+        FormatError: the bytes are not JSON, a field is missing or unknown, or the format version is another one.
     """
     try:
         raw = json.loads(data)
@@ -154,7 +154,7 @@ def check_sidecar(rows: npt.NDArray[np.void], shard: ShardInfo, num_variants: in
     """Check a loaded sidecar against its entry in the index.
 
     Raises:
-        FormatError: another dtype, or another number of rows.
+        FormatError: the dtype or the number of rows differs.
     """
     if rows.dtype != index_dtype(num_variants):
         raise FormatError(f"{where}: sidecar dtype {rows.dtype} is not that of {num_variants} variants")
@@ -163,33 +163,33 @@ def check_sidecar(rows: npt.NDArray[np.void], shard: ShardInfo, num_variants: in
 
 
 def npy_rows(data: bytes | memoryview, dtype: np.dtype[Any]) -> tuple[int, int]:
-    """First byte and number of the rows of a one-dimensional .npy file (format 1.0) of `dtype`.
+    """Byte offset of the first row, and number of rows, of a one-dimensional .npy file (format 1.0) of `dtype`.
 
-    The header is compared, not parsed: numpy parses it with `ast`, which fails now and then in threads (CPython 3.11),
-    and a header from outside is better not evaluated at all.
+    The header is compared with the expected one and not parsed: numpy parses it with `ast`, which sometimes fails in
+    threads (CPython 3.11), and an untrusted header should not be evaluated.
 
     Raises:
-        FormatError: another kind of array, or not as many bytes as its header says.
+        FormatError: the array has another dtype or shape, or the file is shorter or longer than its header says.
     """
     start = 10 + int.from_bytes(data[8:10], "little")
     count, rest = divmod(len(data) - start, dtype.itemsize)
     head = bytes(data[:start])
     if rest or count < 0 or head[:8] != b"\x93NUMPY\x01\x00" or head[10:].rstrip() != _npy_header(dtype) % count:
-        raise FormatError(f"no .npy rows of {dtype.names}: {head[:200]!r} and {len(data) - start} bytes of rows")
+        raise FormatError(f"no .npy rows of {dtype.names}: header {head[:200]!r}, then {len(data) - start} bytes")
     return start, count
 
 
 @functools.lru_cache(maxsize=64)
 def _npy_header(dtype: np.dtype[Any]) -> bytes:
-    """The header of .npy rows, with a place for their number."""
+    """The .npy header of rows of a dtype, with `%d` in place of their number."""
     return f"{{'descr': {np.lib.format.dtype_to_descr(dtype)!r}, 'fortran_order': False, 'shape': (%d,), }}".encode()
 
 
 def tar_members(span: bytes) -> dict[str, memoryview]:
-    """Files of a run of tar members, by name, as views. Plain headers only, as the writer makes them.
+    """Parse a run of tar members: file name -> content, as views of `span`. Only plain headers are read.
 
     Raises:
-        FormatError: a header of another kind, or one that points past the end.
+        FormatError: a header is of another kind (the writer makes none), or a member ends past `span`.
     """
     members, position, view = {}, 0, memoryview(span)
     while position < len(span):
@@ -210,9 +210,10 @@ def tar_members(span: bytes) -> dict[str, memoryview]:
 
 
 def whole_headers(data: bytes) -> Iterator[tuple[int, int, str]]:
-    """Begin, end and key of every member in `data` whose tar header has a right checksum, whatever else is damaged.
+    """Yield (start, end, key) of every member in `data` that has a tar header with a valid checksum.
 
-    The end is where the next header should lie; a member that is cut short ends with `data`.
+    Damage elsewhere in `data` is ignored. The end is the expected offset of the next header; a truncated member ends
+    with `data`.
     """
     position = 0
     while position + BLOCK <= len(data):

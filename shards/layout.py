@@ -1,12 +1,12 @@
 """Visual layout: from a stored image or frame to its tokens, its crops and its pooling indices.
 
-The builder counts with these functions and the loader expands with them, so that a shard's lengths are true by
-construction. Choosing a tiling for an image is the processor's business (`molmo2/processing`).
+The builder counts lengths with these functions and the loader expands with the same ones, so that the lengths of a
+shard always agree. The processor chooses the tiling of an image (`molmo2/processing`).
 
 A *visual* is one image or one video frame, as the JSON record of a sample lists it:
     {"kind": "image", "view": 0, "canvas": 1, "tiling": [rows, cols]}    view, canvas: numbers of JPEG members
     {"kind": "frame", "view": 3, "time": 1.5}                           seconds
-A *crop* is one square ViT input. Sizes are pixels unless they are said to be patches.
+A *crop* is one square ViT input. Sizes are in pixels where the name does not say patches.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisualTokens:
-    """Ids of the tokens that carry or delimit visuals. `image` and `video` are placeholders, never fed to a model."""
+    """Ids of the tokens that carry or delimit visuals. `image` and `video` are placeholders that a model never sees."""
 
     im_start: int
     im_end: int
@@ -44,7 +44,7 @@ class VisualTokens:
 
     @property
     def bidirectional(self) -> tuple[int, ...]:
-        """The eight kinds of tokens that see each other in both directions (Molmo2's "image_tokens" mask)."""
+        """The eight token ids that attend to each other in both directions (Molmo2's "image_tokens" mask)."""
         return (
             self.im_patch,
             self.im_col,
@@ -75,11 +75,11 @@ class VisualLayout:
 
     @property
     def window_patches(self) -> int:
-        """Patches per side that a crop adds to the canvas: its own patches less both margins."""
+        """Patches per side that a crop adds to the canvas: its own patches minus both margins."""
         return self.crop_patches - 2 * self.overlap_margin
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value from which `from_json` makes an equal layout."""
+        """The layout as a JSON value; `from_json` is the inverse."""
         return asdict(self)
 
     @classmethod
@@ -96,7 +96,7 @@ class VisualLayout:
 def _canvas_patches(layout: VisualLayout, tiling: tuple[int, int]) -> IntArray:
     """Index of every canvas patch in the flat patch axis of an image (crop 0 is the view), [rows, cols].
 
-    Crops overlap; a canvas patch is taken from the crop in whose inner window it lies, or from the border crop.
+    Crops overlap: a canvas patch is taken from the crop that has it inside its margins, or else from the border crop.
     """
     side, window, margin = layout.crop_patches, layout.window_patches, layout.overlap_margin
 
@@ -146,7 +146,7 @@ def visual_tokens(layout: VisualLayout, visual: dict[str, Any]) -> npt.NDArray[n
 
 
 def visual_pooling(layout: VisualLayout, visual: dict[str, Any]) -> IntArray:
-    """Patch indices of each visual token, [im_patch tokens, pool ** 2], local to the visual's crops; -1 pads."""
+    """Patch indices that each visual token pools, [im_patch tokens, pool ** 2], within the visual's crops; -1 pads."""
     return (_frame(layout) if visual["kind"] == "frame" else _image(layout, tuple(visual["tiling"])))[1]
 
 
@@ -158,7 +158,7 @@ def visual_crops(visual: dict[str, Any]) -> int:
 def split_crops(
     layout: VisualLayout, tiling: tuple[int, int], view: npt.NDArray[np.uint8], canvas: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.uint8]:
-    """The view, then the canvas cut into overlapping crops in raster order, [1 + rows * cols, crop, crop, 3]."""
+    """The view, then the overlapping crops of the canvas in raster order, [1 + rows * cols, crop, crop, 3]."""
     size, stride = layout.crop_size, layout.window_patches * layout.patch_size
     tops = [row * stride for row in range(tiling[0])]
     lefts = [col * stride for col in range(tiling[1])]
@@ -167,7 +167,7 @@ def split_crops(
 
 
 def sample_visuals(record: dict[str, Any], variant: int) -> list[dict[str, Any]]:
-    """The visuals of one text variant, in the order of its placeholders; by default all of the sample's."""
+    """The visuals of one text variant, in the order of its placeholders; all visuals if the variant lists none."""
     chosen = record["variants"][variant].get("visuals")
     visuals: list[dict[str, Any]] = record["visuals"]
     return visuals if chosen is None else [visuals[i] for i in chosen]
@@ -175,7 +175,7 @@ def sample_visuals(record: dict[str, Any], variant: int) -> list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expanded:
-    """The model's view of one sample: every array [tokens]. `labels` are already shifted, inside each branch."""
+    """Model inputs of one sample: every array [tokens]. `labels` are already shifted within each branch."""
 
     input_ids: npt.NDArray[np.int32]
     labels: npt.NDArray[np.int32]
@@ -188,10 +188,10 @@ class Expanded:
 def expand(layout: VisualLayout, stored: npt.NDArray[np.void], visuals: list[dict[str, Any]]) -> Expanded:
     """Expand the placeholders of a stored variant and shift its labels.
 
-    The last token of every branch is a label only. Positions of each branch continue from the end of the trunk.
+    The last token of every branch (EOS) is a label only. Positions of each branch continue from the end of the trunk.
 
     Raises:
-        ValueError: the number of placeholders is not the number of visuals, or branches are out of order.
+        ValueError: the numbers of placeholders and of visuals differ, or branches are out of order.
     """
     ids, branch = np.ascontiguousarray(stored["id"]), stored["branch"].astype(np.int64)
     holders = np.flatnonzero((ids == layout.tokens.image) | (ids == layout.tokens.video))
@@ -203,22 +203,22 @@ def expand(layout: VisualLayout, stored: npt.NDArray[np.void], visuals: list[dic
     ends = np.append(np.flatnonzero(steps), len(ids) - 1)  # the last token of the trunk and of every branch
     labels, weights = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.float32)
     labels[:-1], weights[:-1] = ids[1:], stored["weight"][1:]
-    labels[ends], weights[ends] = 0, 0  # nothing is predicted across a border
+    labels[ends], weights[ends] = 0, 0  # no token predicts the first token of the next branch
     pieces = [visual_tokens(layout, visual) for visual in visuals]
     counts = np.ones(len(ids), np.int64)
     counts[holders] = [len(piece) for piece in pieces]
-    counts[ends[branch[ends] > 0]] = 0  # the EOS of each branch
+    counts[ends[branch[ends] > 0]] = 0  # the EOS of each branch is not an input
     out_ids, out_branch = np.repeat(ids, counts), np.repeat(branch, counts)
-    # A placeholder's label belongs after its last token; inside it nothing is predicted.
-    tails, kept = np.cumsum(counts) - 1, counts > 0
+    # The label of a placeholder goes to the last of its expanded tokens; the others predict nothing.
+    tails, is_input = np.cumsum(counts) - 1, counts > 0
     out_labels, out_weights = np.zeros(len(out_ids), np.int32), np.zeros(len(out_ids), np.float32)
-    out_labels[tails[kept]], out_weights[tails[kept]] = labels[kept], weights[kept]
+    out_labels[tails[is_input]], out_weights[tails[is_input]] = labels[is_input], weights[is_input]
     for tail, piece in zip(tails[holders].tolist(), pieces, strict=True):
         out_ids[tail + 1 - len(piece) : tail + 1] = piece
-    starts = np.searchsorted(out_branch, np.arange(branch[-1] + 1))  # of the trunk and of every branch
+    starts = np.searchsorted(out_branch, np.arange(branch[-1] + 1))  # first token of the trunk and of every branch
     positions = np.arange(len(out_ids)) - starts[out_branch]
     if len(starts) > 1:
-        positions[starts[1] :] += starts[1]  # a branch goes on after the trunk
+        positions[starts[1] :] += starts[1]  # a branch continues after the trunk
     return Expanded(
         input_ids=out_ids,
         labels=out_labels,
@@ -231,20 +231,20 @@ def expand(layout: VisualLayout, stored: npt.NDArray[np.void], visuals: list[dic
 
 def _is_bidirectional(tokens: VisualTokens, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
     lowest, table = _bidirectional_table(tokens)
-    found = ids - lowest
-    inside = (found >= 0) & (found < len(table))
-    inside[inside] = table[found[inside]]
+    places = ids - lowest
+    inside = (places >= 0) & (places < len(table))
+    inside[inside] = table[places[inside]]
     return inside
 
 
 @functools.lru_cache(maxsize=16)
 def _bidirectional_table(tokens: VisualTokens) -> tuple[int, npt.NDArray[np.bool_]]:
-    """The lowest of the ids, and for each id from there on whether it is one of them."""
+    """The lowest bidirectional id, and a table that says for each id from there on whether it is bidirectional."""
     ids = np.array(tokens.bidirectional)
     return int(ids.min()), np.isin(np.arange(ids.min(), ids.max() + 1), ids)
 
 
 def expanded_length(layout: VisualLayout, stored: npt.NDArray[np.void], visuals: list[dict[str, Any]]) -> int:
-    """Input tokens of a stored variant after `expand`, without making the arrays."""
+    """Number of input tokens of a stored variant after `expand`, computed without making the arrays."""
     branches = int(stored["branch"][-1])
     return len(stored) - branches + sum(len(visual_tokens(layout, v)) - 1 for v in visuals)

@@ -1,8 +1,8 @@
-"""The records that travel on the build side: Example (neutral) and Sample (what a shard stores).
+"""The records of a build: Example (independent of the model) and Sample (what a shard stores).
 
-A source yields rows, a converter turns a row into an `Example`, the model's processor turns an `Example` into a
-`Sample`, the writer stores it. Coordinates are fractions of width and height (0-1) and times are seconds from the
-start of the clip, whatever the source used. Tokens and geometry are not here: they belong to the processor.
+A source yields rows, a converter turns rows into an `Example`, the model's processor turns an `Example` into a
+`Sample`, and the writer stores it. Coordinates are fractions of width and height (0-1) and times are seconds from the
+start of the clip, whatever units the source uses. Tokens and geometry belong to the processor.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import numpy.typing as npt
 
 
 class RejectedError(ValueError):
-    """An example that cannot become a sample. The builder counts it and records it in `rejects.jsonl`."""
+    """An example cannot become a sample. The builder counts it and records it in `rejects.jsonl`."""
 
 
 class OverlongError(RejectedError):
-    """A tree of several annotations that do not fit one sample together; parts of it may."""
+    """A message tree has too many annotations for one sample; a part of the tree may fit."""
 
 
 class FilteredError(RejectedError):
-    """An example that the catalog leaves out on purpose: recorded, but no fault and not counted as one."""
+    """An example is left out on purpose by the catalog: it is recorded, but does not count as a fault."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where an example comes from: the file it was read from and the row in it (0-based)."""
+    """Origin of an example: the file that it was read from, and the row in that file (0-based)."""
 
     file: str
     row: int
@@ -47,7 +47,7 @@ class ImageRef:
 class VideoRef:
     """A video, or the part of it between `start` and `end` (seconds).
 
-    `path` is a file or, where `fps` is given, a folder with an image for each frame, in the order of their names.
+    `path` is a file or, if `fps` is given, a folder with one image per frame, sorted by name.
     """
 
     path: str
@@ -58,7 +58,7 @@ class VideoRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cue:
-    """A line of subtitles with its times, seconds from the start of the clip; without times it belongs to all of it."""
+    """A line of subtitles and its times, seconds from the start of the clip; None is the whole clip."""
 
     text: str
     start: float | None = None
@@ -67,10 +67,10 @@ class Cue:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Annotated:
-    """What every annotation has.
+    """Base class of all annotations.
 
-    `facts`: what a metric reads beside the answer, columns of the source by the names of the catalog's `facts`. They
-    are kept in stage "eval" alone.
+    `facts`: values that a metric reads beside the answer, by the names in the catalog row's `facts`. They are kept
+    in stage "eval" only.
     """
 
     style: str
@@ -89,7 +89,7 @@ class Text(Annotated):
 class Choice(Annotated):
     """A multiple-choice question; `answer` is an index into `options`.
 
-    Options that are labels themselves, letters drawn on an image for instance, are not `labelled` once more.
+    `labelled` is False if the options are labels themselves, such as letters drawn on an image.
     """
 
     question: str
@@ -115,7 +115,7 @@ class Chat(Annotated):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PointGroup:
-    """Points in one image or frame. `at`: image number from 1, or seconds; points: (x, y) fractions."""
+    """Points in one image or frame. `at`: image number from 1, or seconds; `points`: (x, y) as fractions."""
 
     at: float
     points: tuple[tuple[float, float], ...]
@@ -123,9 +123,9 @@ class PointGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Points(Annotated):
-    """Everything that `label` names, pointed at. No groups means that there is none.
+    """The points of all objects that `label` names. No groups means that there is no such object.
 
-    `number` says how many there are where nobody has pointed at them.
+    `number` is the count of the objects in a dataset that has counts without points.
     """
 
     label: str
@@ -135,13 +135,13 @@ class Points(Annotated):
 
     @property
     def count(self) -> int:
-        """Number of points in all groups, or `number`."""
+        """Number of objects: `number` if it is given, else the points of all groups."""
         return sum(len(group.points) for group in self.groups) if self.number is None else self.number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackGroup:
-    """Visible objects of one frame: `time` in seconds, objects as (object id, x, y)."""
+    """Visible objects of one frame: `time` in seconds, `objects` as (object id, x, y), x and y as fractions."""
 
     time: float
     objects: tuple[tuple[int, float, float], ...]
@@ -180,10 +180,11 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one sample may use at most; the builder hands them to the processor with every example.
+    """Upper limits of one sample; the builder passes them to the processor with every example.
 
-    `max_crops` counts ViT inputs: 1 per frame, 1 + tiles per image. `image_crops` is the most tiles of one image's
-    canvas; `pointing_crops`, if given, is used instead in 30 % of the variants that point in images.
+    `max_crops` counts ViT inputs: 1 per frame, 1 + tiles per image. `image_crops` is the largest
+    number of tiles of an image's canvas; `pointing_crops`, if given, replaces it in 30 % of the variants that point in
+    images.
     """
 
     sequence_length: int
@@ -200,8 +201,8 @@ class Sample:
     """What a shard stores for one example.
 
     `variants`: K arrays of `format.TOKEN_DTYPE`, visual placeholders unexpanded. `images`: JPEG files, stored as
-    `000.jpg`, `001.jpg`, … `asked`: in stage "eval" the annotation of every branch. `record`: the readable JSON,
-    `docs/shard-format.md` lists its fields; the reader uses `record["visuals"]` and
+    `000.jpg`, `001.jpg`, … `asked`: the annotation of every branch, in stage "eval" only. `record`: the JSON of the
+    sample; `docs/shard-format.md` lists its fields, and the reader uses `record["visuals"]` and
     `record["variants"][k].get("visuals")`.
     """
 

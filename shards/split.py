@@ -1,6 +1,7 @@
-"""Vision work of a pack cut into parts for the ranks that share it: whole images and frames, balanced by crops.
+"""Splitting the vision work of a pack over the ranks of its sequence-parallel group, balanced by number of crops.
 
-A visual is never cut, since its pooling mixes its own patches only. The loader decodes a part, the model encodes it.
+A visual (an image or a frame) is never divided: its pooling needs all its patches. A rank's loader decodes the visuals
+of its split, and its model encodes them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """One rank's part of a batch: runs of visuals, of their crops, and of the pooled tokens that they give."""
+class Split:
+    """One rank's contiguous part of a batch's visuals, as slices of visuals, their crops and pooled tokens."""
 
     visuals: slice
     crops: slice
@@ -20,17 +21,19 @@ class Share:
 
     @property
     def num_tokens(self) -> int:
-        """Pooled tokens of the part."""
+        """Number of pooled tokens of the split."""
         return int(self.tokens.stop - self.tokens.start)
 
 
-def split_visuals(crops: Sequence[int], tokens: Sequence[int], ranks: int) -> list[Share]:
-    """Contiguous shares of the visuals, balanced by crops, one a rank; a visual lies where its middle falls.
+def split_visuals(crops: Sequence[int], tokens: Sequence[int], ranks: int) -> list[Split]:
+    """Split the visuals into one contiguous run per rank, balanced by crops.
+
+    All crops in a row are divided into `ranks` equal parts; a visual goes to the part that holds its middle.
 
     Args:
         crops: number of crops of each visual.
         tokens: number of pooled tokens of each visual.
-        ranks: number of shares. With one crop a visual, shares differ by one at most.
+        ranks: number of splits. If every visual has one crop, the splits differ by at most one visual.
     """
     total = sum(crops)
     edges = [(0, 0, 0)] * ranks + [(len(crops), total, sum(tokens))]
@@ -44,5 +47,5 @@ def split_visuals(crops: Sequence[int], tokens: Sequence[int], ranks: int) -> li
     for rank in range(owner + 1, ranks):
         edges[rank] = (len(crops), crop, token)
     return [
-        Share(*(slice(*ends) for ends in zip(first, last, strict=True))) for first, last in itertools.pairwise(edges)
+        Split(*(slice(*ends) for ends in zip(first, last, strict=True))) for first, last in itertools.pairwise(edges)
     ]

@@ -3,8 +3,8 @@
     python tools/build_on_datatrove.py --engine local --tasks 4 -- --stage sft --catalog demo --workers 1
     python tools/build_on_datatrove.py --engine slurm --tasks 64 --partition cpu --cpus 16 -- --stage sft --workers 16
 
-What follows `--` goes to tools/build_shards.py, of which task r/N is one task of the engine; one more run, after all
-of them, closes the datasets. Finished shards are kept, so the same command continues. Needs the extra "datatrove".
+Arguments after `--` are passed to tools/build_shards.py; each task of the engine runs it as task r/N, and a last run
+writes the indexes. Finished shards are kept, so the same command resumes. Needs the extra "datatrove".
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", required=True, choices=ENGINES)
-    parser.add_argument("--tasks", type=int, required=True, help="shares of the shards, as many as can run at once")
+    parser.add_argument("--tasks", type=int, required=True, help="number of tasks to run at the same time")
     parser.add_argument("--logs", default=str(data_path("logs/datatrove")), help="the engine's folder (%(default)s)")
-    parser.add_argument("--partition", help="of Slurm")
-    parser.add_argument("--time", default="24:00:00", help="limit of a Slurm job (%(default)s)")
-    parser.add_argument("--cpus", type=int, default=1, help="of a task, for Slurm and Ray (%(default)s)")
-    parser.add_argument("--gb", type=int, default=4, help="memory for each of them (%(default)s)")
-    parser.add_argument("--sbatch", nargs="*", default=[], metavar="KEY=VALUE", help="more for Slurm: account=lab …")
+    parser.add_argument("--partition", help="Slurm partition")
+    parser.add_argument("--time", default="24:00:00", help="time limit of a Slurm job (%(default)s)")
+    parser.add_argument("--cpus", type=int, default=1, help="CPUs of a task, for Slurm and Ray (%(default)s)")
+    parser.add_argument("--gb", type=int, default=4, help="memory per CPU in GB (%(default)s)")
+    parser.add_argument("--sbatch", nargs="*", default=[], metavar="KEY=VALUE", help="Slurm options: account=lab …")
     parser.add_argument("build", nargs="+", metavar="-- …", help="arguments of build_shards.py")
     args = parser.parse_args()
     if args.engine == "slurm" and not args.partition:
@@ -49,20 +49,20 @@ def parse_args() -> argparse.Namespace:
 
 
 def build_share(data: Any, rank: int, world_size: int, *, command: Sequence[str]) -> Any:
-    """A step of a datatrove pipeline without documents: share `rank` of `world_size`, in a process of its own.
+    """A step of a datatrove pipeline without documents: run task `rank`/`world_size` of the build in a new process.
 
-    Not in the engine's: decoders are killed when they hang, and an engine's workers may have no processes.
+    A build needs child processes (hanging decoders are killed), which an engine's worker process may not start.
     """
-    import subprocess  # here: the function travels to other machines without its module
+    import subprocess  # imported here: the function is pickled without its module
 
     subprocess.run([*command, "--task", f"{rank}/{world_size}"], check=True)
     yield from data or ()
 
 
 def executor(args: argparse.Namespace, name: str, tasks: int, depends: Any = None) -> Any:
-    """The engine's executor of `tasks` shares, after `depends`."""
+    """The engine's executor of `tasks` tasks, which start after the executor `depends`."""
     step: Callable[..., Any] = functools.partial(build_share, command=[sys.executable, str(TOOL), *args.build])
-    # Which shards are finished is the builder's to know: an engine that skips tasks does not see that data changed.
+    # The builder decides which shards are finished: an engine that skips tasks would not notice changed data.
     common: dict[str, Any] = {"logging_dir": f"{args.logs}/{name}", "skip_completed": False, "depends": depends}
     if args.engine == "local":
         from datatrove.executor import LocalPipelineExecutor
@@ -77,13 +77,13 @@ def executor(args: argparse.Namespace, name: str, tasks: int, depends: Any = Non
 
     site: dict[str, Any] = {"partition": args.partition, "time": args.time, "qos": ""}
     site["sbatch_args"] = dict(pair.split("=", 1) for pair in args.sbatch)
-    # The environment of this shell, to which the engine's own command belongs; logs are not mailed.
+    # PATH must hold this environment's commands, which the engine's job script calls.
     path = f"export PATH={Path(sys.executable).parent}:$PATH"
     return SlurmPipelineExecutor([step], tasks=tasks, job_name=f"shards-{name}", env_command=path, **site, **common)
 
 
 def main() -> None:
-    """All shares, then the whole."""
+    """Run all tasks, then one run of the whole dataset that writes the indexes."""
     args = parse_args()
     needed = {"datatrove": "-e '.[datatrove]'"} | ({"ray": "ray"} if args.engine == "ray" else {})
     for name, package in needed.items():

@@ -1,11 +1,11 @@
-"""Build shards of a stage from raw data.
+"""Build the shards of a stage from raw data.
 
     python tools/build_shards.py --stage sft
     python tools/build_shards.py --stage sft --catalog demo --datasets demo-points demo-chat --workers 4
     srun --ntasks 8 python tools/build_shards.py --stage sft --workers 16    # tasks 0/8 to 7/8; then once without srun
 
-Finished datasets are kept, and a build that was killed continues with the shards that are missing. Task r/N builds
-every N-th shard of each dataset from r on; when all tasks are done, one run of the whole writes the indexes.
+Finished datasets are kept, and a killed build resumes with the missing shards. Task r/N builds every N-th shard of each
+dataset from r on; when all tasks have finished, one run without --task writes the indexes.
 """
 
 from __future__ import annotations
@@ -51,41 +51,41 @@ def parse_args() -> argparse.Namespace:
         "--task",
         type=task_of,
         metavar="r/N",
-        help="build this share of the shards; 0/1 is the whole (what SLURM_ARRAY_TASK_*, SLURM_PROCID or RANK say)",
+        help="build only every N-th shard from r on; 0/1 is all (default: SLURM_ARRAY_TASK_*, SLURM_PROCID or RANK)",
     )
     parser.add_argument(
-        "--retry-failed", action="store_true", help="of the shards that are missing, only those that failed"
+        "--retry-failed", action="store_true", help="build only those missing shards that failed before"
     )
-    parser.add_argument("--overwrite", action="store_true", help="throw away shards that other settings made")
+    parser.add_argument("--overwrite", action="store_true", help="delete shards that were built with other settings")
     parser.add_argument(
-        "--reject-budget", type=float, default=REJECT_BUDGET, help="largest share of rejected examples (%(default)s)"
+        "--reject-budget", type=float, default=REJECT_BUDGET, help="most rejects per group of rows (%(default)s)"
     )
     return parser.parse_args()
 
 
 def task_of(text: str) -> tuple[int, int]:
-    """(r, N) of "r/N".
+    """Parse "r/N" as (r, N).
 
     Raises:
-        ArgumentTypeError: not of this form, or r not in 0..N-1.
+        ArgumentTypeError: the text has another form, or r is not in 0..N-1.
     """
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or int(found[1]) >= int(found[2]):
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r}: write r/N with r in 0..N-1, such as 0/4")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def task_from(variables: Mapping[str, str]) -> tuple[int, int]:
-    """(r, N) as the launcher says it; (0, 1) without one.
+    """The task (r, N) of this process from the launcher's environment variables; (0, 1) without a launcher.
 
     Raises:
-        ValueError: a job array with gaps, whose missing numbers nobody would build.
+        ValueError: a job array has gaps, so that no job would build the shards of the missing numbers.
     """
     first = int(variables.get("SLURM_ARRAY_TASK_MIN", 0))
     if "SLURM_ARRAY_TASK_ID" in variables:
         last, number = int(variables["SLURM_ARRAY_TASK_MAX"]), int(variables["SLURM_ARRAY_TASK_COUNT"])
         if number != last - first + 1:
-            raise ValueError(f"array of {number} jobs numbered {first} to {last}: give --task r/N, which then is exact")
+            raise ValueError(f"array of {number} jobs numbered {first} to {last}: give --task r/N instead")
         return int(variables["SLURM_ARRAY_TASK_ID"]) - first, number
     for rank, number_name in (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE")):
         if rank in variables and number_name in variables:
@@ -114,7 +114,7 @@ def main() -> None:
             out, since = f"{args.out.rstrip('/')}/{args.stage}/{row.name}", time.perf_counter()
             try:
                 if unfinished := unfinished_folders(row, args.raw):
-                    raise MissingSourceError(f"{row.name}: the download of {', '.join(unfinished)} is not finished")
+                    raise MissingSourceError(f"{row.name}: the download of {', '.join(unfinished)} has not finished")
                 built = build_dataset(
                     row,
                     args.stage,
@@ -128,7 +128,7 @@ def main() -> None:
                     retry_failed=args.retry_failed,
                     reject_budget=args.reject_budget,
                 )
-            except (SourceError, BuildError) as error:  # the other datasets are none the worse for it
+            except (SourceError, BuildError) as error:  # the other datasets are still built
                 hint = f"\n  {catalog.how_to_get(row)}" if isinstance(error, MissingSourceError) else ""
                 print(f"build_shards: {error}{hint}", file=sys.stderr)
                 failed.append(row.name)
@@ -139,23 +139,24 @@ def main() -> None:
 
 
 def report(label: str, built: Built, share: tuple[int, int], out: str, seconds: float) -> None:
-    """Print what a finished dataset holds, with what was left out and why, or what a share of it came to.
+    """Print a summary of a dataset: its size, speed, and the reasons of rejects; for a task r/N only the speed.
 
-    Of a whole dataset it is written to `report.json` as well, of which nothing else depends.
+    For a finished dataset the summary is also written to `report.json`, which no other program reads.
     """
     speed = f"{built.num_made} shards in {seconds:.1f} s"
     if built.num_made:
         speed += f", {built.made['samples'] / seconds:.1f} samples/s"
     if built.index is None:
-        print(f"{label}: task {share[0]}/{share[1]}: {speed}; {built.num_kept} were there; the whole is not closed yet")
+        task = f"task {share[0]}/{share[1]}: {speed}; {built.num_kept} were finished before"
+        print(f"{label}: {task}; the dataset is incomplete until a run without --task writes its index")
         return
     totals, storage = built.index.totals, open_storage(out)
     rejects = storage.read(REJECTS_NAME).splitlines()
     reasons = Counter(json.loads(line)["reason"].split(":")[0] for line in rejects)
     made = {"shards": built.num_made, "seconds": seconds, "samples_per_second": built.made["samples"] / seconds}
-    told = {**totals.model_dump(), **built.fitted, "shards": len(built.index.shards)}
-    told |= {"left_out": dict(reasons), "made": made}
-    storage.write(REPORT_NAME, (json.dumps(told, indent=1) + "\n").encode())
+    summary = {**totals.model_dump(), **built.fitted, "shards": len(built.index.shards)}
+    summary |= {"left_out": dict(reasons), "made": made}
+    storage.write(REPORT_NAME, (json.dumps(summary, indent=1) + "\n").encode())
     print(
         f"{label}: {totals.samples} samples (message trees) of {totals.annotations} annotations, "
         f"{totals.tokens:,} tokens, {totals.crops} crops, {totals.frames} frames, {totals.bytes / 1e9:.3f} GB in "
@@ -163,7 +164,7 @@ def report(label: str, built: Built, share: tuple[int, int], out: str, seconds: 
     )
     if any(built.fitted.values()):
         shrunk, parts = built.fitted["shrunk"], built.fitted["parts"]
-        print(f"  to fit: {shrunk} samples have fewer crops or frames than wanted, {parts} are parts of a larger tree")
+        print(f"  to fit the limits: {shrunk} samples have fewer crops or frames, {parts} are parts of a larger tree")
     for reason, count in reasons.most_common(5):
         print(f"  left out: {count} x {reason}")
 
@@ -174,4 +175,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         sys.exit(f"build_shards: {error}")
     except KeyboardInterrupt:
-        sys.exit("build_shards: interrupted; the same command continues")
+        sys.exit("build_shards: interrupted; run the same command again to resume")

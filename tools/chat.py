@@ -1,12 +1,12 @@
-"""Talk with a model about images or a video, in the terminal or on a web page.
+"""Chat with a model about images or a video, in the terminal or on a web page.
 
     python tools/chat.py --checkpoint demo-stage3 --image photo.jpg
     python tools/chat.py --checkpoint data/runs/demo-export --video clip.mp4 --temperature 0.7 --top-p 0.9
     python tools/chat.py --checkpoint demo-stage3 --web --port 8080
 
-Questions come from the standard input, a line each; what was said before stays part of the conversation. An empty line
-or the end of the input ends it. Points in an answer are listed below it, in fractions of the image's width and height.
-`--web` serves a page on this machine alone, where images or a video are uploaded and points and tracks are drawn.
+Questions are read from the standard input, one per line; earlier turns stay part of the conversation. An empty line or
+the end of the input ends it. Points in an answer are listed below it, as fractions of the image's width and height.
+`--web` serves a page to this machine only, on which images or a video are uploaded and points and tracks are drawn.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def parse_args() -> argparse.Namespace:
     media.add_argument("--video", type=Path, help="a video file")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely answer (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the most likely tokens only (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="of an answer (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--web", action="store_true", help="a page at http://127.0.0.1:PORT instead of the terminal")
-    parser.add_argument("--port", type=int, default=8080, help="of the page (%(default)s)")
+    parser.add_argument("--port", type=int, default=8080, help="port of the page (%(default)s)")
     args = parser.parse_args()
     if args.web and (args.image or args.video):
         parser.error("--web: images and videos are uploaded on the page; drop --image and --video")
@@ -51,12 +51,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def point_lines(text: str) -> list[str]:
-    """A line for every point in an answer; `at` is the image's number, or seconds."""
+    """A line per point of an answer; `at` is the number of the image, or seconds."""
     return [f"  point {p.id}: at {p.at:g}, x {p.x:.3f}, y {p.y:.3f}\n" for p in parse_points(text)]
 
 
 def main() -> None:
-    """Load, then ask until the input ends."""
+    """Load the model, then answer questions until the input ends."""
     args = parse_args()
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     missing = [str(path) for path in [*args.image, args.video] if path is not None and not path.is_file()]
@@ -91,7 +91,7 @@ def main() -> None:
         print()
         text = "".join(pieces)
         print("".join(point_lines(text)), end="")
-        turns.append(Turn(role="assistant", text=text.strip() or "-"))  # an empty answer would be no turn
+        turns.append(Turn(role="assistant", text=text.strip() or "-"))  # a turn must not be empty
 
 
 if __name__ == "__main__":

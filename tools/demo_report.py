@@ -1,4 +1,4 @@
-"""Sum up the demo: what each stage did, held-out accuracies beside chance, and where the results lie.
+"""Report on the demo: the training of each stage, held-out accuracies beside chance, and paths of the results.
 
 Example: `python tools/demo_report.py --out report.html`
 """
@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def stages_table(stages: list[Stage]) -> Table:
-    """Stage, steps, tokens, loss."""
+    """A table of the training stages: steps, tokens, loss."""
     table = Table(title="Training", title_justify="left")
     table.add_column("stage")
     for name in ("steps", "tokens", "loss first -> last", "fill", "seconds"):
@@ -48,7 +48,7 @@ def main() -> None:
     args = parse_args()
     recipes = [load_recipe(path) for path in sorted(args.recipes.glob("stage*.yaml"))]
     if not recipes:
-        raise ValueError(f"{args.recipes}: no stage*.yaml there")
+        raise ValueError(f"{args.recipes}: no stage*.yaml in this folder; correct --recipes")
     stages = [read_stage(recipe.run_dir) for recipe in recipes]
     file = recipes[-1].run_dir / "evaluation-demo.json"
     try:

@@ -5,7 +5,7 @@
     python tools/download_data.py --datasets pixmo-cap --retry-failed
     python tools/download_data.py --show-manual-instructions
 
-What is there is kept, and a download that was killed continues. docs/download.md tells what lies where.
+Files on disk are kept, and a killed download resumes. docs/download.md describes the folders.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from molmo2.config import data_path
 from shards.catalog import STAGES, Catalog, CatalogError, Row, load_catalog
 from shards.download.hub import DownloadError
 from shards.download.manifest import Manifest, fetches, missing_folders
-from shards.download.raw_folder import Forecast, Wishes, fill, forecast
-from shards.download.urls import CROWD, FAILURES
+from shards.download.raw_folder import FillOptions, Forecast, fill, forecast
+from shards.download.urls import DEFAULT_POLICY, FAILURES
 
 TRAINING = tuple(stage for stage in STAGES if stage != "eval")
 
@@ -30,20 +30,27 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--stage", default="all", choices=["all", *STAGES], help="all: those that train; default %(default)s"
+        "--stage", default="all", choices=["all", *STAGES], help="all: the training stages; default %(default)s"
     )
     parser.add_argument("--catalog", default="molmo2", help="name of a catalog, or a YAML file (%(default)s)")
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help="only these (all of the stage)")
     parser.add_argument("--include-eval", action="store_true", help="evaluation sets as well")
-    parser.add_argument("--show-manual-instructions", action="store_true", help="print what a person must do, and end")
-    parser.add_argument("--dry-run", action="store_true", help="print files and GB, and end")
-    parser.add_argument("--retry-failed", action="store_true", help="ask again for images that failed, and only those")
-    parser.add_argument("--max-images", type=int, metavar="N", help="only the images of each folder's first N URLs")
-    parser.add_argument("--raw", type=Path, default=data_path("raw"), help="where to (%(default)s)")
-    parser.add_argument("--workers", type=int, default=CROWD.workers, help="URLs at a time (%(default)s)")
-    parser.add_argument("--per-host", type=int, default=CROWD.per_host, help="of them, of one host (%(default)s)")
     parser.add_argument(
-        "--failure-budget", type=float, default=CROWD.budget, help="largest share of failed images (%(default)s)"
+        "--show-manual-instructions", action="store_true", help="print the steps for a person, and exit"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print files and GB, and exit")
+    parser.add_argument("--retry-failed", action="store_true", help="retry only the images that failed before")
+    parser.add_argument("--max-images", type=int, metavar="N", help="only the images of each folder's first N URLs")
+    parser.add_argument("--raw", type=Path, default=data_path("raw"), help="folder of the raw data (%(default)s)")
+    parser.add_argument("--workers", type=int, default=DEFAULT_POLICY.workers, help="URLs at a time (%(default)s)")
+    parser.add_argument(
+        "--per-host", type=int, default=DEFAULT_POLICY.per_host, help="URLs of a host at a time (%(default)s)"
+    )
+    parser.add_argument(
+        "--failure-budget",
+        type=float,
+        default=DEFAULT_POLICY.budget,
+        help="largest fraction of failed images (%(default)s)",
     )
     args = parser.parse_args()
     if min(args.workers, args.per_host) < 1 or (args.max_images is not None and args.max_images < 1):
@@ -52,7 +59,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def selected(catalog: Catalog, stage: str, names: list[str] | None, include_eval: bool) -> list[Row]:
-    """The rows of the stages, or those named."""
+    """The rows of the selected stages, or those with the given names."""
     stages = {*(TRAINING if stage == "all" else [stage]), *(["eval"] if include_eval else [])}
     rows = {row.name: row for row in catalog.rows if names is not None or stages & set(row.stages)}
     if unknown := [name for name in names or [] if name not in rows]:
@@ -69,7 +76,7 @@ def show_manual(catalog: Catalog, rows: list[Row], raw: Path) -> None:
 
 
 def show_forecast(catalog: Catalog, rows: list[Row], raw: Path) -> list[str]:
-    """Print files and GB of every folder; returns those whose sizes could not be had."""
+    """Print number of files and GB of every folder; returns the folders of unknown size."""
     published = {row.name: row.size for row in catalog.rows} | {n: f.size for n, f in catalog.folders.items()}
     total, failed = Forecast(), []
     print(f"{'folder':<40} {'files':>7} {'GB':>9} {'to fetch':>9}")
@@ -78,25 +85,25 @@ def show_forecast(catalog: Catalog, rows: list[Row], raw: Path) -> list[str]:
             print(f"{name:<40} {'by hand' if download.kind == 'manual' else 'made by a tool of this project'}")
             continue
         try:
-            found = forecast(download, raw / name)
+            size = forecast(download, raw / name)
         except DownloadError as error:
             print(f"{name:<40} not known: {error}")
             failed.append(name)
             continue
-        notes = [f"{found.unknown} files of unknown size"] if found.unknown else []
+        notes = [f"{size.unknown} files of unknown size"] if size.unknown else []
         if download.url_column:
             rows_known = published[name].rows
             notes.append(f"images behind URLs, of at most {rows_known:,} rows" if rows_known else "images behind URLs")
-        print(f"{name:<40} {found.files:>7} {found.bytes / 1e9:>9.3f} {found.missing / 1e9:>9.3f}  {'; '.join(notes)}")
-        total = total + found
+        print(f"{name:<40} {size.files:>7} {size.bytes / 1e9:>9.3f} {size.missing / 1e9:>9.3f}  {'; '.join(notes)}")
+        total = total + size
     free = shutil.disk_usage(next(path for path in [raw, *raw.resolve().parents] if path.exists())).free
     print(f"{'total':<40} {total.files:>7} {total.bytes / 1e9:>9.3f} {total.missing / 1e9:>9.3f}")
-    print(f"free at {raw}: {free / 1e9:.1f} GB. Images behind URLs and unpacked archives come on top.")
+    print(f"free at {raw}: {free / 1e9:.1f} GB. Images behind URLs and unpacked archives need more.")
     return failed
 
 
 def report(manifest: Manifest, folder: Path) -> None:
-    """Print one line on a filled folder."""
+    """Print a line about a complete folder."""
     files = [*(manifest.listing.files if manifest.listing else ()), *manifest.archives]
     line = f"{manifest.name}: {len(files)} files, {sum(file.bytes for file in files) / 1e9:.3f} GB"
     if manifest.extracted:
@@ -108,7 +115,7 @@ def report(manifest: Manifest, folder: Path) -> None:
 
 
 def main() -> None:
-    """Fill the folders of all selected datasets; none stops the others."""
+    """Fill the folders of all selected datasets; a failure does not stop the others."""
     args = parse_args()
     catalog = load_catalog(args.catalog)
     rows = selected(catalog, args.stage, args.datasets, args.include_eval)
@@ -118,14 +125,16 @@ def main() -> None:
         if failed := show_forecast(catalog, rows, args.raw):
             sys.exit(f"download_data: sizes not known: {', '.join(failed)}")
         return None
-    crowd = dataclasses.replace(CROWD, workers=args.workers, per_host=args.per_host, budget=args.failure_budget)
-    wishes = Wishes(retry_failed=args.retry_failed, max_images=args.max_images, crowd=crowd)
+    policy = dataclasses.replace(
+        DEFAULT_POLICY, workers=args.workers, per_host=args.per_host, budget=args.failure_budget
+    )
+    options = FillOptions(retry_failed=args.retry_failed, max_images=args.max_images, policy=policy)
     for name, download in catalog.downloads(rows).items():
         if not fetches(download):
             continue
         try:
-            report(fill(name, download, args.raw / name, wishes), args.raw / name)
-        except DownloadError as error:  # the other datasets are none the worse for it
+            report(fill(name, download, args.raw / name, options), args.raw / name)
+        except DownloadError as error:  # the other datasets are still downloaded
             print(f"download_data: {name}: {error}", file=sys.stderr)
     lacking = [row for row in rows if missing_folders(catalog, row, args.raw)]
     for row in lacking:
@@ -141,4 +150,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         sys.exit(f"download_data: {error}")
     except KeyboardInterrupt:
-        sys.exit("download_data: interrupted; the same command continues")
+        sys.exit("download_data: interrupted; run the same command again to resume")

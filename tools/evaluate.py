@@ -6,8 +6,8 @@
     python tools/evaluate.py --checkpoint demo-stage3 --loss demo-image-qa,demo-video-qa
     torchrun --nproc-per-node 8 tools/evaluate.py --checkpoint stage3 --benchmarks video
 
-Prints a table beside the chance levels; writes it, with some answers, as JSON and the worst answers as an HTML page,
-next to the run's checkpoints. Answers are kept: start a killed evaluation again and it goes on.
+Prints a table with scores and chance levels, and writes it next to the run's checkpoints: as JSON with some answers,
+and as an HTML page with the worst answers. Answers are stored, so a killed evaluation resumes when it is started again.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ def default_device() -> str:
 
 
 def join_ranks() -> Ranks:
-    """This process among those of a launcher; alone without one."""
+    """Join the process group of the launcher; without a launcher this process is alone."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Ranks()
-    # Files carry the answers; ranks only wait for one another, as long as the slowest needs.
+    # Answers are exchanged through files; the group is only a barrier, which waits for the slowest rank.
     dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
 
     def wait() -> None:
@@ -90,7 +90,7 @@ def join_ranks() -> Ranks:
 
 
 def results_table(title: str, results: list[dict[str, Any]]) -> Table:
-    """The table that is printed."""
+    """The table of the benchmarks' scores."""
     table = Table(title=title, title_justify="left")
     for name in ("benchmark", "metric"):
         table.add_column(name)
@@ -109,23 +109,23 @@ def results_table(title: str, results: list[dict[str, Any]]) -> Table:
 def run_suites(
     suites: list[Suite], args: argparse.Namespace, subject: Subject, answers: Path, digest: str, ranks: Ranks
 ) -> Outcome:
-    """All suites together."""
-    whole = Outcome()
+    """Evaluate all suites and merge their outcomes."""
+    merged = Outcome()
     for suite in suites:
-        found = evaluate(suite, args.shards, subject, answers, digest, limit=args.limit, ranks=ranks)
-        whole.results.extend(found.results)
-        whole.skipped.update(found.skipped)
-    return whole
+        outcome = evaluate(suite, args.shards, subject, answers, digest, limit=args.limit, ranks=ranks)
+        merged.results.extend(outcome.results)
+        merged.skipped.update(outcome.skipped)
+    return merged
 
 
 def loss_catalogs(names: list[str]) -> dict[str, str]:
     """The catalog in which each of these datasets has an evaluation row.
 
     Raises:
-        ValueError: a dataset has none anywhere.
+        ValueError: a dataset has no evaluation row in any catalog.
     """
-    rows = {one: {row.name for row in load_catalog(one).rows if STAGE in row.stages} for one in LOSS_CATALOGS}
-    homes = {name: next((one for one in rows if name in rows[one]), "") for name in names}
+    rows = {name: {row.name for row in load_catalog(name).rows if STAGE in row.stages} for name in LOSS_CATALOGS}
+    homes = {name: next((catalog for catalog in rows if name in rows[catalog]), "") for name in names}
     if missing := [name for name, home in homes.items() if not home]:
         known = ", ".join(sorted(set().union(*rows.values())))
         raise ValueError(f"--loss {', '.join(missing)}: no evaluation row in {', '.join(rows)}; known: {known}")
@@ -141,33 +141,33 @@ def run_losses(
     ranks: Ranks,
     skipped: dict[str, str],
 ) -> list[dict[str, Any]]:
-    """The losses of these datasets (`loss_catalogs`), on rank 0; datasets that are not built go to `skipped`."""
-    found = []
+    """The losses of datasets (dataset -> catalog), on rank 0; datasets that are not built are added to `skipped`."""
+    losses = []
     for name, catalog in catalogs.items():
         try:
-            one = held_out_loss(name, catalog, args.shards, subject, answers, digest, limit=args.limit, ranks=ranks)
+            loss = held_out_loss(name, catalog, args.shards, subject, answers, digest, limit=args.limit, ranks=ranks)
         except NotBuiltError as error:
             skipped[f"loss of {name}"] = str(error)
             continue
-        found.extend([one] if one else [])
-    return found
+        losses.extend([loss] if loss else [])
+    return losses
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a file in one step."""
+    """Write a file atomically."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
 
 
 def show(title: str, document: dict[str, Any]) -> None:
-    """Table, losses and what was skipped."""
+    """Print the table, the losses, and what was skipped."""
     console = Console()
     if document["results"]:
         console.print(results_table(f"{title}, held-out data", document["results"]))
-    for one in document["losses"]:
-        counts = f"{one['num_samples']} samples, {one['num_left_out']} left out"
-        print(f"loss of {one['dataset']}: {one['loss']:.4f} ({counts})")
+    for loss in document["losses"]:
+        counts = f"{loss['num_samples']} samples, {loss['num_left_out']} left out"
+        print(f"loss of {loss['dataset']}: {loss['loss']:.4f} ({counts})")
     for name, reason in document["skipped"].items():
         print(f"skipped {name}: {reason}")
 
@@ -183,7 +183,7 @@ def open_subject(opened: OpenedModel, args: argparse.Namespace) -> Subject:
 
 
 def main() -> None:
-    """Load, ask, score, write."""
+    """Load the model, evaluate the suites and losses, write the results."""
     args = parse_args()
     since = time.perf_counter()
     suites = choose(args.benchmarks) if args.benchmarks else []
@@ -191,10 +191,10 @@ def main() -> None:
     ranks = join_ranks()
     opened = open_model(args.checkpoint)
     subject = open_subject(opened, args)
-    # Beside the checkpoints of a run; in a model's own directory.
+    # The results of a run are written beside its checkpoints, those of a model into its own directory.
     folder = opened.path.parent.parent if "run" in opened.origin else opened.path
-    asked = (args.benchmarks or "loss").replace(" ", "").replace(",", "+")
-    out = args.out or folder / f"evaluation-{asked}.json"
+    label = (args.benchmarks or "loss").replace(" ", "").replace(",", "+")
+    out = args.out or folder / f"evaluation-{label}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     answers, digest = out.parent / "answers", weights_digest(opened.weights)
     outcome = run_suites(suites, args, subject, answers, digest, ranks)
@@ -213,7 +213,7 @@ def main() -> None:
     title = f"{opened.origin['run']}, step {opened.origin['step']}" if "run" in opened.origin else args.checkpoint
     show(title, document)
     if not outcome.results and not losses:
-        raise ValueError("nothing could be asked: all of it was skipped, see above")
+        raise ValueError("nothing was evaluated: everything was skipped for the reasons above")
     write(out, json.dumps(document, indent=1) + "\n")
     write(out.with_suffix(".html"), render_worst(f"{title}: evaluation", document))
     print(f"written to {out} and {out.with_suffix('.html').name} ({document['seconds']} s)")

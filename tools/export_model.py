@@ -1,11 +1,11 @@
 """Export a training checkpoint as a directory that transformers loads without remote code.
 
-The export is reloaded with transformers and compared with the training code before it gets its name. Example:
+The export is reloaded with transformers and compared with the training code before it is moved to --out. Example:
 
     python tools/export_model.py --checkpoint data/runs/demo-stage3 --out data/runs/demo-export
 
-Any checkpoint will do, of any ZeRO stage and number of ranks. With --push-to-hub the export is uploaded as well; the
-token is the one of `hf auth login` or HF_TOKEN.
+A checkpoint of any ZeRO stage and number of ranks can be exported. With --push-to-hub the export is uploaded too, with
+the token of `hf auth login` or HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a run (name or path) or one of its checkpoints (path)")
-    parser.add_argument("--out", required=True, type=Path, help="directory to make; an earlier export is replaced")
+    parser.add_argument("--out", required=True, type=Path, help="directory to create; an earlier export is replaced")
     parser.add_argument(
         "--remote-code-from",
         type=Path,
         metavar="DIR",
-        help="copy the remote code of a downloaded release (its *.py files), which vLLM wants",
+        help="copy the remote code of a downloaded release (its *.py files), which vLLM needs",
     )
     parser.add_argument(
-        "--push-to-hub", metavar="OWNER/NAME", help="upload it there; a repository that is not there is made, private"
+        "--push-to-hub", metavar="OWNER/NAME", help="upload to this repository, which is created as private if missing"
     )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Export, and say what was checked."""
+    """Export the checkpoint, and print the result of the comparison."""
     args = parse_args()
     if not args.push_to_hub:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on disk; read when transformers is imported
-    from molmo2.checkpoint.files import RECIPE  # after --help: these imports take seconds
+        os.environ["HF_HUB_OFFLINE"] = "1"  # all files are on disk; transformers reads the variable on import
+    from molmo2.checkpoint.files import RECIPE  # imported after parsing: these imports take seconds
     from molmo2.checkpoint.open import load_weights, open_checkpoint
     from molmo2.config import data_path
     from molmo2.export.card import about_checkpoint

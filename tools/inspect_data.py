@@ -1,12 +1,13 @@
-"""Show what of a catalog is downloaded, built or missing, or samples of its datasets as the source has them.
+"""Show which datasets of a catalog are downloaded, built or missing, or show samples of their raw data.
 
     python tools/inspect_data.py
     python tools/inspect_data.py --catalog demo --stage sft
     python tools/inspect_data.py pixmo-cap --num-samples 10
     python tools/inspect_data.py --catalog demo demo-points demo-video-track --html samples.html
 
-With names the samples go to the terminal as text, and with --html to a page that holds images and video frames too.
-Without names the commands that get what is missing follow the tables.
+With names, samples are printed as text, or with --html written to a page with images and video frames. Without names,
+the tables are followed by the commands that download and build what is missing. These leave out evaluation datasets,
+whose shards are built with `python tools/build_shards.py --stage eval --catalog NAME`.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from molmo2.pages import size
 from shards.catalog import STAGES, Catalog, CatalogError, Row, Stage, load_catalog
 from shards.sources.parquet import MissingSourceError, SourceError
 
-WIDE = 160  # columns of a table that goes to a file
+WIDE = 160  # width in characters of a table that is written to a file
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("datasets", nargs="*", metavar="NAME", help="show samples of these")
-    parser.add_argument("--stage", default="all", choices=["all", *STAGES], help="(%(default)s)")
+    parser.add_argument("datasets", nargs="*", metavar="NAME", help="show samples of these datasets")
+    parser.add_argument("--stage", default="all", choices=["all", *STAGES], help="only this stage (%(default)s)")
     parser.add_argument("--catalog", default="molmo2", help="name of a catalog, or a YAML file (%(default)s)")
-    parser.add_argument("--num-samples", type=int, default=4, help="rows, images or videos of each (%(default)s)")
+    parser.add_argument("--num-samples", type=int, default=4, help="examples of each dataset (%(default)s)")
     parser.add_argument("--html", type=Path, help="write the samples to a page, with their images and frames")
     parser.add_argument("--raw", type=Path, default=data_path("raw"), help="raw data (%(default)s)")
     parser.add_argument("--shards", type=Path, default=data_path("shards"), help="built shards (%(default)s)")
@@ -51,7 +52,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def stage_table(stage: str, entries: Sequence[Entry]) -> Table:
-    """One line a dataset."""
+    """One line per dataset of a stage."""
     there, built = sum(e.raw == "there" for e in entries), sum(e.built == "built" for e in entries)
     title = f"Stage {stage}: {there} of {len(entries)} datasets are here, {built} built"
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
@@ -66,7 +67,8 @@ def stage_table(stage: str, entries: Sequence[Entry]) -> Table:
             size(entry.raw_bytes) if entry.raw_bytes else "-",
             "-" if published.rows is None else f"{published.rows:,}",
             "-" if published.gb is None else f"{published.gb:,.2f} GB",
-            "-" if stage == "eval" and entry.built == "not built" else entry.built,  # evaluation reads raw data
+            # Evaluation reads shards too, but only those of the benchmarks that are run: most need not be built.
+            "-" if stage == "eval" and entry.built == "not built" else entry.built,
             f"{totals.samples:,}" if totals else "-",
             size(totals.bytes) if totals else "-",
         )
@@ -74,7 +76,7 @@ def stage_table(stage: str, entries: Sequence[Entry]) -> Table:
 
 
 def show_inventory(args: argparse.Namespace, catalog: Catalog) -> None:
-    """Print the tables, and what to do."""
+    """Print the tables and the commands for what is missing."""
     stages: list[Stage] = [s for s in get_args(Stage) if args.stage == s or (args.stage == "all" and catalog.select(s))]
     entries = list(inventory(catalog, stages, args.raw, args.shards))
     console = Console(width=None if sys.stdout.isatty() else WIDE)
@@ -85,10 +87,10 @@ def show_inventory(args: argparse.Namespace, catalog: Catalog) -> None:
 
 
 def chosen(catalog: Catalog, names: Sequence[str], stage: str) -> list[tuple[Row, Stage]]:
-    """The named rows, each with the stage that it is shown for: the one asked for, or its first.
+    """The named rows, each with the stage to show: `stage`, or the row's first one if `stage` is "all".
 
     Raises:
-        CatalogError: a name that is unknown or not in the stage.
+        CatalogError: a name is unknown or not in the stage.
     """
     rows = {row.name: row for row in catalog.rows}
     if unknown := [name for name in names if name not in rows]:
@@ -99,7 +101,7 @@ def chosen(catalog: Catalog, names: Sequence[str], stage: str) -> list[tuple[Row
 
 
 def main() -> None:
-    """The inventory, or samples; one dataset that is missing does not stop the others."""
+    """Print the inventory, or samples; a missing dataset does not stop the others."""
     args = parse_args()
     catalog = load_catalog(args.catalog)
     if not args.datasets:

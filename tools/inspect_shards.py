@@ -1,11 +1,11 @@
-"""Look into built shards: counts, lengths, rejects, mixture, and samples as the model sees them.
+"""Inspect built shards: counts, lengths, rejects, mixture, and samples as the model sees them.
 
     python tools/inspect_shards.py data/shards/sft
     python tools/inspect_shards.py data/shards/sft --html sft.html --recipe recipes/demo/stage2.yaml
     python tools/inspect_shards.py data/shards/sft/demo-points --html points.html --num-samples 20
 
-DIR is a dataset, a stage, or the root of all stages; an s3:// URL will do. Of several stages each gets a page of its
-own: all.html becomes all-sft.html and so on. A page is one file without scripts or links to other files.
+DIR is the folder or s3:// URL of a dataset, of a stage, or of all stages. With several stages each gets its own page:
+all.html becomes all-sft.html and so on. A page is one file without scripts or links to other files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from molmo2.pages import size
 from molmo2.processing.pictures import spread
 from shards.stream.dataset import Dataset
 
-WIDE = 160  # columns of a table that goes to a file
+WIDE = 160  # width in characters of a table that is written to a file
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,10 +37,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", metavar="DIR", help="folder of a dataset, of a stage, or of all stages")
     parser.add_argument("--html", type=Path, help="write a page with samples")
-    parser.add_argument("--num-samples", type=int, default=2, help="of every dataset on the page (%(default)s)")
-    parser.add_argument("--recipe", type=Path, help="show what this recipe asks of its datasets and draws of them")
-    parser.add_argument("--steps", type=int, default=200, help="first steps of the recipe to draw (%(default)s)")
-    parser.add_argument("--tokenizer", type=Path, help="folder (default: the recipe's, or raw/tokenizer)")
+    parser.add_argument("--num-samples", type=int, default=2, help="samples of every dataset on the page (%(default)s)")
+    parser.add_argument("--recipe", type=Path, help="show the shares of this recipe's datasets, asked and drawn")
+    parser.add_argument("--steps", type=int, default=200, help="first steps of the recipe to plan (%(default)s)")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the recipe's, or raw/tokenizer)")
     args = parser.parse_args()
     if args.num_samples < 0 or args.steps < 1:
         parser.error("--num-samples must be at least 0 and --steps at least 1")
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def counts_table(stage: str, datasets: Sequence[DatasetFacts]) -> Table:
-    """One line a dataset."""
+    """One line per dataset of a stage."""
     table = Table(title=f"Stage {stage}", title_justify="left", box=box.SIMPLE)
     table.add_column("dataset", no_wrap=True)
     for name in (
@@ -73,7 +73,7 @@ def counts_table(stage: str, datasets: Sequence[DatasetFacts]) -> Table:
 
 
 def mixture_table(title: str, shares: Sequence[Share]) -> Table:
-    """One line a dataset of the recipe."""
+    """One line per dataset of the recipe."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     table.add_column("group")
     table.add_column("dataset", no_wrap=True)
@@ -86,7 +86,7 @@ def mixture_table(title: str, shares: Sequence[Share]) -> Table:
 
 
 def rejects_table(datasets: Sequence[DatasetFacts]) -> Table | None:
-    """One line a reason; None where nothing was left out."""
+    """One line per reason; None if nothing was left out."""
     table = Table(title="Rejected or left out", title_justify="left", box=box.SIMPLE)
     for name in ("dataset", "examples", "on purpose", "reason", "first one"):
         table.add_column(name, justify="right" if name == "examples" else "left")
@@ -98,7 +98,7 @@ def rejects_table(datasets: Sequence[DatasetFacts]) -> Table | None:
 
 
 def read_samples(datasets: Sequence[Dataset], tokenizer_dir: Path, num_samples: int) -> dict[str, Sequence[SampleView]]:
-    """Samples of every dataset, spread over it."""
+    """Samples of every dataset, evenly spread over it."""
     samples: dict[str, Sequence[SampleView]] = {}
     for dataset in tqdm(datasets, desc="samples", unit="dataset", leave=False):
         chosen = spread(len(dataset), num_samples)
@@ -108,7 +108,7 @@ def read_samples(datasets: Sequence[Dataset], tokenizer_dir: Path, num_samples: 
 
 
 def mixture_of(recipe: Recipe, steps: int) -> tuple[str, list[Share]]:
-    """What the shares are of, and the shares."""
+    """A title, and the shares of the recipe's datasets in its first steps."""
     plan, drawn = plan_and_draw(recipe, steps)
     return f"Recipe {recipe.name}: the first {drawn.steps} of {recipe.train.steps} steps", shares_of(
         recipe, plan, drawn
@@ -116,12 +116,12 @@ def mixture_of(recipe: Recipe, steps: int) -> tuple[str, list[Share]]:
 
 
 def page_path(html: Path, stage: str, num_stages: int) -> Path:
-    """Where a stage's page goes."""
+    """Path of a stage's page."""
     return html if num_stages == 1 else html.with_name(f"{html.stem}-{stage}{html.suffix}")
 
 
 def main() -> None:
-    """Gather, print, write."""
+    """Print the tables and write the pages."""
     args = parse_args()
     recipe = load_recipe(args.recipe) if args.recipe else None
     tokenizer_dir = args.tokenizer or data_path(recipe.tokenizer if recipe else "raw/tokenizer")
@@ -149,7 +149,7 @@ def main() -> None:
     if shares:
         console.print(mixture_table(title, shares), markup=False)
     for folder in found.unfinished:
-        print(f"not finished: {folder}; the same tools/build_shards.py command continues it")
+        print(f"not finished: {folder}; run the same tools/build_shards.py command again to resume")
 
 
 if __name__ == "__main__":

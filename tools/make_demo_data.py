@@ -1,6 +1,6 @@
-"""Make the demo's raw data: ten small sets of real handwritten digits, and a tokenizer trained on their texts.
+"""Make the demo's raw data: ten small datasets of real handwritten digits, and a tokenizer trained on their texts.
 
-What exists already with the same settings is kept. Example:
+Datasets that exist already with the same settings are kept. Example:
 
     python tools/make_demo_data.py --scale 0.1
 """
@@ -26,8 +26,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(os.environ.get("MOLMO2_DATA", "data")) / "raw"
     parser.add_argument("--out", type=Path, default=default, help="directory of raw data (%(default)s)")
-    parser.add_argument("--scale", type=float, default=1.0, help="size of every set, as a share of the full demo")
-    parser.add_argument("--seed", type=int, default=0, help="changes which digits are drawn where, not the split")
+    parser.add_argument("--scale", type=float, default=1.0, help="size of every dataset, a fraction of the full demo")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the samples; it does not change the split")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (%(default)s)")
     args = parser.parse_args()
     if args.scale <= 0:
@@ -47,7 +47,7 @@ def _make(demo: DemoSet, raw: Path, seed: int, scale: float, position: int) -> N
 
 
 def main() -> None:
-    """Make what is missing, then train the tokenizer if a set or the tokenizer is new."""
+    """Make the missing datasets; train the tokenizer if a dataset is new or there is no tokenizer."""
     args = parse_args()
     missing = [demo for demo in SETS if not is_complete(demo, args.out, args.seed, args.scale)]
     tokenizer = args.out / "tokenizer"

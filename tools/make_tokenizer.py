@@ -1,10 +1,10 @@
-"""Make the tokenizer of a model: a language model's own, with Molmo2's tokens behind its base vocabulary.
+"""Make the tokenizer of a model: the language model's tokenizer with Molmo2's tokens after its base vocabulary.
 
     python tools/make_tokenizer.py --source Qwen/Qwen3-4B-Instruct-2507 --model 4b
     python tools/make_tokenizer.py --source ~/models/Olmo-3-7B-Instruct --model o-7b --out data/raw/tokenizer
 
-The source is a directory with tokenizer.json, or OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face hub. Shards,
-training and export read what is written here; `download_data.py` and `build_shards.py` come next.
+The source is a directory with tokenizer.json, or OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face hub. The
+build of shards, training and export read this tokenizer; `download_data.py` and `build_shards.py` are the next steps.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ NAME = "tokenizer.json"
 
 
 def find_source(source: str) -> Path:
-    """The language model's tokenizer.json, fetched if need be.
+    """Path of the language model's tokenizer.json, which is downloaded if `source` is not a directory.
 
     Raises:
-        TokenizerError: there is none.
+        TokenizerError: the repository cannot be reached, or has no such file.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -43,10 +43,10 @@ def find_source(source: str) -> Path:
 
 
 def main() -> int:
-    """Parse, fetch, add, check."""
+    """Fetch the base tokenizer, add the tokens, write the result and load it as a check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, help="directory or OWNER/NAME[@REVISION] of the language model")
-    parser.add_argument("--model", required=True, choices=sorted(PRESETS), help="preset that it is for")
+    parser.add_argument("--model", required=True, choices=sorted(PRESETS), help="preset of the model")
     parser.add_argument("--out", type=Path, help="directory to write (default: raw/tokenizer below MOLMO2_DATA)")
     arguments = parser.parse_args()
     out = arguments.out or data_path("raw/tokenizer")

@@ -1,10 +1,10 @@
-"""Show what a recipe will train on: shares asked for and drawn, epochs, and how full the packs are.
+"""Preview the mixture of a recipe: shares asked for and drawn, epochs, and how full the packs are.
 
     python tools/preview_mixture.py recipes/demo/stage2.yaml
     python tools/preview_mixture.py recipes/demo/stage2.yaml --steps 1000 --set data.max_crops=64
 
-Reads the datasets' indexes and no sample, and needs neither torch nor a GPU. Figures are those of the first --steps
-steps, which training will see exactly so; epochs are those of the whole run.
+It reads the indexes of the datasets and no samples, and needs neither torch nor a GPU. The figures are of the first
+--steps steps, exactly as in training; epochs are of the whole run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from molmo2.inspection.shares import Drawn, Share, plan_and_draw, shares_of
 
 
 def table(shares: list[Share]) -> list[str]:
-    """One line a dataset, by group in the recipe's order."""
+    """One line per dataset, by group in the recipe's order."""
     width = max(7, *(len(share.name) for share in shares))
     lines = [
         f"{'dataset':{width}} {'samples':>10} {'asked %':>8} {'drawn %':>8} {'tokens %':>8} "
@@ -37,7 +37,7 @@ def table(shares: list[Share]) -> list[str]:
 
 
 def summary(recipe: Recipe, drawn: Drawn) -> list[str]:
-    """How full the packs are, and what the whole run comes to."""
+    """The fill of the packs, and the totals of the whole run."""
     data, samples = recipe.data, sum(drawn.samples)
     token_fill = sum(drawn.tokens) / (drawn.packs * data.sequence_length)
     crop_fill = sum(drawn.crops) / max(1, drawn.packs * data.max_crops)
@@ -61,7 +61,7 @@ def preview(recipe: Recipe, num_steps: int) -> list[str]:
 
 
 def main() -> int:
-    """Parse, preview, print."""
+    """Print the preview of a recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="YAML file of a run")
     parser.add_argument("--steps", type=int, default=200, help="steps to plan, at most the recipe's (default: 200)")

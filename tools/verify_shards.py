@@ -1,14 +1,14 @@
-"""Recompute everything that shards claim: hashes, counts, members, lengths, images. Exit code 1 on any damage.
+"""Verify shards by recomputing hashes, counts, members, lengths and images. Exit code 1 on any damage.
 
     python tools/verify_shards.py data/shards
     python tools/verify_shards.py data/shards/sft/demo-chat data/shards/long
     python tools/verify_shards.py s3://bucket/shards/sft
     python tools/verify_shards.py data/shards/sft --repair --from s3://bucket/shards/sft
 
-A folder may be one dataset or hold many, on disk or in a bucket. `--repair` makes damaged datasets on disk whole:
-shards are fetched from a copy (`--from` has the same folders below it), else their damaged samples are dropped; indexes
-that are lost are made anew from the shards. What was dropped stands in `repairs.jsonl` of the dataset. `--reindex`
-makes all indexes anew, as if they were lost: what lies in the tars is believed as long as it parses.
+A folder may be one dataset or hold many, on disk or in a bucket. `--repair` repairs damaged datasets on disk: a damaged
+shard is fetched from a copy (`--from`, with the same folders below it), or else its damaged samples are dropped; lost
+indexes are rebuilt from the shards. Dropped samples are recorded in `repairs.jsonl` of the dataset. `--reindex`
+rebuilds all indexes as if they were lost: every sample in the tars that can be parsed is accepted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from shards.storage.open import open_storage
 
 
 def num_bytes(folder: str) -> int:
-    """Bytes of shards that a dataset's index lists; 0 where it cannot be read."""
+    """Bytes of the shards in a dataset's index; 0 if the index cannot be read."""
     try:
         return sum(shard.bytes for shard in parse_index(open_storage(folder).read(INDEX_NAME), folder).shards)
     except (FileNotFoundError, FormatError):
@@ -34,11 +34,11 @@ def num_bytes(folder: str) -> int:
 
 
 def repair(datasets: list[str], folders: list[str], copy: str | None, reindex: bool) -> None:
-    """Make every damaged dataset whole, or index every one anew, and say what was done."""
+    """Repair every damaged dataset, or rebuild the indexes of all datasets, and print what was done."""
     for dataset in datasets:
         if "://" in dataset:
             raise ValueError(f"{dataset}: only a dataset on disk is repaired; copy it here and back")
-        if not reindex and not any(isinstance(found, Finding) for found in verify_dataset(dataset)):
+        if not reindex and not any(isinstance(result, Finding) for result in verify_dataset(dataset)):
             continue
         root = max((folder.rstrip("/") for folder in folders if dataset.startswith(folder.rstrip("/"))), key=len)
         place = None if copy is None else open_storage(copy.rstrip("/") + dataset.removeprefix(root))
@@ -50,12 +50,12 @@ def repair(datasets: list[str], folders: list[str], copy: str | None, reindex: b
 
 
 def main() -> int:
-    """Verify every dataset below the folders given; print findings as they come."""
+    """Verify every dataset in the given folders, and print the findings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="datasets, or folders of datasets")
-    parser.add_argument("--repair", action="store_true", help="fetch or drop what is damaged and write new indexes")
-    parser.add_argument("--reindex", action="store_true", help="make all indexes anew from the shards, believing these")
-    parser.add_argument("--from", dest="copy", metavar="PLACE", help="where the same folders lie whole")
+    parser.add_argument("--repair", action="store_true", help="fetch or drop damaged data, and write new indexes")
+    parser.add_argument("--reindex", action="store_true", help="rebuild all indexes from the shards")
+    parser.add_argument("--from", dest="copy", metavar="PLACE", help="an intact copy of the same folders")
     args = parser.parse_args()
     folders = args.folders
     if args.copy and not args.repair:

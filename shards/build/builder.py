@@ -1,11 +1,11 @@
-"""Building a dataset, shard by shard, in a process pool, continued where it was killed.
+"""Building a dataset shard by shard in a process pool; a killed build resumes.
 
-A dataset is cut into shards by groups of rows, before anything is decoded, so the cut depends on the rows alone and
-not on the number of workers. One task is one shard (`shards.build.task`); it is finished when its tar, its sidecar and
-its part are there and belong to the same build. `index.json` closes the dataset.
+The groups of rows are divided into shards before anything is decoded, so the division depends on the rows and not on
+the number of workers. One `Task` is one shard (`shards.build.task`); it is finished when its tar, its sidecar and its
+part exist and belong to the same build. `index.json` is written last.
 
-Share r of n is every n-th task from r on. Shares may run at once, on machines that see one file system, in any order,
-and more than once; a run of the whole, (0, 1), finds their shards finished and writes the index.
+Run r of n builds every n-th shard from r on. Such runs may be concurrent, on machines with a common file system, in any
+order, and repeated; a run of the whole dataset, (0, 1), finds their shards finished and writes the index.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ from shards.format import (
 from shards.storage.base import Storage
 from shards.storage.open import open_storage
 
-REJECT_BUDGET = 0.05  # rejects over groups of rows
-MAX_FAILED = 5  # shards of one run; more of them are no accident
-BUILD_VERSION = 3  # raise it when decoding, converters or writer make other samples of the same settings
+REJECT_BUDGET = 0.05  # largest ratio of rejects to groups of rows
+MAX_FAILED = 5  # a run stops after more failed shards than this: the cause is systematic
+BUILD_VERSION = 3  # increment it when decoding, converters or writer make other samples from the same settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """What a run of `build_dataset` did.
+    """Result of a run of `build_dataset`.
 
     Attributes:
-        index: of the whole dataset; None after a share.
-        made: totals of the shards that this run made, by the names of `Totals`.
-        num_made: how many these are.
-        num_kept: shards of the share that earlier runs had finished.
-        fitted: samples of the whole, or the share, that were "shrunk" or are "parts" of a tree, to fit the stage.
+        index: index of the dataset; None after a run that built only a part of it.
+        made: totals of the shards that this run built, by the names of `Totals`.
+        num_made: number of shards that this run built.
+        num_kept: number of its shards that earlier runs had finished.
+        fitted: number of samples that were "shrunk", and that are "parts" of a tree, to fit the limits of the stage.
     """
 
     index: DatasetIndex | None
@@ -79,24 +79,25 @@ def build_dataset(
     retry_failed: bool = False,
     reject_budget: float = REJECT_BUDGET,
 ) -> Built:
-    """Build one dataset of the catalog, or a share of it, into a folder or a bucket, or continue.
+    """Build one dataset of the catalog, or every n-th shard of it, into a folder or a bucket; resumes an earlier run.
 
     Args:
         row: the dataset.
-        stage: the stage it is built for.
+        stage: the stage to build for.
         settings: limits, variants, examples per shard.
-        make_processor: makes this process's processor; `pool` has its own.
-        raw: the dataset's folder of raw files.
-        out: the place of the shards, a folder or s3://…; nothing in it may belong to another build unless `overwrite`.
-        pool: a `worker_pool` made with the same `make_processor`; without one, this process does the work.
-        share: (r, n) for task r of n; (0, 1) is the whole, which alone writes the index.
-        overwrite: throw away what another build left there; for the whole only.
-        retry_failed: of the shards that are missing, build those alone that have failed.
-        reject_budget: the most rejects, as a share of the groups of rows that this run is to build.
+        make_processor: makes the processor of this process; the workers of `pool` make their own.
+        raw: the raw folder of the dataset.
+        out: folder or s3:// URL of the shards; it must not hold another build unless `overwrite`.
+        pool: a `worker_pool` made with the same `make_processor`; None builds in this process.
+        share: (r, n) of task r/n; only a run of the whole dataset, (0, 1), writes the index.
+        overwrite: delete the shards of another build; only with (0, 1).
+        retry_failed: build only those missing shards that failed before.
+        reject_budget: largest ratio of rejects to the groups of rows of this run.
 
     Raises:
-        SourceError: raw files missing, damaged, or of another layout.
-        BuildError: another build's shards in `out`, too many rejects, failed shards, a full disk, a killed worker.
+        SourceError: raw files are missing or damaged, or lack columns.
+        BuildError: `out` holds another build, there are too many rejects or failed shards, the disk is full, or a
+            worker was killed.
     """
     label = f"{stage}/{row.name}"
     (rank, number), whole = share, share == (0, 1)
@@ -105,7 +106,7 @@ def build_dataset(
     processor = make_processor()
     build, tasks = _plan(row, stage, settings, processor, raw, str(out))
     mine, storage = tasks[rank::number], open_storage(out)
-    with _explained(label), locked(storage, shared=not whole):
+    with _os_errors(label), locked(storage, shared=not whole):
         if whole:
             claim(storage, build, overwrite)
         else:
@@ -118,7 +119,7 @@ def build_dataset(
         with closing(_run(waiting, mine, kept, processor, pool, label)) as running:
             for results in running:
                 _check_budget(storage, mine, results, reject_budget)
-        parts = _all_made(label, results)
+        parts = _parts_or_raise(label, results)
         made = Counter[str]()
         for task in waiting:
             made.update(parts[task.name].totals)
@@ -142,7 +143,7 @@ def build_dataset(
 def _plan(
     row: Row, stage: Stage, settings: StageSettings, processor: Processor, raw: Path, out: str
 ) -> tuple[dict[str, Any], list[Task]]:
-    """The settings that the bytes of a dataset follow from, and its tasks: the same wherever it is asked."""
+    """The settings that determine the bytes of a dataset, and its tasks; they are the same on every machine."""
     if row.converter not in CONVERTERS:
         raise BuildError(
             f"{stage}/{row.name}: no converter {row.converter!r}; the catalog may name {', '.join(CONVERTERS)}"
@@ -173,8 +174,8 @@ def _plan(
 
 
 @contextmanager
-def _explained(label: str) -> Iterator[None]:
-    """Turn what the machine does to a build into a message for its user."""
+def _os_errors(label: str) -> Iterator[None]:
+    """Turn errors of the operating system and killed workers into a `BuildError` with a remedy."""
     try:
         yield
     except BrokenProcessPool:
@@ -194,7 +195,7 @@ def _run(
     pool: Executor | None,
     label: str,
 ) -> Generator[dict[str, Part | Failure]]:
-    """What became of the tasks so far: what is kept, then again after each that waited; ends early at `MAX_FAILED`."""
+    """Build the waiting tasks. Yield all results so far, also after each task; stop after `MAX_FAILED` failures."""
     results: dict[str, Part | Failure] = dict(kept)
     yield results
     total, left = (sum(len(task.groups) for task in tasks) for tasks in (mine, waiting))
@@ -210,8 +211,12 @@ def _run(
                 return
 
 
-def _all_made(label: str, results: dict[str, Part | Failure]) -> dict[str, Part]:
-    """The parts; refuses when there are failures."""
+def _parts_or_raise(label: str, results: dict[str, Part | Failure]) -> dict[str, Part]:
+    """The parts of all tasks.
+
+    Raises:
+        BuildError: a shard failed; all failures are listed.
+    """
     failures = [result for result in results.values() if isinstance(result, Failure)]
     if failures:
         listed = "".join(f"\n  {failure.shard}: {failure.reason}" for failure in failures)
@@ -244,9 +249,9 @@ def _write_rejects(storage: Storage, parts: list[Part]) -> None:
 
 
 def _check_budget(storage: Storage, tasks: list[Task], results: dict[str, Part | Failure], budget: float) -> None:
-    """Stop as soon as the tasks cannot stay within the budget.
+    """Raise a `BuildError` as soon as there are more rejects than the budget allows.
 
-    Shards with rejects are built again by the next try: whoever mends a source expects that.
+    The parts of shards with rejects are deleted, so that the next run builds them again from the corrected source.
     """
     parts = {name: part for name, part in sorted(results.items()) if isinstance(part, Part)}
     faulty = {name: part for name, part in parts.items() if any(not r["omitted"] for r in part.rejects)}
@@ -263,5 +268,5 @@ def _check_budget(storage: Storage, tasks: list[Task], results: dict[str, Part |
     raise BuildError(
         f"{first['dataset']}: {len(rejects)} rejects in {num_groups} groups of rows, {budget:.1%} allowed:{listed}\n"
         f"first: {first['file']} row {first['row']}: {first['reason']}\n"
-        f"all so far: {storage.root}/{REJECTS_NAME}; mend the source, or raise --reject-budget"
+        f"all so far: {storage.root}/{REJECTS_NAME}; correct the source, or raise --reject-budget"
     )

@@ -1,8 +1,9 @@
-"""The place of a build: locked while one is at work, marked with the build's settings, refused to another's.
+"""Ownership of a build's output: it is locked during the build, and marked with the build's settings.
 
-A build of the whole dataset has a folder to itself. Builds of a share of it have it together: files appear whole,
-under names that are their own, and removing is left to the build of the whole. A bucket knows no lock: builds with the
-same settings make the same bytes, and others are told by the mark, before and after.
+A build of the whole dataset locks its folder exclusively. Builds of a part of it (task r/N) hold a shared lock: each
+writes its own files atomically, and only a build of the whole dataset removes files. A bucket has no lock: builds with
+equal settings write equal bytes, and a build with other settings is detected by the mark, which is checked before and
+after.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ OWN_FILES = re.compile(
 
 
 class BuildError(ValueError):
-    """A build that cannot go on; what is finished stays and is used by the next try."""
+    """A build cannot continue; finished shards are kept, and the next run uses them."""
 
 
 @contextmanager
 def locked(storage: Storage, *, shared: bool = False) -> Iterator[None]:
-    """Keep other builds out of a folder, or only those of the whole; the kernel drops a killed process's lock."""
+    """Lock a folder against other builds (`shared`: only against builds of the whole); the kernel frees a dead lock."""
     if not isinstance(storage, LocalStorage):
         yield
         return
@@ -46,12 +47,16 @@ def locked(storage: Storage, *, shared: bool = False) -> Iterator[None]:
 
 
 def claim(storage: Storage, build: dict[str, Any], overwrite: bool) -> None:
-    """Mark the place as this build's, or refuse another's; remove what a killed build left unfinished."""
-    found = _mark(storage, build)
-    if digest(found) != digest(build):
+    """Mark the output as this build's and remove temporary files of a killed one.
+
+    Raises:
+        BuildError: the output belongs to a build with other settings, and not `overwrite`.
+    """
+    mark = _mark(storage, build)
+    if digest(mark) != digest(build):
         if not overwrite:
-            raise _other_build(storage, found, build)
-        storage.remove(INDEX_NAME)  # first: from here on the dataset is not whole
+            raise _other_build(storage, mark, build)
+        storage.remove(INDEX_NAME)  # first, because the dataset is incomplete from here on
         for name in storage.list():
             if OWN_FILES.fullmatch(name):
                 storage.remove(name)
@@ -62,24 +67,28 @@ def claim(storage: Storage, build: dict[str, Any], overwrite: bool) -> None:
 
 
 def join(storage: Storage, build: dict[str, Any]) -> None:
-    """Mark the place beside others that do the same at this moment: the first decides, all must have its settings."""
-    found = _mark(storage, build)
-    if digest(found) == digest(build):
+    """Mark the output concurrently with other runs of the same build: the first one writes the mark.
+
+    Raises:
+        BuildError: the mark has other settings.
+    """
+    mark = _mark(storage, build)
+    if digest(mark) == digest(build):
         storage.create(BUILD_NAME, canonical_json(build))
-        found = _mark(storage, build)
-    if digest(found) != digest(build):
-        raise _other_build(storage, found, build)
+        mark = _mark(storage, build)
+    if digest(mark) != digest(build):
+        raise _other_build(storage, mark, build)
 
 
 def check_mark(storage: Storage, build: dict[str, Any]) -> None:
-    """Refuse when another build has overwritten the mark meanwhile, which can happen in a bucket."""
-    found = _mark(storage, build)
-    if digest(found) != digest(build):
-        raise _other_build(storage, found, build)
+    """Raise a `BuildError` if another build has overwritten the mark, which can happen in a bucket."""
+    mark = _mark(storage, build)
+    if digest(mark) != digest(build):
+        raise _other_build(storage, mark, build)
 
 
 def _mark(storage: Storage, build: dict[str, Any]) -> Any:
-    """The settings that the place is marked with; `build` where it is nobody's yet."""
+    """The settings in the mark; `build` if the output is empty."""
     try:
         return json.loads(storage.read(BUILD_NAME))
     except FileNotFoundError:
@@ -88,15 +97,15 @@ def _mark(storage: Storage, build: dict[str, Any]) -> Any:
         return {}
 
 
-def _other_build(storage: Storage, found: Any, build: dict[str, Any]) -> BuildError:
+def _other_build(storage: Storage, mark: Any, build: dict[str, Any]) -> BuildError:
     return BuildError(
-        f"{storage.root} was built with other settings: {'; '.join(_differences(found, build)[:5])}; "
-        "give --overwrite (without --task) to build it anew, or choose another --out"
+        f"{storage.root} was built with other settings: {'; '.join(_differences(mark, build)[:5])}; "
+        "give --overwrite (without --task) to build it again, or choose another --out"
     )
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Where two JSON values differ: dotted name, old value, new value."""
+    """The differences of two JSON values, a line each: dotted name, old value, new value."""
     if isinstance(old, dict) and isinstance(new, dict):
         names = sorted(old.keys() | new.keys())
         return [line for n in names for line in _differences(old.get(n), new.get(n), f"{path}.{n}".lstrip("."))]

@@ -1,4 +1,4 @@
-"""The processes that build shards: each has its own processor and ends with the process that began it."""
+"""The worker processes that build shards: each has its own processor, and exits when the main process ends."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from shards.build.task import Failure, Part, Processor, ProcessorFactory, Task, 
 
 @contextmanager
 def worker_pool(make_processor: ProcessorFactory, workers: int) -> Iterator[Executor | None]:
-    """Processes for `build_dataset`, for any number of datasets of one stage; None for a single worker."""
+    """A process pool for `build_dataset`, usable for all datasets of one stage; None if `workers` is 1."""
     if workers <= 1:
         yield None
         return
-    context = multiprocessing.get_context("spawn")  # fork would copy locks of the decoders' and of arrow's threads
+    context = multiprocessing.get_context("spawn")  # fork would copy held locks of threads in decoders and arrow
     with ProcessPoolExecutor(workers, context, _start_worker, (make_processor,)) as pool:
         yield pool
 
 
 def build_all(tasks: list[Task], processor: Processor, pool: Executor | None) -> Generator[tuple[Task, Part | Failure]]:
-    """What becomes of tasks, in the order in which they are done; after it is closed no further one is begun."""
+    """Build tasks and yield the results in the order of completion; after closing, no further task is started."""
     if pool is None:
         for task in tasks:
             yield task, try_shard(task, processor)
@@ -35,7 +35,7 @@ def build_all(tasks: list[Task], processor: Processor, pool: Executor | None) ->
             yield futures[future], future.result()
     finally:
         for future in futures:
-            future.cancel()  # after an error no further shard is begun; those in work are finished
+            future.cancel()  # after an error no further shard is started; running ones finish
 
 
 _processor: Processor | None = None
@@ -43,13 +43,13 @@ _processor: Processor | None = None
 
 def _start_worker(make_processor: ProcessorFactory) -> None:
     global _processor
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded, which resizes images
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it on import; it resizes images
     threading.Thread(target=_follow_parent, daemon=True).start()
     _processor = make_processor()
 
 
 def _follow_parent() -> None:
-    """End with the main process: a pool's workers would outlive one that was killed."""
+    """Exit when the main process ends; otherwise the workers would outlive a killed main process."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,8 +1,8 @@
-"""Repair of a dataset on disk: shards fetched again from a copy, damaged samples dropped, indexes made anew.
+"""Repairing a dataset on disk: fetch shards from a copy, drop damaged samples, rebuild indexes.
 
-What is dropped is recorded in `repairs.jsonl`. The old index is set aside as `repair.json` before anything is changed,
-and the new one is written last: a repair that was killed is continued by the next. A repaired dataset has another
-digest, since it has other samples; training that was under way refuses it with its name.
+Dropped samples are recorded in `repairs.jsonl`. The old index is saved as `repair.json` before anything is changed, and
+the new one is written last, so the next run resumes a killed repair. A repaired dataset has other samples and another
+digest, so a training run that resumes refuses it by name.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from shards.storage.base import Storage
 from shards.storage.local import LocalStorage
 
 SET_ASIDE, LOG_NAME = "repair.json", "repairs.jsonl"
-TAR_RECORD = tarfile.RECORDSIZE  # a tar's length is a multiple of it
+TAR_RECORD = tarfile.RECORDSIZE  # bytes; the length of a tar is a multiple of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repaired:
-    """One shard that is whole now.
+    """Result of the repair of one shard.
 
     Attributes:
-        shard: its name.
-        fetched: whether it came from the copy.
-        unchecked: whether its checksums were lost, so that samples could only be parsed and not compared.
-        kept: samples that it has.
-        dropped: what is wrong with those that it had.
+        shard: name of the shard.
+        fetched: whether it was fetched from the copy.
+        unchecked: whether its checksums were lost, so that samples could be parsed but not verified.
+        kept: number of samples that are left.
+        dropped: the damage of each dropped sample.
     """
 
     shard: str
@@ -66,44 +66,44 @@ class Repaired:
 
 
 class RepairError(ValueError):
-    """A dataset that cannot be repaired: what its index said is not to be found."""
+    """A dataset cannot be repaired: no sample is left, or the settings of its index are lost."""
 
 
 def repair_dataset(folder: Path, copy: Storage | None = None, *, reindex: bool = False) -> Iterator[Repaired]:
-    """Make a dataset whole again; yields the shards that needed it, as they are done.
+    """Repair a dataset; yields each repaired shard when it is done.
 
     Args:
         folder: the dataset.
-        copy: another place with the same dataset, from which shards are taken whose bytes are those of the index.
-        reindex: believe the tars that are there and nothing that the indexes say of them: all indexes are made anew.
+        copy: storage of a copy of the dataset; a shard is taken from it if its bytes match the index.
+        reindex: ignore the existing indexes and rebuild them from the tars.
 
     Raises:
-        RepairError: neither an index nor what it can be made from.
+        RepairError: there is neither an index nor the settings to rebuild it, or no sample is left.
     """
     storage, index = LocalStorage(folder), _last_index(folder)
     layout = VisualLayout.from_json(index.processor["layout"])
     known = {} if reindex else {shard.name: shard for shard in index.shards}
     names = list(known) or sorted(name[:-4] for name in storage.list(".tar"))
     storage.write(SET_ASIDE, index.model_dump_json().encode())
-    storage.path(INDEX_NAME).unlink(missing_ok=True)  # from here on the dataset is not whole
+    storage.path(INDEX_NAME).unlink(missing_ok=True)  # the dataset is incomplete from here on
     shards, sums = [], dict.fromkeys(Totals.model_fields, 0)
     for name in names:
         info = known.get(name)
-        whole = info is not None and _whole(storage, info)
-        fetched = info is not None and not whole and _fetch(storage, copy, info)
-        unchecked = not (whole or fetched or _has_sidecar(storage, info) or _has_tar(storage, info))
-        rows, kept, dropped, annotations = _scan(storage, name, info, index.num_variants, layout, folder.name)
-        if not kept:
+        intact = info is not None and _is_intact(storage, info)
+        fetched = info is not None and not intact and _fetch(storage, copy, info)
+        unchecked = not (intact or fetched or _has_sidecar(storage, info) or _has_tar(storage, info))
+        rows, spans, dropped, annotations = _scan(storage, name, info, index.num_variants, layout, folder.name)
+        if not spans:
             for suffix in (".tar", ".idx.npy"):
                 storage.path(name + suffix).unlink(missing_ok=True)
         else:
-            info = _rewrite(storage, name, info, rows, kept, bool(dropped))
+            info = _rewrite(storage, name, info, rows, spans, bool(dropped))
             shards.append(info)
             counts = {"samples": len(rows), "bytes": info.bytes, "frames": int(rows["num_frames"].sum())}
             counts |= {f"{n}s": int(rows[f"num_{n}s"][:, 0].sum()) for n in ("token", "crop")}
             for total, value in {**counts, "annotations": annotations}.items():
                 sums[total] += value
-        if not whole:
+        if not intact:
             _record(folder, dropped)
             yield Repaired(shard=name, fetched=fetched, unchecked=unchecked, kept=len(rows), dropped=tuple(dropped))
     if not shards:
@@ -115,7 +115,7 @@ def repair_dataset(folder: Path, copy: Storage | None = None, *, reindex: bool =
 
 
 def _last_index(folder: Path) -> DatasetIndex:
-    """The index, the one that a killed repair set aside, or what the build's own notes say of it."""
+    """The index, or the one that a killed repair saved, or one rebuilt from the settings in `build.json`."""
     for name in (INDEX_NAME, SET_ASIDE):
         try:
             return parse_index((folder / name).read_bytes(), str(folder / name))
@@ -141,8 +141,8 @@ def _last_index(folder: Path) -> DatasetIndex:
         ) from None
 
 
-def _whole(storage: LocalStorage, info: ShardInfo) -> bool:
-    """Whether both files of a shard are byte for byte those of the index."""
+def _is_intact(storage: LocalStorage, info: ShardInfo) -> bool:
+    """Whether both files of a shard have the hashes of the index."""
     return _has_tar(storage, info) and _has_sidecar(storage, info)
 
 
@@ -162,7 +162,7 @@ def _sha256(path: Path) -> str | None:
 
 
 def _fetch(storage: LocalStorage, copy: Storage | None, info: ShardInfo) -> bool:
-    """Take a shard from the copy if its bytes there are those of the index."""
+    """Fetch a shard from the copy; False if its hashes there are not those of the index."""
     if copy is None:
         return False
     try:
@@ -179,13 +179,13 @@ def _fetch(storage: LocalStorage, copy: Storage | None, info: ShardInfo) -> bool
 def _scan(
     storage: LocalStorage, name: str, info: ShardInfo | None, num_variants: int, layout: VisualLayout, dataset: str
 ) -> tuple[npt.NDArray[np.void], list[bytes], list[Finding], int]:
-    """Rows and bytes of the samples of a shard that are whole, what is wrong with the others, and annotations kept."""
+    """Sidecar rows and spans of the intact samples of a shard, damage of the others, and number of annotations left."""
     try:
         data = storage.read(f"{name}.tar")
     except FileNotFoundError:
         lost = Finding(dataset=dataset, shard=f"{name}.tar", problem=f"missing: {info.samples if info else 0} samples")
         return np.zeros(0, index_dtype(num_variants)), [], [lost], 0
-    rows, kept, dropped, annotations, end = [], [], [], 0, 0
+    rows, spans, dropped, annotations, end = [], [], [], 0, 0
     for old, offset, span in _spans(storage, name, info, num_variants, data):
         key = next((key for _, _, key in whole_headers(data[offset : offset + span])), "")
         try:
@@ -196,14 +196,14 @@ def _scan(
             continue
         row["offset"], end = end, end + span
         rows.append(row)
-        kept.append(data[offset : offset + span])
-    return (np.stack(rows) if rows else np.zeros(0, index_dtype(num_variants))), kept, dropped, annotations
+        spans.append(data[offset : offset + span])
+    return (np.stack(rows) if rows else np.zeros(0, index_dtype(num_variants))), spans, dropped, annotations
 
 
 def _spans(
     storage: LocalStorage, name: str, info: ShardInfo | None, num_variants: int, data: bytes
 ) -> Iterator[tuple[npt.NDArray[np.void] | None, int, int]]:
-    """Sidecar row (None without a sidecar to be believed), offset and length of every sample of a tar."""
+    """Sidecar row (None if the sidecar cannot be trusted), offset and length of every sample of a tar."""
     if info is None or not _has_sidecar(storage, info):
         yield from ((None, offset, span) for offset, span in _walk(data))
         return
@@ -213,20 +213,20 @@ def _spans(
 
 
 def _walk(data: bytes) -> Iterator[tuple[int, int]]:
-    """Offset and length of every run of tar members with one key, from the headers that are whole."""
+    """Offset and length of every run of tar members with one key, from the intact headers."""
     start, end, key = 0, 0, None
-    for begin, after, found in whole_headers(data):
-        if found != key:
+    for begin, after, member_key in whole_headers(data):
+        if member_key != key:
             if key is not None:
                 yield start, end - start
-            start, key = begin, found
+            start, key = begin, member_key
         end = after
     if key is not None:
         yield start, end - start
 
 
 def _row(span: bytes, key: str, num_variants: int, layout: VisualLayout) -> npt.NDArray[np.void]:
-    """The sidecar row that the writer would have made of a sample."""
+    """Rebuild the sidecar row of a sample as the writer makes it."""
     if not KEY_PATTERN.fullmatch(key):
         raise FormatError(f"no key: {key[:40]!r}")
     files = {name.split(".", 1)[1]: bytes(data) for name, data in tar_members(span).items()}
@@ -241,13 +241,13 @@ def _rewrite(
     name: str,
     info: ShardInfo | None,
     rows: npt.NDArray[np.void],
-    kept: list[bytes],
+    spans: list[bytes],
     changed: bool,
 ) -> ShardInfo:
-    """Write a shard of the samples that are left, or leave it as it is; returns its entry in the index."""
-    if info is not None and not changed and _whole(storage, info):
+    """Write a shard with the samples that are left, if that changes it; returns its entry in the index."""
+    if info is not None and not changed and _is_intact(storage, info):
         return info
-    data = b"".join(kept)
+    data = b"".join(spans)
     data += b"\0" * (-(len(data) + 2 * BLOCK) % TAR_RECORD + 2 * BLOCK)
     sidecar = npy_bytes(rows)
     storage.write(f"{name}.tar", data)

@@ -1,8 +1,8 @@
-"""One shard of a build: its groups of rows -> examples -> samples -> tar, sidecar and part.
+"""Building one shard: groups of rows -> examples -> samples -> tar, sidecar and part.
 
-A task says which groups of rows; its part, a JSON with the counts and the rejects, is written last and makes the shard
-a finished one. An error leaves a record instead, and costs no other shard. Which tasks there are, and who runs them,
-is decided elsewhere (`shards.build.builder`).
+A task lists the groups of rows. Its part, a JSON with counts and rejects, is written last and marks the shard as
+finished. After an error a failure record is written instead, and the other shards continue. `shards.build.builder`
+makes the tasks and runs them.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from shards.storage.open import open_storage
 
 
 class Processor(Protocol):
-    """What the model hands to the builder: see `molmo2.processing`."""
+    """The model's processor as the builder uses it; see `molmo2.processing`."""
 
     layout: VisualLayout
     settings: dict[str, Any]
 
     def __call__(self, example: Example, limits: Limits) -> Sample:
-        """The sample of an example; raises `RejectedError`."""
+        """Make the sample of an example; raises `RejectedError`."""
 
 
-FITTED = {"shrunk": "crops", "parts": "annotations"}  # counts in a part -> the note in a record's "fitted"
+FITTED = {"shrunk": "crops", "parts": "annotations"}  # count in a part -> the counted note of a record
 ProcessorFactory = Callable[[], Processor]  # picklable: every worker makes its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One shard: which groups of rows it holds. Picklable."""
+    """One shard to build, with the row numbers of its groups. Picklable."""
 
     name: str
     groups: tuple[tuple[int, ...], ...]
@@ -59,7 +59,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What a finished shard contributes to the index."""
+    """The contribution of a finished shard to the index."""
 
     build_digest: str
     shard: dict[str, Any]
@@ -69,7 +69,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """A shard that an error ended: not a fault of one row, for that would be a reject."""
+    """A shard that could not be built. A fault of a single row is a reject and no failure."""
 
     build_digest: str
     shard: str
@@ -77,7 +77,7 @@ class Failure:
 
 
 def finished(task: Task, storage: Storage) -> Part | None:
-    """The part of a shard that an earlier run of the same build finished, if its files are what it says."""
+    """The part of a shard that an earlier run of the same build finished; None if its files do not match the part."""
     try:
         part = Part(**json.loads(storage.read(f"{task.name}.part.json")))
         shard = ShardInfo(**part.shard)
@@ -89,7 +89,7 @@ def finished(task: Task, storage: Storage) -> Part | None:
 
 
 def failed(task: Task, storage: Storage) -> Failure | None:
-    """The record of a shard that an earlier run of the same build could not make."""
+    """The failure record of a shard from an earlier run of the same build; None if there is none."""
     try:
         failure = Failure(**json.loads(storage.read(f"{task.name}.failed.json")))
     except (FileNotFoundError, ValueError, TypeError):
@@ -98,7 +98,7 @@ def failed(task: Task, storage: Storage) -> Failure | None:
 
 
 def try_shard(task: Task, processor: Processor) -> Part | Failure:
-    """Build a shard, or record why not. What the machine does (OSError, memory) is not the shard's, and is raised."""
+    """Build a shard, or record its failure. Errors of the machine (OSError, memory) are raised instead."""
     try:
         return build_shard(task, processor)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
@@ -111,7 +111,7 @@ def try_shard(task: Task, processor: Processor) -> Part | Failure:
 def build_shard(task: Task, processor: Processor) -> Part:
     """Convert, process and write one shard; its part is written last."""
     storage, totals, rejects = open_storage(task.out), Counter[str](), list[dict[str, Any]]()
-    # Beside its place, where that is a folder; else wherever there is room, until it is sent.
+    # The temporary tar is beside its target in a local folder; for a bucket it is in the temporary directory.
     folder = Path(storage.root) if isinstance(storage, LocalStorage) else Path(tempfile.gettempdir())
     temporary = folder / f".{task.name}.tar.{uuid.uuid4().hex[:8]}.tmp"
     samples = _samples(task, processor, totals, rejects)
@@ -136,19 +136,19 @@ def build_shard(task: Task, processor: Processor) -> Part:
 
 
 def _samples(task: Task, processor: Processor, totals: Counter[str], rejects: list[dict[str, Any]]) -> Iterator[Sample]:
-    """Samples of a shard; counts go to `totals`, what does not become a sample to `rejects`."""
+    """Yield the samples of a shard; counts are added to `totals`, rows without a sample to `rejects`."""
     row, stage, raw = task.row, task.stage, task.raw
     for group in read_groups(row, stage, raw, open_rows(row, stage, raw), task.groups):
         for item in _convert(group):
             if isinstance(item, Example):
-                for made in _process(processor, item, task.settings.limits):
-                    if isinstance(made, Sample):
-                        totals["annotations"] += int(made.variants[0]["branch"][-1])
-                        notes = made.record.get("fitted", ())
+                for result in _process(processor, item, task.settings.limits):
+                    if isinstance(result, Sample):
+                        totals["annotations"] += int(result.variants[0]["branch"][-1])
+                        notes = result.record.get("fitted", ())
                         totals.update(kind for kind, noted in FITTED.items() if any(noted in note for note in notes))
-                        yield made
+                        yield result
                     else:
-                        rejects.append(_reject(task.row.name, item.key, item.source, str(made)))
+                        rejects.append(_reject(task.row.name, item.key, item.source, str(result)))
             elif isinstance(item, Omitted):
                 rejects.append(_reject(task.row.name, group.key, item.source, item.reason, omitted=True))
             else:
@@ -156,7 +156,7 @@ def _samples(task: Task, processor: Processor, totals: Counter[str], rejects: li
 
 
 def _process(processor: Processor, example: Example, limits: Limits) -> Iterator[Sample | RejectedError]:
-    """The samples of an example: one, or its tree in halves until they fit. The record of a part says so."""
+    """Make the sample of an example; a tree that does not fit is halved until it does, which the record notes."""
     try:
         yield processor(example, limits)
     except OverlongError:
@@ -164,17 +164,17 @@ def _process(processor: Processor, example: Example, limits: Limits) -> Iterator
         middle = len(whole) // 2
         for number, part in enumerate((whole[:middle], whole[middle:])):
             half = replace(example, key=f"{example.key}-{'ab'[number]}", annotations=part)
-            for made in _process(processor, half, limits):
-                if isinstance(made, Sample):
+            for result in _process(processor, half, limits):
+                if isinstance(result, Sample):
                     note = {"annotations": {"wanted": len(whole), "kept": len(part)}}
-                    made.record.setdefault("fitted", []).append(note)
-                yield made
+                    result.record.setdefault("fitted", []).append(note)
+                yield result
     except RejectedError as error:
         yield error
 
 
 def _convert(group: Group) -> Iterator[Example | Omitted | RejectedError]:
-    """What the converter makes of a group; an error that its values cause ends the group and becomes a reject."""
+    """Convert a group; an error caused by its values ends the group and becomes a reject."""
     try:
         yield from convert(group)
     except RejectedError as error:

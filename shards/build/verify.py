@@ -1,7 +1,7 @@
-"""Verification: recompute everything that a dataset's index claims, and name what does not hold.
+"""Verifying a dataset: recompute everything that its index states, and report each difference.
 
-Reads every byte. A dataset is damaged when a file is missing or of other bytes, when the tar's members are not the
-samples that the sidecar lists, or when a sample does not expand to the lengths that the plan would pack by.
+Every byte is read. A dataset is damaged if a file is missing or has another hash, if the members of a tar are not the
+samples that the sidecar lists, or if a sample does not expand to the lengths that the plan packs by.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from shards.storage.open import open_storage
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that is wrong, and where: `shard` and `key` are empty, `offset` -1, where they do not apply."""
+    """One damage and its location; `shard` and `key` are empty and `offset` is -1 if they do not apply."""
 
     dataset: str
     problem: str
@@ -62,7 +62,7 @@ def find_datasets(root: str) -> list[str]:
 
 
 def verify_dataset(folder: str) -> Iterator[Finding | ShardInfo]:
-    """Findings of a dataset, and each shard when it has been read, for a progress bar. `folder`: a path or a URL."""
+    """Verify a dataset: yields findings, and each shard once it is read (for a progress bar). `folder`: path or URL."""
     storage, name = open_storage(folder), posixpath.basename(folder.rstrip("/"))
     try:
         index = parse_index(storage.read(INDEX_NAME), f"{folder}/{INDEX_NAME}")
@@ -96,7 +96,7 @@ def _verify_shard(
     seen: dict[str, str],
     sums: Counter[str],
 ) -> Iterator[dict[str, Any]]:
-    """Problems of a shard; its keys are added to `seen`, its counts to `sums`."""
+    """Yield the problems of a shard; its keys are added to `seen`, its counts to `sums`."""
     try:
         data, sidecar = storage.read(f"{shard.name}.tar"), storage.read(f"{shard.name}.idx.npy")
     except FileNotFoundError as error:
@@ -135,7 +135,12 @@ def _verify_shard(
 
 
 def verify_span(span: bytes, key: str, row: npt.NDArray[np.void], num_variants: int, layout: VisualLayout) -> int:
-    """Raise what is wrong with a sample's bytes or content; returns its number of annotations."""
+    """Verify the bytes and the content of a sample; returns its number of annotations.
+
+    Raises:
+        FormatError: something differs from the sidecar.
+        ValueError, KeyError, IndexError, TypeError, AttributeError: a member cannot be parsed.
+    """
     if len(span) != row["span"]:
         raise FormatError(f"cut short: {len(span)} of {int(row['span'])} bytes")
     if span_hash(span) != row["xxh64"]:
@@ -149,11 +154,11 @@ def verify_span(span: bytes, key: str, row: npt.NDArray[np.void], num_variants: 
 
 
 def _verify_content(files: dict[str, bytes], row: npt.NDArray[np.void], num_variants: int, layout: VisualLayout) -> int:
-    """Raise where a sample's files and its sidecar row disagree; returns its number of annotations."""
+    """Compare a sample's files with its sidecar row; returns its number of annotations. Raises like `verify_span`."""
     record = json.loads(files["json"])
     images = {int(n[:-4]): decode_jpeg(d).shape for n, d in files.items() if n.endswith(".jpg")}
-    asked = {MEMBER_NAME} & set(files)
-    expected = asked | {
+    asked_names = {MEMBER_NAME} & set(files)
+    expected = asked_names | {
         "json",
         *(f"tokens{k}.npy" for k in range(num_variants)),
         *(f"{i:03d}.jpg" for i in range(len(images))),
@@ -171,20 +176,20 @@ def _verify_content(files: dict[str, bytes], row: npt.NDArray[np.void], num_vari
     num_frames = sum(visual["kind"] == "frame" for visual in record["visuals"])
     if num_frames != row["num_frames"]:
         raise FormatError(f"{num_frames} frames, the sidecar says {row['num_frames']}")
-    annotations, num_asked = 0, len(read_asked(files[MEMBER_NAME])) if asked else None
+    annotations, num_asked = 0, len(read_asked(files[MEMBER_NAME])) if asked_names else None
     for k in range(num_variants):
         tokens = np.load(io.BytesIO(files[f"tokens{k}.npy"]), allow_pickle=False)
         if tokens.dtype != TOKEN_DTYPE:
             raise FormatError(f"variant {k}: tokens of dtype {tokens.dtype}")
         visuals = sample_visuals(record, k)
         expanded = expand(layout, tokens, visuals)
-        found = {
+        facts = {
             "num_tokens": len(expanded.input_ids),
             "num_crops": sum(visual_crops(visual) for visual in visuals),
             "loss_weight": np.float32(np.sum(tokens["weight"], dtype=np.float64)),
         }
         wrong = [
-            f"{name} {value}, the sidecar says {row[name][k]}" for name, value in found.items() if value != row[name][k]
+            f"{name} {value}, the sidecar says {row[name][k]}" for name, value in facts.items() if value != row[name][k]
         ]
         if wrong:
             raise FormatError(f"variant {k}: {'; '.join(wrong)}")
@@ -195,6 +200,6 @@ def _verify_content(files: dict[str, bytes], row: npt.NDArray[np.void], num_vari
 
 
 def _key(span: bytes, hashed: int) -> str:
-    """The key of a sample: the one that the sidecar means, if any header has it, else that of the first header."""
+    """The key of a sample: the one whose hash is in the sidecar, if a header has it, else that of the first header."""
     keys = [key for _, _, key in whole_headers(span)]
     return next((key for key in keys if key_hash(key) == hashed), keys[0] if keys else "")

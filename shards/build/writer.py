@@ -1,6 +1,6 @@
-"""Writing one shard: samples to a tar, and the sidecar row of each.
+"""Writing one shard: its samples as a tar, and a sidecar row for each.
 
-The tar is plain webdataset. Its bytes depend on the samples alone: no clock, no user, no number of workers.
+The tar is plain webdataset. Its bytes depend only on the samples, and not on time, user or number of workers.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from shards.format import BLOCK, KEY_PATTERN, TOKEN_DTYPE, ShardInfo, canonical_
 from shards.layout import VisualLayout, expanded_length, sample_visuals, visual_crops
 from shards.schema import Sample
 
-OWNER = "nanomolmo2"  # in every header, whoever builds
+OWNER = "nanomolmo2"  # user and group in every tar header
 
 
 class WriteError(ValueError):
-    """A sample that the format does not allow. It is a fault of the converter or processor, not of the data."""
+    """A sample violates the format. This is a bug of the converter or processor, not of the data."""
 
 
 def npy_bytes(array: npt.NDArray[Any]) -> bytes:
-    """An array as a .npy file, format 1.0, never pickled."""
+    """An array as the bytes of a .npy file, format 1.0, never pickled."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
 
 
 def members(sample: Sample) -> dict[str, bytes]:
-    """The files of a sample by the part of their name after the key."""
+    """The files of a sample: name after the key -> content."""
     files = {"json": canonical_json(sample.record)}
     files |= {f"tokens{k}.npy": npy_bytes(tokens) for k, tokens in enumerate(sample.variants)}
     files |= {f"{number:03d}.jpg": image for number, image in enumerate(sample.images)}
@@ -42,7 +42,7 @@ def members(sample: Sample) -> dict[str, bytes]:
 
 
 def index_row(layout: VisualLayout, sample: Sample) -> npt.NDArray[np.void]:
-    """The sidecar row of a sample, its place in the tar still 0; scalar of `index_dtype`."""
+    """The sidecar row of a sample, a scalar of `index_dtype`; its offset, span and hash are still 0."""
     row = np.zeros((), index_dtype(len(sample.variants)))
     row["key_hash"] = key_hash(sample.key)
     row["num_frames"] = sum(visual["kind"] == "frame" for visual in sample.record["visuals"])
@@ -55,10 +55,10 @@ def index_row(layout: VisualLayout, sample: Sample) -> npt.NDArray[np.void]:
 
 
 def check_sample(sample: Sample, num_variants: int) -> None:
-    """Refuse what a reader could not take.
+    """Check that a reader can read a sample.
 
     Raises:
-        WriteError: a key with forbidden characters, tokens of another dtype, another number of variants.
+        WriteError: the key has forbidden characters, tokens have another dtype, or the number of variants differs.
     """
     if not KEY_PATTERN.fullmatch(sample.key):
         raise WriteError(f"key {sample.key!r}: letters, digits, '-' and '_' only, at most 80")
@@ -69,19 +69,19 @@ def check_sample(sample: Sample, num_variants: int) -> None:
 def write_shard(
     path: Path, name: str, samples: Iterable[Sample], layout: VisualLayout, num_variants: int
 ) -> tuple[ShardInfo, npt.NDArray[np.void]]:
-    """Write the tar of shard `name` (six digits) to `path`, any temporary place.
+    """Write the tar of shard `name` (six digits) to the temporary file `path`.
 
     Returns:
-        The shard's entry in the index, and the rows of its sidecar; the sidecar itself is the caller's to write.
+        The shard's entry in the index, and the rows of its sidecar, which the caller writes.
 
     Raises:
-        WriteError: see `check_sample`, or a key that occurs twice.
+        WriteError: see `check_sample`; or a key occurs twice.
     """
-    import webdataset  # here, because it imports torch: the processes that only decode do without
+    import webdataset  # imported here because it imports torch, which decoding processes do not need
 
     rows: list[npt.NDArray[np.void]] = []
     seen: set[str] = set()
-    # Values are bytes already, hence no encoder. Offsets are the tar stream's own: it buffers before the file.
+    # No encoder, because values are bytes. Offsets are those of the tar stream, which buffers its writes.
     with (
         open(path, "wb") as file,
         webdataset.TarWriter(file, mtime=0, user=OWNER, group=OWNER, encoder=False) as writer,
@@ -95,7 +95,7 @@ def write_shard(
             row = index_row(layout, sample)
             row["offset"] = tar.offset
             writer.write({"__key__": sample.key, **members(sample)})
-            # tarfile pads every member to whole blocks, so the end of one sample is the beginning of the next.
+            # tarfile pads every member to whole blocks, so a sample ends where the next one begins.
             row["span"] = tar.offset - int(row["offset"])
             assert row["span"] % BLOCK == 0
             rows.append(row)

@@ -1,7 +1,7 @@
 """The catalog: one row per dataset, as data. Beside this file: `NAME.yaml`, or `NAME/` with a file per family.
 
-A row says where a dataset lies and how it gets there, which converter reads it, what its columns are called, what is
-left out, and what it weighs. What a column means is the converter's business; how the sets are mixed is the recipe's.
+A row gives the location of a dataset, how it is downloaded, its converter, the names of its columns, its filters, and
+its loss weight. The converter defines what a column means; the recipe defines how the datasets are mixed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __all__ = [
 
 
 class StageSettings(Strict):
-    """How a stage of a catalog is built: limits of a sample, text variants, examples per shard."""
+    """Build settings of a stage: limits of a sample, number of text variants, examples per shard."""
 
     num_variants: int = pydantic.Field(ge=1, le=64)
     examples_per_shard: int = pydantic.Field(gt=0)
@@ -68,11 +68,11 @@ class StageSettings(Strict):
 
 
 class Catalog(Strict):
-    """A named set of rows with the build settings of its stages and the model preset that they are for.
+    """The rows of a catalog, the build settings of each stage, and the model preset that the shards are built for.
 
     Attributes:
-        folders: raw folders that belong to no single row.
-        left_out: published training datasets without a row, and why.
+        folders: raw folders that do not belong to a single row, by name.
+        left_out: published training datasets that have no row -> the reason.
     """
 
     preset: str
@@ -93,28 +93,28 @@ class Catalog(Strict):
                 if folder not in own and folder not in self.folders:
                     raise ValueError(f"row {row.name}: raw folder {folder!r} is neither a row's nor in `folders`")
             if row.raw and row.download:
-                raise ValueError(f"row {row.name}: `raw: {row.raw}` says already where it comes from; drop `download`")
+                raise ValueError(f"row {row.name}: its raw folder is another one (`raw: {row.raw}`); remove `download`")
         return self
 
     def downloads(self, rows: Iterable[Row]) -> dict[str, Download]:
-        """The raw folders that these rows read, media included, and how each is filled."""
+        """Raw folders that these rows read, media folders included -> how each is downloaded."""
         known = {name: folder.download for name, folder in self.folders.items()}
         known |= {row.name: row.download for row in self.rows if row.download is not None}
         wanted = dict.fromkeys(name for row in rows for name in row.folders)
         return {name: known[name] for name in wanted if name in known}
 
     def how_to_get(self, row: Row) -> str:
-        """What to do about a row whose raw files are not there."""
+        """Instructions for the user when the raw files of a row are missing."""
         downloads = self.downloads([row])
         steps = [f"{name}: {download.instructions}" for name, download in downloads.items() if download.instructions]
         command = f"python tools/download_data.py --datasets {row.name}"
         if not downloads:
-            return "make it first (`make demo` does it for the demo), or set MOLMO2_DATA to where it lies"
+            return "make the data first (`make demo` makes the demo's), or set MOLMO2_DATA to the folder that holds it"
         fetched = any(download.kind not in {"manual", "none"} or download.repo for download in downloads.values())
         return "\n  ".join([*([f"fetch it: {command}"] if fetched else []), *steps])
 
     def select(self, stage: Stage, names: list[str] | None = None) -> list[Row]:
-        """Rows of a stage, all or those named.
+        """The rows of a stage, or only those with the given names.
 
         Raises:
             CatalogError: a name that is unknown or not in this stage.
@@ -127,15 +127,15 @@ class Catalog(Strict):
 
 
 def load_catalog(name: str) -> Catalog:
-    """A catalog of this folder by name, or any YAML file or folder of them by path.
+    """Load a catalog of this folder by its name, or a YAML file or a folder of YAML files by its path.
 
-    `base: NAME` takes everything from another catalog but the settings that are given.
+    `base: NAME` inherits every setting from another catalog; settings of this file override them.
 
-    In a folder `catalog.yaml` holds the settings, every other file `rows` and `folders`. Any of these files may have
-    `templates`, whose keys its own mappings take over with `like: NAME` (see `shards.catalog.templates`).
+    In a folder, `catalog.yaml` holds the settings and every other file holds `rows` and `folders`. Each file may have
+    `templates`; a mapping of the same file inherits their keys with `like: NAME` (see `shards.catalog.templates`).
 
     Raises:
-        CatalogError: no such catalog, or errors in it, all of them listed.
+        CatalogError: the catalog does not exist, or has errors; all of them are listed.
     """
     here = Path(__file__).parent
     path = Path(name) if "/" in name or name.endswith((".yaml", ".yml")) else here / name
@@ -144,17 +144,17 @@ def load_catalog(name: str) -> Catalog:
         known = ", ".join(sorted({p.stem for p in [*here.glob("*.yaml"), *(q.parent for q in here.glob("*/*.yaml"))]}))
         raise CatalogError(f"no catalog {name!r}; known: {known}, or the path of a YAML file")
     try:
-        found = _joined(path) if path.is_dir() else read_catalog_file(path)
-        if base := found.pop("base", None):
-            return Catalog.model_validate({**_joined(here / base), **found})
-        return Catalog.model_validate(found)
+        content = _merge_files(path) if path.is_dir() else read_catalog_file(path)
+        if base := content.pop("base", None):
+            return Catalog.model_validate({**_merge_files(here / base), **content})
+        return Catalog.model_validate(content)
     except pydantic.ValidationError as error:
         raise CatalogError(f"{path}: {error}") from None
 
 
-def _joined(folder: Path) -> dict[str, Any]:
-    """The settings of a folder with the rows and raw folders of all its families."""
-    whole = {"rows": [], "folders": {}, **read_catalog_file(folder / "catalog.yaml")}
+def _merge_files(folder: Path) -> dict[str, Any]:
+    """Merge the settings of a folder with the rows and raw folders of all its other files (families)."""
+    catalog = {"rows": [], "folders": {}, **read_catalog_file(folder / "catalog.yaml")}
     for path in sorted(folder.glob("*.yaml")):
         if path.name == "catalog.yaml":
             continue
@@ -162,8 +162,8 @@ def _joined(folder: Path) -> dict[str, Any]:
         if unknown := sorted(set(family) - {"rows", "folders"}):
             raise CatalogError(f"{path}: unknown: {', '.join(unknown)}; a family has rows, folders and templates")
         folders = family.get("folders") or {}
-        if double := sorted(set(folders) & set(whole["folders"])):
+        if double := sorted(set(folders) & set(catalog["folders"])):
             raise CatalogError(f"{path}: folders that another file has too: {', '.join(double)}")
-        whole["rows"] += family.get("rows") or []
-        whole["folders"] |= folders
-    return whole
+        catalog["rows"] += family.get("rows") or []
+        catalog["folders"] |= folders
+    return catalog

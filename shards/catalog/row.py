@@ -1,7 +1,7 @@
-"""A row of the catalog: where a dataset lies, how it gets there, and how its rows are read.
+"""A row of the catalog: the location of a dataset, how it is downloaded, and how its rows are read.
 
-Plain data, checked by pydantic. What a column means is the converter's business; how rows become a catalog is that of
-`shards.catalog`.
+The models are plain data, validated by pydantic. The converter defines what a column means; `shards.catalog` collects
+rows into a catalog.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ Stage = Literal["pretraining", "sft", "long", "eval"]
 
 
 class Strict(pydantic.BaseModel):
-    """A frozen model without unknown keys."""
+    """A frozen pydantic model that refuses unknown keys."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
 class Download(Strict):
-    """How a raw folder is filled. Paths are relative to the folder.
+    """How a raw folder is downloaded. Paths are relative to the folder.
 
     Attributes:
-        kind: "hub": files of a Hugging Face dataset repository; "hub-urls": those, and the images whose URLs one of
-            their columns holds; "archives": files from fixed URLs, with or without a repository; "manual": some of it
-            only a person can get, `instructions` say how, the rest as above; "none": made by a tool of this project.
+        kind: "hub": files of a Hugging Face dataset repository; "hub-urls": those files, and the images whose URLs are
+            in `url_column`; "archives": files from fixed URLs, with or without a repository; "manual": a person must
+            get some files by hand (see `instructions`), the others are downloaded as above; "none": a tool of this
+            project makes the data.
         repo: Hugging Face dataset repository.
-        revision: commit or branch of it; None: not pinned yet, the newest.
-        include: globs of the files of `repo`.
+        revision: commit or branch of `repo`; None is the newest commit (not pinned).
+        include: globs of the files of `repo` to download.
         urls: path of a file -> its URL.
-        sha256: path of a file of `urls` -> hash of its bytes, where somebody has published one.
+        sha256: path of a file of `urls` -> published hash of its bytes.
         extract: path or glob of an archive -> folder that it is unpacked into.
         url_column: column (or column of lists) with image URLs.
         sha256_column: column with the sha256 of the images' bytes.
-        instructions: what a person must do, in words.
+        instructions: the steps that a person must take.
     """
 
     kind: Literal["hub", "hub-urls", "archives", "manual", "none"]
@@ -65,14 +66,14 @@ class Download(Strict):
 
 
 class Size(Strict):
-    """How much there is, as published; None where nobody has said."""
+    """Published size of a dataset: rows, and gigabytes (1e9 bytes); None where it is not published."""
 
     rows: int | None = None
     gb: float | None = None
 
 
 class Folder(Strict):
-    """A raw folder that several rows share: one download read in two ways, or a pool of media."""
+    """A raw folder that several rows read: one download read by two converters, or a pool of media files."""
 
     source: dict[str, str] = {}
     size: Size = Size()
@@ -96,14 +97,17 @@ Op = Literal[
 
 
 class Filter(Strict):
-    """Rows stay where `column` stands so to `value`; a null stays only under "not_equals", "not_in", "min", "max".
+    """Keep a row if `column <op> value` holds.
+
+    A null is kept by "not_equals", "not_in", "min", "max" and "not_matches", and dropped by every other op.
 
     Attributes:
         column: name or dotted path of a column.
-        op: "min" and "max" include the value itself, "min_length" and "max_length" count a list's items; "not_null"
-            and "not_empty" need no value; "not_matches" takes a regular expression for the whole of a text.
-        value: what to compare with; a list for "in" and "not_in".
-        stages: where it applies; empty: everywhere.
+        op: "min" and "max" are inclusive; "min_length" and "max_length" compare the number of a list's items;
+            "not_null" and "not_empty" take no value; "not_matches" drops a text that a regular expression matches as a
+            whole.
+        value: the operand; a list for "in" and "not_in".
+        stages: stages in which the filter applies; empty means all.
     """
 
     column: str
@@ -119,7 +123,7 @@ class Filter(Strict):
         return self
 
     def keeps(self, found: Any) -> bool:
-        """Whether a row with this value of the column stays."""
+        """Whether a row is kept whose column has the value `found`."""
         if self.op == "not_empty":
             return found is not None and found != "" and found != []
         if found is None:
@@ -140,21 +144,21 @@ class Filter(Strict):
 
 
 class TableFormat(Strict):
-    """How files of rows are read.
+    """Format of the files that hold a dataset's rows.
 
     Attributes:
-        kind: by default what the file's suffix says (.parquet, .arrow, .json, .jsonl, .csv, .tsv); "lines" is text with
-            a row in each line.
-        records: dotted path of the list of rows in a JSON document; "" is the document itself. Where there is an
+        kind: file format; None derives it from the suffix (.parquet, .arrow, .json, .jsonl, .csv, .tsv). "lines" is
+            text with one row per line.
+        records: dotted path of the list of rows in a JSON document; "" is the document itself. If the path holds an
             object, its values are the rows. "." makes the document one row.
-        key: name under which a row gets its key in that object.
-        explode: column with a list (or an object) in every row; each of its items becomes a row that has the outer
-            columns as well, the item's own being "qas.question" for `explode: qas`.
-        header: names of the columns of a CSV without a header line.
-        skip: lines before the first row or the header.
-        names_first: JSON lines that are lists, the first with the names of the columns.
-        pattern: regular expression of a whole line whose named groups are the columns, for kind "lines".
-        number: name under which such a row gets its number, from "0".
+        key: column that receives a row's key in that object.
+        explode: column with a list (or an object) in every row; each item becomes a row. The outer columns are
+            repeated, and the item's own column is named "qas.question" for `explode: qas`.
+        header: column names of a CSV that has no header line.
+        skip: number of lines before the first row or the header.
+        names_first: each JSON line is a list, and the first line holds the column names.
+        pattern: for kind "lines": regular expression that matches a whole line; its named groups are the columns.
+        number: for kind "lines": column that receives the number of the row, as text from "0".
     """
 
     kind: Literal["parquet", "arrow", "json", "jsonl", "csv", "tsv", "lines"] | None = None
@@ -169,16 +173,16 @@ class TableFormat(Strict):
 
 
 class Exclusion(Strict):
-    """Rows are left out whose `column` has a value that other files list.
+    """Drop a row if its `column` has a value that is listed in other files (an exclusion list).
 
     Attributes:
         column: name or dotted path of a column.
-        keep: the other way round, those rows stay and all others are left out.
-        files: glob of the files with the list, below the raw folder.
-        raw: another raw folder with those files.
-        table: how they are read.
-        values: their column.
-        template: what makes a listed `{value}` into a value of `column`.
+        keep: invert the test: keep the listed rows and drop all others.
+        files: glob of the files that hold the list, relative to the raw folder.
+        raw: the raw folder of those files, if it is not the row's own.
+        table: format of those files.
+        values: column of those files that holds the listed values.
+        template: converts a listed `{value}` to the form that `column` has.
     """
 
     column: str
@@ -195,14 +199,15 @@ def _as_tuple(value: Any) -> Any:
 
 
 class Lookup(Strict):
-    """Another table of the raw folder, of which each row gets the matching row; null where there is none.
+    """A left join: each row gets the matching row of another table of the raw folder, or null.
 
     Attributes:
-        name: what its columns are called: "NAME.column". In an object of plain values they are in the column "value".
-        files: glob of its files.
-        table: how they are read.
-        key: its column that is looked up; unique, else the first counts. Without it the n-th row belongs to the n-th.
-        column: the row's column that is looked for; of a list every item is.
+        name: prefix of the joined columns: "NAME.column". If the table is an object of plain values, its values are in
+            the column "value".
+        files: glob of the table's files.
+        table: format of those files.
+        key: column of the table to match; if a key occurs twice, its first row counts. None joins by row number.
+        column: column of the row that holds the key; if it holds a list, every item is looked up.
     """
 
     name: str
@@ -219,14 +224,14 @@ class Lookup(Strict):
 
 
 class Masks(Strict):
-    """Masks that lie in image files: the fact `masks` of a row's questions in stage "eval".
+    """Segmentation masks stored as image files: the fact `masks` of a row's questions in stage "eval".
 
     Attributes:
-        files: template of an image file, `{NAME}` being a column's value. With a "*" in the file's name those are the
-            frames of a video, in the order of their names; a "*" further up is any part of a folder's name.
-        objects: column with the ids of the objects. Each has files of its own if `files` holds `{object}`, else its id
-            is the value of its pixels.
-        above: a pixel belongs to the mask where its value is greater, unless ids are pixel values.
+        files: path template of an image file; `{NAME}` is the value of a column. A "*" in the file's name matches the
+            frames of a video, sorted by name; a "*" in a folder's name matches any characters.
+        objects: column with the ids of the objects. If `files` holds `{object}`, each object has its own files;
+            otherwise the id is the pixel value of the object.
+        above: threshold: a pixel with a greater value belongs to the mask. Not used if ids are pixel values.
     """
 
     files: str
@@ -235,42 +240,42 @@ class Masks(Strict):
 
     @property
     def columns(self) -> set[str]:
-        """The columns that it reads."""
+        """Columns of the row that the masks need."""
         named = {name for _, name, _, _ in string.Formatter().parse(self.files) if name}
         return (named - {"object"}) | ({self.objects} if self.objects else set())
 
 
 class Row(Strict):
-    """One dataset as it becomes shards. Paths are relative to `raw/<folder>/`.
+    """One dataset of the catalog. Paths are relative to `raw/<folder>/`.
 
     Attributes:
-        name: folder of the shards and name in mixtures.
-        layout_of: the published dataset whose layout this one has, if it is not that dataset itself.
-        raw: the raw folder, another row's or one of the catalog's `folders`, if it is not the row's own.
-        source: repository, revision, licence, in words that are written into the index.
-        size: how much there is.
-        paper: numbers that the Molmo2 paper gives for it: examples, rate_percent; `_with` names the rows that share
-            them.
-        download: how the raw folder is filled, where it is the row's own.
-        stages: where it is used.
+        name: name of the dataset in mixtures, and of the folder of its shards.
+        layout_of: the published dataset with the same file layout, if this row is not that dataset itself.
+        raw: the raw folder (another row's, or one of the catalog's `folders`), if it is not the row's own.
+        source: repository, revision and licence; written into the index.
+        size: published size.
+        paper: numbers of the Molmo2 paper: examples, rate_percent; `_with` names the rows that they cover together.
+        download: how the row's own raw folder is downloaded.
+        stages: stages that use the dataset.
         files: glob of the files of each split; stage "eval" reads "validation", the others "train".
-        table: how they are read.
+        table: format of those files.
         converter: a name in `shards.convert.CONVERTERS`.
-        columns: what the converter's fields are called in the files; dotted for a field of a struct ("meta.id").
+        columns: field of the converter -> column of the files; dotted for a field of a struct ("meta.id").
         facts: name -> column that a metric reads beside the answer; kept with every question of stage "eval".
-        masks: masks in files, another fact.
-        optional: columns that some of the files lack; they are null there.
+        masks: segmentation masks in files; kept as the fact `masks`.
+        optional: columns that some of the files lack; their value is null there.
         lookups: tables that are joined to the rows.
-        group_by: column whose equal values make one example (one image or video), or None: a row is an example.
-        filters: which rows stay; the others are recorded as left out.
-        exclude: rows that another file lists, a benchmark's images for instance, or that it does not.
+        group_by: column by which rows are grouped to one example (one image or video); None: each row is an example.
+        filters: conditions that a row must meet; the others are recorded as left out.
+        exclude: exclusion lists, such as a benchmark's images.
         options: parameters of the converter.
-        loss_weight: flat weight of a loss token by stage; a stage that is not named follows the length rule.
-        media: template of a media file's path, or several to try in order; `{value}` is the media column's value,
-            `{NAME}` another column's, and formats like `{value:012d}` work. It may hold one "*/", any folder, and end
-            with ".*", any suffix of a video. For a video of images it names their folder.
-        media_from: raw folders in which media are looked for after the row's own.
-        notes: what is not known or worth knowing; for readers.
+        loss_weight: stage -> flat weight of a loss token; the length rule applies in every other stage.
+        media: path template of a media file, or several that are tried in order; `{value}` is the value of the media
+            column, `{NAME}` that of another column, and formats such as `{value:012d}` work. A template may hold one
+            "*/" (any folder) and may end with ".*" (any video suffix). For a video stored as images it names their
+            folder.
+        media_from: raw folders that are searched for media after the row's own.
+        notes: remarks for readers.
     """
 
     name: str = pydantic.Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")
@@ -305,12 +310,12 @@ class Row(Strict):
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """All raw folders that are read, the row's own first."""
+        """All raw folders that the row reads, its own first."""
         others = [*self.media_from, *(e.raw for e in self.exclude if e.raw)]
         return tuple(dict.fromkeys([self.folder, *others]))
 
     def used_columns(self, stage: Stage) -> list[str]:
-        """Every column that is read, sorted; dotted paths as they are."""
+        """Every column that the row reads in a stage, sorted; dotted paths are kept as they are."""
         parts: tuple[Filter | Exclusion | Lookup, ...] = (*self.filters, *self.exclude, *self.lookups)
         others = {part.column for part in parts if part.column is not None}
         if stage == "eval":
@@ -318,9 +323,9 @@ class Row(Strict):
         return sorted({*self.columns.values(), *others, *([self.group_by] if self.group_by else [])})
 
     def build_settings(self) -> dict[str, Any]:
-        """What the samples depend on: all but the words about the row."""
-        words = {"layout_of", "raw", "source", "size", "paper", "download", "stages", "notes"}
-        return self.model_dump(mode="json", exclude=words, exclude_defaults=True)
+        """The settings that the samples depend on: all fields except those that only describe the row."""
+        descriptive = {"layout_of", "raw", "source", "size", "paper", "download", "stages", "notes"}
+        return self.model_dump(mode="json", exclude=descriptive, exclude_defaults=True)
 
     @pydantic.model_validator(mode="after")
     def _splits(self) -> Self:

@@ -1,4 +1,4 @@
-"""A catalog file as plain data: YAML, in which what rows have in common is written once, as a template.
+"""Reading a catalog file: YAML with templates, so that settings that rows share are written once.
 
     templates:
       tracks: {stages: [sft, long], converter: video_track}
@@ -23,14 +23,15 @@ MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class CatalogError(ValueError):
-    """A catalog that cannot be read, or a name that is not in it."""
+    """A catalog cannot be read, or a name is not in it."""
 
 
 def read_catalog_file(path: Path) -> dict[str, Any]:
-    """The mapping that a catalog file holds, with its templates filled in and left out.
+    """Read a catalog file as a mapping; `like` keys are replaced by their templates, and `templates` is removed.
 
     Raises:
-        CatalogError: the file cannot be read, is no mapping, has a merge key or a key twice, or a `like` is wrong.
+        CatalogError: the file cannot be read or is not a mapping, has a merge key or a duplicate key, or a `like`
+            names no template.
     """
     try:
         document = _Loader(path.read_text(encoding="utf-8")).get_single_data()
@@ -53,12 +54,12 @@ def fill_templates(value: Any, templates: dict[str, Any], users: tuple[str, ...]
     """A copy of a value in which every `like: NAME` or `like: [NAME, ...]` is replaced by the keys of those templates.
 
     Args:
-        value: what a YAML file holds.
+        value: the content of a YAML file, or a part of it.
         templates: name -> template; only mappings can be named in `like`.
-        users: the templates that `value` is part of, outermost first.
+        users: templates that are being filled in and contain `value`, outermost first; used to detect a cycle.
 
     Raises:
-        CatalogError: an unknown template, one that is no mapping, or a circle of templates.
+        CatalogError: a template is unknown or not a mapping, or templates refer to each other in a cycle.
     """
     if isinstance(value, list):
         return [fill_templates(item, templates, users) for item in value]
@@ -91,7 +92,7 @@ def _no_such_template(name: str, templates: dict[str, Any]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses the two things that would silently change a mapping: a merge key and a key that stands twice."""
+    """A YAML loader that refuses merge keys and duplicate keys, which would silently change a mapping."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
@@ -104,7 +105,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in pairs:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                problem = f"key {key!r} stands twice in a mapping; the first would be lost"
+                problem = f"key {key!r} occurs twice in a mapping; remove one of the two"
                 raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key_node.start_mark)
             seen.add(key)
         return mapping

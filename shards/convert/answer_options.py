@@ -1,4 +1,4 @@
-"""Options and lists that a column holds as text, and images that a text names."""
+"""Parsing of answer options and lists in text columns, and renaming of image placeholders in texts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _IMAGE = re.compile(r"<image(?: (?P<number>\d+))?>")
 
 
 def listed(value: Any) -> list[Any]:
-    """A list, a Python list as text, the options of lines "A. ...", or one other value; null is empty.
+    """Parse a list: a list, a Python list as text, lines "A. ...", or a single value; null is an empty list.
 
-    Options lose their labels where all of them have theirs.
+    Labels such as "A. " are removed if all options have theirs.
 
     Raises:
-        RejectedError: a text that begins like a Python list and is none.
+        RejectedError: a text begins like a Python list, but cannot be parsed.
     """
     if value is None:
         return []
@@ -31,37 +31,37 @@ def listed(value: Any) -> list[Any]:
     text = str(value).strip()
     if text.startswith("["):
         try:
-            found = list(ast.literal_eval(text))
+            values = list(ast.literal_eval(text))
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise RejectedError(f"neither a list nor text: {text[:60]!r}") from None
-        return _unlabelled(found) or found
+        return _unlabelled(values) or values
     return _unlabelled(text.split("\n")) or ([text] if text else [])
 
 
 def option_lines(text: str) -> tuple[str, list[str]]:
-    """A text without the last lines that are options "A. ...", "(B) ...", "C: ...", in that order, and the options."""
+    """Split off the last lines of a text that are options "A. ...", "(B) ...", "C: ...": the rest, and the options."""
     lines = text.rstrip().split("\n")
     for first in range(len(lines)):
-        if found := _unlabelled(lines[first:]):
-            return "\n".join(lines[:first]).rstrip(), found
+        if options := _unlabelled(lines[first:]):
+            return "\n".join(lines[:first]).rstrip(), options
     return text, []
 
 
 def _unlabelled(options: Sequence[Any]) -> list[str]:
-    """Options without their labels; none where one has no label or another one's, or where there is no choice."""
-    found = [_OPTION.fullmatch(option) if isinstance(option, str) else None for option in options]
-    marks = "".join(match["mark"] for match in found if match)
+    """Options without their labels; [] if a label is missing or out of order, or there are fewer than 2 options."""
+    matches = [_OPTION.fullmatch(option) if isinstance(option, str) else None for option in options]
+    marks = "".join(match["mark"] for match in matches if match)
     if len(options) < 2 or len(marks) < len(options) or not marks.startswith(("A", "1")):
         return []
     if marks != "".join(chr(ord(marks[0]) + place) for place in range(len(marks))):
         return []
-    return [match["text"] for match in found if match]
+    return [match["text"] for match in matches if match]
 
 
 def place_of(how: str, answer: Any, options: Sequence[str], first: int = 0) -> int | None:
-    """Index of the right option, None where the answer names none.
+    """Index of the right option; None if the answer names no option.
 
-    `how`: "index", counted from `first`; "text", that of the option; "letter", its label: "B", "(B)", "Caption B: ...".
+    `how`: "index" (counted from `first`), "text" (equal to the option), or "letter" ("B", "(B)", "Caption B: ...").
     """
     text = "" if answer is None else str(answer).strip()
     if how == "text":
@@ -75,6 +75,6 @@ def place_of(how: str, answer: Any, options: Sequence[str], first: int = 0) -> i
 
 
 def named_images(texts: Sequence[str], first: int = 1) -> list[str]:
-    """Texts in which "<image 2>" is called "Image 2", and "<image>" through all of them "Image n", from `first` on."""
+    """Replace "<image 2>" by "Image 2", and the n-th "<image>" of all texts by "Image n", counted from `first`."""
     counted = itertools.count(first)
     return [_IMAGE.sub(lambda match: f"Image {match['number'] or next(counted)}", text) for text in texts]

@@ -1,4 +1,4 @@
-"""Conversations as lists of messages: of text alone, about images, or about one video."""
+"""Converter of conversations, given as lists of messages: text only, about images, or about one video."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from shards.convert.answer_options import named_images
 from shards.convert.common import Group, Omitted, text_of
 from shards.schema import Chat, Example, RejectedError, Turn
 
-ROLES: Final = {"human": "user", "gpt": "assistant"}  # as ShareGPT and LLaVA call them
+ROLES: Final = {"human": "user", "gpt": "assistant"}  # the names of roles in ShareGPT and LLaVA data
 _LEADING = re.compile(r"(?:\s*<image>)+\s*")
 
-Part = tuple[str, Any]  # "text", "image" or "video", and what it is
+Part = tuple[str, Any]  # kind ("text", "image" or "video") and value
 
 
 def chat(group: Group) -> Iterator[Example | Omitted]:
-    """One conversation; what a system turn says goes in front of the first user turn, for there is no such turn.
+    """Convert one conversation; a system message is put before the first user message, as a chat has no system turn.
 
     Messages are {role, content} or {from, value}; content is a text or a list of parts, {"type": "image", "image": ...}
     for instance. Media are such parts, or the fields `image` (one or a list) and `video`, of which `start` and `end`
-    may name a clip. They stand before all text: an "<image>" or a part further on becomes the name of the image where
-    there are several ("Image 2").
+    may name a clip. All media come before the text; if there are several images, a placeholder "<image>" or an image
+    part later in the text becomes the name of the image ("Image 2").
     """
-    messages = [_message(one) for one in group.items("messages")]
+    messages = [_message(message) for message in group.items("messages")]
     parts = [part for _, content in messages for part in content]
-    images = [*_each(group.get("image")), *(value for kind, value in parts if kind == "image")]
-    videos = [*_each(group.get("video")), *(value for kind, value in parts if kind == "video")]
+    images = [*_as_list(group.get("image")), *(value for kind, value in parts if kind == "image")]
+    videos = [*_as_list(group.get("video")), *(value for kind, value in parts if kind == "video")]
     if len(videos) + bool(images) > 1:
         raise RejectedError(f"{len(images)} images and {len(videos)} videos; a conversation has images or one video")
     texts = [_text(content) for _, content in messages]
@@ -35,15 +35,15 @@ def chat(group: Group) -> Iterator[Example | Omitted]:
         texts = [text.replace("<video>", "").strip() for text in texts]
     elif images:
         texts = _without_marks(texts, len(images))
-    said = list(zip([role for role, _ in messages], texts, strict=True))
+    spoken = list(zip([role for role, _ in messages], texts, strict=True))
     system = ""
-    if said and said[0][0] == "system":
-        system = f"System: {said[0][1]}\n"
-        said = said[1:]
-    if len(said) < 2:
-        yield group.omit(f"a conversation of {len(said)} messages")
+    if spoken and spoken[0][0] == "system":
+        system = f"System: {spoken[0][1]}\n"
+        spoken = spoken[1:]
+    if len(spoken) < 2:
+        yield group.omit(f"a conversation of {len(spoken)} messages")
         return
-    turns = [Turn(role=role, text=text) for role, text in said]
+    turns = [Turn(role=role, text=text) for role, text in spoken]
     turns[0] = Turn(role=turns[0].role, text=system + turns[0].text)
     row, clip = group.values[0], (group.get("start"), group.get("end"))
     yield group.example(
@@ -62,14 +62,14 @@ def _message(message: Mapping[str, Any]) -> tuple[str, list[Part]]:
 
 def _part(part: Mapping[str, Any]) -> Part:
     kind = str(part.get("type")).removesuffix("_url")
-    value = next((found for name in (kind, f"{kind}_url", "url", "path") if (found := part.get(name))), None)
+    value = next((item for name in (kind, f"{kind}_url", "url", "path") if (item := part.get(name))), None)
     value = value.get("url") if isinstance(value, Mapping) and "url" in value else value
     if kind not in {"text", "image", "video"} or value is None:
         raise RejectedError(f"a part of a message must be text, an image or a video: {str(part)[:80]}")
     return kind, value
 
 
-def _each(value: Any) -> Sequence[Any]:
+def _as_list(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list) else [value] if value else []
 
 
@@ -78,10 +78,10 @@ def _text(content: Sequence[Part]) -> str:
 
 
 def _without_marks(texts: Sequence[str], num_images: int) -> list[str]:
-    """Texts without "<image>"; of several images those after some text are named.
+    """Remove the placeholders "<image>"; with several images, one that follows text is replaced by the image's name.
 
     Raises:
-        RejectedError: there are other numbers of images and of marks.
+        RejectedError: the numbers of images and of placeholders differ.
     """
     marks = sum(text.count("<image>") for text in texts)
     if marks not in {0, num_images}:

@@ -1,4 +1,4 @@
-"""What every converter works with: the group of rows, access to their columns, seeded draws."""
+"""Shared code of the converters: the group of rows, access to their columns, seeded random draws."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from shards.schema import Annotation, Cue, Example, ImageRef, Points, RejectedEr
 from shards.sources.media_files import MediaFiles
 from shards.sources.paths import at
 
+# name of a coordinate system -> its width and height, by which coordinates are divided
 SCALES = {"percent": (100.0, 100.0), "unit": (1.0, 1.0), "thousand": (1000.0, 1000.0)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Omitted:
-    """A row or an annotation that the catalog leaves out on purpose: recorded, but no fault."""
+    """A row or an annotation that the catalog leaves out on purpose; it is recorded, but not counted as a fault."""
 
     source: Source
     reason: str
@@ -28,7 +29,7 @@ class Omitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """The rows of one image or video (or a single row), where they come from, and what the catalog says of them."""
+    """The rows of one image or video (or a single row), their sources, and the catalog row of the dataset."""
 
     row: Row
     stage: Stage
@@ -38,15 +39,15 @@ class Group:
     values: tuple[dict[str, Any], ...]
 
     def get(self, field: str, index: int = 0) -> Any:
-        """A field's value in row `index` of the group, or None where the catalog row maps no column to it."""
+        """The value of a field in row `index` of the group; None if the catalog row maps no column to the field."""
         column = self.row.columns.get(field)
         return None if column is None else at(self.values[index], column)
 
     def items(self, field: str, index: int = 0) -> list[Any]:
-        """A field that is a list in row `index`; null is an empty one.
+        """The value of a list field in row `index`; null becomes an empty list.
 
         Raises:
-            RejectedError: it is something else.
+            RejectedError: the value is not a list.
         """
         value = self.get(field, index)
         if value is not None and not isinstance(value, list):
@@ -54,10 +55,10 @@ class Group:
         return value or []
 
     def text(self, field: str, index: int = 0) -> str:
-        """A field that is a string or a number in row `index`, without surrounding space; null is empty.
+        """The value of a text field (a string or a number) in row `index`, stripped; null becomes "".
 
         Raises:
-            RejectedError: it is something else.
+            RejectedError: the value is a list, an object or bytes.
         """
         value = self.get(field, index)
         if isinstance(value, list | dict | bytes):
@@ -70,10 +71,10 @@ class Group:
         )
 
     def aligned(self, index: int, *fields: str) -> Iterator[tuple[Any, ...]]:
-        """The values of fields item by item; the first field says whether row `index` holds one value or a list.
+        """Yield the values of fields item by item; if the first field is no list, the row `index` is a single item.
 
         Raises:
-            RejectedError: another field's list is missing or has another length.
+            RejectedError: another field is not a list of the same length.
         """
         values = [self.get(field, index) for field in fields]
         if not isinstance(values[0], list):
@@ -83,26 +84,26 @@ class Group:
         columns = [[None] * length if value is None else value for value in values]
         for field, column in zip(fields, columns, strict=True):
             if not isinstance(column, list) or len(column) != length:
-                found = f"{len(column)}" if isinstance(column, list) else type(column).__name__
-                raise RejectedError(f"column {self.row.columns[field]}: expected a list of {length}, found {found}")
+                actual = f"{len(column)}" if isinstance(column, list) else type(column).__name__
+                raise RejectedError(f"column {self.row.columns[field]}: expected a list of {length}, found {actual}")
         yield from zip(*columns, strict=True)
 
     def image(self, field: str = "image", index: int = 0, sha256: str = "sha256") -> ImageRef:
-        """The image of row `index`; its bytes are checked where the row maps `sha256` to a column."""
+        """The image of row `index`; its hash is checked if the catalog row maps `sha256` to a column."""
         return self.media.image(self.get(field, index), self.get(sha256, index), self.values[index])
 
     def option(self, name: str) -> Any:
-        """A parameter of the converter.
+        """A required option of the converter.
 
         Raises:
-            ValueError: the catalog row does not give it.
+            ValueError: the catalog row does not set it.
         """
         if name not in self.row.options:
             raise ValueError(f"catalog row {self.row.name}: converter {self.row.converter} needs options.{name}")
         return self.row.options[name]
 
     def omit(self, reason: str, index: int = 0) -> Omitted:
-        """Row `index`, or something in it, left out for `reason`."""
+        """Record that row `index`, or a part of it, is left out for `reason`."""
         return Omitted(source=self.sources[index], reason=reason)
 
     def example(
@@ -115,7 +116,7 @@ class Group:
         suffix: str = "",
         loss_scale: float = 1.0,
     ) -> Example:
-        """An example of this group; `suffix` tells several of them apart."""
+        """Make an example of this group; `suffix` makes the keys of several examples distinct."""
         return Example(
             key=self.key + suffix,
             dataset=self.row.name,
@@ -130,18 +131,18 @@ class Group:
 
 
 def rng_of(key: str, purpose: str) -> np.random.Generator:
-    """The generator of one kind of draw for one example."""
+    """A random generator that is seeded by an example's key and the purpose of the draw."""
     seed = hashlib.sha256(f"{purpose}\0{key}".encode()).digest()[:16]
     return np.random.Generator(np.random.Philox(key=int.from_bytes(seed, "little")))
 
 
 def text_of(value: Any) -> str:
-    """A text column's value without surrounding space; None becomes empty."""
+    """The value of a text column without surrounding space; None becomes ""."""
     return "" if value is None else str(value).strip()
 
 
 def most_common(answer: Any, draw: str) -> str:
-    """The most frequent of several annotators' answers, ties drawn; a single answer is itself."""
+    """The most frequent of several annotators' answers; ties are drawn by `draw`. A single answer is returned as is."""
     if not isinstance(answer, list):
         return text_of(answer)
     counts = Counter(text for value in answer if (text := text_of(value)))
@@ -150,7 +151,7 @@ def most_common(answer: Any, draw: str) -> str:
 
 
 def xy_pairs(points: Any) -> list[tuple[float, float]]:
-    """Points given as a list of {x, y}, a list of [x, y], one {x: [...], y: [...]}, or a single {x, y}."""
+    """Parse points, given as a list of {x, y}, a list of [x, y], one {x: [...], y: [...]}, or a single {x, y}."""
     if points is None:
         return []
     if isinstance(points, dict) and not isinstance(points["x"], list | None):
@@ -162,13 +163,13 @@ def xy_pairs(points: Any) -> list[tuple[float, float]]:
 
 
 def to_fractions(points: list[tuple[float, float]], scale: tuple[float, float]) -> tuple[tuple[float, float], ...]:
-    """Points over the size of their coordinate system, (width, height), clipped to 0 - 1."""
+    """Divide points by the size of their coordinate system, (width, height), and clip them to 0 - 1."""
     width, height = scale
     return tuple((min(max(x / width, 0.0), 1.0), min(max(y / height, 0.0), 1.0)) for x, y in points)
 
 
 def packed_points(annotations: Sequence[Points], most: int) -> Iterator[list[Points]]:
-    """Annotations in runs of at most `most` points together; the caller has left out those with more alone."""
+    """Group annotations into runs of at most `most` points in total; no single annotation may have more."""
     run: list[Points] = []
     for annotation in annotations:
         if run and sum(a.count for a in run) + annotation.count > most:
@@ -180,10 +181,10 @@ def packed_points(annotations: Sequence[Points], most: int) -> Iterator[list[Poi
 
 
 def at_least_one(annotations: Sequence[Annotation], why: str) -> Sequence[Annotation]:
-    """The annotations, if there are any.
+    """Check that a list of annotations is not empty, and return it.
 
     Raises:
-        RejectedError: none, for the reason given.
+        RejectedError: the list is empty; the message is `why`.
     """
     if not annotations:
         raise RejectedError(why)

@@ -1,4 +1,4 @@
-"""AI2D: questions on diagrams, some about letters that have to be drawn over the diagram's text first."""
+"""Converter of AI2D: questions on diagrams; for some of them letters are drawn over the texts of the diagram."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ import PIL.ImageFont
 from shards.convert.common import Group, Omitted, text_of
 from shards.schema import Choice, Example, ImageRef, RejectedError
 
-NO_OPTION = "{}"  # how the dataset writes an option that is not there
+NO_OPTION = "{}"  # the dataset's placeholder for a missing option
 
 
 def diagram_choice(group: Group) -> Iterator[Example | Omitted]:
-    """One question; where it is about letters, an example for each way of drawing them.
+    """Convert one question; a question about letters gives one example for each of the two ways to draw them.
 
-    The texts' boxes come from `options.annotations`, a template of the JSON file of `{value}`, the image's name.
-    Opaque boxes hold their letter, transparent ones have it at their left.
+    The boxes of the texts are read from `options.annotations`, a path template of a JSON file with the image's name as
+    `{value}`. A letter is drawn inside an opaque box, and to the left of a transparent one.
     """
     options = [text_of(option) for option in group.items("options")]
     answer = group.get("answer")
     if not isinstance(answer, int) or not 0 <= answer < len(options):
         raise RejectedError(f"answer {answer!r} of {len(options)} options")
     right = options[answer]
-    kept = list(dict.fromkeys(option for option in options if option != NO_OPTION))
-    if right not in kept:
+    present = list(dict.fromkeys(option for option in options if option != NO_OPTION))
+    if right not in present:
         raise RejectedError("the right option is the one that is not there")
     image, drawn = group.image(), bool(group.get("letters"))
-    letters = sum(len(option) == 1 for option in kept) >= len(kept) - 1
+    letters = sum(len(option) == 1 for option in present) >= len(present) - 1
     choice = Choice(
         style="ai2_diagram_no_letter" if drawn and letters else "ai2_diagram",
         question=group.text("question"),
-        options=tuple(kept),
-        answer=kept.index(right),
+        options=tuple(present),
+        answer=present.index(right),
         labelled=not (drawn and letters),
     )
     if not drawn:
@@ -47,12 +47,12 @@ def diagram_choice(group: Group) -> Iterator[Example | Omitted]:
         return
     boxes = _boxes(group.media.root / str(group.option("annotations")).format(value=group.get("image")))
     for name, opaque in (("opaque", True), ("transparent", False)):
-        yield group.example([choice], images=[_lettered(image, boxes, opaque)], suffix=f"-{name}")
+        yield group.example([choice], images=[_draw_letters(image, boxes, opaque)], suffix=f"-{name}")
 
 
 @functools.lru_cache(maxsize=16)
 def _boxes(path: Path) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Letter and rectangle (left, top, right, bottom; pixels) of every text that has a letter."""
+    """Letter and box (left, top, right, bottom; pixels) of every text that has a letter."""
     try:
         texts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["text"]
         named = [(text_of(text.get("replacementText")), text["rectangle"]) for text in texts.values()]
@@ -61,7 +61,7 @@ def _boxes(path: Path) -> tuple[tuple[str, tuple[int, ...]], ...]:
         raise RejectedError(f"media: {path}: no boxes for the letters ({type(error).__name__}: {error})") from None
 
 
-def _lettered(image: ImageRef, boxes: tuple[tuple[str, tuple[int, ...]], ...], opaque: bool) -> ImageRef:
+def _draw_letters(image: ImageRef, boxes: tuple[tuple[str, tuple[int, ...]], ...], opaque: bool) -> ImageRef:
     try:
         with PIL.Image.open(image.path or io.BytesIO(image.data or b"")) as opened:
             picture = opened.convert("RGB")

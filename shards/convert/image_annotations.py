@@ -1,4 +1,4 @@
-"""Captions and points on images."""
+"""Converters of captions and points on images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shards.schema import Annotation, Example, ImageRef, PointGroup, Points, Rej
 
 
 def image_caption(group: Group) -> Iterator[Example | Omitted]:
-    """One image with a long caption and, in `options.transcript_stages`, what speakers said about it."""
+    """Convert an image with a long caption and, in `options.transcript_stages`, transcripts of spoken descriptions."""
     annotations: list[Annotation] = []
     if caption := group.text("caption"):
         annotations.append(Text(style="long_caption", answer=caption))
@@ -37,11 +37,11 @@ def image_caption(group: Group) -> Iterator[Example | Omitted]:
 
 
 def image_points(group: Group) -> Iterator[Example | Omitted]:
-    """One image with labels and their points, an example for each of `options.styles`.
+    """Convert an image with labels and their points; gives an example for each of `options.styles`.
 
-    `options.scale` says what coordinates are: "percent", "pixel", "unit" (0 - 1) or "thousand" (0 - 1000). Labels of
-    more than `options.max_points` points are left out, and an example holds at most as many in all. A row has one
-    label, or a list of labels with a list of points for each. The field `number` is the count where nobody pointed.
+    `options.scale` is the unit of coordinates: "percent", "pixel", "unit" (0 - 1) or "thousand" (0 - 1000). Labels with
+    more than `options.max_points` points are left out, and an example holds at most as many in total. A row has one
+    label, or a list of labels with a list of points for each. The field `number` is the count if there are no points.
     """
     most = int(group.option("max_points"))
     image = group.image()
@@ -52,9 +52,9 @@ def image_points(group: Group) -> Iterator[Example | Omitted]:
         for label, question, value in _labelled(group, index):
             points = to_fractions(xy_pairs(value), scale)
             if label and len(points) <= most:
-                found = (PointGroup(at=1, points=points),) if points else ()
+                groups = (PointGroup(at=1, points=points),) if points else ()
                 number = None if points else group.get("number", index)
-                labels.append(Points(style="", label=label, question=question, groups=found, number=number))
+                labels.append(Points(style="", label=label, question=question, groups=groups, number=number))
             else:
                 yield group.omit(f"more than {most} points: {len(points)}" if label else "no label", index)
     for style in group.option("styles") if group.stage != "eval" else group.option("styles")[:1]:
@@ -65,7 +65,7 @@ def image_points(group: Group) -> Iterator[Example | Omitted]:
 
 
 def _labelled(group: Group, index: int) -> Iterator[tuple[str, str, Any]]:
-    """Label, question and points, once or for each item of a row's lists."""
+    """Yield label, question and points of a row, or of each item if the row has lists."""
     label, question, points = (group.get(field, index) for field in ("label", "question", "points"))
     if not isinstance(label, list):
         yield text_of(label), text_of(question), points
@@ -77,10 +77,10 @@ def _labelled(group: Group, index: int) -> Iterator[tuple[str, str, Any]]:
 
 
 def multi_image_points(group: Group) -> Iterator[Example | Omitted]:
-    """Several images, each with a label and points: one label is drawn, and asked for in all or some of the images.
+    """Convert several images, each with a label and points: one label is drawn, and asked about in all or some images.
 
-    The style is drawn from `options.styles`. Half of the time all images are asked about, else a drawn part of them,
-    which `options.ask_some`, texts with {label} and {images}, name "image_1, image_3".
+    The style is drawn from `options.styles`. With probability 1/2 the question is about all images, else about a random
+    subset; `options.ask_some` has the texts for that, with {label} and {images} ("image_1, image_3").
     """
     most, labels, points = int(group.option("max_points")), group.items("labels"), group.items("points")
     images = images_of(group)
@@ -92,20 +92,20 @@ def multi_image_points(group: Group) -> Iterator[Example | Omitted]:
         raise RejectedError("no label")
     label = names[int(draw.integers(len(names)))]
     style = group.option("styles")[int(draw.integers(len(group.option("styles"))))]
-    everywhere, asked = draw.random() < 0.5, list(range(len(images)))
+    everywhere, places = draw.random() < 0.5, list(range(len(images)))
     if not everywhere:
-        asked = sorted(int(i) for i in draw.permutation(len(images))[: draw.integers(1, len(images) + 1)])
-    found = [
+        places = sorted(int(i) for i in draw.permutation(len(images))[: draw.integers(1, len(images) + 1)])
+    groups = [
         PointGroup(at=place + 1, points=to_fractions(xy_pairs(points[place]), SCALES[group.option("scale")]))
-        for place in asked
+        for place in places
         if text_of(labels[place]) == label and points[place]
     ]
     question = ""
     if not everywhere:
         texts = group.option("ask_some")[style]
-        named = ", ".join(f"image_{place + 1}" for place in asked)
+        named = ", ".join(f"image_{place + 1}" for place in places)
         question = texts[int(draw.integers(len(texts)))].format(label=label, images=named)
-    annotation = Points(style=style, label=label, question=question, groups=tuple(found))
+    annotation = Points(style=style, label=label, question=question, groups=tuple(groups))
     if annotation.count > most:
         yield group.omit(f"more than {most} points: {annotation.count}")
     else:
@@ -113,7 +113,7 @@ def multi_image_points(group: Group) -> Iterator[Example | Omitted]:
 
 
 def _size(image: ImageRef) -> tuple[float, float]:
-    """Width and height in pixels, from the header."""
+    """Width and height of an image in pixels, from its header."""
     try:
         with PIL.Image.open(image.path if image.path is not None else io.BytesIO(image.data or b"")) as opened:
             return float(opened.width), float(opened.height)

@@ -1,6 +1,6 @@
-"""Masks for metrics: from image files, and as run lengths, which are short where masks are simple.
+"""Segmentation masks for metrics: reading them from image files, and encoding them as run lengths.
 
-The run lengths are COCO's, uncompressed: {"size": [height, width], "counts": [...]}, down the columns, zeros first.
+The run lengths are COCO's uncompressed RLE: {"size": [height, width], "counts": [...]}, column-major, zeros first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shards.sources.paths import at
 
 
 def run_lengths(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    """A mask [height, width] as run lengths."""
+    """Encode a mask [height, width] as run lengths."""
     flat = mask.astype(bool).ravel(order="F")
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     counts = np.diff([0, *changes, flat.size]).tolist()
@@ -28,7 +28,7 @@ def run_lengths(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def packed(value: Any) -> Any:
-    """A fact with every mask that is a nested list [height, width] as run lengths; all else stays."""
+    """Replace every mask in a fact (a nested list [height, width]) by its run lengths; other values are unchanged."""
     if not isinstance(value, list) or not value:
         return value
     if isinstance(value[0], list) and value[0] and isinstance(value[0][0], bool | int):
@@ -40,21 +40,21 @@ def packed(value: Any) -> Any:
 
 
 def masks_of(masks: Masks, root: Path, row: Mapping[str, Any]) -> list[Any]:
-    """The masks of a row, a list of them for each object if they are frames of a video.
+    """Read the masks of a row: one per object, or a list of them per object if they are frames of a video.
 
     Raises:
-        RejectedError: no such file, one outside of `root`, or none that can be read.
+        RejectedError: a file is missing, outside of `root`, or unreadable.
     """
     ids = [None] if masks.objects is None else at(row, masks.objects)
     ids = ids if isinstance(ids, list) else [ids]
     own_files = "{object}" in masks.files
-    found = []
-    for one in ids:
-        value = None if own_files or one is None else int(one)
-        files = _files(masks, root, {**row, "object": one})
-        objects = [_mask(file, value, masks.above) for file in files]
-        found.append(objects if "*" in Path(masks.files).name else objects[0])
-    return found
+    result = []
+    for object_id in ids:
+        value = None if own_files or object_id is None else int(object_id)
+        files = _files(masks, root, {**row, "object": object_id})
+        frames = [_mask(file, value, masks.above) for file in files]
+        result.append(frames if "*" in Path(masks.files).name else frames[0])
+    return result
 
 
 def _files(masks: Masks, root: Path, values: Mapping[str, Any]) -> list[Path]:

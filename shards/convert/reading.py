@@ -1,4 +1,4 @@
-"""From a catalog row to groups of rows and from a group to examples: files, filters, exclusions, then the converter."""
+"""From a catalog row to groups of rows, and from a group to examples: filters, exclusions, then the converter."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from shards.sources.tables import Table, open_table
 
 
 def open_rows(row: Row, stage: Stage, raw: Path) -> Table:
-    """The files of a dataset's split.
+    """Open the files of a dataset's split as a table.
 
     Args:
         row: the dataset.
-        stage: whose split.
-        raw: the dataset's raw folder; other raw folders lie beside it.
+        stage: the stage; it selects the split.
+        raw: the dataset's raw folder; its parent holds the other raw folders.
 
     Raises:
-        MissingSourceError: files, or a folder of media, that are not there.
-        SourceError: an unreadable file, or one without a column.
+        MissingSourceError: files or a folder of media are missing.
+        SourceError: a file is unreadable or lacks a column.
     """
     for name in row.folders:
         folder = raw if name == row.folder else raw.parent / name
@@ -42,7 +42,7 @@ def open_rows(row: Row, stage: Stage, raw: Path) -> Table:
         table = open_table(raw, row.files[split_of(stage)], own - set(row.optional), row.table)
         table = open_joined(table, raw, row.lookups, columns)
         for exclusion in row.exclude:
-            _listed(raw.parent / (exclusion.raw or raw.name), exclusion.model_dump_json())
+            _excluded_values(raw.parent / (exclusion.raw or raw.name), exclusion.model_dump_json())
     except MissingSourceError as error:
         raise MissingSourceError(f"{row.name}: {error}") from None
     except SourceError as error:
@@ -51,7 +51,7 @@ def open_rows(row: Row, stage: Stage, raw: Path) -> Table:
 
 
 def read_groups(row: Row, stage: Stage, raw: Path, table: Table, groups: Sequence[Sequence[int]]) -> Iterator[Group]:
-    """The groups of rows with these numbers; `raw` as in `open_rows`."""
+    """Yield the groups with these row numbers; `raw` as in `open_rows`."""
     rows = iter(table.read([number for numbers in groups for number in numbers], row.used_columns(stage)))
     others = tuple(raw.parent / name for name in row.media_from)
     media = MediaFiles(root=raw, templates=row.media, others=others)
@@ -62,29 +62,29 @@ def read_groups(row: Row, stage: Stage, raw: Path, table: Table, groups: Sequenc
 
 
 def convert(group: Group) -> Iterator[Example | Omitted]:
-    """What becomes of a group: an `Omitted` for each row that the catalog leaves out, then the converter's.
+    """Convert a group: yields an `Omitted` for each row that the catalog leaves out, then the converter's results.
 
     Raises:
-        RejectedError: by the converter; or facts are wanted and it is unclear from which row an annotation is.
+        RejectedError: by the converter; or the row of an annotation's facts is ambiguous.
     """
-    stay = []
+    remaining = []
     for index in range(len(group.values)):
         if reason := _left_out(group, index):
             yield group.omit(reason, index)
         else:
-            stay.append(index)
-    if stay:
-        sources, values = tuple(group.sources[i] for i in stay), tuple(group.values[i] for i in stay)
-        kept = replace(group, sources=sources, values=values)
-        for made in CONVERTERS[group.row.converter](kept):
-            yield with_facts(kept, made) if isinstance(made, Example) else made
+            remaining.append(index)
+    if remaining:
+        sources, values = tuple(group.sources[i] for i in remaining), tuple(group.values[i] for i in remaining)
+        group = replace(group, sources=sources, values=values)
+        for result in CONVERTERS[group.row.converter](group):
+            yield with_facts(group, result) if isinstance(result, Example) else result
 
 
 def with_facts(group: Group, example: Example) -> Example:
-    """In stage "eval" every annotation with the facts of its row: there is one row, or one for each annotation.
+    """In stage "eval", add the facts of its row to every annotation; the group has one row, or one per annotation.
 
     Raises:
-        RejectedError: there are other numbers of them.
+        RejectedError: the group has another number of rows.
     """
     row, rows, annotations = group.row, group.values, example.annotations
     if group.stage != "eval" or not (row.facts or row.masks):
@@ -94,9 +94,9 @@ def with_facts(group: Group, example: Example) -> Example:
             f"{len(rows)} rows made {len(annotations)} annotations: whose are the facts {', '.join(row.facts)}? "
             "Leave `group_by` out of the catalog row"
         )
-    found = [_facts_of(group, index) for index in range(len(rows))]
-    pairs = zip(annotations, found * len(annotations) if len(rows) == 1 else found, strict=True)
-    return replace(example, annotations=tuple(replace(annotation, facts=one) for annotation, one in pairs))
+    facts = [_facts_of(group, index) for index in range(len(rows))]
+    pairs = zip(annotations, facts * len(annotations) if len(rows) == 1 else facts, strict=True)
+    return replace(example, annotations=tuple(replace(annotation, facts=own) for annotation, own in pairs))
 
 
 def _facts_of(group: Group, index: int) -> dict[str, Any]:
@@ -110,16 +110,16 @@ def _facts_of(group: Group, index: int) -> dict[str, Any]:
 
 
 def _left_out(group: Group, index: int) -> str:
-    """Why the catalog leaves out a row of a group, or ""."""
+    """The reason why the catalog leaves out a row of a group; "" if it does not."""
     values = group.values[index]
     for f in group.row.filters:
-        found = at(values, f.column)
-        if (not f.stages or group.stage in f.stages) and not f.keeps(found):
-            wanted = f.op if f.value is None else f"{f.op} {f.value}"
-            return f"filter: {f.column} is {str(found)[:60]!r}, wanted {wanted}"
+        value = at(values, f.column)
+        if (not f.stages or group.stage in f.stages) and not f.keeps(value):
+            condition = f.op if f.value is None else f"{f.op} {f.value}"
+            return f"filter: {f.column} is {str(value)[:60]!r}, wanted {condition}"
     for exclusion in group.row.exclude:
         folder = group.media.root.parent / (exclusion.raw or group.media.root.name)
-        listed = at(values, exclusion.column) in _listed(folder, exclusion.model_dump_json())
+        listed = at(values, exclusion.column) in _excluded_values(folder, exclusion.model_dump_json())
         if listed != exclusion.keep:
             where = f"{exclusion.raw or group.row.folder}/{exclusion.files}"
             return f"excluded: {exclusion.column} is {'' if listed else 'not '}listed in {where}"
@@ -127,7 +127,8 @@ def _left_out(group: Group, index: int) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _listed(folder: Path, exclusion_json: str) -> frozenset[str]:
+def _excluded_values(folder: Path, exclusion_json: str) -> frozenset[str]:
+    """The values that the files of an exclusion list; the exclusion is passed as JSON to be hashable."""
     exclusion = Exclusion.model_validate_json(exclusion_json)
     table = open_table(folder, exclusion.files, [exclusion.values], exclusion.table)
     rows = table.read(range(len(table)), [exclusion.values])

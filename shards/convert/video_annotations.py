@@ -1,4 +1,4 @@
-"""Captions, points and tracks on videos. Times are seconds from the start of the clip."""
+"""Converters of captions, points and tracks on videos. Times are seconds from the start of the clip."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from shards.schema import (
     Tracks,
 )
 
-GRID_REACH = 0.01  # seconds
+GRID_REACH = 0.01  # seconds; a frame this close to the grid of answer times counts as on it
 
 
 def video_caption(group: Group) -> Iterator[Example | Omitted]:
-    """A video, or its clip from `start` to `end`, with captions; a field whose name begins with "video_" is a style."""
+    """Convert a video, or its clip from `start` to `end`, with captions; fields named "video_…" are caption styles."""
     if (score := group.get("score")) is not None and score < group.option("min_score"):
         yield group.omit(f"annotation score below {group.option('min_score')}: {score}")
         return
@@ -44,11 +44,11 @@ def video_caption(group: Group) -> Iterator[Example | Omitted]:
 
 
 def video_points(group: Group) -> Iterator[Example | Omitted]:
-    """One video with labels pointed at in some of its frames; each label gets one of `options.styles`.
+    """Convert one video with points per label in some of its frames; a label's style is drawn from `options.styles`.
 
-    `options.scale` is as for images, "percent" by default; "pixel" is one of the fields `width` x `height`.
-    All rows of a clip make one example; rows of other clips of the same video make others. A clip, or a video without
-    one whose field `duration` says so, may be `options.max_seconds` long: its frames must all fit a sample.
+    `options.scale` is as for images, "percent" by default; "pixel" refers to the fields `width` x `height`. The rows of
+    each clip of the video make one example. A clip (or a whole video with a field `duration`) longer than
+    `options.max_seconds` is left out, because all its frames must fit a sample.
     """
     most, styles = int(group.option("max_points")), group.option("styles")
     longest = float(group.row.options.get("max_seconds", math.inf))
@@ -90,11 +90,11 @@ def _point_groups(group: Group, index: int, start: float) -> tuple[PointGroup, .
         raise RejectedError(f"{len(times)} timestamps and {len(frames)} frames of points")
     kind = group.row.options.get("scale", "percent")
     scale = _frame_size(group, index) if kind == "pixel" else SCALES[kind]
-    found: dict[float, tuple[tuple[float, float], ...]] = {}
-    for time, points in zip(times, frames, strict=True):  # a moment may come several times, with a point each
+    by_time: dict[float, tuple[tuple[float, float], ...]] = {}
+    for time, points in zip(times, frames, strict=True):  # a time may occur several times, with one point each
         at = float(time) - start
-        found[at] = found.get(at, ()) + to_fractions(xy_pairs(points), scale)
-    return tuple(PointGroup(at=at, points=found[at]) for at in sorted(found) if found[at])
+        by_time[at] = by_time.get(at, ()) + to_fractions(xy_pairs(points), scale)
+    return tuple(PointGroup(at=at, points=by_time[at]) for at in sorted(by_time) if by_time[at])
 
 
 def _frame_size(group: Group, index: int = 0) -> tuple[float, float]:
@@ -102,11 +102,11 @@ def _frame_size(group: Group, index: int = 0) -> tuple[float, float]:
 
 
 def video_track(group: Group) -> Iterator[Example | Omitted]:
-    """One video with objects followed through its frames, pixels of `width` x `height`; occluded ones are left out.
+    """Convert one video with tracked objects, in pixels of `width` x `height`; occluded points are left out.
 
-    The field `frames` has them frame by frame; `objects` object by object, with a point or nothing for each frame.
-    Answers are given at `sampling_fps` (or `options.sampling_fps`), and only for frames within 0.01 s of that grid, as
-    Molmo2 keeps them. The rate of a video that is a folder of images is that of `_image_rate`.
+    The field `frames` has the points frame by frame; the field `objects` has them object by object, with a point or
+    null for each frame. Answers are given at `sampling_fps` (or `options.sampling_fps`) per second, and only for frames
+    within 0.01 s of that grid, as in Molmo2. For a video stored as images see `_image_rate`.
     """
     scale = _frame_size(group)
     rate = float(group.row.options.get("sampling_fps") or group.get("sampling_fps"))
@@ -134,24 +134,25 @@ def video_track(group: Group) -> Iterator[Example | Omitted]:
 
 
 def _frames(group: Group) -> Iterator[tuple[float, list[tuple[int, Any]]]]:
-    """Seconds of each frame and what is visible in it: number and point (pixels) of objects."""
+    """Yield the time of each frame in seconds, and the visible objects in it: number and point (pixels)."""
     for frame in group.get("frames") or ():
         points = [point for point in frame["points"] or () if point["point"] and not point["occluded"]]
         yield float(frame["time"]), [(int(point["id"]), point["point"]) for point in points]
-    objects = [one["points"] or () for one in group.get("objects") or ()]
+    objects = [track["points"] or () for track in group.get("objects") or ()]
     for number in range(max(map(len, objects), default=0)):
-        seen = [(place, points[number]) for place, points in enumerate(objects) if number < len(points)]
-        yield number / float(group.get("fps")), [(place, point) for place, point in seen if point]
+        visible = [(place, points[number]) for place, points in enumerate(objects) if number < len(points)]
+        yield number / float(group.get("fps")), [(place, point) for place, point in visible if point]
 
 
 def _image_rate(group: Group) -> float | None:
-    """Images of a folder per second of the annotation's time: the field `image_fps`, None where nothing is mapped.
+    """Frame rate of a video stored as images, in the time base of the annotations; None if no field gives it.
 
-    With `native_fps` the annotated frames are every n-th image, n being `native_fps` / `fps` rounded, and frame k has
-    the time k / `fps`. So the images go by at n x `fps`: 24 where the camera made 25, of which 6 were annotated.
+    The field `image_fps` gives the rate directly. With `native_fps`, every n-th image is annotated, n being
+    `native_fps` / `fps` rounded, and annotated frame k has the time k / `fps`. So the rate is n x `fps`: 24 if the
+    camera recorded 25 images per second and 6 of them are annotated.
 
     Raises:
-        RejectedError: the native rate of this video is not known.
+        RejectedError: the native rate of this video is missing.
     """
     if "native_fps" in group.row.columns:
         native, fps = group.get("native_fps"), float(group.get("fps"))

@@ -1,7 +1,7 @@
-"""Questions about one video: multiple choice, open, or both, given as texts, indices or marks; conversations.
+"""Converters of questions about a video: multiple choice, open, or both; captions of parts; conversations.
 
-A field may be a value or a list, as in `shards.convert.image_questions`. Rows of one group that name other clips of the
-video become other examples. Times in the rows are those of the whole video, those of an example count from its clip.
+A field may be a value or a list, as in `shards.convert.image_questions`. The rows of a group make an example per clip
+of the video. Times in the rows are relative to the video, and times of an example to the start of its clip.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from shards.convert.common import Group, Omitted, at_least_one, most_common, rng
 from shards.schema import Annotation, Choice, Cue, Example, RejectedError, Text
 
 Clip = tuple[float | None, float | None]
-Asked = tuple[str, str, tuple[str, ...], int | None]  # question, answer, options, the right one's place
+Asked = tuple[str, str, tuple[str, ...], int | None]  # question, answer, options, index of the right option
 
 _NUMBER = r"\d+(?:\.\d+)?"
 _CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
@@ -25,17 +25,17 @@ _EMBEDDED = re.compile(r"(?P<question>.*)\n\s*The Options are:\s*(?P<options>\[.
 
 
 def video_qa(group: Group) -> Iterator[Example | Omitted]:
-    """Questions in the forms that `options.ask` lists: "choice", "open"; stage "eval" asks openly alone if it can.
+    """Convert questions in the forms that `options.ask` lists: "choice", "open"; "eval" asks only openly if it can.
 
-    Options are the field `options`, the fields `option_0`, `option_1`, ..., or the `answer` among the `negatives`
-    (and `options.also`) in a drawn order; with `options.embedded` the last lines of the question, of which
-    `options.cut` is taken out first. `options.answer` says how an answer is given where there are options: as "index"
-    (default; `options.first` is that of the first option), "letter" or "text", or as "marks", one for each option.
-    Blank options are left out. A question without options is asked openly, in `options.open_style`.
-    `options.max_per_example` bounds the tree. Without a field `question` it is drawn from the field `question_pool` or
-    from `options.questions`, where "{label}" stands for the field `label`, and "{label_lower}" for it in small letters.
-    A field `style` goes before `open_style`. The field `windows`, a list of [start, end] in seconds, is an answer too.
-    Where there is no field `question`, an answer that a clip has already is left out. `options.full_stop` ends answers.
+    Answer options are the field `options`, the fields `option_0`, `option_1`, ..., or the `answer` and the `negatives`
+    (and `options.also`) in a drawn order; with `options.embedded` they are the last lines of the question, from which
+    `options.cut` was removed. Blank options are left out. With options, `options.answer` is the form of the answer:
+    "index" (default; counted from `options.first`), "letter", "text", or "marks" (one mark per option). A question
+    without options is an open one, in the field `style` or else in `options.open_style`. Without options, the field
+    `windows`, a list of [start, end] in seconds, may be the answer. `options.max_per_example` limits the annotations of
+    an example. Without a field `question`, the question is drawn from the field `question_pool` or `options.questions`,
+    in which "{label}" and "{label_lower}" are replaced by the field `label`; a second equal answer for a clip is then
+    left out. `options.full_stop` adds a full stop to open answers.
     """
     clips: dict[Clip, list[Annotation]] = {}
     seen: set[tuple[Clip, str, str]] = set()
@@ -49,24 +49,24 @@ def video_qa(group: Group) -> Iterator[Example | Omitted]:
             continue
         for number, values in enumerate(questions):
             try:
-                asked = _asked(group, values, f"{group.row.name}/{group.key}/{index}/{number}")
+                asked = _parse_question(group, values, f"{group.row.name}/{group.key}/{index}/{number}")
             except RejectedError as error:
                 yield group.omit(str(error), index)
                 left_out += 1
                 continue
-            once = (clip, text_of(values.get("label")), asked[1])
-            if "question" not in group.row.columns and once in seen:
+            identity = (clip, text_of(values.get("label")), asked[1])
+            if "question" not in group.row.columns and identity in seen:
                 yield group.omit(f"the same answer twice for one clip: {asked[1]!r}", index)
                 continue
-            seen.add(once)
+            seen.add(identity)
             style = text_of(values.get("style")) or str(group.row.options.get("open_style", ""))
             clips.setdefault(clip, []).extend(_annotations(group, asked, style))
-    if clips or not left_out:  # else every reason is told already
+    if clips or not left_out:  # otherwise every row was reported as omitted
         yield from examples_of(group, clips)
 
 
 def video_spans(group: Group) -> Iterator[Example | Omitted]:
-    """A whole video whose parts have captions, in `options.style`; `options.questions` name a part's times."""
+    """Convert a video with captions of its parts, in `options.style`; `options.questions` hold {start} and {end}."""
     annotations: list[Annotation] = []
     for index in range(len(group.values)):
         for number, (span, text) in enumerate(group.aligned(index, "spans", "text")):
@@ -76,14 +76,14 @@ def video_spans(group: Group) -> Iterator[Example | Omitted]:
                 continue
             draw = rng_of(f"{group.row.name}/{group.key}/{index}/{number}", "question")
             questions = group.option("questions")
-            asked = questions[int(draw.integers(len(questions)))].format(start=f"{start:.1f}", end=f"{end:.1f}")
-            said = _ended(group, text_of(text))
-            annotations.append(Text(style=str(group.option("style")), question=asked, answer=said))
+            question = questions[int(draw.integers(len(questions)))].format(start=f"{start:.1f}", end=f"{end:.1f}")
+            answer = _with_full_stop(group, text_of(text))
+            annotations.append(Text(style=str(group.option("style")), question=question, answer=answer))
     yield from examples_of(group, {(None, None): annotations})
 
 
 def video_conversation(group: Group) -> Iterator[Example | Omitted]:
-    """Turns of a "human" and a model, each pair a question of its own in `options.style`; options stand in its text."""
+    """Convert turns of a "human" and a model: each pair is a question in `options.style`, options included."""
     annotations: list[Annotation] = []
     for index in range(len(group.values)):
         turns = group.items("turns", index)
@@ -98,35 +98,35 @@ def video_conversation(group: Group) -> Iterator[Example | Omitted]:
 
 
 def video_embedded_choice(group: Group) -> Iterator[Example | Omitted]:
-    """Multiple choice whose question ends with the line "The Options are: [...]"; the answer counts from 1."""
+    """Convert multiple choice with "The Options are: [...]" at the end of the question; the answer counts from 1."""
     annotations: list[Annotation] = []
     for index in range(len(group.values)):
-        found = _EMBEDDED.fullmatch(group.text("question", index))
-        options = ast.literal_eval(found["options"]) if found else []
+        match = _EMBEDDED.fullmatch(group.text("question", index))
+        options = ast.literal_eval(match["options"]) if match else []
         answer = int(group.text("answer", index)) - 1
-        if not found or not 0 <= answer < len(options):
+        if not match or not 0 <= answer < len(options):
             yield group.omit(f"no options in the question, or answer {answer + 1} of {len(options)}", index)
             continue
         texts = tuple(text_of(option) for option in options)
-        question = re.sub(r"\bThe Question is:\s*", "", found["question"], flags=re.IGNORECASE).strip()
+        question = re.sub(r"\bThe Question is:\s*", "", match["question"], flags=re.IGNORECASE).strip()
         annotations.append(Choice(style="video_multiple_choice", question=question, options=texts, answer=answer))
     yield from examples_of(group, {(None, None): annotations})
 
 
 def examples_of(group: Group, clips: dict[Clip, list[Annotation]]) -> Iterator[Example]:
-    """An example for each clip, or several where the tree has more than `options.max_per_example` annotations.
+    """Make an example per clip, or several if it has more than `options.max_per_example` annotations.
 
-    With `options.image_fps` a video is a folder of images.
+    With `options.image_fps` the video is a folder of images.
 
     Raises:
-        RejectedError: no annotation at all.
+        RejectedError: there is no annotation.
     """
-    at_least_one([annotation for found in clips.values() for annotation in found], "no question with an answer")
+    at_least_one([item for annotations in clips.values() for item in annotations], "no question with an answer")
     most = int(group.row.options.get("max_per_example", 0))
     runs = [
-        (clip, number, found[first : first + (most or len(found))])
-        for number, (clip, found) in enumerate(clips.items())
-        for first in range(0, len(found), most or len(found) or 1)
+        (clip, number, annotations[first : first + (most or len(annotations))])
+        for number, (clip, annotations) in enumerate(clips.items())
+        for first in range(0, len(annotations), most or len(annotations) or 1)
     ]
     for place, ((start, end), number, run) in enumerate(runs):
         fps = group.row.options.get("image_fps")
@@ -136,7 +136,7 @@ def examples_of(group: Group, clips: dict[Clip, list[Annotation]]) -> Iterator[E
 
 
 def _clip(group: Group, index: int) -> Clip:
-    """The times of a row's clip: fields `start` and `end`, or both in `span`: [3.5, 7], "3.5-7" or "[3.5:7]"."""
+    """The clip of a row: fields `start` and `end`, or the field `span`: [3.5, 7], "3.5-7" or "[3.5:7]"."""
     start: float | None
     end: float | None
     if isinstance(given := group.get("span", index), list):
@@ -154,7 +154,7 @@ def _clip(group: Group, index: int) -> Clip:
 
 
 def _seconds(value: Any) -> float | None:
-    """Seconds, given so or as HH:MM:SS.mmm."""
+    """Parse a time, given in seconds or as HH:MM:SS.mmm."""
     if value in (None, ""):
         return None
     clock = _CLOCK.fullmatch(str(value))
@@ -162,7 +162,7 @@ def _seconds(value: Any) -> float | None:
 
 
 def _questions(group: Group, index: int) -> Iterator[dict[str, Any]]:
-    """Field values question by question; "pool" are questions to draw from where there is no column for one."""
+    """Yield the field values of each question of a row; "pool" holds the questions to draw from if it has none."""
     pool = group.items("question_pool", index) or group.row.options.get("questions", ())
     single = sorted(field for field in group.row.columns if re.fullmatch(r"(option|negative)_\d+", field))
     known = ("question", "answer", "options", "marks", "negatives", "style", "label")
@@ -175,7 +175,7 @@ def _questions(group: Group, index: int) -> Iterator[dict[str, Any]]:
         yield item
 
 
-def _asked(group: Group, values: dict[str, Any], draw: str) -> Asked:
+def _parse_question(group: Group, values: dict[str, Any], draw: str) -> Asked:
     question, pool, how = text_of(values.get("question")), values["pool"], group.row.options.get("answer", "index")
     if not question and pool:
         question = text_of(pool[int(rng_of(draw, "question").integers(len(pool)))])
@@ -195,15 +195,15 @@ def _asked(group: Group, values: dict[str, Any], draw: str) -> Asked:
     elif windows := values["windows"]:
         answer = "Segments: " + ", ".join(f"[{start:g}-{end:g}]" for start, end in windows)
     else:
-        answer = _ended(group, _clean(group, most_common(values.get("answer"), draw)))
+        answer = _with_full_stop(group, _clean(group, most_common(values.get("answer"), draw)))
     if not question or not answer:
         raise RejectedError("an empty question or answer")
     if place is None and "open_style" not in group.row.options and not values.get("style"):
         raise RejectedError("no options to choose from")
     if place is None:
         return question, answer, (), None
-    kept = [number for number, option in enumerate(options) if option]
-    return question, answer, tuple(options[number] for number in kept), kept.index(place)
+    present = [number for number, option in enumerate(options) if option]
+    return question, answer, tuple(options[number] for number in present), present.index(place)
 
 
 def _right(how: str, options: list[str], values: dict[str, Any], first: int) -> int:
@@ -219,7 +219,7 @@ def _right(how: str, options: list[str], values: dict[str, Any], first: int) -> 
 
 
 def _embedded(group: Group, question: str, options: Any) -> tuple[str, list[Any]]:
-    """The question as it is asked, and its options."""
+    """The final text of a question, and its options."""
     if cut := group.row.options.get("cut"):
         question = re.sub(cut, "", question).strip()
     if group.row.options.get("embedded") and options is None:
@@ -228,7 +228,7 @@ def _embedded(group: Group, question: str, options: Any) -> tuple[str, list[Any]
 
 
 def _clean(group: Group, value: Any) -> str:
-    """A text without what `options.drop` matches at its start, and then with a capital letter."""
+    """Apply `options.replace` to a text; remove a match of `options.drop` at its start, and capitalise the rest."""
     text = text_of(value)
     for old, new in group.row.options.get("replace", {}).items():
         text = text.replace(old, new)
@@ -238,8 +238,8 @@ def _clean(group: Group, value: Any) -> str:
     return text
 
 
-def _ended(group: Group, text: str) -> str:
-    """A text with a full stop, if the row wants one and the text does not end with a mark."""
+def _with_full_stop(group: Group, text: str) -> str:
+    """Add a full stop to a text if `options.full_stop` is set and the text does not end with a mark."""
     return text + "." if group.row.options.get("full_stop") and text and text[-1] not in ".!?" else text
 
 
@@ -253,13 +253,13 @@ def _annotations(group: Group, asked: Asked, style: str) -> Iterator[Annotation]
 
 
 def _cues(group: Group, start: float, end: float | None) -> Iterator[Cue]:
-    """The lines of the field `subtitles` within the clip, or its text where it has no times."""
-    said = group.get("subtitles")
-    if isinstance(said, str):
-        if text := " ".join(said.replace("<subtitle>", " ").split()):
+    """Yield the lines of the field `subtitles` within the clip, or its whole text if it has no times."""
+    subtitles = group.get("subtitles")
+    if isinstance(subtitles, str):
+        if text := " ".join(subtitles.replace("<subtitle>", " ").split()):
             yield Cue(text=text)
         return
-    for line in said or ():
+    for line in subtitles or ():
         first, last, text = float(line["start"]), float(line["end"]), text_of(line["text"])
         if text and last > start and (end is None or first < end):
             yield Cue(text=text, start=max(first - start, 0.0), end=last - start)

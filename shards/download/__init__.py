@@ -1,1 +1,1 @@
-"""Fill raw folders as the catalog says: Hub repositories, archives, images behind URLs. One manifest per folder."""
+"""Download of raw folders as the catalog describes: Hub repositories, archives, images behind URLs."""

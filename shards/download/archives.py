@@ -1,7 +1,7 @@
-"""Unpack zip and tar archives that strangers made: plain files below one folder, within limits, atomically.
+"""Unpack untrusted zip and tar archives: plain files only, below one folder, within limits, each file atomically.
 
-Every name is checked before the first byte is written. Links, devices and encrypted members are refused, not skipped:
-an archive that has them is not the one that was published.
+Every name is checked before the first byte is written. An archive with links, devices or encrypted members is refused
+as a whole, because it is not the one that was published.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import IO
 CHUNK = 1 << 20
 DAMAGE = (
     *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError),
-    *(EOFError, RuntimeError, NotImplementedError),  # what zipfile and gzip also raise
+    *(EOFError, RuntimeError, NotImplementedError),  # zipfile and gzip raise these too
 )
 
 
 class ArchiveError(ValueError):
-    """An archive that cannot be read or must not be unpacked."""
+    """An archive cannot be read, or is not safe to unpack."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArchiveLimits:
-    """Bounds of what comes out of an archive. `max_ratio`: bytes out of it for each of its own."""
+    """Limits of the unpacked content: files, bytes, and unpacked bytes per byte of the archive (`max_ratio`)."""
 
     max_files: int = 5_000_000
     max_bytes: int = 4 << 40
@@ -38,10 +38,11 @@ class ArchiveLimits:
 
 
 def unpack(archive: Path, folder: Path, limits: ArchiveLimits | None = None) -> int:
-    """Unpack into `folder`; files that are there already are replaced. Returns the number of files.
+    """Unpack into `folder`, replacing files of the same names. Returns the number of files.
 
     Raises:
-        ArchiveError: unreadable, a name that leads outside, a member that is no plain file, or more than the limits.
+        ArchiveError: the archive is unreadable, a name leads outside of `folder`, a member is not a plain file, or the
+            content exceeds the limits.
     """
     limits = limits or ArchiveLimits()
     allowed = min(limits.max_bytes, int(archive.stat().st_size * limits.max_ratio) + CHUNK)
@@ -53,7 +54,7 @@ def unpack(archive: Path, folder: Path, limits: ArchiveLimits | None = None) -> 
                 for member in members:
                     _refuse(archive, member.filename, _zip_fault(member))
                 return _write(archive, folder, ((m.filename, opened.open(m)) for m in members), allowed)
-        with tarfile.open(archive) as first:  # a tar is read twice: nothing is written before all names are known
+        with tarfile.open(archive) as first:  # a tar is read twice: all names are checked first
             names = [(_plain(archive, member), member.size) for member in first if not member.isdir()]
         _check(archive, names, allowed, limits)
         with tarfile.open(archive) as tar:
@@ -63,7 +64,7 @@ def unpack(archive: Path, folder: Path, limits: ArchiveLimits | None = None) -> 
 
 
 def _zip_fault(member: zipfile.ZipInfo) -> str | None:
-    kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive was not made on Unix
+    kind = stat.S_IFMT(member.external_attr >> 16)  # 0 if the archive was not made on Unix
     if kind not in {0, stat.S_IFREG}:
         return "is no plain file"
     return "is encrypted" if member.flag_bits & 1 else None
@@ -78,7 +79,7 @@ def _tar_files(tar: tarfile.TarFile) -> Iterator[tuple[str, IO[bytes]]]:
     for member in tar:
         if not member.isdir():
             content = tar.extractfile(member)
-            assert content is not None  # only links and devices have none, and they were refused
+            assert content is not None  # only links and devices have no content, and they were refused
             yield member.name, content
 
 
@@ -99,14 +100,14 @@ def _refuse(archive: Path, name: str, fault: str | None) -> None:
 
 
 def _write(archive: Path, folder: Path, members: Iterator[tuple[str, IO[bytes]]], allowed: int) -> int:
-    """Write members one by one; what the headers promised is not believed, the bytes are counted."""
+    """Write members one by one; the bytes are counted, because sizes in the headers are not trusted."""
     root, count = folder.resolve(), 0
     for name, content in members:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.parent.resolve().is_relative_to(root):  # a link that lay there before
+        if not path.parent.resolve().is_relative_to(root):  # a link that was in the folder before
             raise ArchiveError(f"{archive}: member {name!r} leads outside of {folder} through a link")
-        temporary = root / ".unpacking"  # one name, so that a kill leaves nothing behind once it is repeated
+        temporary = root / ".unpacking"  # a fixed name: the next run overwrites what a killed one left
         with content, temporary.open("wb") as target:
             while chunk := content.read(CHUNK):
                 allowed -= len(chunk)

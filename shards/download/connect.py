@@ -1,6 +1,6 @@
-"""Connections to hosts that somebody else named: only http and https, and never into a private network.
+"""Connections to untrusted hosts: only http and https, and never into a private network (SSRF protection).
 
-A host's name is resolved once, all its addresses are checked, and the connection goes to a checked address.
+A host name is resolved once, all its addresses are checked, and the connection is made to a checked address.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from urllib.parse import SplitResult, urlsplit
 
 
 class FetchError(Exception):
-    """A URL that was not fetched.
+    """A URL could not be fetched.
 
     Attributes:
-        reason: why, in words that many URLs can share.
-        transient: whether the same request may succeed later.
-        pause: seconds for which the server asks to be left alone.
-        attempts: how often it was tried.
+        reason: the cause, without details of the URL, so that failures can be counted by reason.
+        transient: whether a retry may succeed.
+        pause: seconds that the server asks the client to wait (Retry-After).
+        attempts: number of attempts made.
     """
 
     def __init__(self, reason: str, *, transient: bool = False, pause: float = 0.0) -> None:
@@ -32,16 +32,16 @@ class FetchError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchLimits:
-    """Bounds of one URL.
+    """Limits of the download of one URL.
 
     Attributes:
-        max_bytes: size of the body.
-        max_seconds: time of one attempt, from the name's resolution to the last byte.
-        stall: seconds without a byte after which an attempt is given up.
-        attempts: tries of a URL.
-        first_pause: seconds before the second try; doubles, with jitter.
-        longest_pause: largest pause; a server that asks for a longer one is given up.
-        allow_private: follow URLs into private networks and to this machine. For tests.
+        max_bytes: largest size of the body.
+        max_seconds: deadline of one attempt, from name resolution to the last byte.
+        stall: seconds without a byte after which an attempt is aborted.
+        attempts: number of attempts.
+        first_pause: seconds before the second attempt; doubles with every attempt, with jitter.
+        longest_pause: largest pause in seconds; if a server asks for a longer one, the URL fails.
+        allow_private: allow URLs of private networks and of this machine. For tests.
     """
 
     max_bytes: int = 64 << 20
@@ -54,7 +54,7 @@ class FetchLimits:
 
 
 def host_of(url: str) -> str:
-    """Host of a URL with its port, lower case; "" where there is none."""
+    """Host of a URL with its port, in lower case; "" if it has none."""
     try:
         return urlsplit(url).netloc.rpartition("@")[2].lower()
     except ValueError:
@@ -62,17 +62,17 @@ def host_of(url: str) -> str:
 
 
 def public_addresses(host: str, port: int, allow_private: bool) -> list[str]:
-    """The addresses of a host.
+    """Resolve and check the addresses of a host.
 
     Raises:
-        FetchError: it has none, or one that is not a public unicast address.
+        FetchError: the name cannot be resolved, or an address is not a public unicast address.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         transient = getattr(error, "errno", None) == socket.EAI_AGAIN
         raise FetchError("the host's name is not known", transient=transient) from None
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in entries))
     for text in addresses:
         address = ipaddress.ip_address(text.partition("%")[0])
         inner = _embedded(address)
@@ -82,7 +82,7 @@ def public_addresses(host: str, port: int, allow_private: bool) -> list[str]:
 
 
 def _embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The IPv4 address to which an IPv6 one of a translation prefix leads, else itself."""
+    """The IPv4 address that is embedded in an IPv6 address (mapped, 6to4, NAT64), else the address itself."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped or address.sixtofour:
             return address.ipv4_mapped or address.sixtofour or address
@@ -92,10 +92,10 @@ def _embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddre
 
 
 def connect(url: str, limits: FetchLimits, ends: float) -> http.client.HTTPConnection:
-    """A connection to a checked address of the URL's host, to be used before the time `ends`.
+    """Connect to a checked address of the URL's host; `ends` is the deadline (monotonic time).
 
     Raises:
-        FetchError: a URL that is not followed, a forbidden address, or no connection.
+        FetchError: the URL is not http(s), an address is forbidden, or no connection could be made.
     """
     parts = _parts(url)
     secure = parts.scheme == "https"
@@ -139,7 +139,7 @@ def _tls() -> ssl.SSLContext:
 
 
 def reason_of(error: Exception | None) -> str:
-    """Short, without the numbers that differ between URLs of the same fate."""
+    """A short reason for an error, without details that differ between URLs, so that failures can be counted."""
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, ssl.SSLError):

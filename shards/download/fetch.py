@@ -1,8 +1,8 @@
-"""Fetch what lies behind a URL that somebody else wrote down: bounded, polite, and never from a private network.
+"""Download of untrusted URLs: with limits and retries, respecting Retry-After, and never from a private network.
 
-The one place in the project that follows foreign URLs; every redirect is a new, checked connection. Proxies are
-therefore not used, content encodings are not asked for, and connections are not kept: the images of a dataset lie on
-very many hosts.
+This is the only place in the project that follows untrusted URLs. Every redirect is a new, checked connection, so
+proxies are not used. Content encodings are not requested, and connections are not reused: the images of a dataset are
+on very many hosts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 MAX_REDIRECTS = 8
 CHUNK = 1 << 20
-_SAFE = "/%:@!$&'()*+,;=?~-._[]"  # what a URL may hold already; all else is escaped
+_SAFE = "/%:@!$&'()*+,;=?~-._[]"  # characters of a URL that are not escaped
 
 T = TypeVar("T")
 
@@ -52,49 +52,49 @@ ARCHIVE_LIMITS = FetchLimits(max_bytes=1 << 40, max_seconds=48 * 3600.0, stall=1
 
 @dataclass(slots=True)
 class HostPauses:
-    """Until when each host asked to be left alone, shared by the threads of a download; `stop` ends all pauses."""
+    """The time until which each host asked for no requests, shared by all threads; `stop` ends all pauses."""
 
     until: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     stop: threading.Event = field(default_factory=threading.Event)
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, unless all is to stop."""
+        """Sleep, but return early if `stop` is set."""
         self.stop.wait(seconds)
 
     def wait(self, host: str) -> None:
-        """Sleep until the host may be asked again."""
+        """Sleep until requests to the host are allowed again."""
         while (left := self.until[host] - time.monotonic()) > 0 and not self.stop.wait(left):
             pass
 
     def ask(self, host: str, seconds: float) -> None:
-        """Note that a host wants to be left alone."""
+        """Record that a host asked for a pause of so many seconds."""
         self.until[host] = max(self.until[host], time.monotonic() + seconds)
 
 
 def fetch_bytes(url: str, limits: FetchLimits, pauses: HostPauses | None = None) -> bytes:
-    """The body behind a URL, in memory.
+    """Fetch the body of a URL into memory.
 
     Raises:
-        FetchError: forbidden, absent, too large, too slow, or broken off, after all attempts.
+        FetchError: all attempts failed: the URL is forbidden, missing, too large or too slow, or the connection broke.
     """
     pauses = pauses or HostPauses()
 
     def attempt() -> bytes:
         target = io.BytesIO()
         pauses.wait(host_of(url))
-        with _answer(url, limits) as response:
+        with _response(url, limits) as response:
             _check_status(response)
             _copy(response, target, limits.max_bytes)
         return target.getvalue()
 
-    return _persistently(url, limits, pauses, attempt)
+    return _retry(url, limits, pauses, attempt)
 
 
 def fetch_file(url: str, path: Path, limits: FetchLimits = ARCHIVE_LIMITS) -> None:
-    """Fetch into a file; what an earlier run left in `PATH.part` is continued if the server still has that version.
+    """Fetch a URL into a file; `PATH.part` of an earlier run is resumed if the server still has that version.
 
     Raises:
-        FetchError: see `fetch_bytes`; the part stays for the next run.
+        FetchError: see `fetch_bytes`; the part is kept for the next run.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part, facts = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
@@ -102,8 +102,8 @@ def fetch_file(url: str, path: Path, limits: FetchLimits = ARCHIVE_LIMITS) -> No
     def attempt() -> None:
         known = _known_part(part, facts, url)
         headers = {"Range": f"bytes={known[0]}-", "If-Range": known[1]} if known else {}
-        with _answer(url, limits, headers) as response:
-            if response.status == 416:  # the part is of another version, or whole: begin again
+        with _response(url, limits, headers) as response:
+            if response.status == 416:  # the part is of another version, or complete: start again
                 facts.unlink(missing_ok=True)
                 raise FetchError("http 416", transient=True)
             _check_status(response)
@@ -121,34 +121,34 @@ def fetch_file(url: str, path: Path, limits: FetchLimits = ARCHIVE_LIMITS) -> No
                 target.flush()
                 os.fsync(target.fileno())
 
-    _persistently(url, limits, HostPauses(), attempt)
+    _retry(url, limits, HostPauses(), attempt)
     part.replace(path)
     facts.unlink(missing_ok=True)
 
 
 def remote_size(url: str, limits: FetchLimits = ARCHIVE_LIMITS) -> int | None:
-    """Bytes of a file as its server says without sending it; None when it does not say."""
-    with suppress(FetchError), _answer(url, limits, method="HEAD") as response:
+    """Size of a file in bytes by a HEAD request; None if the server does not report it."""
+    with suppress(FetchError), _response(url, limits, method="HEAD") as response:
         _check_status(response)
         length = response.getheader("Content-Length") or ""
         return int(length) if length.isdigit() else None
     return None
 
 
-def _persistently(url: str, limits: FetchLimits, pauses: HostPauses, attempt: Callable[[], T]) -> T:
-    """Run an attempt until it succeeds, fails for good, or the attempts are used up."""
+def _retry(url: str, limits: FetchLimits, pauses: HostPauses, attempt: Callable[[], T]) -> T:
+    """Run `attempt` until it succeeds, fails permanently, or has failed `limits.attempts` times."""
     backoff = wait_exponential(limits.first_pause, limits.longest_pause) + wait_random(0, limits.first_pause)
 
     def again(error: BaseException) -> bool:
-        bearable = isinstance(error, FetchError) and error.transient and error.pause <= limits.longest_pause
-        return bearable and not pauses.stop.is_set()
+        retryable = isinstance(error, FetchError) and error.transient and error.pause <= limits.longest_pause
+        return retryable and not pauses.stop.is_set()
 
     def wait(state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
-        asked = error.pause if isinstance(error, FetchError) else 0.0
-        if asked:
-            pauses.ask(host_of(url), asked)
-        return max(asked, backoff(state))
+        pause = error.pause if isinstance(error, FetchError) else 0.0
+        if pause:
+            pauses.ask(host_of(url), pause)
+        return max(pause, backoff(state))
 
     retrying = Retrying(
         retry=retry_if_exception(again),
@@ -165,10 +165,10 @@ def _persistently(url: str, limits: FetchLimits, pauses: HostPauses, attempt: Ca
 
 
 @contextmanager
-def _answer(
+def _response(
     url: str, limits: FetchLimits, headers: dict[str, str] | None = None, method: str = "GET"
 ) -> Iterator[http.client.HTTPResponse]:
-    """The answer of the server at the end of all redirects. A watch cuts the connection when the time is over."""
+    """The server's response after all redirects. A watchdog timer shuts the connection down at the deadline."""
     ends = time.monotonic() + limits.max_seconds
     late = threading.Event()
     for _ in range(MAX_REDIRECTS + 1):
@@ -191,11 +191,11 @@ def _answer(
             location = response.getheader("Location")
             if response.status not in REDIRECTS or not location:
                 yield response
-                if late.is_set():  # a body without a promised length ends when it is cut
+                if late.is_set():  # a body without Content-Length ends like a whole one when it is cut
                     raise TimeoutError
                 return
             url = urljoin(url, location)
-        except ValueError:  # of urljoin and http.client
+        except ValueError:  # raised by urljoin and http.client
             raise FetchError("not a URL") from None
         except (OSError, http.client.HTTPException) as error:
             reason = f"not fetched within {limits.max_seconds:g} s" if late.is_set() else reason_of(error)
@@ -222,7 +222,7 @@ def _check_status(response: http.client.HTTPResponse) -> None:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Seconds that a Retry-After header asks for: a number, or a date."""
+    """Seconds that a Retry-After header asks for; the header holds a number or a date."""
     if retry_after is None:
         return 0.0
     if re.fullmatch(r"\s*\d{1,9}\s*", retry_after):
@@ -233,7 +233,7 @@ def _seconds(retry_after: str | None) -> float:
 
 
 def _copy(response: http.client.HTTPResponse, target: IO[bytes], max_bytes: int) -> None:
-    """The whole body, no more than `max_bytes` and no less than was promised."""
+    """Copy the whole body; raises if it is longer than `max_bytes` or shorter than its Content-Length."""
     too_large = FetchError(f"larger than {max_bytes} bytes")
     if (response.length or 0) > max_bytes:
         raise too_large
@@ -248,7 +248,7 @@ def _copy(response: http.client.HTTPResponse, target: IO[bytes], max_bytes: int)
 
 
 def _known_part(part: Path, facts: Path, url: str) -> tuple[int, str] | None:
-    """Length of an unfinished file and what tells its version, or None where it cannot be continued."""
+    """Length and validator (version) of an unfinished file, or None if it cannot be resumed."""
     try:
         known = json.loads(facts.read_text())
         size = part.stat().st_size
@@ -258,6 +258,6 @@ def _known_part(part: Path, facts: Path, url: str) -> tuple[int, str] | None:
 
 
 def _validator(response: http.client.HTTPResponse) -> str | None:
-    """A strong ETag, or else the date of the last change."""
+    """A strong ETag, or else the Last-Modified date."""
     etag = response.getheader("ETag")
     return etag if etag and not etag.startswith("W/") else response.getheader("Last-Modified")

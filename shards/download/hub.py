@@ -1,6 +1,6 @@
-"""Files of a Hugging Face dataset repository: listed once at a pinned commit, then fetched and checked.
+"""Download of a Hugging Face dataset repository: its files are listed at a pinned commit, then fetched and checked.
 
-`huggingface_hub` does the transfers, resumes them, and finds the token (HF_TOKEN, or `hf auth login`).
+`huggingface_hub` transfers the files, resumes downloads, and finds the token (HF_TOKEN, or `hf auth login`).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from shards.download.manifest import File, Listing
 
 
 class DownloadError(ValueError):
-    """A download that cannot go on without the user."""
+    """A download cannot continue without an action of the user."""
 
 
 def list_files(repo: str, revision: str | None, include: Sequence[str]) -> Listing:
-    """The files that match the globs, at the commit that `revision` (None: the newest) stands for now.
+    """List the files that match the globs, at the current commit of `revision` (None: the newest).
 
     Raises:
-        DownloadError: no such repository, no access, no network, or no file that matches.
+        DownloadError: the repository does not exist or cannot be accessed, there is no network, or no file matches.
     """
     api = HfApi()
     try:
@@ -52,15 +52,15 @@ def list_files(repo: str, revision: str | None, include: Sequence[str]) -> Listi
 
 
 def patterns(include: Sequence[str]) -> list[str]:
-    """Globs for the Hub's matching, in which "**/" does not stand for no folder at all."""
+    """Globs for the Hub's matching: its "**/" does not match zero folders, so each pattern is also given without it."""
     return sorted({*include, *(pattern.removeprefix("**/") for pattern in include)})
 
 
 def fetch_files(listing: Listing, folder: Path, workers: int = 4) -> None:
-    """Fetch what is not there yet, and check sizes and, where the Hub has them, hashes.
+    """Fetch the missing files; check their sizes and, if the Hub lists them, their hashes.
 
     Raises:
-        DownloadError: no access, no network, or a file that is not as listed.
+        DownloadError: there is no access or no network, or a file differs from the listing.
     """
     names = [_literal(file.path) for file in listing.files]
     try:
@@ -81,7 +81,7 @@ def fetch_files(listing: Listing, folder: Path, workers: int = 4) -> None:
 
 
 def _literal(path: str) -> str:
-    """A path as a glob that matches nothing else."""
+    """A glob that matches exactly this path."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in path)
 
 
@@ -93,12 +93,12 @@ def _fault(path: Path, file: File) -> str | None:
     if file.sha256 is None:
         return None
     with path.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
-    return None if found == file.sha256 else f"sha256 {found[:16]}, the Hub lists {file.sha256[:16]}"
+        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+    return None if sha256 == file.sha256 else f"sha256 {sha256[:16]}, the Hub lists {file.sha256[:16]}"
 
 
 def _explained(error: Exception, repo: str, revision: str | None) -> Exception:
-    """The error in words that say what to do; a programming error stays what it is."""
+    """Turn an error of the Hub into a `DownloadError` with a remedy; other errors are returned unchanged."""
     page = f"https://huggingface.co/datasets/{repo}"
     if isinstance(error, GatedRepoError):
         return DownloadError(
@@ -110,7 +110,7 @@ def _explained(error: Exception, repo: str, revision: str | None) -> Exception:
         return DownloadError(f"{repo}: no such dataset on the Hub, or a private one; see {page}, or set HF_TOKEN")
     if isinstance(error, OfflineModeIsEnabled):
         return DownloadError(f"{repo}: HF_HUB_OFFLINE is set; unset it to download")
-    transport = type(error).__module__.partition(".")[0].startswith("httpx")  # which one depends on the Hub's client
+    transport = type(error).__module__.partition(".")[0].startswith("httpx")  # an error of the HTTP client
     if transport or isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | OSError):
         text = str(error).strip() or type(error).__name__
         return DownloadError(f"{repo}: {text.splitlines()[0]}; the same command continues where this one ended")

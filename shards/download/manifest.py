@@ -1,6 +1,6 @@
-"""What lies in a raw folder: `manifest.json`, written when its download is complete, and read instead of asking again.
+"""The manifest of a raw folder: `manifest.json` is written when the download is complete, and lists its content.
 
-`raw/<folder>/.download/` holds the state of an unfinished download; nothing else needs to know what is in there.
+`raw/<folder>/.download/` holds the private state of an unfinished download.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STATE = ".download"
 
 
 class File(pydantic.BaseModel, extra="forbid", frozen=True):
-    """A file of a repository or behind a fixed URL. `sha256` is None where the publisher names no such hash."""
+    """A file of a repository or of a fixed URL. `sha256` is None if the publisher gives no hash."""
 
     path: str
     bytes: int
@@ -26,7 +26,7 @@ class File(pydantic.BaseModel, extra="forbid", frozen=True):
 
 
 class Listing(pydantic.BaseModel, extra="forbid", frozen=True):
-    """The wanted files of a repository at one commit."""
+    """The selected files of a repository at one commit."""
 
     repo: str
     commit: str
@@ -34,7 +34,7 @@ class Listing(pydantic.BaseModel, extra="forbid", frozen=True):
 
 
 class MediaCounts(pydantic.BaseModel, extra="forbid", frozen=True):
-    """Images behind URLs: different URLs in the rows, those here, those that failed, and the `--max-images` if any."""
+    """Counts of images behind URLs: distinct URLs, images on disk, failed images, and `--max-images` if given."""
 
     urls: int
     present: int
@@ -46,10 +46,10 @@ class Manifest(pydantic.BaseModel, extra="forbid", frozen=True):
     """A complete download.
 
     Attributes:
-        download: what the catalog asked for.
-        listing: the repository's files, if there is one.
+        download: the catalog's `download` that was fulfilled.
+        listing: files of the repository; None without a repository.
         archives: files from fixed URLs.
-        extracted: archive -> number of files that were unpacked from it.
+        extracted: archive -> number of files unpacked from it.
         media: counts of images behind URLs.
     """
 
@@ -62,7 +62,7 @@ class Manifest(pydantic.BaseModel, extra="forbid", frozen=True):
 
 
 def read_manifest(folder: Path, download: Download) -> Manifest | None:
-    """The manifest of a raw folder, None where there is none or the catalog asks for something else by now."""
+    """The manifest of a raw folder; None if there is none, or if the catalog's `download` has changed since."""
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (FileNotFoundError, pydantic.ValidationError):
@@ -71,12 +71,12 @@ def read_manifest(folder: Path, download: Download) -> Manifest | None:
 
 
 def asked(download: Download) -> dict[str, object]:
-    """What makes two downloads the same: all but the words to a person."""
+    """The part of a `download` that determines the files: everything except the instructions for a person."""
     return download.model_dump(mode="json", exclude={"instructions"})
 
 
 def write_json(path: Path, value: pydantic.BaseModel | dict[str, object]) -> None:
-    """Write atomically; a reader sees the old file or the new one."""
+    """Write a JSON file atomically; a reader sees the old file or the new one."""
     content = value.model_dump(mode="json") if isinstance(value, pydantic.BaseModel) else value
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -85,10 +85,10 @@ def write_json(path: Path, value: pydantic.BaseModel | dict[str, object]) -> Non
 
 
 def missing_folders(catalog: Catalog, row: Row, raw: Path) -> list[str]:
-    """Raw folders that a row needs and that are not filled.
+    """Raw folders that a row needs and that are incomplete.
 
-    A folder with something to fetch needs its manifest. What a person or a tool of this project puts there is looked
-    for as files: those of the row's table, or for a folder with media anything at all.
+    A folder with a download needs its manifest. A folder that a person or a tool of this project fills needs files: the
+    files of the row's table, or any file in a folder of media.
     """
     downloads = catalog.downloads([row])
     missing = []
@@ -103,17 +103,17 @@ def missing_folders(catalog: Catalog, row: Row, raw: Path) -> list[str]:
 
 
 def unfinished_folders(row: Row, raw: Path) -> list[str]:
-    """Raw folders of a row in which a download began and did not end: what lies there may be the half of it."""
+    """Raw folders of a row in which a download has started and not finished, so that they may be incomplete."""
     return [name for name in row.folders if (raw / name / STATE).exists() and not (raw / name / MANIFEST).exists()]
 
 
 def is_downloaded(catalog: Catalog, row: Row, raw: Path) -> bool:
-    """Whether everything that a row reads lies below `raw`."""
+    """Whether all raw folders that a row reads are complete below `raw`."""
     return not missing_folders(catalog, row, raw)
 
 
 def fetches(download: Download) -> bool:
-    """Whether a download has a part that needs no person."""
+    """Whether a download has a part that is automatic."""
     return bool(download.repo or download.urls or download.extract)
 
 

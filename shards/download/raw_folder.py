@@ -1,7 +1,7 @@
-"""One raw folder from nothing to its manifest: repository files, archives, what is in them, images behind URLs.
+"""Filling one raw folder: repository files, archives and their contents, images behind URLs, and the manifest.
 
-Every step looks at what is there first, so that a killed download goes on where it ended. What a repository holds is
-asked once and kept; workers that build shards never ask again.
+Every step first checks what is on disk, so a killed download resumes. The file list of a repository is requested once
+and stored; a build of shards never requests it.
 """
 
 from __future__ import annotations
@@ -32,30 +32,31 @@ from shards.download.manifest import (
     read_manifest,
     write_json,
 )
-from shards.download.urls import CROWD, Crowd, fetch_media, read_wanted
+from shards.download.urls import DEFAULT_POLICY, FetchPolicy, fetch_media, read_wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
-    """How folders are filled.
+class FillOptions:
+    """Options of `fill`.
 
     Attributes:
-        retry_failed: ask again for images that failed, and only for those.
-        max_images: fetch only the images of the first so many URLs of a folder.
-        images, archives: bounds of a URL.
-        crowd: how many URLs at a time.
+        retry_failed: retry the images that failed before, and fetch no others.
+        max_images: fetch only the images of the first `max_images` distinct URLs of a folder; None fetches all.
+        images: limits of the download of an image.
+        archives: limits of the download of an archive.
+        policy: concurrency and failure budget of the image downloads.
     """
 
     retry_failed: bool = False
     max_images: int | None = None
     images: FetchLimits = IMAGE_LIMITS
     archives: FetchLimits = ARCHIVE_LIMITS
-    crowd: Crowd = CROWD
+    policy: FetchPolicy = DEFAULT_POLICY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """Files of a download, their bytes, how many are of unknown size, and the bytes that are still to be fetched."""
+    """Size of a download: number of files, their bytes, files of unknown size, and bytes that are still missing."""
 
     files: int = 0
     bytes: int = 0
@@ -63,7 +64,7 @@ class Forecast:
     missing: int = 0
 
     def __add__(self, other: Forecast) -> Forecast:
-        """Both together."""
+        """The sum of two forecasts."""
         return Forecast(
             files=self.files + other.files,
             bytes=self.bytes + other.bytes,
@@ -73,10 +74,10 @@ class Forecast:
 
 
 def forecast(download: Download, folder: Path) -> Forecast:
-    """Ask for the sizes of all files, fetching none.
+    """Request the sizes of all files without fetching them.
 
     Raises:
-        DownloadError: a repository that cannot be listed.
+        DownloadError: the repository cannot be listed.
     """
     listed = _listing(download, folder)
     sizes = {file.path: file.bytes for file in listed.files} if listed else {}
@@ -92,51 +93,51 @@ def forecast(download: Download, folder: Path) -> Forecast:
     return Forecast(files=len(sizes) + unknown, bytes=sum(sizes.values()), unknown=unknown, missing=missing)
 
 
-def fill(name: str, download: Download, folder: Path, wishes: Wishes) -> Manifest:
-    """Fetch whatever is missing of a folder and write its manifest.
+def fill(name: str, download: Download, folder: Path, options: FillOptions) -> Manifest:
+    """Fetch the missing files of a folder and write its manifest.
 
     Raises:
-        DownloadError: something that cannot be had now; what was fetched stays.
+        DownloadError: something cannot be fetched now; files that were fetched stay.
     """
     known = read_manifest(folder, download)
-    if known is not None and not wishes.retry_failed and _is_whole(known, folder, wishes.max_images):
+    if known is not None and not options.retry_failed and _is_whole(known, folder, options.max_images):
         return known
-    with _alone(name, folder):
-        return _fill(name, download, folder, wishes)
+    with _locked(name, folder):
+        return _fill(name, download, folder, options)
 
 
 @contextmanager
-def _alone(name: str, folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder; a killed one leaves no lock."""
+def _locked(name: str, folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a folder; the kernel releases it if the process is killed."""
     lock = folder / STATE / "lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as held:
+    with lock.open("w") as file:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DownloadError(f"{name}: another process downloads into {folder}; wait for it, or end it") from None
         yield
 
 
-def _fill(name: str, download: Download, folder: Path, wishes: Wishes) -> Manifest:
-    """`fill` without the look at an earlier manifest."""
+def _fill(name: str, download: Download, folder: Path, options: FillOptions) -> Manifest:
+    """`fill` without the check of an earlier manifest."""
     listing = _listing(download, folder)
     if listing is not None:
         _check_space(name, folder, listing)
-        write_json(folder / STATE / "listing.json", _Asked(asked=asked(download), listing=listing))
+        write_json(folder / STATE / "listing.json", _CachedListing(asked=asked(download), listing=listing))
         fetch_files(listing, folder)
-    archives = tuple(_archive(path, url, download, folder, wishes.archives) for path, url in download.urls.items())
+    archives = tuple(_archive(path, url, download, folder, options.archives) for path, url in download.urls.items())
     extracted = _extract(download, folder)
     media = None
     if download.url_column and listing is not None:
         files = [folder / file.path for file in listing.files if file.path.endswith(".parquet")]
-        wanted = read_wanted(files, download.url_column, download.sha256_column, wishes.max_images)
-        here, failed = fetch_media(name, folder, wanted, wishes.images, wishes.crowd, wishes.retry_failed)
-        if left := len(wanted) - here - failed:
+        wanted = read_wanted(files, download.url_column, download.sha256_column, options.max_images)
+        num_present, failed = fetch_media(name, folder, wanted, options.images, options.policy, options.retry_failed)
+        if left := len(wanted) - num_present - failed:
             raise DownloadError(
                 f"{name}: {left} of {len(wanted)} images were never asked for; run without --retry-failed"
             )
-        media = MediaCounts(urls=len(wanted), present=here, failed=failed, limit=wishes.max_images)
+        media = MediaCounts(urls=len(wanted), present=num_present, failed=failed, limit=options.max_images)
     manifest = Manifest(
         name=name, download=download, listing=listing, archives=archives, extracted=extracted, media=media
     )
@@ -144,8 +145,8 @@ def _fill(name: str, download: Download, folder: Path, wishes: Wishes) -> Manife
     return manifest
 
 
-class _Asked(pydantic.BaseModel):
-    """A listing with what was asked for, so that another revision or other globs list anew."""
+class _CachedListing(pydantic.BaseModel):
+    """A stored listing with the request that it answers; another revision or other globs need a new listing."""
 
     asked: dict[str, object]
     listing: Listing
@@ -155,16 +156,16 @@ def _listing(download: Download, folder: Path) -> Listing | None:
     if download.repo is None:
         return None
     try:
-        kept = _Asked.model_validate_json((folder / STATE / "listing.json").read_bytes())
+        cached = _CachedListing.model_validate_json((folder / STATE / "listing.json").read_bytes())
     except (FileNotFoundError, pydantic.ValidationError):
-        kept = None
-    if kept is not None and kept.asked == asked(download):
-        return kept.listing
+        cached = None
+    if cached is not None and cached.asked == asked(download):
+        return cached.listing
     return list_files(download.repo, download.revision, download.include)
 
 
 def _is_whole(manifest: Manifest, folder: Path, max_images: int | None) -> bool:
-    """Whether the files are still there and the images are those that are asked for now."""
+    """Whether all files of a manifest are on disk, and as many images as `max_images` requests now."""
     files = [*(manifest.listing.files if manifest.listing else ()), *manifest.archives]
     limit = manifest.media.limit if manifest.media else None
     enough = limit is None or (max_images is not None and max_images <= limit)
@@ -186,13 +187,13 @@ def _check_space(name: str, folder: Path, listing: Listing) -> None:
 
 
 def _archive(path: str, url: str, download: Download, folder: Path, limits: FetchLimits) -> File:
-    """A file from a fixed URL, fetched if it is not there, and checked where a hash is published."""
+    """Fetch a file from a fixed URL if it is missing, and check its hash if one is published."""
     here, marks = folder / path, folder / STATE / "files"
     mark = marks / f"{path.replace('/', '__')}.json"
     if here.is_file() and mark.is_file():
-        kept = File.model_validate_json(mark.read_bytes())
-        if kept.bytes == here.stat().st_size:
-            return kept
+        recorded = File.model_validate_json(mark.read_bytes())
+        if recorded.bytes == here.stat().st_size:
+            return recorded
     if not here.is_file():
         try:
             fetch_file(url, here, limits)
@@ -200,41 +201,41 @@ def _archive(path: str, url: str, download: Download, folder: Path, limits: Fetc
             remedy = f"the same command continues, or put the file at {here}"
             raise DownloadError(f"{url}: {error.reason}; {remedy}") from None
     with here.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
-    expected = download.sha256.get(path, found)
-    if found != expected:
+        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+    expected = download.sha256.get(path, sha256)
+    if sha256 != expected:
         here.unlink()
-        raise DownloadError(f"{url}: sha256 {found}, the catalog says {expected}; the file was removed, run again")
-    file = File(path=path, bytes=here.stat().st_size, sha256=found)
+        raise DownloadError(f"{url}: sha256 {sha256}, the catalog says {expected}; the file was removed, run again")
+    file = File(path=path, bytes=here.stat().st_size, sha256=sha256)
     write_json(mark, file)
     return file
 
 
 def _extract(download: Download, folder: Path) -> dict[str, int]:
-    """Unpack every archive that is not unpacked yet; archive -> number of its files."""
-    done = {}
+    """Unpack every archive that is not unpacked yet; returns archive -> number of its files."""
+    num_files = {}
     for pattern, target in download.extract.items():
-        found = sorted(path for path in folder.glob(pattern) if path.is_file())
-        if not found:
+        matches = sorted(path for path in folder.glob(pattern) if path.is_file())
+        if not matches:
             steps = f"; {download.instructions}" if download.instructions else ""
             raise DownloadError(f"{folder / pattern}: no such archive{steps}")
-        for archive in found:
+        for archive in matches:
             path = archive.relative_to(folder).as_posix()
             mark = folder / STATE / "extracted" / f"{path.replace('/', '__')}.json"
-            kept = _Unpacked.model_validate_json(mark.read_bytes()) if mark.is_file() else None
-            if kept is not None and kept.bytes == archive.stat().st_size:
-                done[path] = kept.files
+            recorded = _Unpacked.model_validate_json(mark.read_bytes()) if mark.is_file() else None
+            if recorded is not None and recorded.bytes == archive.stat().st_size:
+                num_files[path] = recorded.files
                 continue
             try:
-                done[path] = unpack(archive, folder / target)
+                num_files[path] = unpack(archive, folder / target)
             except ArchiveError as error:
                 raise DownloadError(str(error)) from None
-            write_json(mark, _Unpacked(bytes=archive.stat().st_size, files=done[path]))
-    return done
+            write_json(mark, _Unpacked(bytes=archive.stat().st_size, files=num_files[path]))
+    return num_files
 
 
 class _Unpacked(pydantic.BaseModel):
-    """The mark of an archive that was unpacked to the last file."""
+    """The record of an archive that was unpacked completely: its bytes, and the number of its files."""
 
     bytes: int
     files: int

@@ -1,7 +1,7 @@
-"""Images behind the URLs of a table, PixMo-like: many at a time, few per host, each kept under the hash of its URL.
+"""Download of the images behind the URLs of a table (PixMo): many at a time, few per host, named by the URL's hash.
 
-What is there is never asked for again; what failed is written to `failures.jsonl` and left alone until it is asked
-for. The files are the state: the process can be killed at any point, and the same command goes on.
+An image on disk is never requested again. A failure is written to `failures.jsonl` and retried only on request. The
+files are the whole state: the process can be killed at any point, and the same command resumes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from shards.media.images import MAX_PIXELS
 from shards.sources.paths import at
 
 FAILURES = "failures.jsonl"
-BEFORE_JUDGING = 200  # attempts before the budget of failures is looked at
+BEFORE_JUDGING = 200  # images; the failure budget is checked only after this many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """An image: its URL, the first row (counted through all files) that has it, and the hash of its bytes if known."""
+    """An image to fetch: its URL, the first row with that URL (counted through all files), and its sha256 if known."""
 
     url: str
     row: int
@@ -44,7 +44,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """A line of `failures.jsonl`."""
+    """An image that could not be fetched: a line of `failures.jsonl`."""
 
     url: str
     dataset: str
@@ -54,42 +54,42 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crowd:
-    """How many URLs at a time, in all and of one host, and the largest share of failures."""
+class FetchPolicy:
+    """URLs fetched at the same time, in total and per host, and the largest fraction of failures (`budget`)."""
 
     workers: int = 64
     per_host: int = 4
     budget: float = 0.6
 
 
-CROWD = Crowd()
+DEFAULT_POLICY = FetchPolicy()
 
 
 def kept_as(url: str) -> Path:
-    """Where an image lies below its raw folder."""
+    """Path of an image relative to its raw folder."""
     name = hashlib.sha256(url.encode()).hexdigest()
     return Path("media") / name[:2] / name
 
 
 def read_wanted(files: Iterable[Path], column: str, sha256_column: str | None, limit: int | None) -> list[Wanted]:
-    """The different URLs of parquet files, in order of their first rows, the first `limit` of them.
+    """The distinct URLs of parquet files in order of their first rows, at most `limit` of them.
 
     Raises:
-        DownloadError: a file without a column, or that is no parquet file.
+        DownloadError: a file lacks a column, or is not a parquet file.
     """
-    found: dict[str, Wanted] = {}
+    images: dict[str, Wanted] = {}
     row = 0
     for file in files:
         for values in _rows(file, [column, *([sha256_column] if sha256_column else [])]):
             urls, hashes = _flat(at(values, column)), _flat(at(values, sha256_column)) if sha256_column else []
             paired = hashes if len(hashes) == len(urls) else [None] * len(urls)
             for url, sha256 in zip(urls, paired, strict=True):
-                if url and url not in found:
-                    if limit is not None and len(found) == limit:
-                        return list(found.values())
-                    found[url] = Wanted(url=url, row=row, sha256=sha256)
+                if url and url not in images:
+                    if limit is not None and len(images) == limit:
+                        return list(images.values())
+                    images[url] = Wanted(url=url, row=row, sha256=sha256)
             row += 1
-    return list(found.values())
+    return list(images.values())
 
 
 def _rows(file: Path, columns: list[str]) -> Iterator[dict[str, object]]:
@@ -113,7 +113,7 @@ def _flat(value: object) -> list[str | None]:
 
 
 def present(folder: Path) -> set[str]:
-    """Names (hashes of URLs) of the images that are there. Leftovers of a killed run are removed."""
+    """Names (hashes of URLs) of the images on disk. Temporary files of a killed run are removed."""
     names = set()
     for below in sorted((folder / "media").glob("??")):
         for entry in os.scandir(below):
@@ -125,7 +125,7 @@ def present(folder: Path) -> set[str]:
 
 
 def read_failures(folder: Path) -> dict[str, Failure]:
-    """URL -> what was last written about it. A last line that a kill cut short is no record."""
+    """URL -> its last recorded failure. A last line that is incomplete, after a kill, is ignored."""
     failures = {}
     try:
         lines = (folder / FAILURES).read_text().split("\n")
@@ -145,15 +145,15 @@ def write_failures(folder: Path, failures: Iterable[Failure]) -> None:
 
 
 def fetch_media(
-    name: str, folder: Path, wanted: list[Wanted], limits: FetchLimits, crowd: Crowd, retry_failed: bool = False
+    name: str, folder: Path, wanted: list[Wanted], limits: FetchLimits, policy: FetchPolicy, retry_failed: bool = False
 ) -> tuple[int, int]:
-    """Fetch the images that are not there; those that failed before only with `retry_failed`, and then only those.
+    """Fetch the missing images: those that failed before if `retry_failed`, else all others.
 
     Returns:
-        How many of `wanted` are there, and how many have failed.
+        Number of `wanted` images that are on disk, and number that failed.
 
     Raises:
-        DownloadError: more than the budget's share of this run's URLs failed; names the commonest reasons.
+        DownloadError: the fraction of failures in this run exceeds the budget; the commonest reasons are listed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     have = present(folder)
@@ -168,9 +168,9 @@ def fetch_media(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # `check_image` has its own limit
-        pool = ThreadPoolExecutor(crowd.workers, thread_name_prefix="fetch")
+        pool = ThreadPoolExecutor(policy.workers, thread_name_prefix="fetch")
         try:
-            for item, error in _spread(pool, todo, crowd, lambda item: _fetch_image(item, folder, limits, pauses)):
+            for item, error in _spread(pool, todo, policy, lambda item: _fetch_image(item, folder, limits, pauses)):
                 failures.pop(item.url, None)
                 if error is not None:
                     failures[item.url] = failure = _failure(name, item, error)
@@ -179,7 +179,7 @@ def fetch_media(
                     log.flush()
                     bar.set_postfix(failed=reasons.total(), refresh=False)
                 bar.update()
-                _check_budget(name, reasons, int(bar.n), 1.0 if retry_failed else crowd.budget)
+                _check_budget(name, reasons, int(bar.n), 1.0 if retry_failed else policy.budget)
         finally:
             pauses.stop.set()
             pool.shutdown(cancel_futures=True)
@@ -202,33 +202,33 @@ def _check_budget(name: str, reasons: Counter[str], done: int, budget: float) ->
 
 
 def _spread(
-    pool: ThreadPoolExecutor, items: list[Wanted], crowd: Crowd, work: Callable[[Wanted], FetchError | None]
+    pool: ThreadPoolExecutor, items: list[Wanted], policy: FetchPolicy, work: Callable[[Wanted], FetchError | None]
 ) -> Iterator[tuple[Wanted, FetchError | None]]:
-    """Results as they come; never more than `per_host` of one host at work, and no host holds up another."""
+    """Yield results as they complete, with at most `per_host` downloads per host; a slow host does not block others."""
     queues: dict[str, deque[Wanted]] = {}
     for item in items:
         queues.setdefault(host_of(item.url), deque()).append(item)
-    ready = deque(queues)  # hosts that may get one more; a host stands here at most once
+    ready = deque(queues)  # hosts that may start another download, each at most once
     active: Counter[str] = Counter()
     running: dict[Future[FetchError | None], tuple[str, Wanted]] = {}
     while ready or running:
-        while ready and len(running) < crowd.workers:
+        while ready and len(running) < policy.workers:
             host = ready.popleft()
             item = queues[host].popleft()
             running[pool.submit(work, item)] = (host, item)
             active[host] += 1
-            if queues[host] and active[host] < crowd.per_host:
+            if queues[host] and active[host] < policy.per_host:
                 ready.append(host)
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             host, item = running.pop(future)
             active[host] -= 1
-            if queues[host] and active[host] == crowd.per_host - 1:
+            if queues[host] and active[host] == policy.per_host - 1:
                 ready.append(host)
             yield item, future.result()
 
 
 def _fetch_image(item: Wanted, folder: Path, limits: FetchLimits, pauses: HostPauses) -> FetchError | None:
-    """Fetch one image to its place, or say why not."""
+    """Fetch one image to its path, or return the error."""
     try:
         data = fetch_bytes(item.url, limits, pauses)
         check_image(data, item.sha256)
@@ -239,10 +239,10 @@ def _fetch_image(item: Wanted, folder: Path, limits: FetchLimits, pauses: HostPa
 
 
 def check_image(data: bytes, sha256: str | None) -> None:
-    """Whether bytes are the image that a row means, as far as its header says: no pixel is decoded.
+    """Check that bytes are the image of a row, by hash and header: no pixel is decoded.
 
     Raises:
-        FetchError: another hash, not an image, or more pixels than are ever read.
+        FetchError: the hash differs, the bytes are not an image, or it has more than `MAX_PIXELS`.
     """
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise FetchError("another sha256 than the row says")

@@ -1,4 +1,4 @@
-"""Still images: decode, encode. The sizes that a model wants are not decided here."""
+"""Decoding and encoding of still images. The processor decides the sizes that a model needs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import simplejpeg
 from shards.media.types import MediaError, Pixels
 from shards.schema import ImageRef
 
-MAX_PIXELS = 200_000_000  # of one image
+MAX_PIXELS = 200_000_000  # largest image that is decoded
 
 
 def load_image(ref: ImageRef) -> Pixels:
-    """An image as RGB uint8 [H, W, 3], turned as its EXIF orientation says.
+    """Decode an image as RGB uint8 [H, W, 3], with its EXIF orientation applied.
 
     Raises:
-        MediaError: missing, too large, or not an image.
+        MediaError: the file is missing, too large, or not an image.
     """
     where = ref.path if ref.path is not None else "embedded image"
     try:
@@ -40,16 +40,16 @@ def load_image(ref: ImageRef) -> Pixels:
 
 
 def encode_jpeg(pixels: Pixels, quality: int = 95) -> bytes:
-    """JPEG 4:4:4 of RGB uint8 [H, W, 3]."""
+    """Encode RGB uint8 [H, W, 3] as a JPEG without chroma subsampling (4:4:4)."""
     data: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "444", fastdct=False)
     return data
 
 
 def decode_jpeg(data: bytes | memoryview) -> Pixels:
-    """RGB uint8 [H, W, 3] of a JPEG, by the exact (not the fast) DCT: equal to Pillow's result.
+    """Decode a JPEG as RGB uint8 [H, W, 3] with the accurate DCT, which gives the same pixels as Pillow.
 
     Raises:
-        ValueError: not a JPEG.
+        ValueError: the data are not a JPEG.
     """
     pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
     return pixels

@@ -1,9 +1,9 @@
-"""The timeline of a video file: what its packets say, before any frame is decoded.
+"""The timeline of a video file, read from its packets before any frame is decoded.
 
-Packets carry the times of presentation, so they say which frame is shown when, where decoding can start, what an edit
-list hides, and whether what the header promises is there. Damage is looked for here as far as packets show it: the
-demuxer's complaints, packets that are cut off, and holes of zeros, which VP8 and VP9 take for a picture. Decoding is
-`shards.media.decode`.
+Packets carry presentation times, so they tell when each frame is shown, where decoding can start, which frames an edit
+list hides, and whether the stream is as long as the header says. Damage that packets show is detected here: error
+messages of the demuxer, truncated packets, and runs of zeros, which VP8 and VP9 decode without an error. Frames are
+decoded by `shards.media.decode`.
 """
 
 from __future__ import annotations
@@ -23,32 +23,33 @@ import numpy.typing as npt
 
 from shards.media.types import MISSING_TAIL, ROUNDING, MediaError
 
-COUNTED_BY_DECORD = {"h264", "hevc", "vp8", "vp9", "mpeg4"}
-HOLE = bytes(64)  # of a disk or a download
-DENSE = COUNTED_BY_DECORD | {"av1", "libdav1d"}  # whose entropy coding leaves no such run
-COMPLAINT = re.compile(r"\[([^\]]+) @ 0x[0-9a-f]+\] *(.+)")
-UPRIGHT = (1, 0, 0, 1)
+COUNTED_BY_DECORD = {"h264", "hevc", "vp8", "vp9", "mpeg4"}  # codecs for which decord numbers frames correctly
+ZERO_RUN = bytes(64)  # a run of zeros this long marks a hole left by a broken disk or download
+# The entropy coding of these codecs never leaves a run of zeros, so a ZERO_RUN in their packets is damage.
+CODECS_WITHOUT_ZERO_RUNS = COUNTED_BY_DECORD | {"av1", "libdav1d"}
+COMPLAINT = re.compile(r"\[([^\]]+) @ 0x[0-9a-f]+\] *(.+)")  # a line of libav's log: who, what
+UPRIGHT = (1, 0, 0, 1)  # the display matrix of a video that is not turned
 
 Turn = tuple[int, int, int, int]
-Packet = tuple[int, bool, bool]  # its time, whether it is a key frame, whether it is hidden; in order of decoding
+Packet = tuple[int, bool, bool]  # presentation time, whether it is a key frame, whether it is hidden
 Shape = tuple[int, int, Turn]  # height and width as shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """What the packets of a video say.
+    """Times and properties of a video, read from its packets.
 
     Attributes:
-        begins: int64 [N], when each frame that is shown begins, rising, in units of `unit` seconds.
-        keys: int64 [K], those of them at which decoding can start, rising.
-        unit: seconds.
+        begins: int64 [N], presentation time of each visible frame, ascending, in units of `unit` seconds.
+        keys: int64 [K], presentation times of the key frames, where decoding can start, ascending.
+        unit: seconds per tick of `begins` and `keys`.
         duration: seconds from the first frame to the end of the last.
         fps: mean rate of the stream.
-        width: pixels of a frame as it is shown, turned.
-        height: the same.
+        width: pixels of a frame as it is shown, after it was turned.
+        height: pixels, likewise.
         codec: name of the codec.
         turn: signs (a, b, c, d) of the display matrix, which sends x, y to ax + cy, bx + dy.
-        countable: whether the k-th frame that decord counts is the k-th that is shown, as far as packets tell.
+        countable: whether decord's frame k is the k-th visible frame, as far as packets tell.
     """
 
     begins: npt.NDArray[np.int64]
@@ -63,38 +64,38 @@ class Timeline:
     countable: bool
 
     def at(self, times: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-        """Numbers of the frames that are shown at `times`, seconds from the first: the last that begins no later."""
+        """Numbers of the frames shown at `times` (seconds from the first): the last frame that begins no later."""
         begins = (self.begins - self.begins[0]) * self.unit
         return np.maximum(np.searchsorted(begins, times + ROUNDING, side="right") - 1, 0)
 
 
 def read_timeline(path: str) -> Timeline:
-    """The timeline of a video, from one pass over its packets.
+    """Read the timeline of a video in one pass over its packets.
 
     Raises:
-        MediaError: not a video, damaged, cut short, or without times.
+        MediaError: the file is not a video, is damaged or truncated, or has no presentation times.
     """
     state = Path(path).stat()
     return _timeline(path, state.st_size, state.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=1)  # a video is probed, then read
+@functools.lru_cache(maxsize=1)  # a video is probed and then read, so its timeline is needed twice
 def _timeline(path: str, size: int, changed: int) -> Timeline:
-    with opened(path) as (container, stream, said):
+    with opened(path) as (container, stream, messages):
         packets, end, shape = _packets(path, container, stream)
         unit, fps = float(stream.time_base), float(stream.average_rate or 0)
         codec = stream.codec_context.name
         demuxer = container.format.name
         plain = not stream.start_time and len(container.streams.video) == 1 and _plain_colours(stream)
-    lost = [what for who, what in said if who == demuxer]  # packets that the demuxer could not find
-    if lost:
-        raise MediaError(f"{path}: damaged ({lost[0]})")
+    demuxer_errors = [what for who, what in messages if who == demuxer]
+    if demuxer_errors:
+        raise MediaError(f"{path}: damaged ({demuxer_errors[0]})")
     begins = np.unique(np.array([pts for pts, _, hidden in packets if not hidden], np.int64))
     duration = end - float(begins[0]) * unit if len(begins) else 0.0
     if duration <= 0:
         raise MediaError(f"{path}: no frame or no duration in the video stream")
     height, width, turn = shape
-    plain = plain and begins[0] == 0 and len(begins) == len(packets) and turn == UPRIGHT and not said
+    plain = plain and begins[0] == 0 and len(begins) == len(packets) and turn == UPRIGHT and not messages
     return Timeline(
         begins=begins,
         keys=np.unique(np.array([pts for pts, key, _ in packets if key], np.int64)),
@@ -110,10 +111,11 @@ def _timeline(path: str, size: int, changed: int) -> Timeline:
 
 
 def _packets(path: str, container: Any, stream: Any) -> tuple[list[Packet], float, Shape]:
-    """The packets of the stream, the second at which the last one ends, and the shape of the first frame."""
+    """The packets of the stream as stored, the end of the last one (seconds), and the shape of the first frame."""
     packets, shape, ends = list[Packet](), None, dict[int, int]()
     step = round(1 / (stream.average_rate * stream.time_base)) if stream.average_rate else 0
-    index, unit, dense = stream.index, stream.time_base, stream.codec_context.name in DENSE
+    index, unit = stream.index, stream.time_base
+    no_zero_runs = stream.codec_context.name in CODECS_WITHOUT_ZERO_RUNS
     for packet in container.demux():
         pts, number = packet.pts, packet.stream_index
         if number == index and shape is None:
@@ -125,7 +127,7 @@ def _packets(path: str, container: Any, stream: Any) -> tuple[list[Packet], floa
         ends[number] = max(ends.get(number, pts), pts + (packet.duration or (step if number == index else 0)))
         if number == index:
             packets.append((pts, packet.is_keyframe, packet.is_discard))
-            if packet.is_corrupt or (dense and HOLE in bytes(packet)):
+            if packet.is_corrupt or (no_zero_runs and ZERO_RUN in bytes(packet)):
                 what = "is cut off" if packet.is_corrupt else "has a hole of zeros"
                 raise MediaError(f"{path}: damaged, the packet at {float(pts * unit):.2f} s {what}")
     if shape is None:
@@ -137,14 +139,14 @@ def _packets(path: str, container: Any, stream: Any) -> tuple[list[Packet], floa
 
 
 def _shape(path: str, packet: Any) -> Shape | None:
-    """Height and width as shown, and the turn; None if no frame comes out."""
+    """Height and width as shown, and the turn; None if the packet decodes to no frame."""
     import av
     from av.sidedata.sidedata import Type
 
     codec = packet.stream.codec_context
     try:
-        frame = next(iter(codec.decode(packet) or codec.decode(None)), None)  # at once, not when its order is known
-    except av.error.FFmpegError:  # it may begin with pictures that refer to what was cut away
+        frame = next(iter(codec.decode(packet) or codec.decode(None)), None)  # flush: do not wait for later packets
+    except av.error.FFmpegError:  # the first pictures of a cut video may refer to frames before the cut
         frame = None
     codec.flush_buffers()
     if frame is None:
@@ -157,24 +159,28 @@ def _shape(path: str, packet: Any) -> Shape | None:
 
 
 def _plain_colours(stream: Any) -> bool:
-    """Whether decord and PyAV make the same RGB: of 8 bits, and of rows and columns that halve."""
+    """Whether decord and PyAV make the same RGB: 8 bits per component, and an even width and height."""
     context = stream.codec_context
     return not (context.width % 2 or context.height % 2) and all(c.bits == 8 for c in context.format.components)
 
 
 def _check_claim(path: str, container: Any, stream: Any, ends: dict[int, float], first: float) -> None:
-    """Compare what the header says with what is there: of the stream or, where it says nothing of it, of all."""
+    """Compare the duration in the header with the packets: the stream's or, if it has none, the container's.
+
+    Raises:
+        MediaError: the packets end more than `MISSING_TAIL` seconds earlier.
+    """
     if stream.duration is not None:
-        claimed, found = float(stream.duration * stream.time_base), ends[stream.index]
+        claimed, actual = float(stream.duration * stream.time_base), ends[stream.index]
     else:
-        claimed, found = float(container.duration or 0) / 1e6, max(ends.values())
-    found -= min(first, 0.0)
-    if claimed > found + MISSING_TAIL:
-        raise MediaError(f"{path}: ends at {found:.2f} s, its header says {claimed:.2f} s: cut short")
+        claimed, actual = float(container.duration or 0) / 1e6, max(ends.values())
+    actual -= min(first, 0.0)
+    if claimed > actual + MISSING_TAIL:
+        raise MediaError(f"{path}: ends at {actual:.2f} s, its header says {claimed:.2f} s: cut short")
 
 
 def _closed(packets: list[Packet]) -> bool:
-    """Whether no frame is shown before the key frame that it comes after."""
+    """Whether all groups of pictures are closed: no frame is shown before the key frame that it follows in the file."""
     latest = packets[0][0]
     for pts, key, _ in packets:
         if key:
@@ -186,35 +192,35 @@ def _closed(packets: list[Packet]) -> bool:
 
 @contextmanager
 def opened(path: str) -> Iterator[tuple[Any, Any, list[tuple[str, str]]]]:
-    """A file, its first video stream that is no cover of an album, and the complaints since it was opened.
+    """Open a video file: the container, its first video stream that is not cover art, and libav's error messages.
 
-    Complaints of the opening itself are left out: it looks at streams that nobody wants.
+    Messages of the opening itself are left out: opening probes streams that are not used.
     """
     import av
 
-    with complaints(), av.open(path) as container, complaints() as said:
+    with complaints(), av.open(path) as container, complaints() as messages:
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not streams:
             raise MediaError(f"{path}: no video stream")
         streams[0].codec_context.thread_count = 1  # a builder has a process per core
-        yield container, streams[0], said
+        yield container, streams[0], messages
 
 
 @contextmanager
 def complaints() -> Iterator[list[tuple[str, str]]]:
-    """(who, what) for each line that libav writes to the standard error meanwhile; filled when the block ends."""
+    """Collect what libav writes to the standard error: a list of (who, what) per line, filled when the block ends."""
     import av
 
     av.logging.restore_default_callback()
     av.logging.set_libav_level(av.logging.ERROR)
-    said: list[tuple[str, str]] = []
+    messages: list[tuple[str, str]] = []
     saved = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
-            yield said
+            yield messages
         finally:
             os.dup2(saved, 2)
             os.close(saved)
             file.seek(0)
-            said += COMPLAINT.findall(file.read().decode(errors="replace"))
+            messages += COMPLAINT.findall(file.read().decode(errors="replace"))

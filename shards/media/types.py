@@ -1,4 +1,4 @@
-"""What the parts of `shards.media` share: arrays, facts of a video, the error, and when a video counts as cut short."""
+"""Types that the modules of `shards.media` share, and the check that a video is not truncated."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy.typing as npt
 Pixels = npt.NDArray[np.uint8]
 Make = Callable[[Pixels], Any]
 ROUNDING = 1e-3  # seconds; decoders give frame times in float32
-MISSING_TAIL = 1.0  # seconds; a time later than this after the last frame's end means that the file is cut short
+MISSING_TAIL = 1.0  # seconds; a time more than this after the last frame's end means that the file is truncated
 
 
 class MediaError(ValueError):
-    """An image or a video that cannot be read."""
+    """An image or a video cannot be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoInfo:
-    """Facts of a video, or of the clip that a `VideoRef` cuts out of it: duration in seconds, fps of the stream."""
+    """Properties of a video or of a clip of it: duration of the clip in seconds; the rest of the whole stream."""
 
     duration: float
     fps: float
@@ -33,22 +33,22 @@ class VideoInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frames:
-    """One thing for each time that was asked for: the frame, uint8 [H, W, 3], or what was made of it."""
+    """One item per requested time: the frame, uint8 [H, W, 3], or the result of `make`. `decoder`: its name."""
 
     each: list[Any]
     decoder: str
 
     @property
     def pixels(self) -> Pixels:
-        """Frames of one size as one array [T, H, W, 3]."""
+        """The frames as one array [T, H, W, 3]; they must have the same size."""
         return np.stack(self.each)
 
 
 def check_end(path: str, end: float, times: npt.NDArray[np.float64]) -> None:
-    """Refuse times so late that repeating the last frame would hide that a video is cut short.
+    """Check that no time is far behind the end: repeating the last frame would hide that a video is truncated.
 
     Raises:
-        MediaError: such a time.
+        MediaError: a time is more than `MISSING_TAIL` seconds after `end`.
     """
     if times.max() > end + MISSING_TAIL:
         raise MediaError(f"{path}: ends at {end:.2f} s, a frame at {times.max():.2f} s is wanted: cut short")

@@ -1,7 +1,8 @@
-"""Videos: facts and frames, from files or folders of images. Which frames a model wants is not decided here.
+"""Reading videos: properties and frames, from video files or folders of images.
 
-A video is decoded in a child process with a deadline, since decoders can hang while they hold the interpreter; a
-child that is late is killed. Which decoder reads it, and which of its frames are taken, is `shards.media.decode`.
+A video is decoded in a child process with a deadline, because decoders can hang while they hold the GIL; a child that
+misses its deadline is killed. `shards.media.decode` selects the decoder and the frames of a file; the processor decides
+the times.
 """
 
 from __future__ import annotations
@@ -22,29 +23,29 @@ from shards.media.timeline import read_timeline
 from shards.media.types import ROUNDING, Frames, Make, MediaError, Pixels, VideoInfo, check_end
 from shards.schema import ImageRef, VideoRef
 
-DEADLINE = 120.0  # seconds for one video
+DEADLINE = 120.0  # seconds for one call on one video
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 DIGITS = re.compile(r"(\d+)")
 
 
 def probe_video(ref: VideoRef, deadline: float = DEADLINE) -> VideoInfo:
-    """Facts of a video or clip.
+    """Read the properties of a video or clip.
 
     Raises:
-        MediaError: missing, not a video, or not read within `deadline` seconds.
+        MediaError: the file is missing, not a video, or was not read within `deadline` seconds.
     """
     info: VideoInfo = _in_child(_probe, deadline, ref)
     return info
 
 
 def read_frames(ref: VideoRef, times: Sequence[float], make: Make | None = None, deadline: float = DEADLINE) -> Frames:
-    """The frames shown at `times`, seconds from the start of the clip: for each the last one that begins no later.
+    """Read the frames shown at `times` (seconds from the start of the clip): the last frame that begins no later.
 
-    With `make`, a function that can be pickled, they stay in the decoding process, one at a time, and what it makes of
-    each comes back: frames at full size fill gigabytes, and take as long to send as a tenth of decoding them.
+    `make`, a picklable function, is applied to each frame in the decoding process, and only its results are returned:
+    full-size frames take gigabytes of memory, and sending them takes a tenth of the time of decoding.
 
     Raises:
-        MediaError: missing, damaged, shorter than it says, or not decoded within `deadline` seconds.
+        MediaError: the file is missing, damaged or truncated, or was not decoded within `deadline` seconds.
     """
     frames: Frames = _in_child(_read, deadline, ref, tuple(times), make or _same)
     return frames
@@ -55,7 +56,7 @@ def _same(pixels: Pixels) -> Pixels:
 
 
 def _clip(ref: VideoRef, whole: float) -> float:
-    """Seconds of the clip in a video of `whole` seconds."""
+    """Duration of the clip in seconds, in a video of `whole` seconds."""
     start, end = ref.start or 0.0, whole if ref.end is None else min(ref.end, whole)
     if end <= start:
         raise MediaError(f"{ref.path}: clip {start} to {end} s of a video of {whole:.2f} s is empty")
@@ -63,7 +64,7 @@ def _clip(ref: VideoRef, whole: float) -> float:
 
 
 def _frame_files(ref: VideoRef) -> list[Path]:
-    """The images of a folder, numbers in their names by value: 2.jpg comes before 10.jpg."""
+    """The images of a folder in natural order of their names: 2.jpg comes before 10.jpg."""
     files = [path for path in Path(ref.path).iterdir() if path.suffix.lower() in FRAME_SUFFIXES]
     if not files:
         raise MediaError(f"{ref.path}: no frames ({', '.join(FRAME_SUFFIXES)}) in the folder")
@@ -82,15 +83,15 @@ def _read_folder(ref: VideoRef, fps: float, times: tuple[float, ...], make: Make
     wanted = np.asarray(times, np.float64) + (ref.start or 0.0)
     check_end(ref.path, len(files) / fps, wanted)
     numbers = np.minimum(np.floor((wanted + ROUNDING) * fps).astype(int), len(files) - 1)
-    made: dict[int, Any] = {}
+    frames: dict[int, Any] = {}
     shapes = set()
     for number in np.unique(numbers).tolist():
         frame = load_image(ImageRef(path=str(files[number])))
         shapes.add(frame.shape)
-        made[number] = make(frame)
+        frames[number] = make(frame)
     if len(shapes) > 1:
         raise MediaError(f"{ref.path}: frames of several sizes")
-    return Frames(each=[made[number] for number in numbers.tolist()], decoder="pillow")
+    return Frames(each=[frames[number] for number in numbers.tolist()], decoder="pillow")
 
 
 def _probe(ref: VideoRef) -> VideoInfo:
@@ -117,8 +118,8 @@ def _read(ref: VideoRef, times: tuple[float, ...], make: Make) -> Frames:
 
 
 def _serve(connection: Connection, parent: int) -> None:
-    """Answer (function, arguments) until the pipe closes."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded: builders have a process per core
+    """Loop of the child: receive (function, arguments), send the result, until the pipe closes."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it on import; builders have a process per core
     while os.getppid() == parent:
         try:
             function, arguments = connection.recv()
@@ -126,13 +127,13 @@ def _serve(connection: Connection, parent: int) -> None:
             return
         try:
             answer: Any = function(*arguments)
-        except Exception as error:  # whatever a decoder raises becomes the caller's MediaError
+        except Exception as error:  # any error of a decoder becomes a MediaError of the caller
             answer = MediaError(str(error) if isinstance(error, MediaError) else f"{arguments[0].path}: {error}")
         connection.send(answer)
 
 
 class _Child:
-    """One decoding process, started when first needed and again after it had to be killed."""
+    """The decoding process of this process; it is started on demand, and again after it was killed."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")

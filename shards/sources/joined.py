@@ -1,4 +1,4 @@
-"""A table whose rows carry what other tables say of them: subtitles of a clip, the path behind an id."""
+"""A table joined with other tables: subtitles of a clip, or the path of a file by its id."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from shards.sources.tables import Table, open_table
 
 @dataclass(frozen=True, slots=True)
 class JoinedTable:
-    """`main` with a struct per lookup; a `Table` itself. The looked-up rows are in memory.
+    """A `Table` that adds to each row of `main` a struct per lookup. The looked-up rows are in memory.
 
     Attributes:
-        main: the rows.
-        others: with each lookup its table and the number of the row of every key.
+        main: the main table.
+        others: per lookup: its settings, its table, and key -> row number.
     """
 
     main: Table
@@ -28,7 +28,7 @@ class JoinedTable:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files of all tables: they decide what is built."""
+        """The files of all tables; a change of any of them changes the build."""
         return (*self.main.files, *(file for _, table, _ in self.others for file in table.files))
 
     @property
@@ -45,27 +45,27 @@ class JoinedTable:
         return self.main.groups(column)
 
     def read(self, rows: Sequence[int], columns: Iterable[str]) -> list[tuple[Source, dict[str, Any]]]:
-        """Chosen rows in the order asked for, each with the matching rows of the lookups or None."""
-        wanted = list(columns)
-        found = self.main.read(rows, _own(wanted, [lookup for lookup, _, _ in self.others]))
+        """Read rows in the given order, each with the matching rows of the lookups or None."""
+        names = list(columns)
+        joined = self.main.read(rows, _own(names, [lookup for lookup, _, _ in self.others]))
         for lookup, table, numbers in self.others:
             if lookup.column is None:
                 places: list[Any] = list(rows)
             else:
-                places = [_places(numbers, at(values, lookup.column)) for _, values in found]
-            there = sorted({place for one in places for place in _each(one) if place is not None})
-            rest = dict(zip(there, table.read(there, _of(lookup, wanted)), strict=True))
-            for (_, values), place in zip(found, places, strict=True):
-                matching = [None if one is None else rest[one][1] for one in _each(place)]
+                places = [_places(numbers, at(values, lookup.column)) for _, values in joined]
+            needed = sorted({number for place in places for number in _as_list(place) if number is not None})
+            other_rows = dict(zip(needed, table.read(needed, _of(lookup, names)), strict=True))
+            for (_, values), place in zip(joined, places, strict=True):
+                matching = [None if number is None else other_rows[number][1] for number in _as_list(place)]
                 values[lookup.name] = matching if isinstance(place, list) else matching[0]
-        return found
+        return joined
 
 
 def open_joined(main: Table, root: Path, lookups: Sequence[Lookup], columns: Iterable[str]) -> Table:
-    """`main` joined with its lookups, or itself where there are none.
+    """Join `main` with its lookups; without lookups it is returned unchanged.
 
     Raises:
-        SourceError: files of a lookup that are missing, unreadable, or without a column.
+        SourceError: files of a lookup are missing or unreadable, or lack a column.
     """
     wanted, others = list(columns), []
     for lookup in lookups:
@@ -74,7 +74,7 @@ def open_joined(main: Table, root: Path, lookups: Sequence[Lookup], columns: Ite
         numbers: dict[Any, int] = {}
         if lookup.key is None and len(table) != len(main):
             raise SourceError(
-                f"{root / lookup.files} has {len(table)} rows for {len(main)} rows; without a key each has one"
+                f"{root / lookup.files} has {len(table)} rows for {len(main)} rows; without a key they must be equal"
             )
         for number, (_, values) in enumerate(table.read(range(len(table)), key) if key else ()):
             numbers.setdefault(at(values, key[0]), number)
@@ -82,11 +82,12 @@ def open_joined(main: Table, root: Path, lookups: Sequence[Lookup], columns: Ite
     return JoinedTable(main, tuple(others)) if others else main
 
 
-def _places(numbers: Mapping[Any, int], wanted: Any) -> Any:
-    return [numbers.get(one) for one in wanted] if isinstance(wanted, list) else numbers.get(wanted)
+def _places(numbers: Mapping[Any, int], key: Any) -> Any:
+    """Row number of a key, or of every key of a list; None if there is no such row."""
+    return [numbers.get(item) for item in key] if isinstance(key, list) else numbers.get(key)
 
 
-def _each(place: Any) -> list[Any]:
+def _as_list(place: Any) -> list[Any]:
     return place if isinstance(place, list) else [place]
 
 

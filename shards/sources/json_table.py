@@ -1,6 +1,6 @@
-"""JSON, CSV, text and Arrow files, and parquet with lists that become rows, as one table.
+"""JSON, CSV, text and Arrow files, and parquet files with exploded lists, as one table.
 
-Each process keeps the rows of the last few files in memory.
+Each process caches the rows of the last few files in memory.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 @dataclass(frozen=True, slots=True)
 class RecordTable:
-    """Files in order; rows are numbered through all of them.
+    """A table of several files in order; rows are numbered through all of them.
 
     Attributes:
         root: the dataset's folder.
         files: paths below it.
         counts: rows of each file.
         digests: sha256 of each file.
-        kind: as `TableFormat.kind`.
-        form: how rows are found in a file.
+        kind: file format, see `TableFormat.kind`.
+        form: the format of the files.
     """
 
     root: Path
@@ -55,24 +55,24 @@ class RecordTable:
         return sum(self.counts)
 
     def groups(self, column: str | None) -> list[tuple[int, ...]]:
-        """Row numbers with equal values in a column, groups in order of appearance; None: every row is a group."""
+        """Group row numbers by the value of a column, in order of first appearance; None: each row is a group."""
         if column is None:
             return [(number,) for number in range(len(self))]
         return numbers_by_value(at(row, column) for file in self.files for row in self._rows(file))
 
     def read(self, rows: Sequence[int], columns: Iterable[str]) -> list[tuple[Source, Record]]:
-        """Chosen rows in the order asked for, with where they come from; a row's number counts from 0 in its file."""
+        """Read rows in the given order, each with its source; the row of a source counts from 0 in its file."""
         roots = {path.partition(".")[0] for path in columns} | set(columns)
         starts = [0, *accumulate(self.counts)]
-        found: dict[int, tuple[Source, Record]] = {}
+        by_number: dict[int, tuple[Source, Record]] = {}
         for number, file in enumerate(self.files):
             here = [row for row in set(rows) if starts[number] <= row < starts[number + 1]]
             records = self._rows(file) if here else ()
             for row in here:
                 local = row - starts[number]
                 values = {name: value for name, value in records[local].items() if name in roots}
-                found[row] = (Source(file=file.relative_to(self.root).as_posix(), row=local), values)
-        return [found[row] for row in rows]
+                by_number[row] = (Source(file=file.relative_to(self.root).as_posix(), row=local), values)
+        return [by_number[row] for row in rows]
 
     def _rows(self, file: Path) -> tuple[Record, ...]:
         return _load(file, self.kind, self.form.model_dump_json())[1]
@@ -81,10 +81,10 @@ class RecordTable:
 def open_records(
     root: Path, files: tuple[Path, ...], columns: Iterable[str], kind: str, form: TableFormat
 ) -> RecordTable:
-    """Files of one format.
+    """Open files of one format as a table.
 
     Raises:
-        SourceError: an unreadable file, or one in which no row has one of the columns; names what is there.
+        SourceError: a file is unreadable, or none of its rows has one of the columns; lists the columns that exist.
     """
     wanted = sorted(set(columns))
     counts, digests = [], []
@@ -103,7 +103,7 @@ def open_records(
 
 @functools.lru_cache(maxsize=4)
 def _load(file: Path, kind: str, form_json: str) -> tuple[str, tuple[Record, ...]]:
-    """sha256 and rows of a file. Models are no good cache keys where they hold lists, hence the JSON."""
+    """sha256 and rows of a file. The format is passed as JSON, because a model with lists is not hashable."""
     form = TableFormat.model_validate_json(form_json)
     try:
         data = file.read_bytes()
@@ -122,8 +122,8 @@ def _load(file: Path, kind: str, form_json: str) -> tuple[str, tuple[Record, ...
 def _rows(data: bytes, kind: str, form: TableFormat) -> Iterator[Any]:
     if kind == "parquet":
         return _exploded(pq.read_table(pa.BufferReader(data)).to_pylist(), form)
-    if kind == "arrow":  # a stream, as the datasets library saves it
-        if not data.endswith(_END_OF_STREAM):  # pyarrow takes a stream cut between two batches for a whole one
+    if kind == "arrow":  # the stream format, which the datasets library writes
+        if not data.endswith(_END_OF_STREAM):  # pyarrow reads a stream that is cut between two batches without an error
             raise ValueError("the stream is cut short")
         return _exploded(pa.ipc.open_stream(data).read_all().to_pylist(), form)
     text = data.decode("utf-8-sig")
@@ -135,10 +135,10 @@ def _rows(data: bytes, kind: str, form: TableFormat) -> Iterator[Any]:
 def _lines(text: str, form: TableFormat) -> Iterator[Record]:
     lines = [line for line in text.split("\n")[form.skip :] if line.strip()]
     for number, line in enumerate(lines):
-        found = re.fullmatch(form.pattern, line.rstrip("\r"))
-        if found is None:
+        match = re.fullmatch(form.pattern, line.rstrip("\r"))
+        if match is None:
             raise ValueError(f"line {number + form.skip + 1} is not of the form {form.pattern!r}: {line[:60]!r}")
-        yield {**found.groupdict(), **({form.number: str(number)} if form.number else {})}
+        yield {**match.groupdict(), **({form.number: str(number)} if form.number else {})}
 
 
 def _csv(text: str, kind: str, form: TableFormat) -> Iterator[Record]:
@@ -176,16 +176,16 @@ def _named(lines: Iterable[Any]) -> Iterator[Record]:
 def _records(document: Any, form: TableFormat) -> list[Any]:
     if form.records == ".":
         return [document]
-    found = at(document, form.records) if form.records else document
-    if isinstance(found, dict):
-        return _values(found, form.key)
-    if not isinstance(found, list):
-        raise ValueError(f"expected a list or an object at {form.records!r}, found {type(found).__name__}")
-    return found
+    records = at(document, form.records) if form.records else document
+    if isinstance(records, dict):
+        return _values(records, form.key)
+    if not isinstance(records, list):
+        raise ValueError(f"expected a list or an object at {form.records!r}, found {type(records).__name__}")
+    return records
 
 
 def _exploded(documents: Iterable[Any], form: TableFormat) -> Iterator[Any]:
-    """A row for each item of the list (or object) at `form.explode`, with the fields around it."""
+    """Yield a row for each item of the list (or object) at `form.explode`, together with the outer fields."""
     for document in documents:
         if not form.explode:
             yield document

@@ -1,8 +1,8 @@
-"""From a media value of a row (URL, embedded bytes, id) to a local file, within limits.
+"""Resolving a media value of a row (URL, embedded bytes, id) to a local file.
 
-Only http, https and file URLs are followed. A file URL or a template must stay below the dataset's folder. An image
-behind a URL is the one that `shards.download` has kept; where no download was run it is fetched in the same way, and
-checked against the row's hash.
+Only http, https and file URLs are allowed. A file URL or a template must stay below the dataset's folder. The image of
+a URL is the file that `shards.download` stored; if no download was run, it is fetched in the same way and checked
+against the row's hash.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ ONE_TRY = FetchLimits(attempts=1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaFiles:
-    """The media of one dataset.
+    """The media files of one dataset.
 
     Attributes:
-        root: its folder.
-        templates: paths of a file, tried in order, `{value}` being the row's value and `{NAME}` a column's; they may
-            hold one "*/", any folder, and end with ".*", any of `VIDEO_SUFFIXES`.
-        others: folders in which a file is looked for after `root`.
-        limits: bounds of an image that is fetched now, because no download was run before.
+        root: the raw folder of the dataset.
+        templates: path templates of a file, tried in order; `{value}` is the media value and `{NAME}` a column's. They
+            may hold one "*/" (any folder) and may end with ".*" (any of `VIDEO_SUFFIXES`).
+        others: folders that are searched after `root`.
+        limits: limits for fetching an image, if no download was run before.
     """
 
     root: Path
@@ -42,10 +42,10 @@ class MediaFiles:
     limits: FetchLimits = ONE_TRY
 
     def image(self, value: Any, sha256: str | None = None, row: Mapping[str, Any] = {}) -> ImageRef:
-        """An image from a URL, from a struct of embedded `bytes`, or through the template.
+        """The image of a URL, of a struct with embedded `bytes`, or of a path template.
 
         Raises:
-            RejectedError: nothing there, a forbidden place, too large, or bytes of another hash.
+            RejectedError: the image is missing, outside of the folder, too large, or has another hash.
         """
         if isinstance(value, dict) and value.get("bytes"):
             return ImageRef(data=value["bytes"])
@@ -68,24 +68,24 @@ class MediaFiles:
         """A video, or the part of it from `start` to `end` seconds; with `fps` it may be a folder of frames.
 
         Raises:
-            RejectedError: no such file, or a forbidden place.
+            RejectedError: the file is missing, or outside of the folder.
         """
         path = self._named(value, row, folder=fps is not None)
         return VideoRef(path=str(path), start=start, end=end, fps=fps if path.is_dir() else None)
 
     def _named(self, value: Any, row: Mapping[str, Any], folder: bool = False) -> Path:
         try:
-            found = next(self._candidates(value, row, folder), None)
+            candidate = next(self._candidates(value, row, folder), None)
         except (KeyError, ValueError) as error:
             raise RejectedError(f"media: template {self.templates} does not fit {value!r}: {error!r}") from None
-        if found is None:
+        if candidate is None:
             names = [template.format(**{**row, "value": value}) for template in self.templates] or [str(value)]
             inside = self._below(self.root / names[0], self.root)
             raise RejectedError(f"media: {inside} does not exist")
-        return self._below(*found)
+        return self._below(*candidate)
 
     def _candidates(self, value: Any, row: Mapping[str, Any], folder: bool) -> Iterator[tuple[Path, Path]]:
-        """What is there under the templates' names, and below which root."""
+        """Yield the existing files of the templates, each with the folder that it must stay below."""
         for template in self.templates or (None,):
             before, star, after = (template or "").rpartition("*/")
             fields = {**row, "value": value}
@@ -93,13 +93,13 @@ class MediaFiles:
             names = [name[:-2] + suffix for suffix in VIDEO_SUFFIXES] if name.endswith(".*") else [name]
             for root in (self.root, *self.others):
                 folders = [root]
-                if star:  # a folder whose name the row does not say
+                if star:  # the row does not hold the name of the folder
                     folders = sorted(path for path in (root / before).glob("*") if path.is_dir())
                 places = [(below / n, below) for below in folders for n in names]
-                found = [place for place in places if place[0].is_file() or (folder and place[0].is_dir())]
-                if star and len({path.parent for path, _ in found}) > 1:
-                    raise RejectedError(f"media: {name} lies in several folders: {found[0][0]}, {found[1][0]}")
-                yield from found
+                existing = [place for place in places if place[0].is_file() or (folder and place[0].is_dir())]
+                if star and len({path.parent for path, _ in existing}) > 1:
+                    raise RejectedError(f"media: {name} lies in several folders: {existing[0][0]}, {existing[1][0]}")
+                yield from existing
 
     def _below(self, path: Path, root: Path) -> Path:
         resolved = path.resolve()
@@ -110,32 +110,32 @@ class MediaFiles:
     def _fetch(self, url: str, sha256: str | None) -> Path:
         parts = urlsplit(url)
         if parts.scheme == "file":
-            found = self._below(Path(unquote(parts.path)), self.root)
-            if not found.is_file():
-                raise RejectedError(f"media: {found} does not exist")
-            return found
+            path = self._below(Path(unquote(parts.path)), self.root)
+            if not path.is_file():
+                raise RejectedError(f"media: {path} does not exist")
+            return path
         if parts.scheme not in {"http", "https"}:
             raise RejectedError(f"media: {url}: scheme {parts.scheme!r} is not followed")
         name = kept_as(url)
-        kept = next((root / name for root in (self.root, *self.others) if (root / name).exists()), self.root / name)
-        if not kept.exists():
+        path = next((root / name for root in (self.root, *self.others) if (root / name).exists()), self.root / name)
+        if not path.exists():
             self._check_not_given_up(url)
             try:
                 data = fetch_bytes(url, self.limits)
             except FetchError as error:
                 raise RejectedError(f"media: {error.reason}: {url}") from None
             if sha256 is not None:
-                _check_hash(url, data, sha256)  # before it is kept: a later try may get the right bytes
-            keep(kept, data)
-        return kept
+                _check_hash(url, data, sha256)  # before it is stored: a later try may get the right bytes
+            keep(path, data)
+        return path
 
     def _check_not_given_up(self, url: str) -> None:
-        """After a finished download an image that is not there has failed already; asking again is for its tool."""
+        """Refuse to fetch after a finished download: a missing image has failed, which the download tool retries."""
         if any((root / MANIFEST).exists() for root in (self.root, *self.others)):
             raise RejectedError(f"media: not downloaded, {self.root / FAILURES} says why: {url}")
 
 
 def _check_hash(where: str, data: bytes, sha256: str) -> None:
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
-        raise RejectedError(f"media: another sha256 than the row says: {where} has {found[:16]}, not {sha256[:16]}")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != sha256:
+        raise RejectedError(f"media: another sha256 than the row says: {where} has {digest[:16]}, not {sha256[:16]}")

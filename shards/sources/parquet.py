@@ -1,4 +1,4 @@
-"""Parquet files as one table: row counts, single columns, and chosen rows. Nothing is kept in memory for long."""
+"""Parquet files as one table: row counts, single columns, and selected rows. Rows are not cached in memory."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from shards.sources.paths import at
 
 
 class SourceError(ValueError):
-    """A source that is missing, unreadable, or not of the expected layout."""
+    """A source is missing, unreadable, or does not have the expected columns."""
 
 
 class MissingSourceError(SourceError):
-    """A source that is not there."""
+    """A source is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParquetTable:
-    """Files in order; rows are numbered through all of them.
+    """A table of several files in order; rows are numbered through all of them.
 
     Attributes:
         root: the dataset's folder.
         files: paths below it.
         counts: rows of each file.
-        digests: sha256 of each file's metadata (sizes and statistics of every chunk): another footer, other rows.
+        digests: sha256 of each file's footer, which holds sizes and statistics of every chunk.
     """
 
     root: Path
@@ -47,7 +47,7 @@ class ParquetTable:
         return sum(self.counts)
 
     def groups(self, column: str | None) -> list[tuple[int, ...]]:
-        """Row numbers with equal values in a column, groups in order of appearance; None: every row is a group."""
+        """Group row numbers by the value of a column, in order of first appearance; None: each row is a group."""
         if column is None:
             return [(number,) for number in range(len(self))]
         root = column.partition(".")[0]
@@ -55,25 +55,25 @@ class ParquetTable:
         return numbers_by_value(at(row, column) for row in rows)
 
     def read(self, rows: Sequence[int], columns: Iterable[str]) -> list[tuple[Source, dict[str, Any]]]:
-        """Chosen rows in the order asked for, with where they come from.
+        """Read rows in the given order, each with its source.
 
         Raises:
-            SourceError: a damaged file.
+            SourceError: a file is damaged.
         """
         wanted = sorted(set(rows))
-        found: dict[int, tuple[Source, dict[str, Any]]] = {}
+        by_number: dict[int, tuple[Source, dict[str, Any]]] = {}
         starts = np.concatenate([[0], np.cumsum(self.counts)])
         names = sorted({path.partition(".")[0] for path in columns})
         for number, file in enumerate(self.files):
             local = [row - int(starts[number]) for row in wanted if starts[number] <= row < starts[number + 1]]
             for row, values in _read_rows(file, local, names):
                 source = Source(file=file.relative_to(self.root).as_posix(), row=row)
-                found[row + int(starts[number])] = (source, values)
-        return [found[row] for row in rows]
+                by_number[row + int(starts[number])] = (source, values)
+        return [by_number[row] for row in rows]
 
 
 def numbers_by_value(values: Iterable[Any]) -> list[tuple[int, ...]]:
-    """Positions of equal values, in order of appearance; lists and structs may be values too."""
+    """Group positions by value, in order of first appearance; a value may be a list or a struct."""
     groups: dict[Any, list[int]] = {}
     for number, value in enumerate(values):
         key = canonical_json(value) if isinstance(value, list | dict) else value
@@ -82,10 +82,10 @@ def numbers_by_value(values: Iterable[Any]) -> list[tuple[int, ...]]:
 
 
 def open_parquet(root: Path, files: tuple[Path, ...], columns: Iterable[str]) -> ParquetTable:
-    """Parquet files below `root`.
+    """Open parquet files below `root` as a table.
 
     Raises:
-        SourceError: an unreadable file, or one without a column; names what is there.
+        SourceError: a file is unreadable or lacks a column; lists the columns that exist.
     """
     wanted = sorted(set(columns))
     counts, footers = [], []
@@ -125,7 +125,7 @@ def _footer(path: Path) -> bytes:
 
 
 def _read_rows(file: Path, rows: list[int], columns: list[str]) -> Iterable[tuple[int, dict[str, Any]]]:
-    """Rows of one file, ascending, reading only the row groups that hold them."""
+    """Read ascending rows of one file; only the row groups that hold them are read."""
     if not rows:
         return
     reader = pq.ParquetFile(file)

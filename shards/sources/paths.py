@@ -7,7 +7,7 @@ from typing import Any
 
 
 def at(values: Any, path: str) -> Any:
-    """The value at `path`, None where something on the way is missing; a name that holds a dot itself comes first."""
+    """The value at `path`, None if a part of the path is missing; a name that itself holds the dot takes precedence."""
     if isinstance(values, list):
         return [at(item, path) for item in values]
     if not isinstance(values, Mapping):
@@ -19,7 +19,7 @@ def at(values: Any, path: str) -> Any:
 
 
 def has(values: Any, path: str) -> bool:
-    """Whether a row has something at `path`, be it null."""
+    """Whether a row has a value at `path`; null counts as one."""
     if isinstance(values, list):
         return any(has(item, path) for item in values)
     if not isinstance(values, Mapping):

@@ -1,4 +1,4 @@
-"""Files of rows by their format: parquet, JSON, JSON lines, CSV, text, Arrow. What all of them offer is `Table`."""
+"""Opening files of rows by their format: parquet, JSON, JSON lines, CSV, text, Arrow. All of them are a `Table`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUFFIXES = {
 
 
 class Table(Protocol):
-    """Files in order; rows are numbered through all of them. `digests`: a hash of each file's rows."""
+    """A table of several files in order; rows are numbered through all of them. `digests`: a hash per file."""
 
     @property
     def files(self) -> tuple[Path, ...]: ...  # noqa: D102
@@ -34,18 +34,18 @@ class Table(Protocol):
         """Number of rows."""
 
     def groups(self, column: str | None) -> list[tuple[int, ...]]:
-        """Row numbers with equal values in a column, groups in order of appearance; None: every row is a group."""
+        """Group row numbers by the value of a column, in order of first appearance; None: each row is a group."""
 
     def read(self, rows: Sequence[int], columns: Iterable[str]) -> list[tuple[Source, dict[str, Any]]]:
-        """Chosen rows in the order asked for, with where they come from."""
+        """Read rows in the given order, each with its source."""
 
 
 def open_table(root: Path, pattern: str, columns: Iterable[str], form: TableFormat | None = None) -> Table:
-    """The files below `root` that match a glob.
+    """Open the files below `root` that match a glob as one table.
 
     Raises:
-        MissingSourceError: no file.
-        SourceError: an unreadable file, or one without a column; names what is there.
+        MissingSourceError: no file matches.
+        SourceError: a file is unreadable or lacks a column; lists the columns that exist.
     """
     form = form or TableFormat()
     files = tuple(sorted(root.glob(pattern)))

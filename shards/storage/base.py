@@ -1,8 +1,8 @@
-"""Seven verbs over a place where files lie: read, write, create, publish, size, remove, list.
+"""The storage interface with seven methods: read, write, create, publish, size, remove, list.
 
-What every kind of place shares: the protocol, its error, the counts of what readers met, and threads for reads. Local
-directories are `shards.storage.local`, buckets `shards.storage.s3`; another kind needs the same seven methods and a
-line in `shards.storage.open`. Names are relative, with "/" between parts, and never leave the root.
+This module holds the protocol, its error, counters for readers, and threads for reads. Local directories are
+`shards.storage.local`, buckets `shards.storage.s3`; another backend needs the same seven methods and a line in
+`shards.storage.open`. File names are relative, with "/" between parts, and never leave the root.
 """
 
 from __future__ import annotations
@@ -15,65 +15,65 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-AT_ONCE = 48  # reads of one process: a bucket answers late, but many at once
-_TALLY: Counter[str] = Counter()
+AT_ONCE = 48  # concurrent reads of one process; a bucket has a high latency, but serves many reads at once
+_TALLY: Counter[str] = Counter()  # the counters of this process since the last `take_tally`
 _TALLY_LOCK = threading.Lock()
 
 
 def tally(name: str, count: int = 1) -> None:
-    """Count something that readers of this process met: "retries", "cache_hits", "bytes"."""
+    """Add to a counter of this process's readers: "retries", "cache_hits", "bytes"."""
     with _TALLY_LOCK:
         _TALLY[name] += count
 
 
 def take_tally() -> dict[str, int]:
-    """What was counted since the last call."""
+    """Return the counters since the last call, and reset them."""
     with _TALLY_LOCK:
-        found = dict(_TALLY)
+        counts = dict(_TALLY)
         _TALLY.clear()
-    return found
+    return counts
 
 
 def read_threads() -> ThreadPoolExecutor:
-    """This process's threads for reads that wait; they last as long as the process.
+    """The thread pool of this process for blocking reads; the threads live as long as the process.
 
     A thread that ends takes a lock inside OpenSSL (hashing, TLS). A process that is forked at that moment inherits the
-    lock taken, and its own threads wait for ever: seen when workers started right after a plan was opened.
+    held lock, and its own threads deadlock; this happened when workers started right after a plan was opened.
     """
     return _read_threads(os.getpid())
 
 
 @functools.lru_cache(maxsize=1)
 def _read_threads(pid: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(AT_ONCE, "read")  # threads do not survive a fork: one pool a process
+    return ThreadPoolExecutor(AT_ONCE, "read")  # threads do not survive a fork, so each process has its own pool
 
 
 class UnavailableError(OSError):
-    """A store that gave no answer within its deadline. Says nothing about the data: this is no damage."""
+    """A storage did not answer within the deadline. This is no damage: the data may be intact."""
 
 
 class Storage(Protocol):
-    """A flat namespace of files below one root."""
+    """Files below one root, addressed by relative names."""
 
     root: str
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        """Bytes [offset, offset + length) of a file, fewer when it is shorter. FileNotFoundError when absent."""
+        """Read bytes [offset, offset + length) of a file, fewer if it is shorter. FileNotFoundError: no such file."""
 
     def write(self, name: str, data: bytes) -> None:
         """Create or replace a file atomically: a reader sees the old bytes or the new ones."""
 
     def create(self, name: str, data: bytes) -> bool:
-        """Create a file whole, or return False and leave the one that is there; of several writers one succeeds."""
+        """Create a file atomically; False if it exists already. Of several concurrent writers exactly one succeeds."""
 
     def publish(self, path: Path, name: str) -> None:
-        """Move a finished local file to `name`, atomically."""
+        """Move a complete local file to `name`, atomically."""
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, None when absent."""
+        """Size of a file in bytes; None if it is missing."""
 
     def remove(self, name: str) -> None:
-        """Delete a file; one that is absent is no error."""
+        """Delete a file; a missing file is no error."""
 
     def list(self, suffix: str = "") -> list[str]:
-        """Sorted names below the root that end with `suffix`; unfinished files are left out."""
+        """Sorted names of the files below the root that end with `suffix`; temporary files are left out."""

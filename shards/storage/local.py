@@ -1,4 +1,4 @@
-"""A local directory behind the seven verbs of `shards.storage.base`."""
+"""A local directory as a `shards.storage.base.Storage`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import IO
 
 
 class LocalStorage:
-    """A directory."""
+    """A local directory."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = str(root)
 
     def path(self, name: str) -> Path:
-        """The file of a name.
+        """The path of a file.
 
         Raises:
-            ValueError: the name is absolute or climbs out of the root.
+            ValueError: the name is absolute or leaves the root.
         """
         return _safe_path(self.root, name)
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        """See `Storage.read`. pread, not mmap: a file cut short must not end in SIGBUS."""
+        """See `Storage.read`. It uses pread and not mmap, because a truncated file would cause SIGBUS."""
         descriptor = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
         try:
             if length is None:
@@ -69,7 +69,7 @@ class LocalStorage:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            with open(path, "rb") as file:  # another file system: bytes are copied beside the target first
+            with open(path, "rb") as file:  # another file system: copy beside the target, then rename
                 _replace(target, file)
             path.unlink()
 
@@ -100,7 +100,7 @@ def _safe_path(root: str, name: str) -> Path:
 
 
 def _replace(target: Path, source: IO[bytes]) -> None:
-    """Give `target` the bytes of `source` in one step, from a temporary file in the same folder."""
+    """Replace `target` atomically: copy `source` to a temporary file in the same folder, then rename it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:

@@ -9,10 +9,10 @@ from shards.storage.local import LocalStorage
 
 
 def open_storage(url: str | Path) -> Storage:
-    """The storage behind a URL or a path.
+    """Open the storage behind a URL or a path.
 
     Raises:
-        ValueError: a scheme that is not supported, or one whose packages are not installed.
+        ValueError: the scheme is not supported, or its packages are not installed.
     """
     text = str(url)
     if text.startswith("s3://"):

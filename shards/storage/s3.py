@@ -1,10 +1,10 @@
-"""S3 behind the seven verbs of `shards.storage.base`, on any endpoint that speaks it.
+"""An S3 bucket as a `shards.storage.base.Storage`, on any S3-compatible endpoint.
 
-Credentials, region and endpoint come from where every S3 client finds them: `AWS_*` variables, `~/.aws`, the roles of
-a machine. Ranges are read with plain pooled GETs on presigned URLs: the whole deadline is ours, and a read costs a
-fraction of the CPU time of boto3's `get_object`. All else goes through boto3.
+Credentials, region and endpoint are found as in every S3 client: `AWS_*` variables, `~/.aws`, instance roles. Ranges
+are read with pooled GETs on presigned URLs: this module controls the whole deadline, and a read takes a fraction of
+the CPU time of boto3's `get_object`. All other requests use boto3.
 
-Keeping samples on disk is not here, nor is anything that lists a bucket while training.
+Caching samples on disk is `shards.stream.cache`. Training never lists a bucket.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from shards.storage.base import UnavailableError, tally
 
 LOG = logging.getLogger(__name__)
 DEADLINE = 120.0  # seconds of one read with all its attempts
-ATTEMPT = 30.0  # seconds of one attempt, body included
-CONNECT = 10.0
-PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between attempts: doubles, with jitter
+ATTEMPT = 30.0  # seconds of one attempt, including the body
+CONNECT = 10.0  # seconds to connect
+PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between attempts; the pause doubles, with jitter
 POOL = 64  # connections per process
-PRESIGNED = 900  # seconds that a URL is used; it is valid twice as long
-CHUNK = 1 << 20
-TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+PRESIGNED = 900  # seconds that a presigned URL is used; it is valid twice as long
+CHUNK = 1 << 20  # bytes of a body that are read at once
+TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})  # HTTP statuses that are retried
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
 class _TransientError(Exception):
-    """An attempt that failed in a way that another may not; `pause`: seconds the server asks for."""
+    """An attempt failed and may be retried; `pause`: seconds that the server asks the client to wait."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
@@ -50,7 +50,7 @@ class _TransientError(Exception):
 
 
 class S3Storage:
-    """A prefix of a bucket, `s3://bucket/prefix`. Holds no connection, so that it travels to worker processes."""
+    """A prefix of a bucket, `s3://bucket/prefix`. It holds no connection, so it can be pickled to workers."""
 
     def __init__(self, url: str) -> None:
         self.root = url.rstrip("/")
@@ -60,10 +60,10 @@ class S3Storage:
             raise ValueError(f"{url}: no bucket in it; write s3://bucket/prefix")
 
     def key(self, name: str) -> str:
-        """The object of a name.
+        """The object key of a file.
 
         Raises:
-            ValueError: the name is absolute or climbs out of the root.
+            ValueError: the name is absolute or leaves the root.
         """
         parts = name.split("/")
         if not all(parts) or ".." in parts or "." in parts:
@@ -71,12 +71,12 @@ class S3Storage:
         return "/".join([self.prefix, *parts] if self.prefix else parts)
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        """See `storage.Storage.read`. Every answer is checked to be the range that was asked for.
+        """See `storage.Storage.read`. Every response is checked to be the requested range.
 
         Raises:
-            FileNotFoundError: no such object.
-            PermissionError: the store refuses.
-            UnavailableError: no whole answer within the deadline.
+            FileNotFoundError: the object does not exist.
+            PermissionError: the bucket refuses access.
+            UnavailableError: there was no complete response within the deadline.
         """
         key, since = self.key(name), time.monotonic()
         if length == 0:
@@ -114,7 +114,7 @@ class S3Storage:
             try:
                 return self._body(response, key, offset, length, until)
             except BaseException:
-                response.close()  # what is left of the body must not meet the next request on this connection
+                response.close()  # the rest of the body must not reach the next request on this connection
                 raise
             finally:
                 response.release_conn()
@@ -128,13 +128,13 @@ class S3Storage:
     ) -> bytes:
         where = f"s3://{self.bucket}/{key}"
         status = response.status
-        if status == 416:  # the range begins behind the end
+        if status == 416:  # the range begins after the end of the object
             return b""
         if status in (200, 206):
             return _whole_body(response, offset, length, until)
-        words = response.read(2000, decode_content=True).decode("utf-8", "replace")
-        found = re.search(r"<Code>(\w+)</Code>", words)
-        code = found[1] if found else f"status {status}"
+        text = response.read(2000, decode_content=True).decode("utf-8", "replace")
+        match = re.search(r"<Code>(\w+)</Code>", text)
+        code = match[1] if match else f"status {status}"
         if status in TRANSIENT or code in ("SlowDown", "RequestTimeout", "InternalError"):
             raise _TransientError(f"{code} ({status})", _retry_after(response))
         if status == 404:
@@ -143,40 +143,42 @@ class S3Storage:
         raise PermissionError(13, f"the store refuses: {code} ({status}); {remedy}", where)
 
     def write(self, name: str, data: bytes) -> None:
-        """See `storage.Storage.write`: an object appears whole or not at all."""
+        """See `storage.Storage.write`; a put of an object is atomic."""
         with self._errors(name):
             _client(os.getpid()).put_object(Bucket=self.bucket, Key=self.key(name), Body=data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """See `storage.Storage.create`: a put on the condition that there is no such object."""
+        """See `storage.Storage.create`; a conditional put that fails if the object exists."""
         with self._errors(name):
             try:
                 _client(os.getpid()).put_object(Bucket=self.bucket, Key=self.key(name), Body=data, IfNoneMatch="*")
             except ClientError as error:
-                if error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):  # one is there, or on its way
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):  # it exists or is being made
                     return False
                 raise
         return True
 
     def publish(self, path: Path, name: str) -> None:
-        """See `storage.Storage.publish`: large files go up in parts; the local file is removed afterwards.
+        """See `storage.Storage.publish`; large files are uploaded in parts, and the local file is removed afterwards.
 
-        The client sends a checksum of every part, and the size is compared.
+        The client sends a checksum of every part, and the size of the object is compared at the end.
         """
         with self._errors(name):
             _client(os.getpid()).upload_file(str(path), self.bucket, self.key(name))
-        if (found := self.size(name)) != path.stat().st_size:
-            raise UnavailableError(f"{self.root}/{name}: {found} bytes after {path.stat().st_size} were sent")
+        if (size := self.size(name)) != path.stat().st_size:
+            raise UnavailableError(
+                f"{self.root}/{name}: {size} bytes in the bucket after an upload of {path.stat().st_size}; run again"
+            )
         path.unlink()
 
     def size(self, name: str) -> int | None:
         """See `storage.Storage.size`."""
         try:
             with self._errors(name):
-                found = _client(os.getpid()).head_object(Bucket=self.bucket, Key=self.key(name))
+                head = _client(os.getpid()).head_object(Bucket=self.bucket, Key=self.key(name))
         except FileNotFoundError:
             return None
-        return int(found["ContentLength"])
+        return int(head["ContentLength"])
 
     def remove(self, name: str) -> None:
         """See `storage.Storage.remove`."""
@@ -188,13 +190,13 @@ class S3Storage:
         prefix = f"{self.prefix}/" if self.prefix else ""
         with self._errors(""):
             pages = _client(os.getpid()).get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
-            names = [found["Key"].removeprefix(prefix) for page in pages for found in page.get("Contents", ())]
-        hidden = (name for name in names if not name.rsplit("/", 1)[-1].startswith("."))
-        return sorted(name for name in hidden if name.endswith(suffix))
+            names = [entry["Key"].removeprefix(prefix) for page in pages for entry in page.get("Contents", ())]
+        visible = (name for name in names if not name.rsplit("/", 1)[-1].startswith("."))
+        return sorted(name for name in visible if name.endswith(suffix))
 
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:
-        """boto3's errors as OSErrors that name the object."""
+        """Turn boto3's errors into OSErrors that name the object."""
         where = f"{self.root}/{name}"
         try:
             yield
@@ -210,17 +212,17 @@ class S3Storage:
 
 
 def _whole_body(response: urllib3.BaseHTTPResponse, offset: int, length: int | None, until: float) -> bytes:
-    """The range from `offset` on; `length` bytes of it, fewer where the object ends."""
+    """Read the body of a response: `length` bytes from `offset` on, fewer if the object ends earlier."""
     start, expected = 0, None
     if response.status == 206:
-        found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if not found or int(found[1]) != offset:
+        match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if not match or int(match[1]) != offset:
             raise _TransientError(f"asked for bytes from {offset}, got {response.headers.get('Content-Range')!r}")
-        expected = int(found[2]) + 1 - offset
-        total = None if found[3] == "*" else int(found[3])
+        expected = int(match[2]) + 1 - offset
+        total = None if match[3] == "*" else int(match[3])
         if length is not None and expected != (length if total is None else min(length, total - offset)):
-            raise _TransientError(f"asked for {length} bytes from {offset}, got {found[0]!r}")
-    else:  # a server that knows no ranges sends everything
+            raise _TransientError(f"asked for {length} bytes from {offset}, got {match[0]!r}")
+    else:  # a server without range support sends the whole object
         start = offset
         expected = int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
     chunks, received = [], 0
@@ -236,22 +238,22 @@ def _whole_body(response: urllib3.BaseHTTPResponse, offset: int, length: int | N
 
 
 def _retry_after(response: urllib3.BaseHTTPResponse) -> float:
-    """Seconds that the server asks for; dates are not understood and count as none."""
+    """Seconds of a Retry-After header; 0 if there is none, or if it holds a date."""
     value = response.headers.get("Retry-After", "")
     return float(value) if value.isdecimal() else 0.0
 
 
 def _wait(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
-    asked = error.pause if isinstance(error, _TransientError) else 0.0
+    pause = error.pause if isinstance(error, _TransientError) else 0.0
     backoff = wait_exponential_jitter(multiplier=PAUSE, max=LONGEST_PAUSE, jitter=PAUSE)
-    return min(max(asked, backoff(state)), LONGEST_PAUSE)
+    return min(max(pause, backoff(state)), LONGEST_PAUSE)
 
 
 def _log_retry(where: str, state: RetryCallState) -> None:
     tally("retries")
     error = state.outcome.exception() if state.outcome else None
-    LOG.warning("%s: attempt %d failed: %s; again in %.1f s", where, state.attempt_number, error, state.upcoming_sleep)
+    LOG.warning("%s: attempt %d failed: %s; retry in %.1f s", where, state.attempt_number, error, state.upcoming_sleep)
 
 
 _CREATING = threading.Lock()
@@ -265,7 +267,7 @@ def _connections(pid: int) -> urllib3.PoolManager:
 
 
 def _client(pid: int) -> Any:
-    with _CREATING:  # many threads ask for the first one at once, and making one takes a while
+    with _CREATING:  # many threads need the first client at the same time, and creating one is slow
         return _new_client(pid)
 
 
@@ -283,7 +285,7 @@ def _new_client(pid: int) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _presigned(pid: int, bucket: str, key: str, period: int) -> str:
-    """A URL for reading an object; signing is local. `period` makes a new one now and then."""
+    """A presigned URL for reading an object; signing is local. A new `period` gives a new URL."""
     url = _client(pid).generate_presigned_url(
         "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=2 * PRESIGNED
     )

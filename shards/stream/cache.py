@@ -1,8 +1,8 @@
-"""Shards of tiny samples kept whole on the local disk: one read from a bucket instead of one for every sample.
+"""A disk cache of whole shards of small samples: one read from a bucket per shard instead of one per sample.
 
-A run keeps a dataset if all of it fits the budget, so that nothing the plan needs ever makes room for something else.
-Processes and runs share the folder. Nobody waits: while one process fetches, the others read ranges. What lies here
-is checked like every other read; images and frames are not kept, their ranges are long enough.
+A run caches a dataset only if all of it fits the budget, so that its own shards never evict each other. Processes and
+runs share the folder. No process waits: while one fetches a shard, the others read ranges from the bucket. Cached bytes
+are verified like any other read. Datasets of images and frames are not cached: their ranges are long enough.
 """
 
 from __future__ import annotations
@@ -19,76 +19,76 @@ from pathlib import Path
 from shards.storage.base import Storage, tally
 from shards.storage.local import LocalStorage
 
-IDLE = 600.0  # seconds without a read after which a shard may make room for one of another run
-AGAIN = 60.0  # seconds until a process tries again to keep a shard for which there was no room
-CHUNK = 8 << 20
-_NOT_BEFORE: dict[Path, float] = {}  # of this process: shards that could not be kept
+IDLE = 600.0  # seconds without a read after which a shard may be evicted
+AGAIN = 60.0  # seconds until a process retries to cache a shard for which there was no room
+CHUNK = 8 << 20  # bytes of one read while a shard is fetched
+_NOT_BEFORE: dict[Path, float] = {}  # shards that this process could not cache -> monotonic time of the next try
 
 
 def cache_dir() -> Path:
-    """Where copies from a bucket are kept, by their hash: `$XDG_CACHE_HOME/nanomolmo2` (default `~/.cache`)."""
+    """The folder of files cached from a bucket: `$XDG_CACHE_HOME/nanomolmo2` (default `~/.cache/nanomolmo2`)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nanomolmo2")
 
 
 @dataclass(frozen=True, slots=True)
 class ShardCache:
-    """A folder of whole shards, named by their SHA-256, of `budget` bytes at most."""
+    """A folder of at most `budget` bytes that holds whole shards, named by their SHA-256."""
 
     folder: Path
     budget: int
 
     def read(self, storage: Storage, name: str, size: int, sha256: str, offset: int, length: int) -> bytes:
-        """A range of a shard, from the folder if the shard is there or can be brought there now."""
+        """Read a range of a shard: from the folder if the shard is cached or can be cached now, else from `storage`."""
         path = self.folder / f"{sha256}.tar"
         if not path.exists() and not self._keep(storage, name, size, path):
             return storage.read(name, offset, length)
         try:
             data = LocalStorage(self.folder).read(path.name, offset, length)
-            os.utime(path)  # in use
-        except FileNotFoundError:  # another run has made room
+            os.utime(path)  # marks the shard as in use
+        except FileNotFoundError:  # another run evicted it
             return storage.read(name, offset, length)
         tally("cache_hits")
         return data
 
     def forget(self, sha256: str) -> None:
-        """Remove a shard that gave wrong bytes."""
+        """Remove a shard whose cached bytes were wrong."""
         (self.folder / f"{sha256}.tar").unlink(missing_ok=True)
 
     def _keep(self, storage: Storage, name: str, size: int, path: Path) -> bool:
-        """Bring a shard here, unless another process is at it, there is no room, or it is not the right one."""
+        """Cache a shard; False if another process is fetching, there is no room, or the bytes are wrong."""
         if time.monotonic() < _NOT_BEFORE.get(path, 0.0):
             return False
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "ab") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up by the system when a process is killed
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it if the process is killed
             except BlockingIOError:
                 return False
-            for stale in self.folder.glob(".*.tmp"):  # of a process that was killed
+            for stale in self.folder.glob(".*.tmp"):  # left by a killed process
                 stale.unlink()
-            kept = path.exists() or (self._make_room(size) and _fetch(storage, name, size, path))
-        if not kept:
+            cached = path.exists() or (self._make_room(size) and _fetch(storage, name, size, path))
+        if not cached:
             _NOT_BEFORE[path] = time.monotonic() + AGAIN
-        return kept
+        return cached
 
     def _make_room(self, size: int) -> bool:
-        """Remove shards, the longest unused first, but none in use; False where that is not enough."""
-        found = []
+        """Evict shards that are not in use, least recently used first; False if that does not make enough room."""
+        shards = []
         for file in self.folder.glob("*.tar"):
             with suppress(FileNotFoundError):  # `forget` takes no lock
-                found.append((file.stat().st_mtime, file.stat().st_size, file))
-        found.sort()
-        excess = sum(each for _, each, _ in found) + size - self.budget
-        for used, each, file in found:
+                shards.append((file.stat().st_mtime, file.stat().st_size, file))
+        shards.sort()
+        excess = sum(file_size for _, file_size, _ in shards) + size - self.budget
+        for used, file_size, file in shards:
             if excess <= 0 or time.time() - used < IDLE:
                 break
             file.unlink(missing_ok=True)
-            excess -= each
+            excess -= file_size
         return excess <= 0
 
 
 def _fetch(storage: Storage, name: str, size: int, path: Path) -> bool:
-    """Copy a shard; False where it is not the one that the index names, which its samples' checksums will tell."""
+    """Copy a shard to the folder; False if its SHA-256 is not the index's (its samples' checksums will report that)."""
     temporary, digest = path.with_name(f".{uuid.uuid4().hex[:8]}.tmp"), hashlib.sha256()
     try:
         with open(temporary, "wb") as file:

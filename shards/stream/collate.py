@@ -1,7 +1,7 @@
-"""Packs of read samples to a batch of tensors: expand, decode, lay one after another.
+"""Collating packs of samples into a batch of tensors: expand tokens, decode images, concatenate.
 
-A sample that could not be read is masked: its place in the row is padding, and nothing else moves. Of the images and
-frames only the share of one rank is decoded.
+A sample that could not be read is masked: its place in the row becomes padding, and the others keep their places. A
+rank decodes only the images and frames of its own split.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from shards.stream.plan import Cursor, Draw, PackSpec
 from shards.stream.reader import Damage, ReadError, StoredSample
 
 MEMBER = 100_000  # segment ids of one member of a pack lie in [number * MEMBER, (number + 1) * MEMBER)
-TRUNK = 10_000  # the shared trunk: above every branch, since a query sees segments that are not below its own
-PAD_SEGMENT = 2**31 - 1
-ALIGNED = 64  # bytes: where tensors begin in a buffer
+TRUNK = 10_000  # segment of the shared trunk; above every branch, because a token attends to segments >= its own
+PAD_SEGMENT = 2**31 - 1  # segment id of padding
+ALIGNED = 64  # bytes; every tensor in a shared buffer starts at a multiple of it
 Pixels = npt.NDArray[np.uint8]
 
 
 class ReadStats(NamedTuple):
-    """How long the samples of a batch took, seconds each, and what was counted since the batch before (`tally`)."""
+    """Seconds to read and to decode each sample of a batch, and the counts of `tally` since the previous batch."""
 
     read: tuple[float, ...] = ()
     decode: tuple[float, ...] = ()
@@ -44,7 +44,7 @@ NO_READS = ReadStats()
 class Batch:
     """One micro-batch. B packs of S tokens, N crops, T visual tokens, U visuals (images or frames).
 
-    A rank that shares its packs with others holds the crops of its own share of the visuals alone, all else whole.
+    In a sequence-parallel group a rank holds only the crops of its own split of the visuals; other fields are whole.
 
     Attributes:
         input_ids: int64 [B, S].
@@ -52,16 +52,16 @@ class Batch:
         loss_weights: float32 [B, S], 0 where nothing is predicted.
         position_ids: int64 [B, S]; every branch continues from the end of its trunk.
         segment_ids: int32 [B, S]: member * MEMBER + (TRUNK, or the branch's number); padding is PAD_SEGMENT.
-        is_visual: bool [B, S], tokens that see each other in both directions.
-        dataset_ids: int64 [B, S], which of `Plan.datasets` a token comes from; 0 in padding.
+        is_visual: bool [B, S], tokens that attend to each other in both directions.
+        dataset_ids: int64 [B, S], index into `Plan.datasets` of the dataset of a token; 0 in padding.
         pixels: uint8 [own crops, crop, crop, 3].
         pooling: int64 [T, P], patches in the flat [N * patches] axis that each `<im_patch>` pools; -1 pads.
         visual_crops, visual_tokens: int64 [U], crops and visual tokens of every visual, in order.
-        step, slots: where these packs stand in the plan.
-        divisor: the sum of loss weights of the whole step, all ranks and micro-batches.
-        cursor: the state of the data after this step.
-        masked: samples that were damaged.
-        reads: how reading them went.
+        step, slots: position of these packs in the plan.
+        divisor: sum of the loss weights of the whole step, over all ranks and micro-batches.
+        cursor: state of the data after this step.
+        masked: samples that were damaged and are padding in the batch.
+        reads: timings and counts of reading the samples.
     """
 
     input_ids: Tensor
@@ -84,13 +84,13 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, for asynchronous copies to a GPU."""
-        return self._each(Tensor.pin_memory)
+        return self._map_tensors(Tensor.pin_memory)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
         changed: dict[str, Any] = {name: change(value) for name, value in self._tensors().items()}
         return dataclasses.replace(self, **changed)
 
@@ -99,12 +99,12 @@ class Batch:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel from a worker as one piece of shared memory: eleven would cost the trainer a millisecond more."""
+        """Pickle all tensors as one buffer, so that a worker sends one piece of shared memory: 11 are 1 ms slower."""
         arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in self._tensors().items()}
         starts = np.cumsum([0, *(-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays.values())]).tolist()
         buffer = torch.zeros(starts[-1], dtype=torch.uint8)
         places = {}
-        for start, (name, array) in zip(starts, arrays.items(), strict=False):  # the last is the end
+        for start, (name, array) in zip(starts, arrays.items(), strict=False):  # one start more: the end
             buffer.numpy()[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
             places[name] = (self._tensors()[name].dtype, array.shape, start, start + array.nbytes)
         fields = dataclasses.fields(self)
@@ -122,12 +122,12 @@ def _unpacked(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedSample:
-    """One sample ready to be laid in a row, its images still JPEG.
+    """One sample with its tokens expanded and its images still JPEG.
 
     Attributes:
-        draw, stored: where it comes from.
+        draw, stored: the draw, and the sample as it was read.
         tokens: see `layout.Expanded`.
-        num_crops: of every visual.
+        num_crops: number of crops of every visual.
         pooling: one int64 [visual tokens, pool ** 2] per visual, counting from the visual's own first patch; -1 pads.
     """
 
@@ -142,7 +142,7 @@ def open_sample(layout: VisualLayout, draw: Draw, sample: StoredSample) -> Opene
     """Expand a sample's tokens.
 
     Raises:
-        ReadError: other lengths than the plan packed by, or a visual without what it needs.
+        ReadError: the lengths differ from those that the plan packed by, or a visual lacks a field.
     """
     try:
         tokens = expand(layout, sample.tokens, sample.visuals)
@@ -150,10 +150,10 @@ def open_sample(layout: VisualLayout, draw: Draw, sample: StoredSample) -> Opene
         pooling = tuple(visual_pooling(layout, visual) for visual in sample.visuals)
     except (KeyError, TypeError, ValueError) as error:
         raise ReadError(f"{type(error).__name__}: {error}") from None
-    found = (len(tokens.input_ids), sum(num_crops))
-    if found != (draw.num_tokens, draw.num_crops):
+    lengths = (len(tokens.input_ids), sum(num_crops))
+    if lengths != (draw.num_tokens, draw.num_crops):
         raise ReadError(
-            f"{found[0]} tokens and {found[1]} crops, the index says {draw.num_tokens} and {draw.num_crops}; "
+            f"{lengths[0]} tokens and {lengths[1]} crops, the index says {draw.num_tokens} and {draw.num_crops}; "
             "build the dataset again"
         )
     if tokens.branch.max() >= TRUNK:
@@ -162,12 +162,12 @@ def open_sample(layout: VisualLayout, draw: Draw, sample: StoredSample) -> Opene
 
 
 def decode_crops(layout: VisualLayout, sample: StoredSample, visuals: range) -> list[Pixels]:
-    """Crops of some of a sample's visuals, by number, uint8 [crops, crop, crop, 3] each.
+    """Decode the crops of a range of a sample's visuals, uint8 [crops, crop, crop, 3] each.
 
     Raises:
-        ReadError: an image is missing, no JPEG, or not of the size that its tiling says.
+        ReadError: an image is missing, is not a JPEG, or does not have the size that its tiling requires.
     """
-    decoded: dict[int, Pixels] = {}  # an image of one tile has one file for view and canvas
+    decoded: dict[int, Pixels] = {}  # the view and the canvas of an image of one tile are the same file
 
     def decode(number: int, height: int, width: int) -> Pixels:
         if number not in decoded:
@@ -190,7 +190,7 @@ def decode_crops(layout: VisualLayout, sample: StoredSample, visuals: range) -> 
 
 
 def own_visuals(samples: Sequence[OpenedSample], rank: int, ranks: int) -> Iterator[tuple[OpenedSample, range]]:
-    """Of every sample, the visuals in the share of one of the ranks that share these packs."""
+    """Yield every sample with the range of its visuals that is in the split of rank `rank` of `ranks`."""
     crops = [count for sample in samples for count in sample.num_crops]
     tokens = [len(part) for sample in samples for part in sample.pooling]
     own, first = split_visuals(crops, tokens, ranks)[rank].visuals, 0
@@ -201,9 +201,9 @@ def own_visuals(samples: Sequence[OpenedSample], rank: int, ranks: int) -> Itera
 
 
 def own_share(batch: Batch, rank: int, ranks: int) -> Batch:
-    """A batch that holds all crops, with the crops of one rank's share alone."""
-    share = split_visuals(batch.visual_crops.tolist(), batch.visual_tokens.tolist(), ranks)[rank]
-    return dataclasses.replace(batch, pixels=batch.pixels[share.crops])
+    """Reduce a batch that holds all crops to the crops of one rank's split."""
+    split = split_visuals(batch.visual_crops.tolist(), batch.visual_tokens.tolist(), ranks)[rank]
+    return dataclasses.replace(batch, pixels=batch.pixels[split.crops])
 
 
 def collate(
@@ -216,17 +216,17 @@ def collate(
     cursor: Cursor,
     reads: ReadStats = NO_READS,
 ) -> Batch:
-    """A batch of packs.
+    """Build the batch of some packs.
 
     Args:
         layout: the model's geometry.
-        packs: one row each.
-        samples: of all packs, one after another: each draw, or what was wrong with it.
-        crops: of the visuals in this rank's share, in order.
+        packs: the packs; each becomes one row.
+        samples: the samples of all packs in order; a `Damage` stands for a sample that could not be read.
+        crops: crops of the visuals in this rank's split, in order.
         sequence_length: tokens of a row.
-        divisor: handed on, like the next two.
-        cursor: where the data stand afterwards.
-        reads: how reading went.
+        divisor: see `Batch.divisor`.
+        cursor: see `Batch.cursor`.
+        reads: see `Batch.reads`.
     """
     fields: dict[str, npt.NDArray[Any]] = {
         "input_ids": np.zeros((len(packs), sequence_length), np.int64),
@@ -237,16 +237,16 @@ def collate(
         "is_visual": np.zeros((len(packs), sequence_length), np.bool_),
         "dataset_ids": np.zeros((len(packs), sequence_length), np.int64),
     }
-    kept, masked, found = [], [], iter(samples)
+    opened, masked, remaining = [], [], iter(samples)
     for row, pack in enumerate(packs):
         start = 0
         for member, draw in enumerate(pack.draws):
             place = (row, slice(start, start + draw.num_tokens))
             start += draw.num_tokens
-            if isinstance(sample := next(found), Damage):
+            if isinstance(sample := next(remaining), Damage):
                 masked.append(sample)
                 continue
-            kept.append(sample)
+            opened.append(sample)
             tokens = sample.tokens
             fields["input_ids"][place] = tokens.input_ids
             fields["labels"][place] = tokens.labels
@@ -256,7 +256,7 @@ def collate(
             fields["segment_ids"][place] = member * MEMBER + np.where(branch == 0, TRUNK, branch)
             fields["is_visual"][place] = tokens.is_visual
             fields["dataset_ids"][place] = draw.dataset
-    arrays = fields | _visual_fields(layout, kept, crops)
+    arrays = fields | _visual_fields(layout, opened, crops)
     return Batch(
         **{name: torch.from_numpy(array) for name, array in arrays.items()},
         step=packs[0].step,
@@ -271,7 +271,7 @@ def collate(
 def _visual_fields(
     layout: VisualLayout, samples: Sequence[OpenedSample], crops: Sequence[Pixels]
 ) -> dict[str, npt.NDArray[Any]]:
-    """The visual arrays of a batch; with no visual at all they are empty."""
+    """The visual arrays of a batch; they are empty if it has no visuals."""
     counts = [count for sample in samples for count in sample.num_crops]
     pooling = [part for sample in samples for part in sample.pooling]
     width = max((part.shape[1] for part in pooling), default=layout.image_pool**2)

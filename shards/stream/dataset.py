@@ -1,4 +1,4 @@
-"""An opened dataset: its index, and its sidecars as arrays that answer look-ups by row number."""
+"""An opened dataset: its index, and its sidecars as memory-mapped arrays for look-ups by sample number."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from shards.storage.local import LocalStorage
 from shards.storage.open import open_storage
 from shards.stream.cache import ShardCache, cache_dir
 
-SMALL = 64 << 10  # mean bytes of a sample, below which its shards are worth keeping whole on the local disk
+SMALL = 64 << 10  # bytes; a dataset whose samples are smaller on average is worth caching as whole shards
 Array = npt.NDArray[Any]
 
 
 class DatasetError(ValueError):
-    """A dataset that is missing, unfinished, or built for another processor."""
+    """A dataset is missing, unfinished, or was built for another processor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tars:
-    """What a reader needs of a dataset: small, so that it travels to worker processes, unlike the sidecars.
+    """The part of a dataset that a reader needs. It is small enough to be pickled to workers, unlike the sidecars.
 
-    `whole`: bytes and SHA-256 of the tars, where `cache` may keep them; else both are empty.
+    `whole`: size in bytes and SHA-256 of every tar if `cache` is used; without a cache it is empty.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Tars:
     whole: tuple[tuple[int, str], ...] = ()
 
     def read(self, shard: int, offset: int, length: int, *, past_cache: bool) -> bytes:
-        """A range of a tar; `past_cache`: what the cache holds was wrong."""
+        """Read a byte range of a tar; `past_cache` drops the cached shard first, because its bytes were wrong."""
         name = f"{self.shards[shard]}.tar"
         if self.cache is None:
             return self.storage.read(name, offset, length)
@@ -74,38 +74,38 @@ class Dataset:
 
     @property
     def tars(self) -> Tars:
-        """Where the samples' bytes lie."""
+        """The location of the samples' bytes."""
         return Tars(self.name, self.storage, tuple(shard.name for shard in self.index.shards))
 
     def lookup(self, ordinals: Array) -> tuple[Array, Array, Array]:
-        """Shard, row in it, and index row (structured) of samples numbered through all shards, [n] each."""
+        """Look up samples by their number through all shards: shard, row in the shard, and sidecar row, [n] each."""
         shard = np.searchsorted(self.ends, ordinals, side="right")
         row = ordinals - np.append(0, self.ends)[shard]
-        found = np.empty(len(ordinals), index_dtype(self.index.num_variants))
+        entries = np.empty(len(ordinals), index_dtype(self.index.num_variants))
         order = np.argsort(shard, kind="stable")
         for part in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1):
-            found[part] = self.sidecars[shard[part[0]]][row[part]]
-        return shard, row, found
+            entries[part] = self.sidecars[shard[part[0]]][row[part]]
+        return shard, row, entries
 
 
 def _load_sidecar(storage: Storage, shard: ShardInfo, num_variants: int) -> Array:
-    """Verified and memory-mapped; one from a bucket is first copied to the disk, once."""
+    """Verify and memory-map a sidecar; one from a bucket is first copied to the local cache."""
     name, dtype = f"{shard.name}.idx.npy", index_dtype(num_variants)
     if isinstance(storage, LocalStorage):
         local, data = storage, storage.read(name)
     else:
         local, data = _fetch_sidecar(storage, shard)
         name = f"{shard.index_sha256}.npy"
-    found = hashlib.sha256(data).hexdigest()
-    if found != shard.index_sha256:
-        raise ValueError(f"sha256 {found[:16]}..., index.json says {shard.index_sha256[:16]}...")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != shard.index_sha256:
+        raise ValueError(f"sha256 {digest[:16]}..., index.json says {shard.index_sha256[:16]}...")
     start, count = npy_rows(data, dtype)
     # A plain array over the map: looking up rows of numpy's own memmap class costs several times more.
     return np.asarray(np.memmap(local.path(name), dtype, "r", start, (count,)))
 
 
 def _fetch_sidecar(storage: Storage, shard: ShardInfo) -> tuple[LocalStorage, bytes]:
-    """The cache and a sidecar's bytes, which are then in it if they are the right ones."""
+    """Fetch a sidecar through the local cache: the cache and the bytes. Bytes with a wrong hash are not cached."""
     cache, name = LocalStorage(cache_dir()), f"{shard.index_sha256}.npy"
     try:
         data = cache.read(name)
@@ -122,8 +122,8 @@ def open_dataset(root: str, name: str) -> Dataset:
     """Open `root`/`name`.
 
     Raises:
-        DatasetError: no such dataset, or one whose build has not finished.
-        FormatError: a damaged index, or one of another format version.
+        DatasetError: the dataset does not exist, or its build has not finished.
+        FormatError: the index is damaged, or has another format version.
     """
     storage = open_storage(f"{root.rstrip('/')}/{name}")
     where = f"{storage.root}/{INDEX_NAME}"
@@ -150,10 +150,10 @@ def open_dataset(root: str, name: str) -> Dataset:
 
 
 def find_dataset(roots: tuple[str, ...], name: str) -> Dataset:
-    """The dataset from the first root that has it finished.
+    """Open a dataset from the first root in which its build is finished.
 
     Raises:
-        DatasetError: none of the roots has it.
+        DatasetError: no root has it.
     """
     for root in roots:
         if open_storage(f"{root.rstrip('/')}/{name}").size(INDEX_NAME) is not None:
@@ -165,26 +165,26 @@ def find_dataset(roots: tuple[str, ...], name: str) -> Dataset:
 
 
 def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
-    """Dotted paths at which two JSON values differ, with both values."""
+    """The differences of two JSON values: a line per dotted path, with both values."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = sorted(found.keys() | wanted.keys())
         parts = (differences(found.get(k), wanted.get(k), f"{path}.{k}" if path else str(k)) for k in keys)
         return [line for part in parts for line in part]
-    # Tuples become lists in JSON; they are the same setting.
+    # A tuple becomes a list in JSON, so the two are equal.
     if isinstance(found, list | tuple) and isinstance(wanted, list | tuple) and list(found) == list(wanted):
         return []
     return [] if found == wanted else [f"{path}: {found!r}, wanted {wanted!r}"]
 
 
 def check_processor(dataset: Dataset, wanted: dict[str, Any]) -> None:
-    """Refuse shards that another processor made.
+    """Check that a dataset was built with these settings of the processor.
 
     Raises:
-        DatasetError: a setting differs; every one is named with both values.
+        DatasetError: a setting differs; every difference is listed with both values.
     """
-    found = differences(dataset.index.processor, wanted)
-    if found:
-        listed = "\n  ".join(found)
+    changed = differences(dataset.index.processor, wanted)
+    if changed:
+        listed = "\n  ".join(changed)
         raise DatasetError(
             f"{dataset.storage.root} was built by another processor than the recipe's:\n  {listed}\n"
             "rebuild it with tools/build_shards.py --overwrite, or use the model and tokenizer it was built for"
@@ -192,7 +192,7 @@ def check_processor(dataset: Dataset, wanted: dict[str, Any]) -> None:
 
 
 def with_cache(datasets: Iterable[Dataset], budget: int) -> tuple[Tars, ...]:
-    """What readers need of each dataset, with the cache for those that it can hold whole; the smallest come first."""
+    """The `Tars` of each dataset. The smallest remote datasets of small samples get the cache if they fit it."""
     datasets = tuple(datasets)
     sizes = {dataset.name: sum(shard.bytes for shard in dataset.index.shards) for dataset in datasets}
     chosen, left = set(), budget

@@ -1,10 +1,10 @@
-"""The loader: plan -> reader -> collate, in worker processes.
+"""The data loader: plan -> reader -> collate, in worker processes.
 
-    sampler (main process)   steps of the plan, cut into this rank's micro-batches: PackSpecs, a few hundred bytes each
-    workers                  read, verify, decode, collate; they hold no state
-    main process             micro-batches in the order of the plan; damages counted against the budget
+    sampler (main process)   cuts the steps of the plan into this rank's micro-batches (MicroSpec: what to read)
+    workers                  read, verify, decode and collate; they hold no state
+    main process             yields micro-batches in the order of the plan, and counts damaged samples (quarantine)
 
-The number of workers and their prefetch never change the order: the sampler fixes it.
+The sampler fixes the order, so the number of workers and their prefetch never change it.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from shards.stream.read_ahead import MicroSpec, ReadAhead, look_ahead
 from shards.stream.reader import Damage, ReadError, damage, read_sample
 
 LOG = logging.getLogger(__name__)
-READ_AHEAD = 256 << 20  # bytes
-BUDGET = 0.001  # share of a dataset's samples that may be damaged; at least one may, unless strict
+READ_AHEAD = 256 << 20  # bytes of samples that a rank reads from a bucket before they are needed
+BUDGET = 0.001  # largest fraction of a dataset's samples that may be damaged; one sample always may, unless strict
 
 
 class QuarantineError(ValueError):
-    """Too many damaged samples; the message lists them."""
+    """A dataset has more damaged samples than its budget; the message lists them."""
 
 
 def micro_steps(packs_per_step: int, dp_size: int, micro_batch: int) -> int:
-    """Micro-batches of one rank in a step.
+    """Number of micro-batches of one rank in a step (gradient accumulation steps).
 
     Raises:
-        ValueError: the ranks cannot share a step's packs equally.
+        ValueError: the packs of a step cannot be divided equally among the ranks.
     """
     if packs_per_step % (dp_size * micro_batch):
         raise ValueError(
@@ -51,7 +51,7 @@ def micro_steps(packs_per_step: int, dp_size: int, micro_batch: int) -> int:
 
 
 class PlanSampler(Sampler[MicroSpec]):
-    """This rank's micro-batches from a cursor on, without end: rank r takes slots r, r + dp_size, ….
+    """Endless sampler of this rank's micro-batches from a cursor on: rank r takes slots r, r + dp_size, ….
 
     `lanes` and `read_ahead`: see `look_ahead`.
     """
@@ -85,13 +85,13 @@ class PlanSampler(Sampler[MicroSpec]):
 
 
 class PackReader(TorchDataset[Batch]):
-    """Map-style: a MicroSpec in, a batch out. Runs in the workers, and holds no index.
+    """Map-style dataset that turns a MicroSpec into a batch. It runs in the workers and holds no index.
 
     Args:
-        tars: of the plan's datasets, in its order.
+        tars: the tars of the plan's datasets, in the plan's order.
         layout: the model's geometry.
         sequence_length: tokens of a row.
-        share: (rank, ranks) among those that hold the same packs: only this share of the visuals is decoded.
+        share: (rank, ranks) in the sequence-parallel group: only the visuals of this rank's split are decoded.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class PackReader(TorchDataset[Batch]):
         self.ahead = ReadAhead(self._read)
 
     def __getitem__(self, spec: MicroSpec) -> Batch:
-        # A local read is over before a thread would begin it; a bucket answers many at once.
+        # A local read ends before a thread would start; a bucket serves many concurrent reads.
         if self.remote:
             self.ahead.begin((*spec.draws, *spec.ahead))
         return self._batch(spec, [self.ahead.take(draw) for draw in spec.draws])
@@ -112,66 +112,67 @@ class PackReader(TorchDataset[Batch]):
         return any(not isinstance(tars.storage, LocalStorage) for tars in self.tars)
 
     def without(self, spec: MicroSpec, damages: Iterable[Damage]) -> Batch:
-        """The batch with these samples masked too, which another reader found damaged."""
-        known = {(found.dataset, found.shard, found.row): found for found in damages}
+        """Read a batch in which samples that another reader found damaged are masked too."""
+        known = {(item.dataset, item.shard, item.row): item for item in damages}
 
         def read(draw: Draw) -> tuple[OpenedSample | Damage, float]:
             tars = self.tars[draw.dataset]
-            found = known.get((tars.name, tars.shards[draw.shard], draw.row))
-            return (found, 0.0) if found else self._read(draw)
+            damaged = known.get((tars.name, tars.shards[draw.shard], draw.row))
+            return (damaged, 0.0) if damaged else self._read(draw)
 
         return self._batch(spec, [read(draw) for draw in spec.draws])
 
     def _read(self, draw: Draw) -> tuple[OpenedSample | Damage, float]:
-        """A sample, its images still JPEG, or what is wrong with it; and the seconds that it took."""
+        """Read a sample, its images still JPEG, or report its damage; and the seconds that this took."""
         since, tars = time.perf_counter(), self.tars[draw.dataset]
         sample = read_sample(tars, draw)
         if isinstance(sample, Damage):
             return sample, time.perf_counter() - since
         try:
             return open_sample(self.layout, draw, sample), time.perf_counter() - since
-        except ReadError as error:  # the checksum held, so it was built wrong: reading it again would not help
+        except ReadError as error:  # its checksum is right, so a retry would not help: it was built wrong
             return damage(tars, draw, sample.key, str(error)), time.perf_counter() - since
 
-    def _batch(self, spec: MicroSpec, found: Sequence[tuple[OpenedSample | Damage, float]]) -> Batch:
-        samples, crops, seconds = [sample for sample, _ in found], [], []
+    def _batch(self, spec: MicroSpec, timed: Sequence[tuple[OpenedSample | Damage, float]]) -> Batch:
+        """Decode and collate samples; `timed` holds each with the seconds that reading it took."""
+        samples, crops, seconds = [sample for sample, _ in timed], [], []
         opened = [sample for sample in samples if isinstance(sample, OpenedSample)]
         for sample, visuals in own_visuals(opened, *self.share):
             since = time.perf_counter()
             try:
                 crops += decode_crops(self.layout, sample.stored, visuals)
-            except ReadError as error:  # the shares change with it
-                wrong = damage(self.tars[sample.draw.dataset], sample.draw, sample.stored.key, str(error))
-                return self._batch(spec, [(wrong if each is sample else each, taken) for each, taken in found])
+            except ReadError as error:  # without this sample the splits differ: begin again
+                damaged = damage(self.tars[sample.draw.dataset], sample.draw, sample.stored.key, str(error))
+                return self._batch(spec, [(damaged if item is sample else item, taken) for item, taken in timed])
             seconds.append(time.perf_counter() - since)
-        reads = ReadStats(tuple(taken for _, taken in found), tuple(seconds), take_tally())
+        reads = ReadStats(tuple(taken for _, taken in timed), tuple(seconds), take_tally())
         return collate(
             *(self.layout, spec.packs, samples, crops), self.sequence_length, spec.divisor, spec.cursor, reads
         )
 
 
 def pack_reader(plan: Plan, layout: VisualLayout, share: tuple[int, int] = (0, 1), cache: int = 0) -> PackReader:
-    """The reader of a plan's packs; see `make_loader` for `cache`."""
+    """The reader of a plan's packs; `share` as in `PackReader`, `cache` as in `make_loader`."""
     return PackReader(with_cache(plan.datasets, cache), layout, plan.settings.sequence_length, share)
 
 
 class Quarantine:
-    """Damages seen so far, against each dataset's budget."""
+    """The damaged samples so far, counted against each dataset's budget."""
 
     def __init__(self, sizes: dict[str, int], strict: bool) -> None:
         self.allowed = {name: 0 if strict else max(1, int(size * BUDGET)) for name, size in sizes.items()}
         self.seen: dict[tuple[str, str, int], Damage] = {}
 
     def add(self, damages: tuple[Damage, ...]) -> None:
-        """Record damages; the same sample counts once.
+        """Record damaged samples; the same sample counts once.
 
         Raises:
-            QuarantineError: more than a dataset's budget.
+            QuarantineError: a dataset has more of them than its budget.
         """
-        for found in damages:
-            if (place := (found.dataset, found.shard, found.row)) not in self.seen:
-                self.seen[place] = found
-                LOG.warning("masked: %s", found)
+        for item in damages:
+            if (place := (item.dataset, item.shard, item.row)) not in self.seen:
+                self.seen[place] = item
+                LOG.warning("masked: %s", item)
         for name, count in Counter(dataset for dataset, _, _ in self.seen).items():
             if count > self.allowed[name]:
                 listed = "\n  ".join(str(seen) for seen in self.seen.values() if seen.dataset == name)
@@ -201,27 +202,27 @@ def make_loader(
     cache: int = 0,
     strict: bool = False,
 ) -> Generator[Batch, None, None]:
-    """This rank's micro-batches from `cursor` on, without end; `micro_steps` of them make one step.
+    """Yield this rank's micro-batches from `cursor` on, without end; `micro_steps` of them make one step.
 
     The workers end when the generator is closed.
 
     Args:
-        plan: the batches.
-        cursor: where to begin.
+        plan: the plan of the run.
+        cursor: the state of the data to start or resume from.
         layout: the model's geometry.
-        dp_rank: which micro-batches; the ranks of a sequence-parallel group pass the same.
-        dp_size: number of such groups.
-        sp_rank: which share of the group's images and frames is decoded.
-        sp_size: ranks of a group.
-        micro_batch: packs of a batch.
-        workers: processes that read; 0 reads in this one.
+        dp_rank: data-parallel rank; all ranks of a sequence-parallel group pass the same one.
+        dp_size: data-parallel size: number of sequence-parallel groups.
+        sp_rank: rank in the sequence-parallel group; it selects the split of images and frames to decode.
+        sp_size: number of ranks of a sequence-parallel group.
+        micro_batch: packs of a micro-batch.
+        workers: number of worker processes; 0 reads in this process.
         prefetch: decoded micro-batches that each worker holds ready.
-        read_ahead: bytes of further samples, as stored, that this rank reads from a bucket before they are needed.
-        cache: bytes of whole shards of tiny samples from a bucket that this machine may keep on its disk.
+        read_ahead: bytes of stored samples that this rank reads from a bucket before they are needed.
+        cache: bytes of whole shards of small samples from a bucket that this machine may cache on its disk.
         strict: allow no damaged sample.
 
     Raises:
-        ValueError: the ranks cannot share a step's packs equally.
+        ValueError: the packs of a step cannot be divided equally among the ranks.
         QuarantineError: while iterating, when a dataset has more damaged samples than its budget.
     """
     reader = pack_reader(plan, layout, (sp_rank, sp_size), cache)
@@ -234,7 +235,7 @@ def make_loader(
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=_quiet_worker,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # workers are given a seed; without this it is drawn from torch's global generator
+        generator=torch.Generator(),  # seeds of workers; else they are drawn from torch's global generator
     )
     quarantine = Quarantine({dataset.name: len(dataset) for dataset in plan.datasets}, strict)
 

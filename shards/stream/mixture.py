@@ -1,8 +1,8 @@
 """The mixture: from group rates and dataset sizes to integer weights, and from virtual time to draws.
 
-Inside a group a dataset's share goes with the square root of its size. Shares become integers P_d that sum to 2^32;
-before virtual time t dataset d has had floor((t * P_d + phase_d) / 2^32) draws. So any stretch of time is known
-without its history, and no dataset is ever one draw or more away from its exact share.
+Within a group a dataset's share is proportional to the square root of its size. Shares become integers P_d that sum to
+2^32; before virtual time t dataset d has had floor((t * P_d + phase_d) / 2^32) draws. So the draws of any window can be
+computed without its history, and no dataset is ever one draw or more away from its exact share.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from collections.abc import Mapping, Sequence
 
 import pydantic
 
-SCALE = 2**32
+SCALE = 2**32  # the sum of all integer weights
 
 
 class MixtureError(ValueError):
-    """A mixture that cannot be used: an empty dataset, a share that vanishes."""
+    """A mixture cannot be used: a dataset is empty, or its share rounds to 0."""
 
 
 class Member(pydantic.BaseModel, extra="forbid", frozen=True):
-    """How one dataset counts in its group: sqrt(size) * factor, `size` being its number of samples if not given."""
+    """Weight of a dataset in its group: sqrt(size) * factor. `size` defaults to its number of samples."""
 
     size: int | None = pydantic.Field(default=None, gt=0)
     factor: float = pydantic.Field(default=1.0, gt=0)
 
 
 class MixtureGroup(pydantic.BaseModel, extra="forbid", frozen=True):
-    """Datasets that share one rate. Rates of all groups are normalised together."""
+    """Datasets with one common rate. The rates of all groups are normalised to sum to 1."""
 
     rate: float = pydantic.Field(gt=0)
     datasets: dict[str, Member | None] = pydantic.Field(min_length=1)
@@ -48,18 +48,18 @@ class MixtureSpec(pydantic.BaseModel, extra="forbid", frozen=True):
         return self
 
     def without(self, names: Sequence[str]) -> MixtureSpec:
-        """The mixture less some datasets, and less the groups that have no other; rates are normalised again.
+        """A copy of the mixture without some datasets and without groups that become empty; rates are normalised again.
 
         Raises:
-            MixtureError: a name that is not in it, or nothing is left.
+            MixtureError: a name is not in the mixture, or no dataset is left.
         """
         if unknown := sorted(set(names) - set(self.dataset_names)):
             raise MixtureError(f"not in the mixture, so they cannot be left out: {', '.join(unknown)}")
-        kept = {
+        groups = {
             name: group.model_copy(update={"datasets": {d: m for d, m in group.datasets.items() if d not in names}})
             for name, group in self.groups.items()
         }
-        left = {name: group for name, group in kept.items() if group.datasets}
+        left = {name: group for name, group in groups.items() if group.datasets}
         if not left:
             raise MixtureError("every dataset of the mixture is left out")
         return MixtureSpec(groups=left)
@@ -71,7 +71,7 @@ class MixtureSpec(pydantic.BaseModel, extra="forbid", frozen=True):
 
 
 def shares(spec: MixtureSpec, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Exact share of every dataset; they sum to 1.
+    """The exact share of every dataset; the shares sum to 1.
 
     Raises:
         MixtureError: a dataset has no samples.
@@ -92,10 +92,10 @@ def shares(spec: MixtureSpec, sizes: Mapping[str, int]) -> dict[str, float]:
 
 
 def integer_weights(spec: MixtureSpec, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Weights that sum to 2^32, rounded by largest remainder; ties go to the smaller name.
+    """Integer weights that sum to 2^32, rounded by largest remainder; ties go to the name that sorts first.
 
     Raises:
-        MixtureError: a dataset has no samples, or so small a share that its weight would be 0.
+        MixtureError: a dataset has no samples, or its share is so small that its weight is 0.
     """
     exact = {name: share * SCALE for name, share in shares(spec, sizes).items()}
     weights = {name: math.floor(value) for name, value in exact.items()}
@@ -109,10 +109,10 @@ def integer_weights(spec: MixtureSpec, sizes: Mapping[str, int]) -> dict[str, in
 
 
 def phase(seed: int, name: str) -> int:
-    """A dataset's offset in virtual time, 0 .. 2^32 - 1: spreads the first draws of rare datasets."""
+    """A dataset's offset, 0 .. 2^32 - 1, which spreads the first draws of rare datasets over virtual time."""
     return int.from_bytes(hashlib.sha256(f"phase\0{seed}\0{name}".encode()).digest()[:4], "little")
 
 
 def draws_before(time: int, weight: int, offset: int) -> int:
-    """Number of draws before virtual time `time`. Python integers: exact at any time."""
+    """Number of draws before virtual time `time`. Python integers keep it exact at any time."""
     return (time * weight + offset) // SCALE

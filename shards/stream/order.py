@@ -1,8 +1,8 @@
-"""The order inside an epoch: keyed permutations of 0 .. n-1 that are computed, not stored.
+"""The order of samples in an epoch: keyed permutations of 0 .. n-1 that are computed and not stored.
 
-A balanced Feistel network over the smallest even number of bits that holds n, walked until it lands below n (Black and
-Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Integer arithmetic alone, so the order is the same on every
-platform and version of numpy.
+A balanced Feistel network over the smallest even number of bits that holds n, applied until the value is below n (cycle
+walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). All arithmetic is on integers, so the order
+is the same on every platform and version of numpy.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-ROUNDS = 6
-GOLDEN = np.array(0x9E3779B97F4A7C15, np.uint64)  # an array, since numpy's scalars warn where they wrap around
+ROUNDS = 6  # rounds of the Feistel network
+GOLDEN = np.array(0x9E3779B97F4A7C15, np.uint64)  # 2^64 / golden ratio; numpy scalars warn on overflow
 POWERS = np.uint64(1) << np.arange(63, dtype=np.uint64)
 Ints = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
 
 def key_of(*parts: int | str) -> int:
-    """A 64-bit key of a purpose, such as ("order", seed, name)."""
+    """A 64-bit key derived from a purpose, such as ("order", seed, name)."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "little")
 
 
@@ -37,33 +37,33 @@ def epoch_keys(bases: U64, epochs: Ints) -> U64:
 
 
 def permute(positions: Ints, sizes: Ints, keys: U64) -> Ints:
-    """Where each position goes under the permutation of 0 .. size-1 that its key names; all arguments are [k].
+    """Apply to each position the permutation of 0 .. size-1 that its key selects; all arguments are [k].
 
-    For one size and key this is a bijection. Many permutations are looked up at once, since a window draws from many
-    datasets and a few positions of each.
+    For one size and key this is a bijection. One call evaluates many permutations, because a window draws a few
+    positions from each of many datasets.
     """
     size = sizes.astype(np.uint64)
     half = ((np.searchsorted(POWERS, size - np.uint64(1), side="right") + 1) // 2).astype(np.uint64)
     value = positions.astype(np.uint64)
     outside = np.arange(len(value))
     while len(outside):
-        # Fewer than 4 values in 5 lie outside, so this ends; a bijection cannot cycle without coming back below size.
+        # Fewer than 3 values in 4 are outside, so few rounds are needed; the cycle of a position returns below size.
         value[outside] = _feistel(value[outside], half[outside], keys[outside])
         outside = outside[value[outside] >= size[outside]]
     return value.astype(np.int64)
 
 
 def permute_blocks(positions: Ints, sizes: Ints, keys: U64, block: int) -> Ints:
-    """`permute`, but blocks of `block` neighbours stay together, for disks that seek slowly.
+    """Like `permute`, but blocks of `block` neighbours stay together, for disks with slow seeks.
 
-    Blocks are permuted, and positions inside each block; what is left after the last whole block comes last.
+    The blocks are permuted, and the positions within each block; the remainder after the last whole block stays last.
     """
     if block == 1:
         return permute(positions, sizes, keys)
     whole = sizes // block
     number, inside = np.divmod(positions, block)
     tail = number == whole
-    # The tail is a block of its own, which stays where it is.
+    # The remainder is a block of its own that keeps its place.
     target = np.where(tail, number, permute(np.where(tail, 0, number), np.maximum(whole, 1), keys))
     length = np.where(tail, np.maximum(sizes - whole * block, 1), block)
     return target * block + permute(inside, length, epoch_keys(keys, target + 1))

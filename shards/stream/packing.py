@@ -1,8 +1,8 @@
-"""Packing: samples into sequences under two limits, from their lengths alone.
+"""Packing samples into sequences under two limits (tokens and crops), from their lengths alone.
 
-Best-fit-decreasing: the longest sample first, each into the fullest pack that still takes it. How full a pack is, is
-measured by the limit that runs out first over all samples; the other limit only has to hold. No state, no pixels;
-ties are broken by position, so the result is a function of its arguments.
+The algorithm is best-fit-decreasing: the longest sample first, each into the fullest pack that still has room. The
+fullness of a pack is measured by the limit that is scarcer over all samples; the other limit only has to hold. Ties are
+broken by position, so the result is a pure function of the arguments.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Ints = npt.NDArray[np.int64]
 
 
 def pack(tokens: Ints, crops: Ints, max_tokens: int, max_crops: int) -> list[list[int]]:
-    """Positions of the samples of every pack; `tokens` and `crops` [n], none above its limit.
+    """Pack samples: the positions of the samples of every pack. `tokens` and `crops`: [n], none above its limit.
 
     Worked example: limits 10 tokens and 4 crops, samples (7, 1), (3, 0), (6, 4), (3, 1). All need 19 of 10 tokens, but
     6 of 4 crops, so tokens run out first. (7, 1) opens pack A and leaves (3, 3); (6, 4) opens B and leaves (4, 0);
@@ -28,16 +28,16 @@ def pack(tokens: Ints, crops: Ints, max_tokens: int, max_crops: int) -> list[lis
     if int(crops.sum()) * max_tokens > int(tokens.sum()) * max_crops:
         needs, limits = (crops, tokens), (max_crops, max_tokens)
     packs: list[list[int]] = []
-    free: list[tuple[int, int, int]] = []  # sorted: what packs have left of the first limit, of the second, number
+    free: list[tuple[int, int, int]] = []  # sorted: room left under the first limit, under the second, pack number
     for sample, first, second in zip(order.tolist(), needs[0][order].tolist(), needs[1][order].tolist(), strict=True):
         place = bisect_left(free, (first, second, -1))
         while place < len(free) and free[place][1] < second:
             place += 1
         if place < len(free):
-            left = free.pop(place)
+            first_left, second_left, number = free.pop(place)
         else:
-            left = (*limits, len(packs))
+            first_left, second_left, number = (*limits, len(packs))
             packs.append([])
-        packs[left[2]].append(sample)
-        insort(free, (left[0] - first, left[1] - second, left[2]))
+        packs[number].append(sample)
+        insort(free, (first_left - first, second_left - second, number))
     return packs

@@ -1,11 +1,11 @@
 """The plan: batches as a pure function of (indexes, recipe, seed, cursor).
 
-    mixture  ->  which draws fall into a window of virtual time
-    order    ->  which sample each draw is
-    packing  ->  the window's draws as packs, shuffled by the seed
+    mixture  ->  the draws of a window of virtual time
+    order    ->  the sample of each draw
+    packing  ->  the packs of the window's draws, shuffled by the seed
     steps    ->  the next `packs_per_step` packs, across window borders
 
-Nothing here reads a shard or keeps a buffer. The cursor is the whole state; a resume computes one window.
+The plan reads no shard and keeps no buffer. The cursor is its whole state; a resume computes one window.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ Array = npt.NDArray[Any]
 
 
 class PlanError(ValueError):
-    """A plan that cannot be made, or a saved state that belongs to another plan."""
+    """A plan cannot be made, or a saved state belongs to another plan."""
 
 
 class Draw(NamedTuple):
-    """One sample of a pack: which, where its bytes lie, and the lengths of its `variant`. A reader needs no index.
+    """One sample of a pack: its place, byte range and checksum, and lengths of its `variant`. Reading needs no index.
 
-    `dataset` is a number in `Plan.datasets`, `shard` one in its index; offset, span, xxh64: see `format.index_dtype`.
+    `dataset` is an index into `Plan.datasets`, `shard` one into the dataset's shards; offset, span, xxh64: see
+    `format.index_dtype`.
     """
 
     dataset: int
@@ -53,7 +54,7 @@ class Draw(NamedTuple):
 
 
 class PackSpec(NamedTuple):
-    """What one sequence holds: slot `slot` of step `step`."""
+    """The samples of one sequence, which is slot `slot` of step `step`."""
 
     step: int
     slot: int
@@ -61,7 +62,7 @@ class PackSpec(NamedTuple):
 
 
 class Cursor(NamedTuple):
-    """The state of the data: steps done, and the next pack (window, number in it)."""
+    """The state of the data: number of steps done, and the next pack (its window, and its number in the window)."""
 
     step: int = 0
     window: int = 0
@@ -69,7 +70,7 @@ class Cursor(NamedTuple):
 
 
 class StepSpec(NamedTuple):
-    """One optimizer step. `divisor` is the sum of loss weights over all its packs; `cursor` stands after it."""
+    """One optimizer step. `divisor` is the sum of loss weights over all its packs; `cursor` is the state after it."""
 
     step: int
     packs: tuple[PackSpec, ...]
@@ -79,10 +80,10 @@ class StepSpec(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSettings:
-    """What the order of batches depends on, beside the datasets and the mixture.
+    """Settings that determine the order of batches, together with the datasets and the mixture.
 
-    `window` is the length of a window in virtual time, about its number of draws; `packs_per_step` the global batch;
-    `block` the number of stored neighbours that an epoch takes one after another, 1 for none.
+    `window` is the length of a window in virtual time, about its number of draws; `packs_per_step` is the global batch
+    size in packs; `block` is the number of stored neighbours that an epoch reads one after another (1: no blocks).
     """
 
     sequence_length: int
@@ -94,16 +95,16 @@ class PlanSettings:
 
 
 class Plan:
-    """The batches of a run. Pure: two plans with equal arguments give equal steps, on any machine."""
+    """The batches of a run. Two plans with equal arguments give equal steps on any machine."""
 
     def __init__(self, datasets: Sequence[Dataset], mixture: MixtureSpec, settings: PlanSettings) -> None:
-        """Check that every sample fits.
+        """Make a plan, and check that every sample fits into a pack.
 
         Raises:
             PlanError: a sample is longer than the sequence or has too many crops.
-            MixtureError: a dataset is empty or its share vanishes.
+            MixtureError: a dataset is empty, or its share rounds to 0.
         """
-        datasets = sorted(datasets, key=lambda dataset: dataset.name)  # the order in a recipe changes nothing
+        datasets = sorted(datasets, key=lambda dataset: dataset.name)  # so that the order in a recipe does not matter
         self.datasets, self.settings = tuple(datasets), settings
         weights = integer_weights(mixture, {dataset.name: len(dataset) for dataset in datasets})
         self.weights = {dataset.name: weights[dataset.name] for dataset in datasets}
@@ -120,7 +121,7 @@ class Plan:
         """The step that begins at a cursor.
 
         Raises:
-            PlanError: nothing in the step has a loss weight.
+            PlanError: the loss weights of the step sum to 0.
         """
         packs: list[tuple[Draw, ...]] = []
         window, offset = cursor.window, cursor.offset
@@ -132,21 +133,23 @@ class Plan:
                 window, offset = window + 1, 0
         divisor = math.fsum(draw.loss_weight for draws in packs for draw in draws)
         if divisor <= 0:
-            raise PlanError(f"step {cursor.step}: no sample has a loss weight; check message weights and converters")
+            raise PlanError(
+                f"step {cursor.step}: no sample has a loss weight; check `loss_weight` in the catalog, and converters"
+            )
         specs = tuple(PackSpec(cursor.step, slot, draws) for slot, draws in enumerate(packs))
         return StepSpec(cursor.step, specs, divisor, Cursor(cursor.step + 1, window, offset))
 
     def draws_until(self, window: int) -> dict[str, int]:
-        """Draws of every dataset before a window."""
+        """Number of draws of every dataset before a window begins."""
         time = window * self.settings.window
         return {name: draws_before(time, weight, self._phases[name]) for name, weight in self.weights.items()}
 
     def epochs(self, window: int) -> dict[str, float]:
-        """How often every dataset has been gone through before a window."""
+        """Epochs of every dataset before a window begins."""
         return {dataset.name: self.draws_until(window)[dataset.name] / len(dataset) for dataset in self.datasets}
 
     def identity(self) -> dict[str, Any]:
-        """Everything that the order of batches depends on, JSON."""
+        """Everything that determines the order of batches, as a JSON value."""
         return {
             "plan_version": PLAN_VERSION,
             "datasets": {dataset.name: dataset.index.digest for dataset in self.datasets},
@@ -155,30 +158,30 @@ class Plan:
         }
 
     def state(self, cursor: Cursor) -> dict[str, Any]:
-        """What a checkpoint keeps, JSON: the cursor and what it belongs to."""
+        """State for a checkpoint, as a JSON value: the cursor and the identity of the plan."""
         return {"cursor": cursor._asdict(), "identity": self.identity()}
 
     def restore(self, state: dict[str, Any]) -> Cursor:
-        """The cursor of a saved state.
+        """The cursor of a saved state, after a check that it belongs to this plan.
 
         Raises:
-            PlanError: the state belongs to another plan; everything that changed is named.
+            PlanError: the state belongs to another plan; every difference is listed.
         """
         changed = differences(self.identity(), state["identity"])
         if changed:
             listed = "\n  ".join(changed)
             raise PlanError(
                 f"the data has changed since the checkpoint:\n  {listed}\n"
-                "give back what the checkpoint was made with, start a new run from its weights (init), or change the "
-                "data on purpose (train.py --change-data)"
+                "to resume, restore the data and settings that the checkpoint was made with; or start a new run from "
+                "its weights (init), or accept the new data (train.py --change-data)"
             )
         return Cursor(**state["cursor"])
 
     def change_over(self, state: dict[str, Any]) -> tuple[Cursor, list[str]]:
-        """Where this plan takes over from the other one of a saved state, and what is different.
+        """The cursor at which this plan continues the run of another plan's saved state, and the differences.
 
-        At the same virtual time, in the first window after the one under way: what is left of that one is not drawn.
-        A dataset goes on where this plan's shares would have brought it by then.
+        The cursor is at the same virtual time, at the start of the first window after the current one: the packs left
+        in the current window are skipped. Each dataset continues at the draw that this plan gives for that time.
         """
         cursor, old = Cursor(**state["cursor"]), state["identity"]
         changed = differences(self.identity(), old)
@@ -194,7 +197,7 @@ class Plan:
         crops = np.array([draw.num_crops for draw in draws], np.int64)
         packs = pack(tokens, crops, self.settings.sequence_length, self.settings.max_crops)
         order = shuffled(len(packs), key_of("packs", self.settings.seed, window)).tolist()
-        # Inside a pack samples stand in an order of their own, not from long to short.
+        # Packing sorts samples by length; inside a pack they are shuffled.
         place = shuffled(len(draws), key_of("members", self.settings.seed, window)).tolist()
         return [tuple(draws[i] for i in sorted(packs[number], key=place.__getitem__)) for number in order]
 
@@ -204,7 +207,7 @@ class Plan:
         counts = np.array(list(self.draws_until(window + 1).values())) - before
         ends = np.cumsum(counts)
         number = np.repeat(np.arange(len(counts)), counts)
-        drawn = np.arange(ends[-1]) + np.repeat(before - ends + counts, counts)  # counts from the dataset's first draw
+        drawn = np.arange(ends[-1]) + np.repeat(before - ends + counts, counts)  # number of the draw within its dataset
         epochs, positions = np.divmod(drawn, self._sizes[number])
         keys = epoch_keys(self._order_keys[number], epochs)
         ordinals = permute_blocks(positions, self._sizes[number], keys, self.settings.block)
@@ -216,12 +219,12 @@ class Plan:
 
 
 def _draws_of(number: int, dataset: Dataset, ordinals: Array, epochs: Array) -> list[Draw]:
-    """Draws of one dataset. The text variant changes with the epoch, and starts elsewhere for every sample."""
-    shard, row, found = dataset.lookup(ordinals)
-    variant = (epochs + found["key_hash"]) % dataset.index.num_variants
-    each = np.arange(len(row))
-    columns = [shard, row, variant, found["offset"], found["span"], found["xxh64"]]
-    columns += [found[field][each, variant] for field in ("num_tokens", "num_crops", "loss_weight")]
+    """Draws of one dataset. The text variant of a sample changes with the epoch; its key hash gives the first one."""
+    shard, row, entries = dataset.lookup(ordinals)
+    variant = (epochs + entries["key_hash"]) % dataset.index.num_variants
+    samples = np.arange(len(row))
+    columns = [shard, row, variant, entries["offset"], entries["span"], entries["xxh64"]]
+    columns += [entries[field][samples, variant] for field in ("num_tokens", "num_crops", "loss_weight")]
     return [Draw(number, *values) for values in zip(*(column.tolist() for column in columns), strict=True)]
 
 
@@ -240,15 +243,15 @@ def _check_lengths(dataset: Dataset, settings: PlanSettings) -> None:
 def open_plan(
     roots: Sequence[str], mixture: MixtureSpec, settings: PlanSettings, processor: dict[str, Any] | None = None
 ) -> Plan:
-    """Open every dataset of a mixture from the first root that has it, and plan.
+    """Open every dataset of a mixture from the first root that has it, and make the plan.
 
-    `processor`: the settings of the recipe's processor, to which the shards must agree; None does not check.
+    `processor`: settings of the recipe's processor, which the shards must have been built with; None skips the check.
 
     Raises:
         DatasetError, FormatError, MixtureError, PlanError: see there.
     """
     opened = read_threads().map(lambda name: find_dataset(tuple(roots), name), mixture.dataset_names)
-    datasets = list(opened)  # sidecars are read and hashed
+    datasets = list(opened)  # waits until all sidecars are read and hashed
     if processor is not None:
         for dataset in datasets:
             check_processor(dataset, processor)
@@ -256,5 +259,5 @@ def open_plan(
 
 
 def step_digest(step: StepSpec) -> str:
-    """Digest of everything in a step: what must be equal at any world size."""
+    """Digest of everything in a step; it is equal at any world size."""
     return digest([step.packs, step.divisor])

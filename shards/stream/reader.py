@@ -1,8 +1,8 @@
-"""Reading one sample: a byte range, its checksum, its members. Damage is found here, named, and never repaired.
+"""Reading one sample: its byte range, its checksum, its members. Damage is detected and reported here, never repaired.
 
-A sample whose bytes are wrong is read again, a few times; then the caller gets a `Damage` instead. Decoding images
-and putting packs together is the work of `shards.stream.collate`; `shards.stream.loader` counts damages against a
-budget.
+A sample whose bytes are wrong is read up to `ATTEMPTS` times; then the caller gets a `Damage` instead of the sample.
+`shards.stream.collate` decodes images and assembles packs; `shards.stream.loader` counts damaged samples against a
+budget (the quarantine).
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from shards.storage.base import UnavailableError, tally
 from shards.stream.dataset import Tars
 from shards.stream.plan import Draw
 
-ATTEMPTS = 3
+ATTEMPTS = 3  # reads of a sample before it counts as damaged
 PAUSE = 0.05  # seconds before the second attempt; doubles, with jitter
-JITTER = random.Random()  # of pauses alone: no data depends on it
+JITTER = random.Random()  # used for pauses only: no data depends on it
 
 
 class ReadError(ValueError):
-    """Bytes that are not the sample they should be."""
+    """Bytes are not the sample that the index describes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredSample:
     """One variant of one sample as stored: tokens unexpanded, images still JPEG, numbered as in the record.
 
-    `asked`: the member that `shards.asked` reads, where there is one.
+    `asked`: the member that `shards.asked` reads; None if the sample has none.
     """
 
     key: str
@@ -48,9 +48,9 @@ class StoredSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Damage:
-    """A sample that could not be read, and where it lies: what the quarantine list records.
+    """A sample that could not be read, its location and the reason: an entry of the quarantine list.
 
-    `key` is None where no tar header of the sample is whole.
+    `key` is None if no tar header of the sample is intact.
     """
 
     dataset: str
@@ -65,10 +65,10 @@ class Damage:
 
 
 def read_sample(tars: Tars, draw: Draw) -> StoredSample | Damage:
-    """Read a draw by one byte range, verified. Wrong bytes are read again before they count as damage.
+    """Read a draw as one byte range and verify it; after `ATTEMPTS` failed reads it is reported as damage.
 
     Raises:
-        UnavailableError: the store does not answer, which says nothing about the sample.
+        UnavailableError: the storage does not answer, so the sample may be intact.
     """
     span, reason = b"", ""
     for attempt in range(ATTEMPTS):
@@ -95,24 +95,24 @@ def damage(tars: Tars, draw: Draw, key: str | None, reason: str) -> Damage:
 
 
 def check_span(span: bytes, draw: Draw) -> None:
-    """Compare a span with what the index says of it.
+    """Compare the length and the checksum of a span with the index.
 
     Raises:
-        ReadError: fewer bytes, or other ones.
+        ReadError: the length or the checksum differs.
     """
     if len(span) != draw.span:
         raise ReadError(f"{len(span)} bytes, expected {draw.span}: the file is cut short")
-    found = span_hash(span)
-    if found != draw.xxh64:
-        raise ReadError(f"checksum {found:016x}, expected {draw.xxh64:016x}")
+    checksum = span_hash(span)
+    if checksum != draw.xxh64:
+        raise ReadError(f"checksum {checksum:016x}, expected {draw.xxh64:016x}")
 
 
 def parse_sample(span: bytes, variant: int) -> StoredSample:
-    """The members of a verified span as a sample.
+    """Parse a verified span as a sample.
 
     Raises:
-        FormatError: no plain tar.
-        ReadError: members of several keys, a member missing, or a member that does not parse.
+        FormatError: the span is not a plain tar.
+        ReadError: the members have several keys, or a member is missing or does not parse.
     """
     members = tar_members(span)
     keys = {name.split(".", 1)[0] for name in members}

@@ -253,7 +253,7 @@ def test_the_tool_on_two_ranks(demo, tmp_path, monkeypatch):
     page = (tmp_path / "two/e.html").read_text()
     assert "counting: the worst answers" in page and "data:image/png" in page and "http" not in page
     monkeypatch.setattr(sys, "argv", [*map(str, tool), "--benchmarks", "tracking"])
-    with pytest.raises(SystemExit, match="evaluate: nothing could be asked"):
+    with pytest.raises(SystemExit, match="evaluate: nothing was evaluated"):
         runpy.run_path(str(ROOT / "tools/evaluate.py"), run_name="__main__")
 
 

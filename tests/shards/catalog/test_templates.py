@@ -78,8 +78,8 @@ def test_each_file_of_a_folder_has_its_own_templates(tmp_path: Path) -> None:
         ("templates: [a]", r"`templates` must map names to templates, found list"),
         ("a: &a {x: 1}\nb: {<<: *a}", r"merge keys \(`<<`\) are refused(.|\n)*`like:`(.|\n)*line 2, column 5"),
         ("a: &a {x: 1}\nb: {c: {y: 2, <<: [*a, *a]}}", r"merge keys"),
-        ("rows:\n  - name: x\n    name: y\n", r"key 'name' stands twice(.|\n)*line 3, column 5"),
-        ("rows: []\nrows: []\n", r"key 'rows' stands twice"),
+        ("rows:\n  - name: x\n    name: y\n", r"key 'name' occurs twice(.|\n)*line 3, column 5"),
+        ("rows: []\nrows: []\n", r"key 'rows' occurs twice"),
     ],
 )
 def test_what_would_be_read_wrongly_is_refused(tmp_path: Path, text: str, match: str) -> None:

@@ -28,16 +28,16 @@ from shards.download.connect import FetchLimits
 from shards.download.fetch import ARCHIVE_LIMITS
 from shards.download.hub import DownloadError, list_files
 from shards.download.manifest import is_downloaded, missing_folders, read_manifest, unfinished_folders
-from shards.download.raw_folder import Wishes, fill, forecast
-from shards.download.urls import CROWD, kept_as, read_failures
+from shards.download.raw_folder import FillOptions, fill, forecast
+from shards.download.urls import DEFAULT_POLICY, kept_as, read_failures
 from shards.schema import RejectedError
 from shards.sources.media_files import MediaFiles
 
 ROOT = Path(__file__).resolve().parents[3]
-LOCAL = Wishes(
+LOCAL = FillOptions(
     images=FetchLimits(allow_private=True, max_seconds=2.0, stall=0.4, attempts=2, first_pause=0.01, longest_pause=3.0),
     archives=replace(ARCHIVE_LIMITS, allow_private=True, attempts=1),
-    crowd=replace(CROWD, workers=8),
+    policy=replace(DEFAULT_POLICY, workers=8),
 )
 PIXMO = Download(
     kind="hub-urls", repo="owner/pixmo", include=("data/*.parquet",), url_column="url", sha256_column="sha"
@@ -219,7 +219,7 @@ def test_failures_are_left_alone_until_they_are_asked_for(hub: Hub, web: Web, tm
 
 def test_no_host_gets_more_than_its_share_and_none_holds_up_the_others(hub: Hub, web: Web, tmp_path: Path) -> None:
     publish_pixmo(hub, [f"{web.url}/slow/{n}" for n in range(12)])
-    fill("pixmo", PIXMO, tmp_path / "raw", replace(LOCAL, crowd=replace(CROWD, workers=16, per_host=3)))
+    fill("pixmo", PIXMO, tmp_path / "raw", replace(LOCAL, policy=replace(DEFAULT_POLICY, workers=16, per_host=3)))
     assert web.most == 3
 
 
@@ -242,14 +242,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from shards.catalog import Download
-from shards.download.raw_folder import Wishes, fill
+from shards.download.raw_folder import FillOptions, fill
 from shards.download.fetch import ARCHIVE_LIMITS, IMAGE_LIMITS
-from shards.download.urls import CROWD
-wishes = Wishes(
+from shards.download.urls import DEFAULT_POLICY
+options = FillOptions(
     images=replace(IMAGE_LIMITS, allow_private=True), archives=replace(ARCHIVE_LIMITS, allow_private=True),
-    crowd=replace(CROWD, workers=2),
+    policy=replace(DEFAULT_POLICY, workers=2),
 )
-fill("pixmo", Download.model_validate_json(sys.argv[2]), Path(sys.argv[1]), wishes)
+fill("pixmo", Download.model_validate_json(sys.argv[2]), Path(sys.argv[1]), options)
 """
 
 

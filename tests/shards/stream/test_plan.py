@@ -183,7 +183,7 @@ def test_restore_refuses_other_data_and_mixtures(tmp_path: Path, datasets: list[
     tokens[0, 0] += 1
     changed = write_lengths(tmp_path, "some", tokens, crops)
     replaced = [changed if dataset.name == "some" else dataset for dataset in datasets]
-    with pytest.raises(PlanError, match=r"\n  datasets.some: '\w+', wanted '\w+'\ngive back"):
+    with pytest.raises(PlanError, match=r"\n  datasets.some: '\w+', wanted '\w+'\nto resume, restore"):
         Plan(replaced, MIXTURE, SETTINGS).restore(plan.state(Cursor()))
     mixture = MixtureSpec.model_validate({"groups": {"a": {"rate": 1, "datasets": dict.fromkeys(SIZES)}}})
     with pytest.raises(PlanError, match=r"weights.few: \d+, wanted \d+"):
