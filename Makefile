@@ -16,6 +16,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 LOCK := -c requirements.lock
+DEV_PACKAGES := --no-deps -r requirements.lock
 INSTALLED := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 PIP := pip install --quiet --progress-bar off $(LOCK)
@@ -42,8 +43,9 @@ $(INSTALLED): setup.cfg pyproject.toml requirements.lock
 	$(PIP) --no-build-isolation -e '.[demo,eval,lora,s3,wandb]'
 	touch $@
 
+# The lock is complete. It overrides a pin of lmms-eval (pyproject.toml), which pip by itself would not.
 $(DEV): $(INSTALLED)
-	$(PIP) --no-build-isolation -e '.[demo,eval,lora,s3,wandb,datatrove,lmms,dev]'
+	$(PIP) $(DEV_PACKAGES)
 	touch $@
 
 lock: $(DEV)
@@ -98,7 +100,8 @@ soak: $(DEV)
 	SOAK_STEPS=$${SOAK_STEPS:-1000} SOAK_KILLS=$${SOAK_KILLS:-12} $(PYTEST) tests/molmo2/test_soak.py
 
 test-latest:
-	$(MAKE) test VENV=.venv-latest LOCK=
+	$(MAKE) test VENV=.venv-latest LOCK= \
+	  DEV_PACKAGES="--no-build-isolation --upgrade -e '.[demo,eval,lora,s3,wandb,datatrove,dev]'"
 
 bench: $(DEV)
 	python benchmarks/bench_plan.py

@@ -106,7 +106,7 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
         return CHUNK_CROPS if self.activation_checkpointing and self.zero_stage < 3 else None
 
 
-class Group(pydantic.BaseModel, extra="forbid", frozen=True):
+class OptimGroup(pydantic.BaseModel, extra="forbid", frozen=True):
     """Learning rate and clipping of one component: linear warm-up to `lr`, then cosine; gradient norm up to `clip`."""
 
     lr: float = Field(ge=0)
@@ -124,9 +124,9 @@ class Lora(pydantic.BaseModel, extra="forbid", frozen=True):
 class Optim(pydantic.BaseModel, extra="forbid", frozen=True):
     """AdamW over three groups of parameters."""
 
-    vit: Group
-    connector: Group
-    llm: Group
+    vit: OptimGroup
+    connector: OptimGroup
+    llm: OptimGroup
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: PositiveFloat = 1e-6
     weight_decay: float = Field(default=0.0, ge=0)

@@ -28,18 +28,18 @@ import torch.distributed as dist
 from molmo2.checkpoint import files as checkpoints
 from molmo2.checkpoint import mirror
 from molmo2.checkpoint.files import Checkpoint, CheckpointError
-from molmo2.checkpoint.open import load_weights
-from molmo2.checkpoint.reshard import changes, convert
+from molmo2.checkpoint.lookup import load_weights
+from molmo2.checkpoint.reshard import convert_checkpoint, mesh_changes
 from molmo2.config import FirstWeights, Recipe, data_path, load_recipe
 from molmo2.model.molmo2 import Molmo2
-from molmo2.model.presets import PRESETS, differences
-from molmo2.parallel.agree import AgreedError, agreed, leave, lost_peer, on_rank_zero, say, write
+from molmo2.model.presets import PRESETS, config_differences
+from molmo2.parallel.agree import AgreedError, agreed, leave, lost_peer, on_rank_zero, say, write_line
 from molmo2.parallel.mesh import SINGLE, Mesh, MeshError, check_mesh, make_mesh
 from molmo2.processing.contract import ProcessorSettings, read_contract
 from molmo2.training.anomalies import LossHistory
 from molmo2.training.engine import read_engine_keys, start_distributed, start_engine
 from molmo2.training.loop import Progress, StopSignal, run_steps
-from molmo2.training.metrics import cut_log, read_log, summarize
+from molmo2.training.metrics import cut_log, read_log, summarize_run
 from molmo2.training.run import (
     ANOMALIES_NAME,
     CHANGES_NAME,
@@ -82,7 +82,7 @@ def read_recipes(arguments: argparse.Namespace) -> list[Recipe]:
     return [load_recipe(path, arguments.set) for path in paths or [arguments.recipe]]
 
 
-def place(recipe: Recipe) -> Mesh:
+def form_mesh(recipe: Recipe) -> Mesh:
     """Check that ranks, packs and heads fit together, and create the groups of ranks; collective."""
     if recipe.model not in PRESETS:
         raise ValueError(f"model {recipe.model!r} is not a preset; known: {', '.join(sorted(PRESETS))}")
@@ -134,7 +134,7 @@ def starting_model(run: Run) -> Molmo2:
         tokenizer = data_path(recipe.tokenizer)
         return Molmo2.with_weights(config, first_weights(recipe.init, config, tokenizer, recipe.train.seed, say))
     init_config, weights, meta = load_weights(recipe.init)
-    differing = differences(init_config, config)
+    differing = config_differences(init_config, config)
     if differing:
         raise CheckpointError(
             f"init {recipe.init}: its model ({init_config.name}) is not the recipe's ({recipe.model}): "
@@ -181,7 +181,7 @@ def take_over(run: Run, state: dict[str, Any]) -> Cursor:
 
 def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, arguments: argparse.Namespace) -> bool:
     """Train one stage; return False if a stop signal ended it before its last step."""
-    mesh = agreed(lambda: place(recipe))
+    mesh = agreed(lambda: form_mesh(recipe))
     added = agreed(lambda: read_engine_keys(arguments.deepspeed_config))
     run = agreed(lambda: prepare(recipe, mesh, device))
     checkpoint = on_rank_zero(lambda: mirror.newest(recipe, say))
@@ -191,14 +191,14 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, argument
         if not (recipe.run_dir / SUMMARY_NAME).exists():
             on_rank_zero(lambda: finish(recipe))
         return True
-    on_rank_zero(lambda: clear_after(recipe, done))
+    on_rank_zero(lambda: cut_run_after(recipe, done))
     train = recipe.train
     say(
         f"{recipe.name}: steps {done + 1}-{train.steps}, {train.packs_per_step} packs of {recipe.data.sequence_length} "
         f"tokens each, on {mesh.world} ranks (dp {mesh.dp}, sp {mesh.sp}), {train.precision}, ZeRO-{train.zero_stage}"
     )
-    differing = agreed(lambda: changes(checkpoint, recipe) if checkpoint else [])
-    universal = on_rank_zero(lambda: convert(checkpoint)) if checkpoint and differing else None
+    differing = agreed(lambda: mesh_changes(checkpoint, recipe) if checkpoint else [])
+    universal = on_rank_zero(lambda: convert_checkpoint(checkpoint)) if checkpoint and differing else None
     if differing:
         say(f"{recipe.name}: {', '.join(differing)}: the checkpoint was converted; the order of the data is the same")
     model = agreed(lambda: starting_model(run))
@@ -222,7 +222,7 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, argument
     return True
 
 
-def clear_after(recipe: Recipe, step: int) -> None:
+def cut_run_after(recipe: Recipe, step: int) -> None:
     """Remove checkpoints and log lines of steps after the one from which the run resumes."""
     checkpoints.clear_after(checkpoints.checkpoints_dir(recipe.run_dir), step)
     for name in (LOG_NAME, QUARANTINE_NAME, ANOMALIES_NAME, CHANGES_NAME, DATA_NAME):
@@ -231,7 +231,7 @@ def clear_after(recipe: Recipe, step: int) -> None:
 
 def finish(recipe: Recipe) -> None:
     """Write `summary.json` and print it in one line."""
-    summary = summarize(read_log(recipe.run_dir / LOG_NAME), recipe)
+    summary = summarize_run(read_log(recipe.run_dir / LOG_NAME), recipe)
     (recipe.run_dir / SUMMARY_NAME).write_text(json.dumps(summary, indent=1) + "\n")
     say(
         f"{recipe.name}: {summary['steps']} steps, {summary['tokens']:,} tokens, "
@@ -248,7 +248,7 @@ def look(arguments: argparse.Namespace) -> int:
             if arguments.dry_run:
                 from molmo2.training.dry_run import dry_run
 
-                write("\n".join(dry_run(recipe)))
+                write_line("\n".join(dry_run(recipe)))
                 continue
             from molmo2.training.replay import find_step, show_losses, show_packs
 
@@ -259,9 +259,9 @@ def look(arguments: argparse.Namespace) -> int:
             else:
                 lines = show_losses(run, step, starting_model(run) if arguments.replay == 1 else None)
             for line in lines:
-                write(line)
+                write_line(line)
     except (ValueError, OSError) as error:
-        write(f"train.py: {error}", sys.stderr)
+        write_line(f"train.py: {error}", sys.stderr)
         return 1
     return 0
 
@@ -281,12 +281,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AgreedError:
         return 1
     except (TrainingError, CheckpointError, QuarantineError, PlanError, MeshError) as error:
-        write(f"train.py: rank {dist.get_rank()}: {error}", sys.stderr)
+        write_line(f"train.py: rank {dist.get_rank()}: {error}", sys.stderr)
         return 1
     except RuntimeError as error:
         if not lost_peer(error):
             raise
-        write(f"train.py: rank {dist.get_rank()}: stopped, because another rank has ended", sys.stderr)
+        write_line(f"train.py: rank {dist.get_rank()}: stopped, because another rank has ended", sys.stderr)
         return 1
     dist.destroy_process_group()
     return 0

@@ -133,12 +133,12 @@ def main() -> None:
                 print(f"build_shards: {error}{hint}", file=sys.stderr)
                 failed.append(row.name)
                 continue
-            report(f"{args.stage}/{row.name}", built, share, out, time.perf_counter() - since)
+            write_report_json(f"{args.stage}/{row.name}", built, share, out, time.perf_counter() - since)
     if failed:
         sys.exit(f"build_shards: not built, {len(failed)} of {len(rows)}: {', '.join(failed)}")
 
 
-def report(label: str, built: Built, share: tuple[int, int], out: str, seconds: float) -> None:
+def write_report_json(label: str, built: Built, share: tuple[int, int], out: str, seconds: float) -> None:
     """Print a summary of a dataset: its size, speed, and the reasons of rejects; for a task r/N only the speed.
 
     For a finished dataset the summary is also written to `report.json`, which no other program reads.

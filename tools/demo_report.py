@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from molmo2.config import data_path, load_recipe
-from molmo2.eval.score_page import Stage, read_stage, render
+from molmo2.eval.score_page import Stage, read_stage, render_report
 from molmo2.pages import percent
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "demo"
@@ -59,7 +59,7 @@ def main() -> None:
     if args.export.is_dir():
         facts["exported model"] = str(args.export)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(render("nanoMolmo2 demo", stages, evaluation, facts), encoding="utf-8")
+    args.out.write_text(render_report("nanoMolmo2 demo", stages, evaluation, facts), encoding="utf-8")
     table = Table(title="Held-out digits", title_justify="left")
     table.add_column("benchmark")
     for name in ("score", "chance", "target"):

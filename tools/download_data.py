@@ -102,7 +102,7 @@ def show_forecast(catalog: Catalog, rows: list[Row], raw: Path) -> list[str]:
     return failed
 
 
-def report(manifest: Manifest, folder: Path) -> None:
+def print_outcome(manifest: Manifest, folder: Path) -> None:
     """Print a line about a complete folder."""
     files = [*(manifest.listing.files if manifest.listing else ()), *manifest.archives]
     line = f"{manifest.name}: {len(files)} files, {sum(file.bytes for file in files) / 1e9:.3f} GB"
@@ -133,7 +133,7 @@ def main() -> None:
         if not fetches(download):
             continue
         try:
-            report(fill(name, download, args.raw / name, options), args.raw / name)
+            print_outcome(fill(name, download, args.raw / name, options), args.raw / name)
         except DownloadError as error:  # the other datasets are still downloaded
             print(f"download_data: {name}: {error}", file=sys.stderr)
     lacking = [row for row in rows if missing_folders(catalog, row, args.raw)]

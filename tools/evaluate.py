@@ -30,7 +30,7 @@ from molmo2.config import data_path
 from molmo2.eval.answers import weights_digest
 from molmo2.eval.benchmarks import SUITES, Suite, choose
 from molmo2.eval.losses import held_out_loss
-from molmo2.eval.runner import BATCH_SIZE, STAGE, NotBuiltError, Outcome, Ranks, Subject, evaluate
+from molmo2.eval.runner import BATCH_SIZE, STAGE, NotBuiltError, Outcome, Ranks, Subject, run_suite
 from molmo2.eval.score_page import render_worst
 from molmo2.model.molmo2 import Molmo2
 from molmo2.pages import percent
@@ -112,7 +112,7 @@ def run_suites(
     """Evaluate all suites and merge their outcomes."""
     merged = Outcome()
     for suite in suites:
-        outcome = evaluate(suite, args.shards, subject, answers, digest, limit=args.limit, ranks=ranks)
+        outcome = run_suite(suite, args.shards, subject, answers, digest, limit=args.limit, ranks=ranks)
         merged.results.extend(outcome.results)
         merged.skipped.update(outcome.skipped)
     return merged
@@ -153,7 +153,7 @@ def run_losses(
     return losses
 
 
-def write(path: Path, text: str) -> None:
+def write_results(path: Path, text: str) -> None:
     """Write a file atomically."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
@@ -214,8 +214,8 @@ def main() -> None:
     show(title, document)
     if not outcome.results and not losses:
         raise ValueError("nothing was evaluated: everything was skipped for the reasons above")
-    write(out, json.dumps(document, indent=1) + "\n")
-    write(out.with_suffix(".html"), render_worst(f"{title}: evaluation", document))
+    write_results(out, json.dumps(document, indent=1) + "\n")
+    write_results(out.with_suffix(".html"), render_worst(f"{title}: evaluation", document))
     print(f"written to {out} and {out.with_suffix('.html').name} ({document['seconds']} s)")
 
 

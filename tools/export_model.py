@@ -39,7 +39,7 @@ def main() -> None:
     if not args.push_to_hub:
         os.environ["HF_HUB_OFFLINE"] = "1"  # all files are on disk; transformers reads the variable on import
     from molmo2.checkpoint.files import RECIPE  # imported after parsing: these imports take seconds
-    from molmo2.checkpoint.open import load_weights, open_checkpoint
+    from molmo2.checkpoint.lookup import load_weights, open_checkpoint
     from molmo2.config import data_path
     from molmo2.export.card import about_checkpoint
     from molmo2.export.model import export_model

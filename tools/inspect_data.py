@@ -86,7 +86,7 @@ def show_inventory(args: argparse.Namespace, catalog: Catalog) -> None:
         print(line)
 
 
-def chosen(catalog: Catalog, names: Sequence[str], stage: str) -> list[tuple[Row, Stage]]:
+def choose_rows(catalog: Catalog, names: Sequence[str], stage: str) -> list[tuple[Row, Stage]]:
     """The named rows, each with the stage to show: `stage`, or the row's first one if `stage` is "all".
 
     Raises:
@@ -106,7 +106,7 @@ def main() -> None:
     catalog = load_catalog(args.catalog)
     if not args.datasets:
         return show_inventory(args, catalog)
-    selection, failed = chosen(catalog, args.datasets, args.stage), []
+    selection, failed = choose_rows(catalog, args.datasets, args.stage), []
     views: dict[str, list[ExampleView]] = {}
     for row, stage in selection:
         raw = args.raw / row.folder

@@ -97,7 +97,9 @@ def rejects_table(datasets: Sequence[DatasetFacts]) -> Table | None:
     return table if table.row_count else None
 
 
-def read_samples(datasets: Sequence[Dataset], tokenizer_dir: Path, num_samples: int) -> dict[str, Sequence[SampleView]]:
+def shown_samples(
+    datasets: Sequence[Dataset], tokenizer_dir: Path, num_samples: int
+) -> dict[str, Sequence[SampleView]]:
     """Samples of every dataset, evenly spread over it."""
     samples: dict[str, Sequence[SampleView]] = {}
     for dataset in tqdm(datasets, desc="samples", unit="dataset", leave=False):
@@ -137,7 +139,7 @@ def main() -> None:
                 stage=stage,
                 where=args.dir,
                 datasets=facts,
-                samples=read_samples(datasets, tokenizer_dir, args.num_samples),
+                samples=shown_samples(datasets, tokenizer_dir, args.num_samples),
                 unfinished=found.unfinished,
                 mixture=shares,
                 mixture_of=title,

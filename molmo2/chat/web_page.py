@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from molmo2.parallel.agree import write
+from molmo2.parallel.agree import write_line
 from molmo2.processing.points import parse_points
 from shards.schema import Turn
 
@@ -35,7 +35,7 @@ class Said(pydantic.BaseModel, extra="forbid"):
     text: str = pydantic.Field(min_length=1, max_length=100_000)
 
 
-class Question(pydantic.BaseModel, extra="forbid"):
+class ChatRequest(pydantic.BaseModel, extra="forbid"):
     """A conversation that ends with a question, and its media in base64."""
 
     turns: list[Said] = pydantic.Field(min_length=1, max_length=1000)
@@ -71,11 +71,11 @@ def serve(answer: Answer, port: int) -> None:
         OSError: the port is in use.
     """
     with ChatServer(answer, port) as server:
-        write(f"open {server.url} (end with Ctrl-C)")
+        write_line(f"open {server.url} (end with Ctrl-C)")
         server.serve_forever()
 
 
-def lines_of(answer: Answer, question: Question) -> Iterator[dict[str, Any]]:
+def lines_of(answer: Answer, question: ChatRequest) -> Iterator[dict[str, Any]]:
     """The lines of a response: {"text": piece} for each piece, then {"points": [...]}, or {"error": sentence}."""
     turns = [Turn(role=turn.role, text=turn.text) for turn in question.turns]
     with tempfile.TemporaryDirectory(prefix="chat-") as folder:
@@ -130,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(413, f"{int(length) >> 20} MiB, at most {MAX_BYTES >> 20} MiB: use fewer or smaller files")
             return
         try:
-            question = Question.model_validate_json(self.rfile.read(int(length)))
+            question = ChatRequest.model_validate_json(self.rfile.read(int(length)))
         except pydantic.ValidationError as error:
             self._refuse(400, f"not a question: {error.errors()[0]['msg']}")
             return

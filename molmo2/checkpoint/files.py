@@ -222,7 +222,7 @@ def _rotate(directory: Path, keep: int) -> None:
 # --- finding and reading ---------------------------------------------------------------------------------------------
 
 
-def damage(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None; reads every file."""
     try:
         meta = json.loads((path / META).read_text())
@@ -247,7 +247,7 @@ def damage(path: Path) -> str | None:
 def find_newest(directory: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint in a directory, or None; each damaged one is reported with `say`."""
     for path in sorted(directory.glob("step-*"), reverse=True):
-        wrong = damage(path)
+        wrong = find_damage(path)
         if wrong is None:
             return Checkpoint(path, json.loads((path / META).read_text()))
         say(f"{path}: skipped: {wrong}")

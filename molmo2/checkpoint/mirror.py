@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from molmo2.checkpoint.files import META, Checkpoint, CheckpointError, checkpoints_dir, damage, find_newest
+from molmo2.checkpoint.files import META, Checkpoint, CheckpointError, checkpoints_dir, find_damage, find_newest
 from molmo2.config import Recipe
 from shards.storage.base import Storage
 from shards.storage.open import open_storage
@@ -30,7 +30,7 @@ CHUNK = 64 << 20  # bytes of a file that are read at once
 LOG_NAME = "mirror.log"
 
 
-def place(recipe: Recipe) -> str | None:
+def mirror_url(recipe: Recipe) -> str | None:
     """The URL of a run's mirror; None if the recipe has no mirror."""
     return None if recipe.train.mirror is None else f"{recipe.train.mirror.rstrip('/')}/{recipe.name}"
 
@@ -88,7 +88,7 @@ def fetch(url: str, directory: Path, after: int, say: Callable[[str], None]) -> 
         for file in json.loads(meta)["files"]:
             _get(store, f"{name}/{file}", temporary, file)
         (temporary / META).write_bytes(meta)
-        wrong = damage(temporary)
+        wrong = find_damage(temporary)
         if wrong is None:
             shutil.rmtree(directory / name, ignore_errors=True)
             os.replace(temporary, directory / name)
@@ -112,7 +112,7 @@ def _get(store: Storage, name: str, directory: Path, file: str) -> None:
 
 def newest(recipe: Recipe, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint of a run: from the disk or, if a newer one is there, downloaded from its mirror."""
-    directory, url = checkpoints_dir(recipe.run_dir), place(recipe)
+    directory, url = checkpoints_dir(recipe.run_dir), mirror_url(recipe)
     local = find_newest(directory, say)
     if url is None:
         return local
@@ -136,7 +136,7 @@ class Sender:
     """The background process that uploads the last checkpoint; rank 0 has it."""
 
     def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
-        self.url, self.keep, self.say = place(recipe), recipe.train.keep_last, say
+        self.url, self.keep, self.say = mirror_url(recipe), recipe.train.keep_last, say
         self.log = recipe.run_dir / LOG_NAME
         self.process: subprocess.Popen[bytes] | None = None
 

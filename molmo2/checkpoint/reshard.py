@@ -23,7 +23,7 @@ PREFIX = ".universal-"  # begins the name of a converted copy
 WHOLE, PARTITIONED = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"
 
 
-def changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
+def mesh_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     """Differences between the ranks that wrote a checkpoint and those that run now, as "world was 2, is 1".
 
     Raises:
@@ -42,7 +42,7 @@ def changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     return [] if train.zero_stage == 0 else differing
 
 
-def convert(checkpoint: Checkpoint) -> Path:
+def convert_checkpoint(checkpoint: Checkpoint) -> Path:
     """Write the universal copy of a checkpoint beside it, and return its path; only one rank may call it.
 
     Raises:

@@ -109,7 +109,7 @@ def _where(digit: Placed, picture: Pixels) -> str:
     return place_word(digit.center[0] / width, digit.center[1] / height)
 
 
-def caption(rng: Generator, pool: Pool, name: str) -> Made:
+def caption_of_digits(rng: Generator, pool: Pool, name: str) -> Made:
     """PixMo-Cap: a picture with one digit, a caption and the transcripts of two speakers.
 
     Captions are short on purpose: a model trained from scratch learns to use the picture sooner if a caption has few
@@ -198,7 +198,7 @@ def count_test(rng: Generator, pool: Pool, name: str) -> Made:
 WHICH = "Which digit is this?"
 
 
-def image_qa(rng: Generator, pool: Pool, name: str) -> Made:
+def image_qa_rows(rng: Generator, pool: Pool, name: str) -> Made:
     """A picture (embedded JPEG) of one digit with three questions; the first one asks which digit it is."""
     picture, digit = portrait(rng, pool)
     others = [
@@ -218,7 +218,7 @@ def image_qa(rng: Generator, pool: Pool, name: str) -> Made:
 
 def image_qa_test(rng: Generator, pool: Pool, name: str) -> Made:
     """A test of reading: as `image_qa`, with only the first question, for which chance is one in ten."""
-    example = image_qa(rng, pool, name)
+    example = image_qa_rows(rng, pool, name)
     row = example.rows[0]
     row["qa_pairs"] = {key: values[:1] for key, values in row["qa_pairs"].items()}
     return example
@@ -261,7 +261,7 @@ def _chat_turn(rng: Generator) -> tuple[str, str]:
     )
 
 
-def chat(rng: Generator, pool: Pool, name: str) -> Made:
+def chat_rows(rng: Generator, pool: Pool, name: str) -> Made:
     """Tulu-like conversations of one to three turns; some rows carry the flags that the converter must drop."""
     turns = [_chat_turn(rng) for _ in range(int(rng.integers(1, 4)))]
     messages = [

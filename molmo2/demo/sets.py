@@ -29,11 +29,11 @@ from molmo2.demo.image_sets import (
     POINTS_SCHEMA,
     POINTS_TEST_SCHEMA,
     Made,
-    caption,
-    chat,
+    caption_of_digits,
+    chat_rows,
     count,
     count_test,
-    image_qa,
+    image_qa_rows,
     image_qa_test,
     multi_image_qa,
     points,
@@ -74,7 +74,7 @@ class DemoSet:
 
 
 SETS = (
-    DemoSet(name="demo-cap", schema=CAP_SCHEMA, make=caption, train=3000),
+    DemoSet(name="demo-cap", schema=CAP_SCHEMA, make=caption_of_digits, train=3000),
     DemoSet(
         name="demo-points",
         schema=POINTS_SCHEMA,
@@ -96,14 +96,14 @@ SETS = (
     DemoSet(
         name="demo-image-qa",
         schema=IMAGE_QA_SCHEMA,
-        make=image_qa,
+        make=image_qa_rows,
         train=3000,
         validation=350,
         make_validation=image_qa_test,
     ),
     DemoSet(name="demo-multi-image-qa", schema=MULTI_IMAGE_SCHEMA, make=multi_image_qa, train=800),
-    DemoSet(name="demo-chat", schema=CHAT_SCHEMA, make=chat, train=800),
-    DemoSet(name="demo-video-cap", schema=videos.CAP_SCHEMA, make=videos.caption, train=250),
+    DemoSet(name="demo-chat", schema=CHAT_SCHEMA, make=chat_rows, train=800),
+    DemoSet(name="demo-video-cap", schema=videos.CAP_SCHEMA, make=videos.caption_of_clip, train=250),
     DemoSet(name="demo-video-qa", schema=videos.QA_SCHEMA, make=videos.qa, train=1200, validation=150),
     DemoSet(name="demo-video-point", schema=videos.POINT_SCHEMA, make=videos.point, train=250),
     DemoSet(name="demo-video-track", schema=videos.TRACK_SCHEMA, make=videos.track, train=200),

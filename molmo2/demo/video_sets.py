@@ -106,7 +106,7 @@ class Actor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Clip:
+class DigitClip:
     """A clip of `num_frames` frames at `fps`, with its digits."""
 
     fps: int
@@ -123,7 +123,7 @@ class Clip:
         return min(1.0, time * self.fps / max(1, self.num_frames - 1))
 
 
-def render(clip: Clip, paper: int, ink: int) -> Pixels:
+def render_clip(clip: DigitClip, paper: int, ink: int) -> Pixels:
     """Draw the frames of a clip, uint8 [num_frames, HEIGHT, WIDTH, 3]."""
     shades = [enlarge(actor.digit.scan, actor.digit.size) for actor in clip.actors]
     frames = np.full((clip.num_frames, HEIGHT, WIDTH), paper, np.float32)
@@ -155,8 +155,8 @@ def encode(frames: Pixels, fps: int) -> bytes:
     return buffer.getvalue()
 
 
-def _file(rng: Generator, clip: Clip, name: str) -> dict[str, bytes]:
-    frames = render(clip, int(rng.integers(30)), int(rng.integers(210, 256)))
+def _file(rng: Generator, clip: DigitClip, name: str) -> dict[str, bytes]:
+    frames = render_clip(clip, int(rng.integers(30)), int(rng.integers(210, 256)))
     return {f"videos/{name}.mp4": encode(frames, clip.fps)}
 
 
@@ -181,27 +181,27 @@ def _actor(rng: Generator, pool: Pool, size: int, direction: str | None, span: t
     return Actor(digit=digit, path=(begin, end), start=span[0], end=span[1])
 
 
-def _moving(rng: Generator, pool: Pool, longest: float) -> tuple[Clip, str]:
+def _moving(rng: Generator, pool: Pool, longest: float) -> tuple[DigitClip, str]:
     """A clip with one digit that moves, and its direction."""
     fps, num_frames = _length(rng, 2.0, longest)
     direction = str(one_of(rng, list(DIRECTIONS)))
     actor = _actor(rng, pool, CELL, direction, (0.0, num_frames / fps + 1))
-    return Clip(fps=fps, num_frames=num_frames, actors=[actor]), direction
+    return DigitClip(fps=fps, num_frames=num_frames, actors=[actor]), direction
 
 
-def _turns(rng: Generator, pool: Pool, count: int, longest: float) -> Clip:
+def _turns(rng: Generator, pool: Pool, count: int, longest: float) -> DigitClip:
     """A clip with `count` digits, one after the other, each for an equal number of half seconds."""
     fps, num_frames = _length(rng, max(2.0, float(count)), longest)
     seconds = max(0.5, int(num_frames / fps / count * 2) / 2)
     spans = [(i * seconds, (i + 1) * seconds if i + 1 < count else num_frames / fps + 1) for i in range(count)]
-    return Clip(fps=fps, num_frames=num_frames, actors=[_actor(rng, pool, CELL, None, span) for span in spans])
+    return DigitClip(fps=fps, num_frames=num_frames, actors=[_actor(rng, pool, CELL, None, span) for span in spans])
 
 
-def _used(clip: Clip) -> list[int]:
+def _used(clip: DigitClip) -> list[int]:
     return [actor.digit.number for actor in clip.actors]
 
 
-def caption(rng: Generator, pool: Pool, name: str) -> Made:
+def caption_of_clip(rng: Generator, pool: Pool, name: str) -> Made:
     """Molmo2-Cap: one digit that moves, or several in turn; a short, a longer and a timed caption."""
     if rng.random() < 0.5:
         clip, direction = _moving(rng, pool, 40.0)
@@ -279,7 +279,7 @@ def track(rng: Generator, pool: Pool, name: str) -> Made:
     span = (0.0, num_frames / fps + 1)
     ways = [str(way) for way in rng.permutation(list(DIRECTIONS))[: int(rng.integers(1, 3))]]
     actors = [_actor(rng, pool, CELL, way, span) for way in ways]
-    clip = Clip(fps=fps, num_frames=num_frames, actors=actors)
+    clip = DigitClip(fps=fps, num_frames=num_frames, actors=actors)
     frames = [
         {
             "frame": frame,

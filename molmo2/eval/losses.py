@@ -25,7 +25,7 @@ from shards.stream.plan import Draw
 
 
 @torch.no_grad()
-def sums_of(subject: Subject, batch: Batch) -> tuple[float, float]:
+def loss_sums(subject: Subject, batch: Batch) -> tuple[float, float]:
     """The sums of weighted cross entropy and of loss weights over a batch."""
     model, batch = subject.model, batch.to(subject.device)
     features = model.encode_visuals(batch.pixels, batch.pooling) if len(batch.pixels) else None
@@ -39,7 +39,7 @@ def sums_of(subject: Subject, batch: Batch) -> tuple[float, float]:
 def _scored(subject: Subject, tars: Tars, draws: Sequence[Draw]) -> Iterator[Line]:
     with tqdm(total=len(draws), desc=f"{tars.name}: loss", unit="sample", leave=False) as bar:
         for draw, stored in read_samples(tars, draws):
-            total, weight = sums_of(subject, as_batch(subject.processor.layout, draw, stored))
+            total, weight = loss_sums(subject, as_batch(subject.processor.layout, draw, stored))
             yield Line(name_of(draw), json.dumps({"loss": total, "weight": weight}))
             bar.update()
 

@@ -125,7 +125,7 @@ def _on(prompt: PromptTensors, device: torch.device) -> PromptTensors:
     return PromptTensors(**{item.name: getattr(prompt, item.name).to(device) for item in fields(prompt)})
 
 
-def picture(batch: Batch, visuals: Sequence[Mapping[str, Any]]) -> str | None:
+def picture_of_sample(batch: Batch, visuals: Sequence[Mapping[str, Any]]) -> str | None:
     """The model's visual input as a data URI: the first crop, or some frames side by side; None for text."""
     if not visuals:
         return None
@@ -168,11 +168,11 @@ def shown(subject: Subject, tars: Tars, answer: Answer) -> dict[str, Any]:
         "wanted": wanted(question.asked),
         "prediction": answer.text,
         "score": answer.score.value,
-        "picture": picture(batch, stored.visuals),
+        "picture": picture_of_sample(batch, stored.visuals),
     }
 
 
-def summarize(benchmark: Benchmark, answers: Sequence[Answer], show: Callable[[Answer], Any]) -> dict[str, Any]:
+def summarize_answers(benchmark: Benchmark, answers: Sequence[Answer], show: Callable[[Answer], Any]) -> dict[str, Any]:
     """Scores, chance level, the first answers and the worst, as JSON; `show` converts an answer for it (`shown`)."""
     chances = [answer.score.chance for answer in answers if answer.score.chance is not None]
     chance = benchmark.chance if benchmark.chance is not None else (sum(chances) / len(chances) if chances else None)
@@ -212,7 +212,7 @@ def run_benchmark(
         Answer(question=question, text=text, score=benchmark.metric(text, question.asked, question.asked.facts))
         for question, text in zip(questions, store.take([question.name for question in questions]), strict=True)
     ]
-    return summarize(benchmark, answers, functools.partial(shown, subject, tars))
+    return summarize_answers(benchmark, answers, functools.partial(shown, subject, tars))
 
 
 def open_built(name: str, shards: str, catalog: str, subject: Subject) -> Dataset:
@@ -238,7 +238,7 @@ def left_out(dataset: Dataset) -> dict[str, Any]:
     return {"num_left_out": len(rejects), "left_out": dict(reasons.most_common(REASONS_SHOWN))}
 
 
-def evaluate(
+def run_suite(
     suite: Suite,
     shards: str,
     subject: Subject,

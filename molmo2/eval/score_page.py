@@ -37,7 +37,7 @@ def read_stage(run_dir: Path) -> Stage:
     return Stage(summary=summary, losses=losses)
 
 
-def render(title: str, stages: Sequence[Stage], evaluation: Mapping[str, Any], facts: Mapping[str, str]) -> str:
+def render_report(title: str, stages: Sequence[Stage], evaluation: Mapping[str, Any], facts: Mapping[str, str]) -> str:
     """The report's HTML.
 
     Args:

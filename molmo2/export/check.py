@@ -43,14 +43,14 @@ class ExportError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class CheckedPrompt:
     """The visuals of a question: images uint8 [H, W, 3], or a video's frames uint8 [N, H, W, 3] at `FPS`, or none."""
 
     pictures: Sequence[Pixels] = ()
     frames: Pixels | None = None
 
 
-def questions(crop_size: int) -> dict[str, Question]:
+def questions(crop_size: int) -> dict[str, CheckedPrompt]:
     """A question of every kind, with small visuals of noise; two images differ in shape, so that a swap is detected."""
     rng = np.random.Generator(np.random.Philox(0))
 
@@ -59,10 +59,10 @@ def questions(crop_size: int) -> dict[str, Question]:
 
     wide, tall = noise(2 * crop_size, 3 * crop_size), noise(crop_size + 9, crop_size // 2)
     return {
-        "text": Question(),
-        "image": Question(pictures=[wide]),
-        "two images": Question(pictures=[tall, wide]),
-        "video": Question(frames=noise(3, crop_size // 2, crop_size)),
+        "text": CheckedPrompt(),
+        "image": CheckedPrompt(pictures=[wide]),
+        "two images": CheckedPrompt(pictures=[tall, wide]),
+        "video": CheckedPrompt(frames=noise(3, crop_size // 2, crop_size)),
     }
 
 
@@ -108,7 +108,7 @@ def all_logits(model: Molmo2, prompt: PromptTensors) -> Tensor:
     return model(ids, positions, trunk, prompt.is_visual[None], prompt.pixels, prompt.pooling)
 
 
-def our_inputs(config: ModelConfig, tokenizer: Tokenizer, asked: Question) -> PromptTensors:
+def our_inputs(config: ModelConfig, tokenizer: Tokenizer, asked: CheckedPrompt) -> PromptTensors:
     """The inputs of our model for `QUESTION`, from our processor."""
     if asked.frames is not None:
         return _frame_inputs(config, tokenizer, asked.frames)
@@ -152,7 +152,7 @@ def _frame_inputs(config: ModelConfig, tokenizer: Tokenizer, frames: Pixels) -> 
     )
 
 
-def their_inputs(preprocess: Any, asked: Question) -> Any:
+def their_inputs(preprocess: Any, asked: CheckedPrompt) -> Any:
     """The inputs from transformers' processor; it gets the frames themselves, since its sampling is not Molmo2's."""
     from transformers.video_utils import VideoMetadata
 

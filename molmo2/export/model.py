@@ -72,7 +72,7 @@ def export_model(
             copy_remote_code(remote_code, temporary)
         differences = check(temporary, config, weights, tokenizer)
         report = {"origin": dict(about.origin), "largest_logit_difference": differences}
-        write_json(temporary / MARK, report)
+        write_settings(temporary / MARK, report)
         num_parameters = sum(tensor.numel() for tensor in weights.values())
         card = model_card(config, num_parameters, about, differences, remote_code=remote_code is not None)
         (temporary / "README.md").write_text(card)
@@ -85,17 +85,17 @@ def export_model(
 def write_files(config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer, directory: Path) -> None:
     """Write all files that transformers reads."""
     write_hub(weights, directory)
-    write_json(directory / "config.json", hub_config(config))
+    write_settings(directory / "config.json", hub_config(config))
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
-    write_json(directory / "generation_config.json", ids)
-    write_json(directory / "processor_config.json", processor_config(config))
+    write_settings(directory / "generation_config.json", ids)
+    write_settings(directory / "processor_config.json", processor_config(config))
     shutil.copyfile(TEMPLATE, directory / "chat_template.jinja")
     for name in TOKENIZER_FILES:
         if (tokenizer.directory / name).exists():
             shutil.copyfile(tokenizer.directory / name, directory / name)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_settings(path: Path, value: Any) -> None:
     """Write a value as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 

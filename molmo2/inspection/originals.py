@@ -16,8 +16,8 @@ import PIL.Image
 
 from molmo2.processing.contract import STAGE_MODES
 from molmo2.processing.frames import frame_times
-from molmo2.processing.pictures import COLOURS, LARGE, SMALL, Mark, Picture, picture, spread
-from molmo2.processing.prompts import Message, render
+from molmo2.processing.pictures import COLOURS, LARGE, SMALL, Mark, Picture, spread, to_picture
+from molmo2.processing.prompts import Message, render_messages
 from shards.catalog import Row, Stage
 from shards.convert.common import Group
 from shards.convert.reading import convert, open_rows, read_groups
@@ -92,7 +92,7 @@ def _view(example: Example, stage: Stage, place: str, pictures: bool) -> Example
     annotations = []
     for i, annotation in enumerate(example.annotations):
         try:
-            messages = render(annotation, STAGE_MODES[stage], None, video=video)
+            messages = render_messages(annotation, STAGE_MODES[stage], None, video=video)
         except RejectedError as error:
             messages = (Message("rejected", str(error)),)
         annotations.append(
@@ -133,7 +133,7 @@ def _media(example: Example, pictures: bool) -> tuple[list[str], list[Picture]]:
         facts.append(f"image {number}: {width} x {height}{f', {ref.path}' if ref.path else ''}")
         if pictures:
             here = [mark for at, mark in marks if round(at) == number]
-            drawn.append(picture(_jpeg(pixels, LARGE), f"image {number}, {width} x {height}", LARGE, marks=here))
+            drawn.append(to_picture(_jpeg(pixels, LARGE), f"image {number}, {width} x {height}", LARGE, marks=here))
     return facts, drawn
 
 
@@ -148,7 +148,7 @@ def _frames(example: Example, ref: VideoRef, duration: float) -> list[Picture]:
     drawn = []
     for i, time in enumerate(times):
         here = [mark for number, (_, mark) in zip(nearest, marks, strict=True) if number == i]
-        drawn.append(picture(_jpeg(pixels[i], SMALL * 2), f"{time:.2f} s", SMALL, marks=here))
+        drawn.append(to_picture(_jpeg(pixels[i], SMALL * 2), f"{time:.2f} s", SMALL, marks=here))
     return drawn
 
 

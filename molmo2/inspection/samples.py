@@ -28,7 +28,7 @@ WEIGHT_LEVELS = 5  # number of shades for loss weights on a page
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+class TextSpan:
     """Neighbouring tokens with equal loss weight. `level`: 0 without loss, up to WEIGHT_LEVELS for the largest weight.
 
     `visual`: the text is a placeholder for an image or a frame.
@@ -42,11 +42,11 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Branch:
+class BranchView:
     """The trunk (number 0) or one annotation. `weight`: the sum of its loss weights."""
 
     number: int
-    spans: tuple[Span, ...]
+    spans: tuple[TextSpan, ...]
     num_tokens: int
     weight: float
     colour: str
@@ -65,7 +65,7 @@ class SampleView:
     num_frames: int = 0
     notes: tuple[str, ...] = ()
     pictures: tuple[Picture, ...] = ()
-    branches: tuple[Branch, ...] = ()
+    branches: tuple[BranchView, ...] = ()
     damage: str = ""
 
 
@@ -141,7 +141,7 @@ def _draw(dataset: Dataset, number: int) -> Draw:
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
-def _branches(stored: StoredSample, layout: VisualLayout, tokenizer: Tokenizer) -> Iterator[Branch]:
+def _branches(stored: StoredSample, layout: VisualLayout, tokenizer: Tokenizer) -> Iterator[BranchView]:
     """The trunk, then every annotation, as spans of equal weight."""
     tokens, most = stored.tokens, float(stored.tokens["weight"].max(initial=0.0))
     names = iter(_visual_names(stored.visuals, layout))
@@ -155,11 +155,13 @@ def _branches(stored: StoredSample, layout: VisualLayout, tokenizer: Tokenizer) 
             ids = [token[0] for token in group]
             level = -int(-weight * WEIGHT_LEVELS // most) if weight > 0 else 0
             if holder:
-                spans += [Span(text=next(names), weight=weight, level=level, num_tokens=1, visual=True) for _ in ids]
+                spans += [
+                    TextSpan(text=next(names), weight=weight, level=level, num_tokens=1, visual=True) for _ in ids
+                ]
             else:
                 text = tokenizer.decode(ids, skip_special_tokens=False)
-                spans.append(Span(text=text, weight=weight, level=level, num_tokens=len(ids)))
-        yield Branch(
+                spans.append(TextSpan(text=text, weight=weight, level=level, num_tokens=len(ids)))
+        yield BranchView(
             number=number,
             spans=tuple(spans),
             num_tokens=len(part),

@@ -32,7 +32,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense(), enable_gqa=q.shape[1] != k.shape[1])
 
 
-class Span(NamedTuple):
+class KeySpan(NamedTuple):
     """A tile of queries and the keys that any of them may see: [start, stop) each."""
 
     start: int
@@ -41,7 +41,7 @@ class Span(NamedTuple):
     last_key: int
 
 
-def key_spans(segment_ids: Tensor, is_visual: Tensor, tile: int = TILE) -> list[Span]:
+def key_spans(segment_ids: Tensor, is_visual: Tensor, tile: int = TILE) -> list[KeySpan]:
     """Tiles of queries, each with the span of keys that contains every key its queries may see.
 
     A query sees no key of an earlier pack member, and a later key only if both are visual and of one member. Both ends
@@ -73,11 +73,11 @@ def key_spans(segment_ids: Tensor, is_visual: Tensor, tile: int = TILE) -> list[
     spans = []
     for start, (first, last) in zip(starts, key_bounds, strict=True):
         stop = min(start + tile, length)
-        spans.append(Span(start, stop, min(first, start), max(stop, last + 1)))
+        spans.append(KeySpan(start, stop, min(first, start), max(stop, last + 1)))
     return spans
 
 
-def _tile_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, is_visual: Tensor, span: Span) -> Tensor:
+def _tile_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, is_visual: Tensor, span: KeySpan) -> Tensor:
     """Attention of one tile: q [B, H, tile, D], k and v [B, Hkv, keys, D] of the span."""
     queries, keys = slice(span.start, span.stop), slice(span.first_key, span.last_key)
     mask = allowed(segment_ids, is_visual, queries, keys)
@@ -96,7 +96,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Ten
     return torch.cat(outputs, dim=2)
 
 
-def _tile(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, span: Span) -> Tensor:
+def _tile(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, span: KeySpan) -> Tensor:
     keys = slice(span.first_key, span.last_key)
     rows = q[:, :, span.start : span.stop]
     return _tile_attention(rows, k[:, :, keys], v[:, :, keys], mask.segment_ids, mask.is_visual, span)
@@ -110,7 +110,7 @@ class _RecomputedTiles(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, spans: list[Span]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, spans: list[KeySpan]) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.mask, ctx.spans = mask, spans
         out = torch.empty_like(q)

@@ -218,7 +218,7 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
-def differences(found: Any, wanted: Any, ignore: Sequence[str] = ()) -> list[str]:
+def config_differences(found: Any, wanted: Any, ignore: Sequence[str] = ()) -> list[str]:
     """Fields in which two configs differ, as "text.rope_theta 1e6, wanted 5e6"; the configs' names are not compared.
 
     Args:

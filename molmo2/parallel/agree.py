@@ -36,7 +36,7 @@ def agreed(action: Callable[[], T]) -> T:
     dist.all_gather_object(failures, failure)
     if any(failures):
         if dist.get_rank() == 0:
-            write(f"train.py: {next(text for text in failures if text)}", sys.stderr)
+            write_line(f"train.py: {next(text for text in failures if text)}", sys.stderr)
         raise AgreedError
     return results[0]
 
@@ -67,10 +67,10 @@ def lost_peer(error: RuntimeError) -> bool:
 def say(text: str) -> None:
     """Print a line on rank 0's standard output."""
     if dist.get_rank() == 0:
-        write(text)
+        write_line(text)
 
 
-def write(text: str, stream: Any = None) -> None:
+def write_line(text: str, stream: Any = None) -> None:
     """Print a line without breaking the progress bar."""
     tqdm.write(text, file=stream)
     (stream or sys.stdout).flush()

@@ -60,7 +60,7 @@ def spread(size: int, num_samples: int) -> list[int]:
     return [i * size // count for i in range(count)]
 
 
-def picture(
+def to_picture(
     jpeg: bytes,
     caption: str,
     screen: int,
@@ -160,15 +160,15 @@ def _pictures(stored: StoredSample, layout: VisualLayout, marks: dict[int, list[
         own = marks.get(i, [])
         if visual["kind"] == "frame":
             if shown is None or i in shown:
-                yield picture(bytes(stored.images[visual["view"]]), f"{visual['time']:.1f} s", SMALL, marks=own)
+                yield to_picture(bytes(stored.images[visual["view"]]), f"{visual['time']:.1f} s", SMALL, marks=own)
             continue
         rows, cols = visual["tiling"]
         stride, side = layout.window_patches * layout.patch_size, layout.crop_size
         crops = tuple((col * stride, row * stride, side) for row in range(rows) for col in range(cols))
         if visual["canvas"] != visual["view"]:
-            yield picture(bytes(stored.images[visual["view"]]), f"image {i + 1}, the whole", SMALL)
+            yield to_picture(bytes(stored.images[visual["view"]]), f"image {i + 1}, the whole", SMALL)
         caption = f"image {i + 1}, {rows} x {cols} crops"
-        yield picture(bytes(stored.images[visual["canvas"]]), caption, LARGE, crops=crops, marks=own)
+        yield to_picture(bytes(stored.images[visual["canvas"]]), caption, LARGE, crops=crops, marks=own)
 
 
 def _shown(count: int, marked: Sequence[int]) -> set[int]:

@@ -22,7 +22,7 @@ from molmo2.processing.contract import Contract, ProcessorSettings, read_contrac
 from molmo2.processing.frames import subtitle_text, timestamp
 from molmo2.processing.tiling import Pixels
 from molmo2.processing.tokenizer import Tokenizer
-from molmo2.processing.visuals import Clip, Opened, Plan
+from molmo2.processing.visuals import Opened, ProbedVideo, VisualPlan
 from shards import layout as geometry
 from shards.layout import VisualLayout
 from shards.schema import Annotation, Example, Limits, OverlongError, Points, RejectedError, Sample, Tracks
@@ -57,7 +57,7 @@ class Prompt:
 class _Fitted:
     """Variants of an example that share their visuals; `notes` records how visuals were shrunk to fit."""
 
-    plan: Plan
+    plan: VisualPlan
     trunk: list[int]
     branches: dict[int, list[Branch]]
     notes: list[dict[str, Any]]
@@ -139,7 +139,9 @@ class Processor:
         """
         opened = visuals.open_media(example, limits)
         plan = visuals.full_plan(self.layout, opened, limits, self._image_tiles(example, limits, None))
-        messages = text.render(example.annotations[annotation], self.mode, None, video=isinstance(opened, Clip))
+        messages = text.render_messages(
+            example.annotations[annotation], self.mode, None, video=isinstance(opened, ProbedVideo)
+        )
         turns = messages[:-1] if messages[-1].role == "assistant" else messages
         branch = encode_messages(self.tokenizer, turns)
         trunk = self._trunk(example, plan)
@@ -169,7 +171,7 @@ class Processor:
         high = draws(example.dataset, f"{example.key}\0resolution", variant).random() < HIGH_RESOLUTION_SHARE
         return limits.pointing_crops if high else limits.image_crops
 
-    def _trunk(self, example: Example, plan: Plan) -> list[int]:
+    def _trunk(self, example: Example, plan: VisualPlan) -> list[int]:
         """Ids of BOS, a placeholder per visual after "Image i" (several images) or the frame's time, and subtitles."""
         ids = [self.tokenizer.bos]
         for i, visual in enumerate(plan.visuals):
@@ -180,14 +182,16 @@ class Processor:
                 ids += [*name, self.layout.tokens.image]
         return ids + self.tokenizer.encode(_subtitles(example, plan))
 
-    def _length(self, trunk: Sequence[int], plan: Plan) -> int:
+    def _length(self, trunk: Sequence[int], plan: VisualPlan) -> int:
         """Number of tokens in the trunk after expansion of the placeholders."""
         return len(trunk) + sum(len(geometry.visual_tokens(self.layout, visual)) - 1 for visual in plan.visuals)
 
     def _fit(self, example: Example, opened: Opened, limits: Limits, tiles: int, members: Sequence[int]) -> _Fitted:
         """Find a plan for the variants `members` such that the branches of each variant fit beside it."""
         full = plan = visuals.full_plan(self.layout, opened, limits, tiles)
-        if isinstance(opened, Clip) and opened.pointed and self.mode != "eval":  # "eval" ignores where the points are
+        if (
+            isinstance(opened, ProbedVideo) and opened.pointed and self.mode != "eval"
+        ):  # "eval" ignores where the points are
             visuals.check_points(example, plan, limits.fps)
         floor = max(1, full.budget // SHRINK_AT_MOST)
         while True:
@@ -200,7 +204,7 @@ class Processor:
                 break
             plan = smaller
         notes: list[dict[str, Any]] = []
-        largest = full if isinstance(opened, Clip) else visuals.make_plan(self.layout, opened, limits, tiles)
+        largest = full if isinstance(opened, ProbedVideo) else visuals.make_plan(self.layout, opened, limits, tiles)
         if plan.num_crops < largest.num_crops:
             notes.append({"variants": list(members), "crops": {"wanted": largest.num_crops, "kept": plan.num_crops}})
         longest = max(_length(variant) for variant in branches.values())
@@ -212,31 +216,31 @@ class Processor:
             )
         return _Fitted(plan, trunk, branches, notes)
 
-    def _shrink(self, opened: Opened, limits: Limits, plan: Plan, excess: int, floor: int) -> Plan | None:
+    def _shrink(self, opened: Opened, limits: Limits, plan: VisualPlan, excess: int, floor: int) -> VisualPlan | None:
         """A smaller plan that saves about `excess` tokens, or None if nothing may be shrunk further."""
-        if not opened or plan.budget <= floor or (isinstance(opened, Clip) and opened.pointed):
+        if not opened or plan.budget <= floor or (isinstance(opened, ProbedVideo) and opened.pointed):
             return None
         step = 1
-        if isinstance(opened, Clip):
+        if isinstance(opened, ProbedVideo):
             frame = geometry.visual_tokens(self.layout, plan.visuals[0])
             step = max(1, excess // (len(frame) + 8))  # 8: no timestamp is longer, so this never overshoots
         return visuals.make_plan(self.layout, opened, limits, max(floor, plan.budget - step))
 
-    def _branches(self, example: Example, plan: Plan, limits: Limits, variant: int) -> list[Branch]:
+    def _branches(self, example: Example, plan: VisualPlan, limits: Limits, variant: int) -> list[Branch]:
         rng = None if self.mode == "eval" else draws(example.dataset, example.key, variant)
         out = []
         for annotation in _tree(example.annotations, rng):
             if isinstance(annotation, Tracks) and plan.end is not None:
                 last = plan.end + 0.5 / limits.fps
                 annotation = replace(annotation, groups=tuple(g for g in annotation.groups if g.time <= last))
-            messages = text.render(annotation, self.mode, rng, video=example.video is not None)
+            messages = text.render_messages(annotation, self.mode, rng, video=example.video is not None)
             if messages[-1].role != "assistant":
                 raise RejectedError("a conversation must end with the assistant")
             out.append(encode_messages(self.tokenizer, messages))
         return out
 
 
-def _subtitles(example: Example, plan: Plan) -> str:
+def _subtitles(example: Example, plan: VisualPlan) -> str:
     return subtitle_text(example.subtitles, [visual["time"] for visual in plan.visuals if "time" in visual])
 
 

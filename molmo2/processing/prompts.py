@@ -49,7 +49,9 @@ class Message:
     content: str
 
 
-def render(annotation: Annotation, mode: str, rng: np.random.Generator | None, *, video: bool) -> tuple[Message, ...]:
+def render_messages(
+    annotation: Annotation, mode: str, rng: np.random.Generator | None, *, video: bool
+) -> tuple[Message, ...]:
     """The messages of one annotation, user first.
 
     Args:

@@ -28,7 +28,7 @@ from shards.schema import Example, Limits, Points, RejectedError, Tracks, VideoR
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
+class ProbedVideo:
     """A video that has been probed but not decoded."""
 
     ref: VideoRef
@@ -37,11 +37,11 @@ class Clip:
     pointed: bool  # it has points: no frame may be left out
 
 
-Opened = tuple[Pixels, ...] | Clip
+Opened = tuple[Pixels, ...] | ProbedVideo
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class VisualPlan:
     """The planned visuals: `visuals` as in a sample's record, but with "image" (a number) in place of files."""
 
     budget: int
@@ -75,31 +75,31 @@ def open_media(example: Example, limits: Limits) -> Opened:
     except MediaError as error:
         raise RejectedError(f"media: {error}") from error
     kinds = {type(annotation) for annotation in example.annotations}
-    return Clip(example.video, info, tracked=Tracks in kinds, pointed=Points in kinds)
+    return ProbedVideo(example.video, info, tracked=Tracks in kinds, pointed=Points in kinds)
 
 
-def make_plan(layout: VisualLayout, opened: Opened, limits: Limits, budget: int) -> Plan:
+def make_plan(layout: VisualLayout, opened: Opened, limits: Limits, budget: int) -> VisualPlan:
     """Plan the visuals with at most `budget` tiles per image, or at most `budget` frames."""
-    if isinstance(opened, Clip):
+    if isinstance(opened, ProbedVideo):
         rule = grid_times if opened.tracked else frame_times
         times = rule(opened.info.duration, limits.fps, budget)
-        return Plan(budget, tuple({"kind": "frame", "time": time} for time in times))
+        return VisualPlan(budget, tuple({"kind": "frame", "time": time} for time in times))
     visuals = []
     for number, rgb in enumerate(opened):
         tiling = images.choose_tiling(layout, rgb.shape[0], rgb.shape[1], budget)
         visuals.append({"kind": "image", "image": number, "tiling": list(tiling)})
-    return Plan(budget, tuple(visuals))
+    return VisualPlan(budget, tuple(visuals))
 
 
-def full_plan(layout: VisualLayout, opened: Opened, limits: Limits, image_tiles: int) -> Plan:
+def full_plan(layout: VisualLayout, opened: Opened, limits: Limits, image_tiles: int) -> VisualPlan:
     """The largest plan whose crops fit the limits; the budget of a video is then its number of frames.
 
     Raises:
         RejectedError: not even one tile per image fits.
     """
-    if isinstance(opened, Clip):
+    if isinstance(opened, ProbedVideo):
         plan = make_plan(layout, opened, limits, min(limits.max_frames, limits.max_crops))
-        return Plan(len(plan.visuals), plan.visuals)
+        return VisualPlan(len(plan.visuals), plan.visuals)
     for budget in range(image_tiles, 0, -1):
         plan = make_plan(layout, opened, limits, budget)
         if plan.num_crops <= limits.max_crops:
@@ -107,7 +107,7 @@ def full_plan(layout: VisualLayout, opened: Opened, limits: Limits, image_tiles:
     raise RejectedError(f"{len(opened)} images need {2 * len(opened)} crops, the limit is {limits.max_crops}")
 
 
-def check_points(example: Example, plan: Plan, fps: float) -> None:
+def check_points(example: Example, plan: VisualPlan, fps: float) -> None:
     """Check that every point of a video is on a planned frame.
 
     Raises:
@@ -122,7 +122,7 @@ def check_points(example: Example, plan: Plan, fps: float) -> None:
                 )
 
 
-def _read(clip: Clip, plan: Plan, make: Make) -> Frames:
+def _read(clip: ProbedVideo, plan: VisualPlan, make: Make) -> Frames:
     try:
         return read_frames(clip.ref, [visual["time"] for visual in plan.visuals], make)
     except MediaError as error:
@@ -134,7 +134,7 @@ def _view_file(layout: VisualLayout, rgb: Pixels) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredVisuals:
     """Visuals as a shard stores them: the record's "visuals" and "media", JPEG files, each plan's visuals by index."""
 
     visuals: list[dict[str, Any]]
@@ -143,15 +143,15 @@ class Stored:
     chosen: list[list[int]]
 
 
-def store(layout: VisualLayout, opened: Opened, plans: Sequence[Plan]) -> Stored:
+def store(layout: VisualLayout, opened: Opened, plans: Sequence[VisualPlan]) -> StoredVisuals:
     """Decode, resize and encode the visuals of all plans; equal visuals are stored once."""
-    if isinstance(opened, Clip):
+    if isinstance(opened, ProbedVideo):
         (plan,) = plans
         frames = _read(opened, plan, functools.partial(_view_file, layout))  # encoded in the decoding process
         times = [visual["time"] for visual in plan.visuals]
         records = [{"kind": "frame", "view": i, "time": time} for i, time in enumerate(times)]
         facts: dict[str, Any] = {"video": asdict(opened.info) | {"decoder": frames.decoder}}
-        return Stored(records, facts, frames.each, [list(range(len(records)))])
+        return StoredVisuals(records, facts, frames.each, [list(range(len(records)))])
     records, files = [], list[bytes]()
     views: dict[int, int] = {}
     canvases: dict[tuple[int, tuple[int, int]], int] = {}
@@ -170,12 +170,12 @@ def store(layout: VisualLayout, opened: Opened, plans: Sequence[Plan]) -> Stored
         records.append({"kind": "image", "view": views[number], "canvas": canvas, "tiling": list(tiling)})
     chosen = [[canvases[v["image"], tuple(v["tiling"])] for v in plan.visuals] for plan in plans]
     sizes = [{"height": rgb.shape[0], "width": rgb.shape[1]} for rgb in opened]
-    return Stored(records, {"images": sizes} if sizes else {}, files, chosen)
+    return StoredVisuals(records, {"images": sizes} if sizes else {}, files, chosen)
 
 
-def model_inputs(layout: VisualLayout, opened: Opened, plan: Plan) -> tuple[Pixels, npt.NDArray[np.int64]]:
+def model_inputs(layout: VisualLayout, opened: Opened, plan: VisualPlan) -> tuple[Pixels, npt.NDArray[np.int64]]:
     """Crops uint8 [N, crop, crop, 3] and pooling [T, pool ** 2] into the flat [N * patches] axis, -1 pads."""
-    if isinstance(opened, Clip):
+    if isinstance(opened, ProbedVideo):
         crops = list(_read(opened, plan, functools.partial(images.view, layout)).pixels[:, None])
     else:
         crops = []

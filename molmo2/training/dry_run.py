@@ -180,7 +180,7 @@ def step_flops(recipe: Recipe) -> float:
     return recipe.train.packs_per_step * factor * forward_flops(config, work).total
 
 
-def changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+def suggested_changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """Settings to change when the GPU is too small, the cheapest first; each item includes the changes before it.
 
     Returns:
@@ -239,7 +239,7 @@ def dry_run(recipe: Recipe) -> list[str]:
         lines.append(f"no number of GPUs up to {GPUS[-1]} divides this recipe's packs and micro-batches")
     elif not all(fits):
         lines += ["", f"where {CARD_GIB} GiB are too few, --set these (GiB of one GPU, by number of GPUs):"]
-        for text, changed in changes(recipe):
+        for text, changed in suggested_changes(recipe):
             totals = {w: sum(memory(changed, w, kept).values()) / GIB for w in GPUS if _runs_on(changed, w)}
             lines.append(f"  {text}: " + ", ".join(f"{world}: {total:.0f}" for world, total in totals.items()))
     return lines

@@ -18,7 +18,7 @@ from torch import Tensor
 from molmo2.checkpoint import files as checkpoints
 from molmo2.checkpoint.files import CheckpointError
 from molmo2.checkpoint.mirror import Sender
-from molmo2.parallel.agree import on_rank_zero, say, write
+from molmo2.parallel.agree import on_rank_zero, say, write_line
 from molmo2.training.anomalies import LossHistory, action_for, describe
 from molmo2.training.metrics import Monitor, StepClock, gpu_use, read_log
 from molmo2.training.optim import ComponentAdamW, set_learning_rates
@@ -67,7 +67,7 @@ class Progress:
     history: LossHistory
 
 
-class Totals(NamedTuple):
+class StepTotals(NamedTuple):
     """Sums of one step over all ranks; `loss` and `z_loss` are divided by the loss weight of the step."""
 
     loss: float
@@ -90,19 +90,19 @@ def record_masked(batch: Batch, run: Run) -> None:
     with open(run.recipe.run_dir / QUARANTINE_NAME, "a", encoding="utf-8") as file:
         for damage in batch.masked:
             file.write(json.dumps({"step": batch.step + 1, **asdict(damage)}) + "\n")
-            write(f"masked in step {batch.step + 1}: {damage}", sys.stderr)
+            write_line(f"masked in step {batch.step + 1}: {damage}", sys.stderr)
 
 
 def compute(
     run: Run, engine: Any, batches: Iterator[Batch], clock: StepClock, watchdog: Watchdog, cursor: Cursor, stop: bool
-) -> tuple[Totals, Cursor]:
+) -> tuple[StepTotals, Cursor]:
     """Accumulate the gradients of one step in the engine: forward and backward over all its micro-batches.
 
     Returns:
         The step's sums, and the place in the data after it.
     """
     train, step, names = run.recipe.train, cursor.step + 1, [dataset.name for dataset in run.plan.datasets]
-    sums = torch.zeros(len(Totals._fields) - 2 + 3 * len(names), dtype=torch.float64, device=run.device)
+    sums = torch.zeros(len(StepTotals._fields) - 2 + 3 * len(names), dtype=torch.float64, device=run.device)
     for _ in range(micro_steps(train.packs_per_step, run.mesh.dp, train.micro_batch)):
         watchdog.enter("data", step)
         since = time.perf_counter()
@@ -115,17 +115,17 @@ def compute(
         loss, logged = engine(batch)
         watchdog.enter("backward", step, batch.slots)
         engine.backward(loss, scale_wrt_gas=False)
-        sums += sums_of(batch, logged, len(names), run.mesh.sp)
+        sums += local_sums(batch, logged, len(names), run.mesh.sp)
     sums[2] = float(stop)
     dist.all_reduce(sums)
     first, by_dataset = sums[: -3 * len(names)].tolist(), sums[-3 * len(names) :].view(3, -1).tolist()
     present = [(name, *values) for name, *values in zip(names, *by_dataset, strict=True)]
     losses = {name: loss / weight for name, loss, weight, _ in present if weight}
     tokens_of = {name: tokens for name, _, _, tokens in present if tokens}
-    return Totals._make([*first, losses, tokens_of]), batch.cursor
+    return StepTotals._make([*first, losses, tokens_of]), batch.cursor
 
 
-def sums_of(batch: Batch, logged: Tensor, num_datasets: int, sp: int) -> Tensor:
+def local_sums(batch: Batch, logged: Tensor, num_datasets: int, sp: int) -> Tensor:
     """One rank's contribution to a step's `Totals` for one micro-batch: float64, on the device of `logged`.
 
     The numeric fields come in order, then loss, weight and tokens of each dataset. Numbers that the ranks of a group
@@ -146,7 +146,7 @@ def sums_of(batch: Batch, logged: Tensor, num_datasets: int, sp: int) -> Tensor:
     return torch.cat([part.double() for part in parts])
 
 
-def update(run: Run, engine: Any, optimizer: ComponentAdamW, progress: Progress, totals: Totals) -> bool:
+def update(run: Run, engine: Any, optimizer: ComponentAdamW, progress: Progress, totals: StepTotals) -> bool:
     """Apply the gradients, unless the step is anomalous and the recipe skips it; False when it was skipped.
 
     Raises:
@@ -166,7 +166,7 @@ def update(run: Run, engine: Any, optimizer: ComponentAdamW, progress: Progress,
         line = describe(run.plan.step(progress.cursor), run.plan.datasets, kind, totals.loss, action)
         with open(run.recipe.run_dir / ANOMALIES_NAME, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        write(f"step {line['step']}: {kind}, loss {totals.loss:.4g}: {action}; packs: {file.name}", sys.stderr)
+        write_line(f"step {line['step']}: {kind}, loss {totals.loss:.4g}: {action}; packs: {file.name}", sys.stderr)
     if action == "stop":
         raise TrainingError(
             f"step {progress.step + 1}: loss {totals.loss:.4g} ({kind}: the loss or a gradient); nothing was updated; "
@@ -178,7 +178,7 @@ def update(run: Run, engine: Any, optimizer: ComponentAdamW, progress: Progress,
 
 
 def measurements(
-    run: Run, step: int, totals: Totals, rates: dict[str, float], optimizer: ComponentAdamW, clock: StepClock
+    run: Run, step: int, totals: StepTotals, rates: dict[str, float], optimizer: ComponentAdamW, clock: StepClock
 ) -> dict[str, float]:
     """The values of one line of `log.jsonl`; it ends the clock's lap."""
     train = run.recipe.train
@@ -224,7 +224,7 @@ def record_data(run: Run, progress: Progress) -> None:
         file.write(json.dumps({"step": progress.step, "windows": window, "datasets": line}) + "\n")
 
 
-def save(run: Run, engine: Any, progress: Progress, sender: Sender | None) -> None:
+def save_checkpoint(run: Run, engine: Any, progress: Progress, sender: Sender | None) -> None:
     """Write a checkpoint and begin to copy it to the mirror; when writing fails, `train.on_full_disk` decides."""
     recipe, state = run.recipe, run.plan.state(progress.cursor)
     if sender is not None:
@@ -247,14 +247,14 @@ def save(run: Run, engine: Any, progress: Progress, sender: Sender | None) -> No
         try:
             write_report(recipe)
         except OSError as error:  # a missing report is no reason to stop a run
-            write(f"{recipe.name}: WARNING: no {REPORT_NAME}: {error}", sys.stderr)
+            write_line(f"{recipe.name}: WARNING: no {REPORT_NAME}: {error}", sys.stderr)
 
 
 def judge(run: Run, engine: Any, step: int, monitor: Monitor | None) -> None:
     """Run validation: held-out losses go to `eval.jsonl`, generated answers to `samples/`; collective."""
-    from molmo2.training.validation import evaluate, write_samples
+    from molmo2.training.validation import validate, write_samples
 
-    values, samples = evaluate(run, engine)
+    values, samples = validate(run, engine)
     if monitor is None:
         return
     with open(run.recipe.run_dir / EVAL_NAME, "a", encoding="utf-8") as file:
@@ -264,7 +264,7 @@ def judge(run: Run, engine: Any, step: int, monitor: Monitor | None) -> None:
     for number, (sample, image) in enumerate(zip(samples, images, strict=True)):
         text = f"{sample.dataset}/{sample.key}\n\n{sample.prompt}\n\n{sample.answer}\n\n(expected: {sample.expected})"
         monitor.show(step, number, text, image)
-    write(f"{run.recipe.name}: step {step}, held-out loss {values['loss']:.4f}")
+    write_line(f"{run.recipe.name}: step {step}, held-out loss {values['loss']:.4f}")
 
 
 def run_steps(
@@ -306,7 +306,7 @@ def run_steps(
                 clock.lap()  # validation counts towards no step's time
             if stopping or step == steps or step % recipe.train.checkpoint_every == 0:
                 watchdog.enter("checkpoint", step)
-                save(run, engine, progress, sender)
+                save_checkpoint(run, engine, progress, sender)
             if stopping:
                 on_rank_zero(lambda: (recipe.run_dir / STOP_NAME).unlink(missing_ok=True))
                 break

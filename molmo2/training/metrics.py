@@ -144,7 +144,7 @@ class StepClock:
         return seconds, waited / max(seconds, 1e-9), percentiles
 
 
-def summarize(lines: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
+def summarize_run(lines: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
     """The summary of a whole run from its log: losses are means over the first and last tenth of the steps.
 
     Raises:

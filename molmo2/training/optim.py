@@ -16,7 +16,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from molmo2.config import COMPONENTS, Group, Optim
+from molmo2.config import COMPONENTS, Optim, OptimGroup
 
 
 class ComponentAdamW(torch.optim.AdamW):
@@ -77,7 +77,7 @@ def parameter_groups(components: Mapping[str, Iterable[torch.nn.Parameter]], opt
     return groups
 
 
-def learning_rate(group: Group, step: int, num_steps: int, final_fraction: float) -> float:
+def learning_rate(group: OptimGroup, step: int, num_steps: int, final_fraction: float) -> float:
     """Rate of the `step`-th update (from 1): linear from 0 to `lr`, then a cosine to `final_fraction` of it."""
     if step < group.warmup_steps:
         return group.lr * step / group.warmup_steps

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from molmo2.checkpoint.files import META, PLAN, Checkpoint, checkpoints_dir, damage
-from molmo2.checkpoint.open import load_weights
+from molmo2.checkpoint.files import META, PLAN, Checkpoint, checkpoints_dir, find_damage
+from molmo2.checkpoint.lookup import load_weights
 from molmo2.model.molmo2 import Molmo2
 from molmo2.training.anomalies import sample_name
 from molmo2.training.engine import TrainingModule
@@ -47,7 +47,7 @@ def find_step(run: Run, number: int) -> StepSpec:
 def _before(run: Run, number: int) -> Checkpoint | None:
     """The newest whole checkpoint of the run that was written before step `number`."""
     for path in sorted(checkpoints_dir(run.recipe.run_dir).glob("step-*"), reverse=True):
-        if int(path.name.removeprefix("step-")) < number and damage(path) is None:
+        if int(path.name.removeprefix("step-")) < number and find_damage(path) is None:
             return Checkpoint(path, json.loads((path / META).read_text()))
     return None
 

@@ -35,7 +35,7 @@ def write_report(recipe: Recipe) -> Path:
         "name": recipe.name,
         "facts": facts(recipe, log),
         "curves": [*curves(log, CURVES), *curves(held_out, ("loss",), "held-out ")],
-        "shares": shares(log, data[-1]["datasets"] if data else {}),
+        "shares": dataset_rows(log, data[-1]["datasets"] if data else {}),
         "samples": latest_samples(run_dir),
         "recipe": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
     }
@@ -81,7 +81,7 @@ def curves(lines: Lines, kinds: Sequence[str], prefix: str = "") -> list[tuple[s
     return [(title, svg) for title, svg in drawn if svg]
 
 
-def shares(log: Lines, data: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def dataset_rows(log: Lines, data: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each dataset: its share of the mixture, the draws and the tokens, epochs, and masked samples."""
     tokens = {name: sum(line.get(f"tokens.{name}", 0) for line in log) for name in data}
     total = sum(tokens.values()) or 1

@@ -57,7 +57,7 @@ def open_held_out(recipe: Recipe, held_out: Evaluation, processor: dict[str, Any
     return open_plan(root_paths(held_out.roots), mixture, recipe.plan_settings, processor)
 
 
-def evaluate(run: Run, engine: Any) -> tuple[dict[str, float], list[GeneratedSample]]:
+def validate(run: Run, engine: Any) -> tuple[dict[str, float], list[GeneratedSample]]:
     """Held-out losses by name, and generated samples (on rank 0 only); collective.
 
     The engine is in training mode afterwards.
@@ -104,7 +104,7 @@ def answers(run: Run, model: Any, plan: Plan) -> Iterator[GeneratedSample]:
     assert settings is not None
     step = plan.step(Cursor())
     reader = pack_reader(plan, run.layout)
-    for draw in chosen(step, settings.samples):
+    for draw in choose_draws(step, settings.samples):
         pack = PackSpec(0, 0, (draw,))
         question = prompt_of(reader[MicroSpec((pack,), step.divisor, step.cursor)].to(run.device))
         missing = torch.tensor(float(question is None), device=run.device)  # damaged, or it holds no answer
@@ -130,7 +130,7 @@ def answers(run: Run, model: Any, plan: Plan) -> Iterator[GeneratedSample]:
         )
 
 
-def chosen(step: StepSpec, count: int) -> list[Draw]:
+def choose_draws(step: StepSpec, count: int) -> list[Draw]:
     """The first `count` draws of a step; the datasets take turns."""
     draws = sorted((draw for pack in step.packs for draw in pack.draws), key=lambda draw: draw.dataset)
     groups = [list(group) for _, group in itertools.groupby(draws, key=lambda draw: draw.dataset)]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from molmo2.parallel.agree import leave, write
+from molmo2.parallel.agree import leave, write_line
 
 EXIT_CODE = 1
 STDERR = 2  # the file descriptor: the traceback is written without `sys.stderr`, whose lock may be held
@@ -57,7 +57,7 @@ class Watchdog:
             phase = self.phase
             passed = time.monotonic() - phase.began
             if passed > self.deadline:
-                write(
+                write_line(
                     f"train.py: rank {self.rank} has been in phase {phase.name!r} of step {phase.step} for "
                     f"{passed:.0f} s (packs {list(phase.slots)}), more than train.phase_deadline {self.deadline:g}; "
                     "the stacks of its threads follow. Compare with the other ranks: a rank in another phase is the "

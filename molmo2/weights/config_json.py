@@ -20,7 +20,7 @@ from molmo2.model.presets import (
     RopeScaling,
     TextConfig,
     VitConfig,
-    differences,
+    config_differences,
 )
 from shards.layout import VisualTokens
 
@@ -141,7 +141,7 @@ def read_molmo2(directory: Path) -> ModelConfig:
     )
     tokens = VisualTokens.after(config.text.vocab_size)
     top.expect({key: getattr(tokens, name) for name, key in _TOKEN_KEYS.items()})
-    return next((preset for preset in PRESETS.values() if not differences(config, preset)), config)
+    return next((preset for preset in PRESETS.values() if not config_differences(config, preset)), config)
 
 
 def _molmo2_text(text: Section) -> TextConfig:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from molmo2.checkpoint.files import RECIPE
-from molmo2.checkpoint.open import load_weights, open_checkpoint
+from molmo2.checkpoint.lookup import load_weights, open_checkpoint
 from molmo2.config import data_path
 from molmo2.model.presets import ModelConfig
 from molmo2.weights.config_json import CONFIG

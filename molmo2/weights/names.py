@@ -132,7 +132,7 @@ def _expand(pattern: str, weights: Mapping[str, Tensor]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """A tensor in a safetensors file. Calling it reads the tensor as float32, in memory of its own."""
 
     file: Path
@@ -148,7 +148,7 @@ class Stored:
         return tensor.to(torch.float32, copy=True)
 
 
-def open_tensors(directory: Path) -> dict[str, Stored]:
+def open_tensors(directory: Path) -> dict[str, StoredTensor]:
     """All tensors of a directory's safetensors files, by name; if there is an index, it determines the files.
 
     Raises:
@@ -160,12 +160,12 @@ def open_tensors(directory: Path) -> dict[str, Stored]:
     files = sorted({directory / file for file in weight_map.values()}) or sorted(directory.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{directory}: no *.safetensors file in it")
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
         try:
             with safe_open(file, "pt") as handle:
                 for name in handle.keys():
-                    tensors[name] = Stored(file, name, tuple(handle.get_slice(name).get_shape()))
+                    tensors[name] = StoredTensor(file, name, tuple(handle.get_slice(name).get_shape()))
         except FileNotFoundError:
             raise WeightsError(f"{file} is missing, but {INDEX} names it; fetch or export it again") from None
         except SafetensorError as error:

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from molmo2.config import FirstWeights, data_path
 from molmo2.model.molmo2 import Molmo2
-from molmo2.model.presets import ModelConfig, differences
+from molmo2.model.presets import ModelConfig, config_differences
 from molmo2.weights.config_json import read_base_text, read_molmo2, read_siglip
-from molmo2.weights.names import Stored, WeightsError, collect, from_foreign, native_name, open_tensors
+from molmo2.weights.names import StoredTensor, WeightsError, collect, from_foreign, native_name, open_tensors
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")  # files to download: weights, configuration, tokenizer
 STD = 0.02  # standard deviation of new connector weights and added embedding rows beside pretrained base models
@@ -125,7 +125,7 @@ def _deeper_blocks(prefix: str, config: ModelConfig, count: int = 64) -> dict[st
     return {rf"{prefix}\.{number}\..*": reason for number in range(config.vit.num_layers, count)}
 
 
-def _joined_embedding(tensors: Mapping[str, Stored], rows: int) -> Mapping[str, Callable[[], Tensor]]:
+def _joined_embedding(tensors: Mapping[str, StoredTensor], rows: int) -> Mapping[str, Callable[[], Tensor]]:
     """Repair an embedding saved by transformers 5, which splits the whole table in half, not at the added rows."""
     names = ("model.transformer.wte.embedding", "model.transformer.wte.new_embedding")
     if not all(name in tensors for name in names):
@@ -137,11 +137,11 @@ def _joined_embedding(tensors: Mapping[str, Stored], rows: int) -> Mapping[str, 
     return {**tensors, **{name: partial(_cut, base, added, cut) for name, cut in zip(names, cuts, strict=True)}}
 
 
-def _cut(base: Stored, added: Stored, rows: slice) -> Tensor:
+def _cut(base: StoredTensor, added: StoredTensor, rows: slice) -> Tensor:
     return torch.cat([base(), added()])[rows].clone()
 
 
-def _used(tensors: Mapping[str, Stored], unused: Mapping[str, str]) -> dict[str, Stored]:
+def _used(tensors: Mapping[str, StoredTensor], unused: Mapping[str, str]) -> dict[str, StoredTensor]:
     """The tensors whose names match none of the `unused` patterns."""
     pattern = re.compile("|".join(unused) or "(?!)")
     return {name: tensor for name, tensor in tensors.items() if not pattern.fullmatch(name)}
@@ -178,7 +178,7 @@ def first_weights(
     if init.molmo2:
         directory = directories["molmo2"]
         # No weight depends on the maximum number of positions, so it may differ.
-        _refuse_other("molmo2", directory, differences(read_molmo2(directory), config, ["text.max_positions"]))
+        _refuse_other("molmo2", directory, config_differences(read_molmo2(directory), config, ["text.max_positions"]))
         check_tokenizer(directory, tokenizer_dir, config.text.vocab_size)
         return _released_weights(directory, config)
     weights = _new_weights(config, seed)
@@ -244,7 +244,7 @@ def _text_weights(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
     """Weights of decoder, base embedding and head from Qwen3 or Olmo-3; a tied head is copied to its own tensor."""
     text, tied = read_base_text(directory)
     ignored = ["additional_vocab_size", "max_positions"]  # settings of Molmo2, not of the base model
-    _refuse_other("llm", directory, [f"text.{line}" for line in differences(text, config.text, ignored)])
+    _refuse_other("llm", directory, [f"text.{line}" for line in config_differences(text, config.text, ignored)])
     shapes = {
         name: shape
         for name, shape in _shapes(config).items()
@@ -270,7 +270,7 @@ def _text_name(name: str, norm_after: bool) -> str:
 def _vision_weights(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
     """Weights of the vision transformer from SigLIP2, up to the last block that is used."""
     vit, image_size, patch_size, num_blocks = read_siglip(directory, config.vit.feature_layers)
-    differing = [f"vit.{line}" for line in differences(vit, config.vit)]
+    differing = [f"vit.{line}" for line in config_differences(vit, config.vit)]
     # SigLIP2's images may be a little larger than a whole number of patches: 384 = 27 * 14 + 6.
     grids = {"patch_size": (patch_size, config.patch_size)}
     grids["patches on a side"] = (image_size // patch_size, config.crop_size // config.patch_size)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from shards.build.claim import BuildError, check_mark, claim, join, locked
 from shards.build.pool import build_all
-from shards.build.task import FITTED, Failure, Part, Processor, ProcessorFactory, Task, failed, finished
+from shards.build.task import FITTED, Part, ProcessorFactory, SampleProcessor, ShardFailure, Task, failed, finished
 from shards.catalog import Row, Stage, StageSettings
 from shards.convert import CONVERTERS
 from shards.convert.reading import open_rows
@@ -141,7 +141,7 @@ def build_dataset(
 
 
 def _plan(
-    row: Row, stage: Stage, settings: StageSettings, processor: Processor, raw: Path, out: str
+    row: Row, stage: Stage, settings: StageSettings, processor: SampleProcessor, raw: Path, out: str
 ) -> tuple[dict[str, Any], list[Task]]:
     """The settings that determine the bytes of a dataset, and its tasks; they are the same on every machine."""
     if row.converter not in CONVERTERS:
@@ -191,12 +191,12 @@ def _run(
     waiting: list[Task],
     mine: list[Task],
     kept: dict[str, Part],
-    processor: Processor,
+    processor: SampleProcessor,
     pool: Executor | None,
     label: str,
-) -> Generator[dict[str, Part | Failure]]:
+) -> Generator[dict[str, Part | ShardFailure]]:
     """Build the waiting tasks. Yield all results so far, also after each task; stop after `MAX_FAILED` failures."""
-    results: dict[str, Part | Failure] = dict(kept)
+    results: dict[str, Part | ShardFailure] = dict(kept)
     yield results
     total, left = (sum(len(task.groups) for task in tasks) for tasks in (mine, waiting))
     with (
@@ -207,17 +207,17 @@ def _run(
             bar.update(len(task.groups))
             results[task.name] = result
             yield results
-            if sum(isinstance(result, Failure) for result in results.values()) > MAX_FAILED:
+            if sum(isinstance(result, ShardFailure) for result in results.values()) > MAX_FAILED:
                 return
 
 
-def _parts_or_raise(label: str, results: dict[str, Part | Failure]) -> dict[str, Part]:
+def _parts_or_raise(label: str, results: dict[str, Part | ShardFailure]) -> dict[str, Part]:
     """The parts of all tasks.
 
     Raises:
         BuildError: a shard failed; all failures are listed.
     """
-    failures = [result for result in results.values() if isinstance(result, Failure)]
+    failures = [result for result in results.values() if isinstance(result, ShardFailure)]
     if failures:
         listed = "".join(f"\n  {failure.shard}: {failure.reason}" for failure in failures)
         raise BuildError(f"{label}: {len(failures)} shards failed; --retry-failed builds them alone:{listed}")
@@ -225,7 +225,12 @@ def _parts_or_raise(label: str, results: dict[str, Part | Failure]) -> dict[str,
 
 
 def _index(
-    row: Row, stage: Stage, settings: StageSettings, processor: Processor, build: dict[str, Any], parts: list[Part]
+    row: Row,
+    stage: Stage,
+    settings: StageSettings,
+    processor: SampleProcessor,
+    build: dict[str, Any],
+    parts: list[Part],
 ) -> DatasetIndex:
     sums = Counter[str]()
     for part in parts:
@@ -248,7 +253,7 @@ def _write_rejects(storage: Storage, parts: list[Part]) -> None:
     storage.write(REJECTS_NAME, b"".join(canonical_json(reject) + b"\n" for reject in rejects))
 
 
-def _check_budget(storage: Storage, tasks: list[Task], results: dict[str, Part | Failure], budget: float) -> None:
+def _check_budget(storage: Storage, tasks: list[Task], results: dict[str, Part | ShardFailure], budget: float) -> None:
     """Raise a `BuildError` as soon as there are more rejects than the budget allows.
 
     The parts of shards with rejects are deleted, so that the next run builds them again from the corrected source.

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 
-from shards.build.task import Failure, Part, Processor, ProcessorFactory, Task, try_shard
+from shards.build.task import Part, ProcessorFactory, SampleProcessor, ShardFailure, Task, try_shard
 
 
 @contextmanager
@@ -23,7 +23,9 @@ def worker_pool(make_processor: ProcessorFactory, workers: int) -> Iterator[Exec
         yield pool
 
 
-def build_all(tasks: list[Task], processor: Processor, pool: Executor | None) -> Generator[tuple[Task, Part | Failure]]:
+def build_all(
+    tasks: list[Task], processor: SampleProcessor, pool: Executor | None
+) -> Generator[tuple[Task, Part | ShardFailure]]:
     """Build tasks and yield the results in the order of completion; after closing, no further task is started."""
     if pool is None:
         for task in tasks:
@@ -38,7 +40,7 @@ def build_all(tasks: list[Task], processor: Processor, pool: Executor | None) ->
             future.cancel()  # after an error no further shard is started; running ones finish
 
 
-_processor: Processor | None = None
+_processor: SampleProcessor | None = None
 
 
 def _start_worker(make_processor: ProcessorFactory) -> None:
@@ -56,6 +58,6 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _build_in_worker(task: Task) -> Part | Failure:
+def _build_in_worker(task: Task) -> Part | ShardFailure:
     assert _processor is not None
     return try_shard(task, _processor)

@@ -29,7 +29,7 @@ from shards.storage.local import LocalStorage
 from shards.storage.open import open_storage
 
 
-class Processor(Protocol):
+class SampleProcessor(Protocol):
     """The model's processor as the builder uses it; see `molmo2.processing`."""
 
     layout: VisualLayout
@@ -40,7 +40,7 @@ class Processor(Protocol):
 
 
 FITTED = {"shrunk": "crops", "parts": "annotations"}  # count in a part -> the counted note of a record
-ProcessorFactory = Callable[[], Processor]  # picklable: every worker makes its own
+ProcessorFactory = Callable[[], SampleProcessor]  # picklable: every worker makes its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
+class ShardFailure:
     """A shard that could not be built. A fault of a single row is a reject and no failure."""
 
     build_digest: str
@@ -88,27 +88,27 @@ def finished(task: Task, storage: Storage) -> Part | None:
     return part if same and hashlib.sha256(sidecar).hexdigest() == shard.index_sha256 else None
 
 
-def failed(task: Task, storage: Storage) -> Failure | None:
+def failed(task: Task, storage: Storage) -> ShardFailure | None:
     """The failure record of a shard from an earlier run of the same build; None if there is none."""
     try:
-        failure = Failure(**json.loads(storage.read(f"{task.name}.failed.json")))
+        failure = ShardFailure(**json.loads(storage.read(f"{task.name}.failed.json")))
     except (FileNotFoundError, ValueError, TypeError):
         return None
     return failure if failure.build_digest == task.build_digest else None
 
 
-def try_shard(task: Task, processor: Processor) -> Part | Failure:
+def try_shard(task: Task, processor: SampleProcessor) -> Part | ShardFailure:
     """Build a shard, or record its failure. Errors of the machine (OSError, memory) are raised instead."""
     try:
         return build_shard(task, processor)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
-    failure = Failure(build_digest=task.build_digest, shard=task.name, reason=reason)
+    failure = ShardFailure(build_digest=task.build_digest, shard=task.name, reason=reason)
     open_storage(task.out).write(f"{task.name}.failed.json", canonical_json(asdict(failure)))
     return failure
 
 
-def build_shard(task: Task, processor: Processor) -> Part:
+def build_shard(task: Task, processor: SampleProcessor) -> Part:
     """Convert, process and write one shard; its part is written last."""
     storage, totals, rejects = open_storage(task.out), Counter[str](), list[dict[str, Any]]()
     # The temporary tar is beside its target in a local folder; for a bucket it is in the temporary directory.
@@ -135,7 +135,9 @@ def build_shard(task: Task, processor: Processor) -> Part:
     return part
 
 
-def _samples(task: Task, processor: Processor, totals: Counter[str], rejects: list[dict[str, Any]]) -> Iterator[Sample]:
+def _samples(
+    task: Task, processor: SampleProcessor, totals: Counter[str], rejects: list[dict[str, Any]]
+) -> Iterator[Sample]:
     """Yield the samples of a shard; counts are added to `totals`, rows without a sample to `rejects`."""
     row, stage, raw = task.row, task.stage, task.raw
     for group in read_groups(row, stage, raw, open_rows(row, stage, raw), task.groups):
@@ -155,7 +157,7 @@ def _samples(task: Task, processor: Processor, totals: Counter[str], rejects: li
                 rejects.append(_reject(task.row.name, group.key, group.sources[0], str(item)))
 
 
-def _process(processor: Processor, example: Example, limits: Limits) -> Iterator[Sample | RejectedError]:
+def _process(processor: SampleProcessor, example: Example, limits: Limits) -> Iterator[Sample | RejectedError]:
     """Make the sample of an example; a tree that does not fit is halved until it does, which the record notes."""
     try:
         yield processor(example, limits)

@@ -43,7 +43,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
+class FetchFailure:
     """An image that could not be fetched: a line of `failures.jsonl`."""
 
     url: str
@@ -124,7 +124,7 @@ def present(folder: Path) -> set[str]:
     return names
 
 
-def read_failures(folder: Path) -> dict[str, Failure]:
+def read_failures(folder: Path) -> dict[str, FetchFailure]:
     """URL -> its last recorded failure. A last line that is incomplete, after a kill, is ignored."""
     failures = {}
     try:
@@ -132,12 +132,12 @@ def read_failures(folder: Path) -> dict[str, Failure]:
     except FileNotFoundError:
         return {}
     for line in lines[:-1]:
-        failure = Failure(**json.loads(line))
+        failure = FetchFailure(**json.loads(line))
         failures[failure.url] = failure
     return failures
 
 
-def write_failures(folder: Path, failures: Iterable[Failure]) -> None:
+def write_failures(folder: Path, failures: Iterable[FetchFailure]) -> None:
     """Replace the list of failures atomically."""
     temporary = folder / f".{FAILURES}.tmp"
     temporary.write_text("".join(json.dumps(asdict(failure)) + "\n" for failure in failures))
@@ -188,8 +188,8 @@ def fetch_media(
     return sum(kept_as(item.url).name in have for item in wanted), sum(item.url in failures for item in wanted)
 
 
-def _failure(name: str, item: Wanted, error: FetchError) -> Failure:
-    return Failure(url=item.url, dataset=name, row=item.row, reason=error.reason, attempts=error.attempts)
+def _failure(name: str, item: Wanted, error: FetchError) -> FetchFailure:
+    return FetchFailure(url=item.url, dataset=name, row=item.row, reason=error.reason, attempts=error.attempts)
 
 
 def _check_budget(name: str, reasons: Counter[str], done: int, budget: float) -> None:

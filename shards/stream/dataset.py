@@ -164,11 +164,11 @@ def find_dataset(roots: tuple[str, ...], name: str) -> Dataset:
     )
 
 
-def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
+def setting_differences(found: Any, wanted: Any, path: str = "") -> list[str]:
     """The differences of two JSON values: a line per dotted path, with both values."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         keys = sorted(found.keys() | wanted.keys())
-        parts = (differences(found.get(k), wanted.get(k), f"{path}.{k}" if path else str(k)) for k in keys)
+        parts = (setting_differences(found.get(k), wanted.get(k), f"{path}.{k}" if path else str(k)) for k in keys)
         return [line for part in parts for line in part]
     # A tuple becomes a list in JSON, so the two are equal.
     if isinstance(found, list | tuple) and isinstance(wanted, list | tuple) and list(found) == list(wanted):
@@ -182,7 +182,7 @@ def check_processor(dataset: Dataset, wanted: dict[str, Any]) -> None:
     Raises:
         DatasetError: a setting differs; every difference is listed with both values.
     """
-    changed = differences(dataset.index.processor, wanted)
+    changed = setting_differences(dataset.index.processor, wanted)
     if changed:
         listed = "\n  ".join(changed)
         raise DatasetError(

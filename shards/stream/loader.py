@@ -25,7 +25,7 @@ from shards.stream.collate import Batch, OpenedSample, ReadStats, collate, decod
 from shards.stream.dataset import Tars, with_cache
 from shards.stream.plan import Cursor, Draw, Plan
 from shards.stream.read_ahead import MicroSpec, ReadAhead, look_ahead
-from shards.stream.reader import Damage, ReadError, damage, read_sample
+from shards.stream.reader import Damage, ReadError, read_sample, to_damage
 
 LOG = logging.getLogger(__name__)
 READ_AHEAD = 256 << 20  # bytes of samples that a rank reads from a bucket before they are needed
@@ -131,7 +131,7 @@ class PackReader(TorchDataset[Batch]):
         try:
             return open_sample(self.layout, draw, sample), time.perf_counter() - since
         except ReadError as error:  # its checksum is right, so a retry would not help: it was built wrong
-            return damage(tars, draw, sample.key, str(error)), time.perf_counter() - since
+            return to_damage(tars, draw, sample.key, str(error)), time.perf_counter() - since
 
     def _batch(self, spec: MicroSpec, timed: Sequence[tuple[OpenedSample | Damage, float]]) -> Batch:
         """Decode and collate samples; `timed` holds each with the seconds that reading it took."""
@@ -142,7 +142,7 @@ class PackReader(TorchDataset[Batch]):
             try:
                 crops += decode_crops(self.layout, sample.stored, visuals)
             except ReadError as error:  # without this sample the splits differ: begin again
-                damaged = damage(self.tars[sample.draw.dataset], sample.draw, sample.stored.key, str(error))
+                damaged = to_damage(self.tars[sample.draw.dataset], sample.draw, sample.stored.key, str(error))
                 return self._batch(spec, [(damaged if item is sample else item, taken) for item, taken in timed])
             seconds.append(time.perf_counter() - since)
         reads = ReadStats(tuple(taken for _, taken in timed), tuple(seconds), take_tally())

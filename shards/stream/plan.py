@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from shards.format import digest
 from shards.storage.base import read_threads
-from shards.stream.dataset import Dataset, check_processor, differences, find_dataset
+from shards.stream.dataset import Dataset, check_processor, find_dataset, setting_differences
 from shards.stream.mixture import MixtureSpec, draws_before, integer_weights, phase
 from shards.stream.order import epoch_keys, key_of, permute_blocks, shuffled
 from shards.stream.packing import pack
@@ -167,7 +167,7 @@ class Plan:
         Raises:
             PlanError: the state belongs to another plan; every difference is listed.
         """
-        changed = differences(self.identity(), state["identity"])
+        changed = setting_differences(self.identity(), state["identity"])
         if changed:
             listed = "\n  ".join(changed)
             raise PlanError(
@@ -184,7 +184,7 @@ class Plan:
         in the current window are skipped. Each dataset continues at the draw that this plan gives for that time.
         """
         cursor, old = Cursor(**state["cursor"]), state["identity"]
-        changed = differences(self.identity(), old)
+        changed = setting_differences(self.identity(), old)
         if not changed:
             return cursor, []
         time = (cursor.window + (cursor.offset > 0)) * old["settings"]["window"]

@@ -85,10 +85,10 @@ def read_sample(tars: Tars, draw: Draw) -> StoredSample | Damage:
         except (ReadError, FormatError, OSError) as error:
             reason = str(error)
     key = next((key for _, _, key in whole_headers(span)), None)
-    return damage(tars, draw, key, f"{reason} ({ATTEMPTS} reads)")
+    return to_damage(tars, draw, key, f"{reason} ({ATTEMPTS} reads)")
 
 
-def damage(tars: Tars, draw: Draw, key: str | None, reason: str) -> Damage:
+def to_damage(tars: Tars, draw: Draw, key: str | None, reason: str) -> Damage:
     """The record of a draw that cannot be used."""
     shard = tars.shards[draw.shard]
     return Damage(dataset=tars.name, shard=shard, row=draw.row, key=key, offset=draw.offset, reason=reason)

@@ -13,7 +13,7 @@ from train_runs import curve, train
 
 import shards.storage.s3
 from molmo2.checkpoint import mirror
-from molmo2.checkpoint.files import META, CheckpointError, damage, file_hash
+from molmo2.checkpoint.files import META, CheckpointError, file_hash, find_damage
 from molmo2.checkpoint.mirror import fetch, send, steps
 from molmo2.weights.load import open_model
 from shards.storage.open import open_storage
@@ -53,12 +53,12 @@ def test_newest_whole_copy_comes_back(tmp_path: Path, where: str) -> None:
         send(checkpoint(tmp_path / "local", step), url, keep=2)
     assert steps(store) == ["step-00000003", "step-00000002"]
     assert not [name for name in store.list() if name.startswith("step-00000001/")]
-    assert damage(tmp_path / "local/step-00000003") is None, "what was sent is still here, and nothing else"
+    assert find_damage(tmp_path / "local/step-00000003") is None, "what was sent is still here, and nothing else"
     (tmp_path / "new").mkdir()
     fetch(url, tmp_path / "new", 3, said.append)
     assert not list((tmp_path / "new").iterdir())
     fetch(url, tmp_path / "new", 2, said.append)
-    assert damage(tmp_path / "new/step-00000003") is None
+    assert find_damage(tmp_path / "new/step-00000003") is None
     shutil.rmtree(tmp_path / "new/step-00000003")
     store.write("step-00000003/deepspeed/states.pt", bytes(9 << 20))  # of the right size, and not what was sent
     fetch(url, tmp_path / "new", 0, said.append)
@@ -96,7 +96,7 @@ def test_ranks_that_open_a_mirror_at_once_get_the_same(tmp_path: Path) -> None:
     send(checkpoint(tmp_path / "local", 1), url, keep=1)
     with ThreadPoolExecutor(4) as pool:  # each opens the lock's file for itself, as processes do
         found = list(pool.map(lambda _: mirror.cached(url, print), range(4)))
-    assert len(set(found)) == 1 and damage(found[0] / "checkpoints/step-00000001") is None
+    assert len(set(found)) == 1 and find_damage(found[0] / "checkpoints/step-00000001") is None
 
 
 @pytest.mark.dist

@@ -21,8 +21,8 @@ from molmo2.eval.metrics.scores import (
     read_count,
 )
 from molmo2.eval.questions import as_batch, draws_of, questions_of, read_samples
-from molmo2.eval.runner import evaluate
-from molmo2.eval.score_page import Stage, read_stage, render
+from molmo2.eval.runner import run_suite
+from molmo2.eval.score_page import Stage, read_stage, render_report
 from molmo2.pages import averaged, curve
 from molmo2.processing.batch_prompt import prompt_of
 from molmo2.processing.processor import build_processor
@@ -151,14 +151,14 @@ def test_evaluation_asks_everything_and_scores_it(demo, tmp_path):
     """An untrained model: the answers are noise, the figures must be in range, batches must not change them."""
     root, subject = demo
     shards = str(root / "shards")
-    results = evaluate(DEMO, shards, subject, tmp_path / "3", "digest", limit=3).results
+    results = run_suite(DEMO, shards, subject, tmp_path / "3", "digest", limit=3).results
     assert [result["name"] for result in results] == [b.name for b in DEMO.benchmarks]
     for result in results:
         assert result["num_questions"] >= 3
         assert 0 <= result["score"] <= 1
         assert 0 < result["chance"] < 0.5
         assert all(answer["picture"].startswith("data:image/png;base64,") for answer in result["answers"])
-    alone = evaluate(DEMO, shards, subject, tmp_path / "1", "digest", limit=1).results
+    alone = run_suite(DEMO, shards, subject, tmp_path / "1", "digest", limit=1).results
     for one, many in zip(alone, results, strict=True):
         assert one["answers"][0] == many["answers"][0]
 
@@ -183,7 +183,7 @@ def test_shards_of_another_stage_or_tokenizer_are_refused(demo, tmp_path):
     settings = replace(demo_eval.settings_of(root / "raw"), stage="sft")
     other = replace(subject, processor=build_processor(settings))
     with pytest.raises(DatasetError, match="conditioning: 'eval', wanted 'sft'"):
-        evaluate(DEMO, str(root / "shards"), other, tmp_path, "digest", limit=1)
+        run_suite(DEMO, str(root / "shards"), other, tmp_path, "digest", limit=1)
 
 
 def test_curve_averages_long_logs():
@@ -215,7 +215,7 @@ def test_report_holds_everything_and_escapes_text(tmp_path):
     answer = {"prompt": "Which <digit>?", "prediction": "<b>7", "score": 1.0, "picture": None, "key": "a"}
     result = {"name": "image QA", "metric": "exact_match", "num_questions": 1, "score": 1.0, "chance": None}
     evaluation = {"run": "demo-stage1", "step": 3, "results": [{**result, "answers": [answer]}]}
-    page = render("Demo", [stage], evaluation, {"exported model": "x/y"})
+    page = render_report("Demo", [stage], evaluation, {"exported model": "x/y"})
     assert "Which &lt;digit&gt;?" in page and "&lt;b&gt;7" in page
     assert "1,234" in page and "<polyline" in page and "x/y" in page
     assert "http" not in page.replace("http-equiv", "")

@@ -9,7 +9,7 @@ import published_videos
 import pytest
 
 from molmo2.eval.benchmarks import SUITES
-from molmo2.processing.prompts import render
+from molmo2.processing.prompts import render_messages
 from shards.asked import asked_bytes, read_asked
 from shards.catalog import load_catalog
 from shards.convert.reading import convert, open_rows, read_groups
@@ -37,7 +37,7 @@ def test_published_files_become_scored_questions(name: str, tmp_path: Path) -> N
     assert len(asked) == len(answers)
     assert read_asked(asked_bytes(asked)) == tuple(asked)  # as the shards keep it
     for one, (answer, score) in zip(asked, answers, strict=True):
-        user, assistant = render(one, "eval", None, video=name in published_tracks.CASES)
+        user, assistant = render_messages(one, "eval", None, video=name in published_tracks.CASES)
         assert user.content and assistant.content and "<image" not in user.content
         assert BENCHMARKS[name].metric(answer, one, one.facts).value == pytest.approx(score)
 
@@ -70,7 +70,7 @@ def test_questions_are_asked_without_what_stands_elsewhere(name: str, question: 
 def test_a_benchmark_of_counts_is_answered_by_a_number(tmp_path: Path) -> None:
     published_images.pixmo_count(tmp_path / "pixmo-count")
     (asked,) = annotations("pixmo-count", tmp_path)
-    assert [message.content for message in render(asked, "eval", None, video=False)] == [
+    assert [message.content for message in render_messages(asked, "eval", None, video=False)] == [
         "How many dogs are there?",
         "5",
     ]
@@ -80,6 +80,6 @@ def test_right_answers_of_tracks_are_what_masks_reward(tmp_path: Path) -> None:
     for name, (make, _) in published_tracks.CASES.items():
         make(tmp_path / ROWS[name].folder)
         for one in annotations(name, tmp_path):
-            right = render(one, "eval", None, video=True)[1].content
+            right = render_messages(one, "eval", None, video=True)[1].content
             wanted = 6 / 8 if name == "ref-yt-vos" else 1.0  # there the masks are of one object
             assert BENCHMARKS[name].metric(right, one, one.facts).value == pytest.approx(wanted), name

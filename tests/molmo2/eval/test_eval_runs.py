@@ -21,7 +21,7 @@ from molmo2.eval.benchmarks import SUITES, choose
 from molmo2.eval.losses import held_out_loss
 from molmo2.eval.published import WITHOUT
 from molmo2.eval.questions import as_batch, draws_of, read_samples
-from molmo2.eval.runner import Ranks, evaluate
+from molmo2.eval.runner import Ranks, run_suite
 from molmo2.eval.score_page import render_worst
 from molmo2.export.card import About
 from molmo2.export.model import export_model
@@ -77,9 +77,9 @@ def test_suites_and_single_names_mix():
 def test_ranks_share_the_samples_and_give_the_answers_of_one(demo, tmp_path):
     root, subject = demo
     arguments = (DEMO, str(root / "shards"), subject)
-    alone = evaluate(*arguments, tmp_path / "1", "d", limit=4)
+    alone = run_suite(*arguments, tmp_path / "1", "d", limit=4)
     for rank in (2, 1, 0):  # rank 0 last: it gathers
-        shared = evaluate(*arguments, tmp_path / "3", "d", limit=4, ranks=Ranks(rank=rank, world=3))
+        shared = run_suite(*arguments, tmp_path / "3", "d", limit=4, ranks=Ranks(rank=rank, world=3))
         assert (shared.results == []) == (rank != 0)
     assert shared.results == alone.results
     files = (tmp_path / "3").glob("image-QA-*/rank-*.jsonl")
@@ -89,18 +89,18 @@ def test_ranks_share_the_samples_and_give_the_answers_of_one(demo, tmp_path):
 def test_what_is_answered_is_not_asked_again(demo, tmp_path, monkeypatch):
     root, subject = demo
     shards = str(root / "shards")
-    first = evaluate(DEMO, shards, subject, tmp_path, "d", limit=4)
+    first = run_suite(DEMO, shards, subject, tmp_path, "d", limit=4)
     path = next(tmp_path.glob("image-QA-*/rank-00000.jsonl"))
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:2]) + lines[2][:9])  # killed in the third answer
     asked = []
     processor = subject.processor
     monkeypatch.setattr("molmo2.eval.runner.generate", _counted(asked))
-    again = evaluate(DEMO, shards, subject, tmp_path, "d", limit=4)
+    again = run_suite(DEMO, shards, subject, tmp_path, "d", limit=4)
     assert len(asked) == 2
     assert again == first
     assert subject.processor is processor
-    evaluate(DEMO, shards, subject, tmp_path, "other weights", limit=4)
+    run_suite(DEMO, shards, subject, tmp_path, "other weights", limit=4)
     assert len(asked) == 2 + sum(result["num_questions"] for result in first.results)
 
 
@@ -119,7 +119,7 @@ def test_datasets_that_are_not_built_are_skipped_with_what_to_do(demo, tmp_path)
     here = tmp_path / "shards"
     (here / "eval").mkdir(parents=True)
     (here / "eval/demo-image-qa").symlink_to(root / "shards/eval/demo-image-qa")
-    outcome = evaluate(DEMO, str(here), subject, tmp_path / "a", "d", limit=1)
+    outcome = run_suite(DEMO, str(here), subject, tmp_path / "a", "d", limit=1)
     assert [result["name"] for result in outcome.results] == ["image QA"]
     assert set(outcome.skipped) == {"counting", "pointing at all", "pointing", "video QA"}
     assert "build_shards.py --catalog demo --stage eval --datasets demo-count" in outcome.skipped["counting"]
@@ -135,7 +135,7 @@ def test_a_damaged_sample_ends_the_evaluation(demo, tmp_path):
     tar.write_bytes(data)
     suite = replace(DEMO, benchmarks=DEMO.benchmarks[:1])
     with pytest.raises(ValueError, match=r"demo-image-qa/000000.tar, sample 0 .*checksum .*--repair"):
-        evaluate(suite, str(tmp_path / "shards"), subject, tmp_path / "a", "d", limit=2)
+        run_suite(suite, str(tmp_path / "shards"), subject, tmp_path / "a", "d", limit=2)
 
 
 def test_facts_are_those_of_the_annotations_own_row(demo):
@@ -169,7 +169,7 @@ def test_rows_left_out_are_counted(demo, tmp_path):
     rule = Filter(column="qa_pairs.answer", op="not_in", value=[[answers[0]]])
     demo_eval.build_row(row.model_copy(update={"filters": (rule,)}), root / "raw", tmp_path)
     suite = replace(DEMO, benchmarks=DEMO.benchmarks[:1])
-    (result,) = evaluate(suite, str(tmp_path), subject, tmp_path / "a", "d").results
+    (result,) = run_suite(suite, str(tmp_path), subject, tmp_path / "a", "d").results
     assert result["num_left_out"] == answers.count(answers[0])
     assert result["num_left_out"] + result["num_questions"] == len(answers)
     assert all("filter: qa_pairs.answer" in reason for reason in result["left_out"])

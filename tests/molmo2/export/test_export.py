@@ -20,7 +20,7 @@ from tiny_models import OLMO, QWEN, YARN, reference_config
 
 from molmo2.checkpoint.files import MODEL
 from molmo2.export import model as export
-from molmo2.export.check import QUESTION, TOLERANCE, ExportError, Question, our_inputs, their_inputs
+from molmo2.export.check import QUESTION, TOLERANCE, CheckedPrompt, ExportError, our_inputs, their_inputs
 from molmo2.model.decoder import rope_frequencies
 from molmo2.model.generate import PromptTensors, generate
 from molmo2.model.molmo2 import Molmo2
@@ -51,13 +51,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def asked_things() -> dict[str, Question]:
+def asked_things() -> dict[str, CheckedPrompt]:
     """Other sizes than those of the export check."""
     return {
-        "text": Question(),
-        "image": Question(pictures=[noise(100, 170)]),
-        "two images": Question(pictures=[noise(170, 100, 1), noise(60, 90, 2)]),
-        "video": Question(frames=np.stack([noise(50, 70, seed) for seed in range(5)])),
+        "text": CheckedPrompt(),
+        "image": CheckedPrompt(pictures=[noise(100, 170)]),
+        "two images": CheckedPrompt(pictures=[noise(170, 100, 1), noise(60, 90, 2)]),
+        "video": CheckedPrompt(frames=np.stack([noise(50, 70, seed) for seed in range(5)])),
     }
 
 
@@ -84,7 +84,7 @@ def test_the_template_takes_media_inside_messages(tmp_path: Path) -> None:
     message = {"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     inputs = preprocess.apply_chat_template([message], **options)
-    expected = our_inputs(QWEN, Tokenizer(tokenizer_dir(), 320), Question(pictures=pictures))
+    expected = our_inputs(QWEN, Tokenizer(tokenizer_dir(), 320), CheckedPrompt(pictures=pictures))
     assert inputs["input_ids"][0].tolist() == expected.input_ids.tolist()
 
 

@@ -11,7 +11,7 @@ from exports import ABOUT, exported, noisy, reload, weights_of, write_checkpoint
 from processing_cases import tokenizer_dir
 from tiny_models import QWEN
 
-from molmo2.checkpoint.open import open_checkpoint
+from molmo2.checkpoint.lookup import open_checkpoint
 from molmo2.export.card import About, about_checkpoint, model_card
 from molmo2.export.check import ExportError
 from molmo2.export.model import export_model

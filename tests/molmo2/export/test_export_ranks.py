@@ -12,7 +12,7 @@ from torch import Tensor
 from toy_run import make_tokenizer
 
 from molmo2.checkpoint.files import WEIGHTS
-from molmo2.checkpoint.open import load_weights, open_checkpoint
+from molmo2.checkpoint.lookup import load_weights, open_checkpoint
 from molmo2.export.card import about_checkpoint
 from molmo2.export.model import export_model
 from molmo2.weights.names import from_foreign, open_tensors

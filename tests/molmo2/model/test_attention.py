@@ -5,7 +5,7 @@ import torch
 
 from molmo2.model.attention import (
     BLOCK,
-    Span,
+    KeySpan,
     block_tables,
     dense_attention,
     flex,
@@ -175,5 +175,5 @@ def test_a_cpu_computes_tiles_of_rows_of_any_length() -> None:
     mask = AttentionMask(segment_ids, is_visual)
     dense = dense_attention(q, k, v, AttentionMask(segment_ids, is_visual))
     torch.testing.assert_close(masked_attention(q, k, v, mask), dense, rtol=1e-5, atol=2e-6)
-    assert mask.made(key_spans)[1] == Span(128, 256, 0, 332)  # made by the call: the mask keeps what it has made
+    assert mask.made(key_spans)[1] == KeySpan(128, 256, 0, 332)  # made by the call: the mask keeps what it has made
     assert len(mask.made(key_spans)) == 6

@@ -9,7 +9,7 @@ import torch
 import toy_run
 from train_runs import assert_same_curve, branch_off, curve, train
 
-from molmo2.checkpoint.open import load_weights
+from molmo2.checkpoint.lookup import load_weights
 from molmo2.config import Lora, RecipeError, load_recipe
 from molmo2.model.lora import add_adapters, merged
 from molmo2.model.mask import KeyMask

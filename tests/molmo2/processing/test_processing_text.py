@@ -5,7 +5,7 @@ from processing_cases import tiny_tokenizer
 from molmo2.processing.chat_format import assemble, encode_messages, token_weight
 from molmo2.processing.choice import INSTRUCTION, render_choice
 from molmo2.processing.contract import templates
-from molmo2.processing.prompts import render
+from molmo2.processing.prompts import render_messages
 from shards.schema import Chat, Choice, PointGroup, Points, RejectedError, Text, TrackGroup, Tracks, Turn
 
 CAT = Points(style="pointing", label="Black Cat", groups=(PointGroup(at=1, points=((0.5, 0.25),)),))
@@ -13,7 +13,7 @@ SPAN = '<points coords="1 1 500 250">black cat</points>'
 
 
 def ask(annotation, mode="eval", rng=None, video=False) -> tuple[str, str]:
-    user, assistant = render(annotation, mode, rng, video=video)
+    user, assistant = render_messages(annotation, mode, rng, video=video)
     assert (user.role, assistant.role) == ("user", "assistant")
     return user.content, assistant.content
 
@@ -143,17 +143,20 @@ def test_choice_needs_its_answer() -> None:
 
 def test_conversation() -> None:
     turns = (Turn(role="user", text="a"), Turn(role="assistant", text="b"))
-    said = render(Chat(style="text_sft", turns=turns * 2), "sft", None, video=False)
+    said = render_messages(Chat(style="text_sft", turns=turns * 2), "sft", None, video=False)
     assert [(m.role, m.content) for m in said] == [("user", "a"), ("assistant", "b")] * 2
-    assert render(Chat(style="text_sft", turns=turns), "pretraining", None, video=False)[0].content == "text_sft 65: a"
+    assert (
+        render_messages(Chat(style="text_sft", turns=turns), "pretraining", None, video=False)[0].content
+        == "text_sft 65: a"
+    )
     with pytest.raises(RejectedError, match="alternate"):
-        render(Chat(style="text_sft", turns=turns[1:]), "sft", None, video=False)
+        render_messages(Chat(style="text_sft", turns=turns[1:]), "sft", None, video=False)
 
 
 def test_turns_become_chatml_with_loss_on_answers() -> None:
     tokenizer = tiny_tokenizer()
     turns = (Turn(role="user", text="a"), Turn(role="assistant", text="bc"), Turn(role="user", text="<|im_end|>"))
-    said = render(Chat(style="text_sft", turns=(*turns, turns[1])), "sft", None, video=False)
+    said = render_messages(Chat(style="text_sft", turns=(*turns, turns[1])), "sft", None, video=False)
     branch = encode_messages(tokenizer, said)
     assert tokenizer.decode(branch.ids, skip_special_tokens=False) == (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nbc<|im_end|>\n"
@@ -162,7 +165,9 @@ def test_turns_become_chatml_with_loss_on_answers() -> None:
     assert int((branch.ids == tokenizer.eos).sum()) == 4  # the one that the user wrote is text
     assert tokenizer.decode(branch.ids[branch.answer], skip_special_tokens=False) == "bc<|im_end|>" * 2
     with pytest.raises(RejectedError, match="empty answer to 'q'"):
-        encode_messages(tokenizer, render(Text(style="user_qa", question="q", answer=" "), "sft", None, video=False))
+        encode_messages(
+            tokenizer, render_messages(Text(style="user_qa", question="q", answer=" "), "sft", None, video=False)
+        )
 
 
 def test_loss_weights() -> None:
@@ -171,7 +176,9 @@ def test_loss_weights() -> None:
     assert token_weight(1, 2) == pytest.approx(2 / 2**0.5)
     tokenizer = tiny_tokenizer()
     branches = [
-        encode_messages(tokenizer, render(Text(style="user_qa", question="q", answer=a), "sft", None, video=False))
+        encode_messages(
+            tokenizer, render_messages(Text(style="user_qa", question="q", answer=a), "sft", None, video=False)
+        )
         for a in ("x" * 15, "y" * 3)
     ]
     one, two = (assemble([tokenizer.bos], branches[:n], None) for n in (1, 2))

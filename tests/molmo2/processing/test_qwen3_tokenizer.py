@@ -13,7 +13,7 @@ from qwen3 import qwen3_directory
 from tiny_models import QWEN
 
 from molmo2.export.card import About
-from molmo2.export.check import Question, our_inputs, their_inputs
+from molmo2.export.check import CheckedPrompt, our_inputs, their_inputs
 from molmo2.export.model import export_model
 from molmo2.model.generate import generate
 from molmo2.model.molmo2 import Molmo2
@@ -77,7 +77,7 @@ def test_an_export_with_it_generates_in_transformers(directory: Path, tmp_path: 
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(out).eval()
     preprocess = transformers.AutoProcessor.from_pretrained(out)
     assert theirs.get_input_embeddings().weight.shape[0] == BASE_VOCAB + 128
-    asked = Question(pictures=[noise(100, 170), noise(60, 90, 2)])
+    asked = CheckedPrompt(pictures=[noise(100, 170), noise(60, 90, 2)])
     inputs = their_inputs(preprocess, asked)
     tokenizer = Tokenizer(directory, BASE_VOCAB)
     prompt = our_inputs(config, tokenizer, asked)

@@ -10,7 +10,7 @@ import torch
 import toy_run
 from train_runs import log, train
 
-from molmo2.checkpoint.open import load_weights
+from molmo2.checkpoint.lookup import load_weights
 from molmo2.config import Anomalies
 from molmo2.training.anomalies import MIN_HISTORY, LossHistory, action_for
 from molmo2.training.watchdog import Watchdog

@@ -7,7 +7,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from molmo2.checkpoint.open import load_weights
+from molmo2.checkpoint.lookup import load_weights
 from molmo2.parallel.mesh import SINGLE
 from molmo2.training.engine import TrainingModule, deepspeed_config, read_engine_keys
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from molmo2.config import Recipe, load_recipe
-from molmo2.training.metrics import Monitor, cut_log, gpu_use, read_log, summarize
+from molmo2.training.metrics import Monitor, cut_log, gpu_use, read_log, summarize_run
 from molmo2.training.run import LOG_NAME
 
 DEMO = Path(__file__).resolve().parents[3] / "recipes/demo/stage1.yaml"
@@ -112,8 +112,8 @@ def test_what_is_no_number_is_null_in_the_log(recipe: Recipe) -> None:
 
 
 def test_summary_averages_the_ends_of_the_curve(recipe: Recipe) -> None:
-    summary = summarize([line(step, float(step)) for step in range(1, 21)], recipe)
+    summary = summarize_run([line(step, float(step)) for step in range(1, 21)], recipe)
     assert (summary["loss_first"], summary["loss_last"]) == (1.5, 19.5)
     assert (summary["steps"], summary["tokens"], summary["seconds"]) == (20, 2000, 40.0)
     with pytest.raises(ValueError, match="it has no steps"):
-        summarize([], recipe)
+        summarize_run([], recipe)

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from molmo2.config import Group, Optim
+from molmo2.config import Optim, OptimGroup
 from molmo2.training.optim import ComponentAdamW, learning_rate, parameter_groups, set_learning_rates
 
 OPTIM = Optim(
-    vit=Group(lr=1e-3, warmup_steps=4, clip=0.05),
-    connector=Group(lr=2e-3, warmup_steps=0, clip=0.3),
-    llm=Group(lr=5e-3, warmup_steps=2, clip=100.0),
+    vit=OptimGroup(lr=1e-3, warmup_steps=4, clip=0.05),
+    connector=OptimGroup(lr=2e-3, warmup_steps=0, clip=0.3),
+    llm=OptimGroup(lr=5e-3, warmup_steps=2, clip=100.0),
 )
 
 
@@ -25,13 +25,13 @@ def components(seed: int = 0) -> dict[str, list[torch.nn.Parameter]]:
 
 
 def test_schedule_warms_up_then_falls_to_the_final_fraction() -> None:
-    group = Group(lr=2.0, warmup_steps=10)
+    group = OptimGroup(lr=2.0, warmup_steps=10)
     rates = [learning_rate(group, step, 110, 0.1) for step in range(1, 111)]
     assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
     assert rates[59] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))  # half-way down the cosine
     assert rates[-1] == pytest.approx(0.2)
     assert all(a > b for a, b in itertools.pairwise(rates[9:]))
-    assert learning_rate(Group(lr=2.0, warmup_steps=0), 1, 1, 0.1) == pytest.approx(0.2)
+    assert learning_rate(OptimGroup(lr=2.0, warmup_steps=0), 1, 1, 0.1) == pytest.approx(0.2)
 
 
 def test_clips_each_component_to_its_own_norm() -> None:

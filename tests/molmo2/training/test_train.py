@@ -15,7 +15,7 @@ import toy_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_runs import assert_same_curve, branch_off, curve, launch, log, ranks_of, start, train, wait_for
 
-from molmo2.checkpoint.open import load_weights
+from molmo2.checkpoint.lookup import load_weights
 
 pytestmark = pytest.mark.dist
 

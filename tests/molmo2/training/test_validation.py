@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from molmo2.processing.batch_prompt import prompt_of
-from molmo2.processing.pictures import LARGE, Mark, picture, raster
-from molmo2.training.validation import chosen
+from molmo2.processing.pictures import LARGE, Mark, raster, to_picture
+from molmo2.training.validation import choose_draws
 from shards.stream.plan import Cursor, Draw, PackSpec, StepSpec
 
 
@@ -32,7 +32,7 @@ def test_a_question_ends_where_its_first_answer_begins() -> None:
 def test_datasets_take_turns() -> None:
     draws = [Draw(dataset, 0, row, 0, 0, 0, 0, 1, 0, 1.0) for row, dataset in enumerate((0, 0, 0, 1, 2, 2))]
     packs = (PackSpec(0, 0, tuple(draws[:4])), PackSpec(0, 1, tuple(draws[4:])))
-    picked = chosen(StepSpec(0, packs, 1.0, Cursor()), 5)
+    picked = choose_draws(StepSpec(0, packs, 1.0, Cursor()), 5)
     assert [(draw.dataset, draw.row) for draw in picked] == [(0, 0), (1, 3), (2, 4), (0, 1), (2, 5)]
 
 
@@ -40,7 +40,7 @@ def test_points_are_drawn_into_the_picture_that_has_them() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (200, 100), "black").save(buffer, "JPEG")
     mark = Mark(x=0.75, y=0.5, label="1", colour="#ff0000")
-    pictures = [picture(buffer.getvalue(), str(i), LARGE, marks=[mark] if i == 8 else []) for i in range(9)]
+    pictures = [to_picture(buffer.getvalue(), str(i), LARGE, marks=[mark] if i == 8 else []) for i in range(9)]
     whole = raster(pictures)
     assert whole is not None and whole.size == (6 * 420, 210)
     assert whole.getpixel((5 * 420 + 315, 105)) == (255, 0, 0)  # the marked one is kept of nine

@@ -31,7 +31,7 @@ from transformers import (
 from molmo2.config import FirstWeights
 from molmo2.model.mask import TRUNK
 from molmo2.model.molmo2 import Molmo2
-from molmo2.model.presets import PRESETS, ModelConfig, differences
+from molmo2.model.presets import PRESETS, ModelConfig, config_differences
 from molmo2.weights import names as hub
 from molmo2.weights.config_json import ForeignConfigError, read_base_text, read_molmo2
 from molmo2.weights.load import open_model
@@ -183,7 +183,7 @@ def test_base_configs_of_older_transformers(bases: Path, tmp_path: Path) -> None
     rope.pop("attention_factor")
     (tmp_path / "config.json").write_text(json.dumps(value | {"rope_scaling": rope}))
     text, tied = read_base_text(tmp_path)
-    assert not tied and differences(text, read_base_text(bases / "olmo")[0]) == []
+    assert not tied and config_differences(text, read_base_text(bases / "olmo")[0]) == []
 
 
 # --- whole models ----------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_whole_models_in_every_form(name: str, form: str, tmp_path: Path) -> Non
     config, weights = load_released(tmp_path / "out")
     # Transformers' own files have no processor, so its geometry is Molmo2's.
     ignored = [] if form == "exported" else ["overlap_margin"]
-    assert differences(config, CONFIGS[name], ignored) == []
+    assert config_differences(config, CONFIGS[name], ignored) == []
     expected = ours.state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[key], expected[key]) for key in expected)

@@ -20,7 +20,7 @@ from shards.build.verify import Finding, verify_dataset
 from shards.format import INDEX_NAME
 from shards.storage.open import open_storage
 from shards.stream.dataset import open_dataset
-from tools.build_shards import report
+from tools.build_shards import write_report_json
 
 SCRIPT = (
     "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[5]); from build_cases import build_share\n"
@@ -155,7 +155,7 @@ def test_the_report_says_what_was_made_and_left_out(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     built = build_share(raw, tmp_path / "out", "demo-cap")
-    report("sft/demo-cap", built, (0, 1), str(tmp_path / "out/demo-cap"), 2.0)
+    write_report_json("sft/demo-cap", built, (0, 1), str(tmp_path / "out/demo-cap"), 2.0)
     told = json.loads((tmp_path / "out/demo-cap/report.json").read_text())
     assert built.index is not None
     assert told["samples"] == built.index.totals.samples > 0

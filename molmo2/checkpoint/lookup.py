@@ -18,7 +18,7 @@ from molmo2.checkpoint.files import (
     CheckpointError,
     checkpoints_dir,
     consolidate,
-    damage,
+    find_damage,
     find_newest,
 )
 from molmo2.checkpoint.mirror import cached
@@ -38,7 +38,7 @@ def open_checkpoint(name: str | Path, say: Callable[[str], None] = print) -> Che
         name = cached(str(name), say)
     for path in (Path(name), data_path("runs") / name):
         if (path / META).exists() or (path.name.startswith("step-") and path.is_dir()):
-            wrong = damage(path)
+            wrong = find_damage(path)
             if wrong:
                 raise CheckpointError(f"{path}: {wrong}; name another checkpoint of the run")
             return Checkpoint(path, json.loads((path / META).read_text()))
