@@ -23,12 +23,14 @@ class LossSums(NamedTuple):
     Attributes:
         cross_entropy: scalar, weight * ce.
         z: scalar, z_loss * weight * logsumexp^2.
-        by_dataset: [2, datasets], weight * ce and weight of each dataset's rows; for the log, without gradient.
+        dataset_loss: [datasets], weight * ce of each dataset's rows; for the log, without gradient.
+        dataset_weight: [datasets], the weight of each dataset's rows.
     """
 
     cross_entropy: Tensor
     z: Tensor
-    by_dataset: Tensor
+    dataset_loss: Tensor
+    dataset_weight: Tensor
 
 
 def rows_per_chunk(vocabulary: int) -> int:
@@ -70,7 +72,7 @@ def weighted_loss(
     chunks = (weights > 0).nonzero().squeeze(1).split(chunk_rows)
     idle = torch.zeros(1, dtype=torch.int64, device=rows.device)
     sums = rows.new_zeros(2, dtype=torch.float32)
-    by_dataset = rows.new_zeros(2, num_datasets, dtype=torch.float32)
+    dataset_loss, dataset_weight = rows.new_zeros(2, num_datasets, dtype=torch.float32)
     for part in range(max(num_chunks, len(chunks))):
         busy = part < len(chunks) and len(chunks[part]) > 0
         index = chunks[part] if busy else idle
@@ -78,8 +80,9 @@ def weighted_loss(
         inputs = (rows[index], labels[index], weight, head, z_loss)
         both, cross_entropy = checkpoint(_chunk_sums, *inputs, use_reentrant=False, preserve_rng_state=False)
         sums = sums + both
-        by_dataset.index_add_(1, datasets[index], torch.stack([weight * cross_entropy.detach(), weight]))
-    return LossSums(sums[0], sums[1], by_dataset)
+        dataset_loss.index_add_(0, datasets[index], weight * cross_entropy.detach())
+        dataset_weight.index_add_(0, datasets[index], weight)
+    return LossSums(sums[0], sums[1], dataset_loss, dataset_weight)
 
 
 def _chunk_sums(

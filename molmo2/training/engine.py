@@ -27,7 +27,7 @@ from molmo2.config import COMPONENTS, Recipe
 from molmo2.model.attention import masked_attention
 from molmo2.model.dropout import Dropout, mixed
 from molmo2.model.lora import add_adapters
-from molmo2.model.loss import rows_per_chunk, weighted_loss
+from molmo2.model.loss import LossSums, rows_per_chunk, weighted_loss
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
 from molmo2.parallel.loss_rows import share_loss_rows
@@ -70,17 +70,19 @@ class TrainingModule(nn.Module):
         self.model = model
         self.mesh = mesh
         self.train_settings = recipe.train
-        self.num_datasets = len(recipe.data.drawn.dataset_names)
         self.chunk_rows = rows_per_chunk(model.config.text.vocab_size)
         self.attend = ulysses(masked_attention, mesh, model.config.text.num_heads, model.config.text.num_kv_heads)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, num_datasets: int = 1) -> tuple[Tensor, LossSums]:
         """Compute the loss of one micro-batch; all ranks must call it together.
 
+        Args:
+            batch: the micro-batch; its dataset ids are below `num_datasets`.
+            num_datasets: number of datasets with sums of their own.
+
         Returns:
-            The loss for backward (scalar: world * local sum / W), and the local sums for the log, detached:
-            [2 + 2 * datasets], cross entropy and z term, both / W, then each dataset's weighted cross entropy, then
-            each dataset's loss weight.
+            The loss for backward (scalar: world * local sum / W), and the local sums for the log, detached; in them
+            `cross_entropy` and `z` are divided by W.
         """
         model, mesh = self.model, self.mesh
         features, touch = encode_shared(
@@ -104,10 +106,11 @@ class TrainingModule(nn.Module):
             *(rows.hidden, rows.labels, rows.weights, model.lm_head, self.train_settings.z_loss, self.chunk_rows),
             num_chunks=self._num_chunks(rows.weights),
             datasets=rows.datasets,
-            num_datasets=self.num_datasets,
+            num_datasets=num_datasets,
         )
         both = torch.stack([sums.cross_entropy, sums.z]) / batch.divisor
-        return both.sum() * mesh.world, torch.cat([both.detach(), sums.by_dataset.flatten()])
+        logged = both.detach()
+        return both.sum() * mesh.world, sums._replace(cross_entropy=logged[0], z=logged[1])
 
     def _dropout(self, batch: Batch, own: slice) -> Dropout | None:
         settings = self.train_settings

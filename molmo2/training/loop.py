@@ -7,18 +7,19 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from molmo2.checkpoint import files as checkpoints
 from molmo2.checkpoint.files import CheckpointError
 from molmo2.checkpoint.mirror import Sender
+from molmo2.model.loss import LossSums
 from molmo2.parallel.agree import on_rank_zero, say, write_line
+from molmo2.parallel.sums import sum_over_ranks
 from molmo2.training.anomalies import LossHistory, action_for, describe
 from molmo2.training.metrics import Monitor, StepClock, gpu_use, read_log
 from molmo2.training.optim import ComponentAdamW, set_learning_rates
@@ -67,17 +68,38 @@ class Progress:
     history: LossHistory
 
 
-class StepTotals(NamedTuple):
-    """Sums of one step over all ranks; `loss` and `z_loss` are divided by the loss weight of the step."""
+class StepSums(NamedTuple):
+    """One rank's contribution to a step, float64: scalars, and vectors over the datasets.
+
+    `loss` and `z_loss` are divided by the loss weight of the step.
+    """
+
+    loss: Tensor
+    z_loss: Tensor
+    stopping: Tensor  # 1 if the rank got a signal to stop
+    masked: Tensor  # number of quarantined samples
+    crops: Tensor
+    retries: Tensor  # reads from storage that were repeated after an error
+    cache_hits: Tensor  # reads from shards in the disk cache
+    megabytes: Tensor  # bytes read as stored, in units of 1e6
+    tokens: Tensor
+    dataset_loss: Tensor  # [datasets], weighted cross entropy
+    dataset_weight: Tensor  # [datasets], loss weight
+    dataset_tokens: Tensor  # [datasets]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTotals:
+    """The sums of one step over all ranks, with the names of `StepSums`."""
 
     loss: float
     z_loss: float
-    stopping: float  # number of ranks that got a signal to stop
-    masked: float  # number of quarantined samples
+    stopping: float
+    masked: float
     crops: float
-    retries: float  # reads from storage that were repeated after an error
-    cache_hits: float  # reads from shards in the disk cache
-    megabytes: float  # bytes read as stored, in units of 1e6
+    retries: float
+    cache_hits: float
+    megabytes: float
     tokens: float
     losses: dict[str, float]  # mean cross entropy of each dataset in the step
     tokens_of: dict[str, float]  # number of tokens of each dataset in the step
@@ -102,7 +124,7 @@ def compute(
         The step's sums, and the place in the data after it.
     """
     train, step, names = run.recipe.train, cursor.step + 1, [dataset.name for dataset in run.plan.datasets]
-    sums = torch.zeros(len(StepTotals._fields) - 2 + 3 * len(names), dtype=torch.float64, device=run.device)
+    sums: StepSums | None = None
     for _ in range(micro_steps(train.packs_per_step, run.mesh.dp, train.micro_batch)):
         watchdog.enter("data", step)
         since = time.perf_counter()
@@ -112,38 +134,59 @@ def compute(
         watchdog.enter("forward", step, batch.slots)
         batch = agree_on_masked(run, batch, cursor)
         record_masked(batch, run)
-        loss, logged = engine(batch)
+        loss, logged = engine(batch, len(names))
         watchdog.enter("backward", step, batch.slots)
         engine.backward(loss, scale_wrt_gas=False)
-        sums += local_sums(batch, logged, len(names), run.mesh.sp)
-    sums[2] = float(stop)
-    dist.all_reduce(sums)
-    first, by_dataset = sums[: -3 * len(names)].tolist(), sums[-3 * len(names) :].view(3, -1).tolist()
-    present = [(name, *values) for name, *values in zip(names, *by_dataset, strict=True)]
-    losses = {name: loss / weight for name, loss, weight, _ in present if weight}
-    tokens_of = {name: tokens for name, _, _, tokens in present if tokens}
-    return StepTotals._make([*first, losses, tokens_of]), batch.cursor
+        own = local_sums(batch, logged, run.mesh.sp)
+        sums = own if sums is None else StepSums(*map(torch.add, sums, own))
+    assert sums is not None, "a step has a micro-step at least"
+    stopping = torch.full_like(sums.loss, stop)
+    return totals_of(sum_over_ranks(sums._replace(stopping=stopping)), names), batch.cursor
 
 
-def local_sums(batch: Batch, logged: Tensor, num_datasets: int, sp: int) -> Tensor:
-    """One rank's contribution to a step's `Totals` for one micro-batch: float64, on the device of `logged`.
+def local_sums(batch: Batch, logged: LossSums, sp: int) -> StepSums:
+    """One rank's contribution to a step for one micro-batch, on the device of `logged`.
 
-    The numeric fields come in order, then loss, weight and tokens of each dataset. Numbers that the ranks of a group
-    have in common are divided by `sp`. Nothing here waits for the device.
+    Values that the ranks of a group share are divided by the size of the group. No value is copied to the host.
     """
     inside, counts = batch.segment_ids != PAD_SEGMENT, batch.reads.counts
-    tokens = logged.new_zeros(num_datasets, dtype=torch.float64)
+    tokens = torch.zeros_like(logged.dataset_loss, dtype=torch.float64)
     tokens.scatter_add_(0, batch.dataset_ids.flatten(), inside.flatten().double() / sp)
-    known = [0.0, len(batch.masked) / sp, len(batch.pixels), counts.get("retries", 0), counts.get("cache_hits", 0)]
-    known.append(counts.get("bytes", 0) / 1e6)
-    parts = (
-        logged[:2],
-        torch.tensor(known).to(logged.device, non_blocking=True),
-        tokens.sum()[None],
-        logged[2:],
-        tokens,
+    host = (
+        len(batch.masked) / sp,
+        len(batch.pixels),
+        counts.get("retries", 0),
+        counts.get("cache_hits", 0),
+        counts.get("bytes", 0) / 1e6,
     )
-    return torch.cat([part.double() for part in parts])
+    masked, crops, retries, cache_hits, megabytes = (
+        torch.tensor(host, dtype=torch.float64).to(tokens.device, non_blocking=True).unbind()
+    )
+    return StepSums(
+        loss=logged.cross_entropy.double(),
+        z_loss=logged.z.double(),
+        stopping=torch.zeros_like(masked),  # known once a step, see `compute`
+        masked=masked,
+        crops=crops,
+        retries=retries,
+        cache_hits=cache_hits,
+        megabytes=megabytes,
+        tokens=tokens.sum(),
+        dataset_loss=logged.dataset_loss.double(),
+        dataset_weight=logged.dataset_weight.double(),
+        dataset_tokens=tokens,
+    )
+
+
+def totals_of(sums: StepSums, names: Sequence[str]) -> StepTotals:
+    """The numbers of a step from its sums over all ranks; `names` are those of the datasets."""
+    vectors = (sums.dataset_loss.tolist(), sums.dataset_weight.tolist(), sums.dataset_tokens.tolist())
+    rows = list(zip(names, *vectors, strict=True))
+    return StepTotals(
+        **{name: value.item() for name, value in sums._asdict().items() if value.ndim == 0},
+        losses={name: loss / weight for name, loss, weight, _ in rows if weight},
+        tokens_of={name: tokens for name, _, _, tokens in rows if tokens},
+    )
 
 
 def update(run: Run, engine: Any, optimizer: ComponentAdamW, progress: Progress, totals: StepTotals) -> bool:

@@ -98,10 +98,9 @@ def member_losses(module: TrainingModule, batch: Batch, num_members: int) -> lis
     """Mean weighted cross entropy of every member of a batch of one pack; None for a member without loss."""
     inside = batch.segment_ids != PAD_SEGMENT
     members = torch.where(inside, batch.segment_ids // MEMBER, 0).long()
-    module.num_datasets = num_members  # members take the place of datasets
-    _, logged = module(dataclasses.replace(batch, dataset_ids=members))
-    sums, weights = logged[2:].view(2, -1).tolist()
-    return [total / weight if weight else None for total, weight in zip(sums, weights, strict=True)]
+    _, logged = module(dataclasses.replace(batch, dataset_ids=members), num_members)  # in place of datasets
+    pairs = zip(logged.dataset_loss.tolist(), logged.dataset_weight.tolist(), strict=True)
+    return [total / weight if weight else None for total, weight in pairs]
 
 
 def _heading(run: Run, pack: PackSpec) -> str:

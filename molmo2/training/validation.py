@@ -14,14 +14,16 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch import Tensor
 
 from molmo2.config import Evaluation, Recipe, root_paths
 from molmo2.model.generate import generate
+from molmo2.parallel.sums import sum_over_ranks
 from molmo2.processing.batch_prompt import prompt_of
 from molmo2.processing.pictures import Picture, pictures_of, raster
 from molmo2.training.run import SAMPLES_NAME, Run, agree_on_masked
@@ -46,6 +48,14 @@ class GeneratedSample:
     pictures: tuple[Picture, ...]
 
 
+class ValidationSums(NamedTuple):
+    """What one rank adds to the held-out losses: a scalar, and vectors over the datasets."""
+
+    masked: Tensor  # number of quarantined samples
+    dataset_loss: Tensor  # weighted cross entropy
+    dataset_weight: Tensor  # loss weight
+
+
 def open_held_out(recipe: Recipe, held_out: Evaluation, processor: dict[str, Any]) -> Plan:
     """Open the plan of the held-out batches.
 
@@ -63,16 +73,12 @@ def validate(run: Run, engine: Any) -> tuple[dict[str, float], list[GeneratedSam
     The engine is in training mode afterwards.
     """
     assert run.recipe.eval is not None and run.held_out is not None
-    module = engine.module
-    num_training_datasets = module.num_datasets
-    module.num_datasets = len(run.held_out.datasets)
     engine.eval()
     try:
         with torch.no_grad():
-            return losses(run, engine, run.held_out), list(answers(run, module.model, run.held_out))
+            return losses(run, engine, run.held_out), list(answers(run, engine.module.model, run.held_out))
     finally:
         engine.train()
-        module.num_datasets = num_training_datasets
 
 
 def losses(run: Run, engine: Any, plan: Plan) -> dict[str, float]:
@@ -80,19 +86,22 @@ def losses(run: Run, engine: Any, plan: Plan) -> dict[str, float]:
     assert run.recipe.eval is not None
     mesh, cursor = run.mesh, Cursor()
     reader = pack_reader(plan, run.layout, (mesh.sp_rank, mesh.sp))
-    sums = torch.zeros(1 + 2 * len(plan.datasets), dtype=torch.float64, device=run.device)
+    zero = torch.zeros(len(plan.datasets), dtype=torch.float64, device=run.device)
+    sums = ValidationSums(zero.new_zeros(()), zero, zero)
     for _ in range(run.recipe.eval.steps):
         step = plan.step(cursor)
         own = step.packs[mesh.dp_rank :: mesh.dp]
         for pack in own:
             batch = reader[MicroSpec((pack,), step.divisor, step.cursor)].to(run.device)
             batch = agree_on_masked(dataclasses.replace(run, plan=plan), batch, cursor)
-            _, logged = engine(batch)
-            sums[0] += len(batch.masked) / mesh.sp
-            sums[1:] += logged[2:]
+            _, logged = engine(batch, len(plan.datasets))
+            sums = ValidationSums(
+                masked=sums.masked + len(batch.masked) / mesh.sp,
+                dataset_loss=sums.dataset_loss + logged.dataset_loss,
+                dataset_weight=sums.dataset_weight + logged.dataset_weight,
+            )
         cursor = step.cursor
-    dist.all_reduce(sums)
-    (masked, *_), (totals, weights) = sums.tolist(), sums[1:].view(2, -1).tolist()
+    masked, totals, weights = (field.tolist() for field in sum_over_ranks(sums))
     rows = zip(plan.datasets, totals, weights, strict=True)
     means = {f"loss.{dataset.name}": total / weight for dataset, total, weight in rows if weight}
     return {"loss": sum(totals) / max(sum(weights), 1e-9), "masked": masked, **means}

@@ -120,6 +120,7 @@ def gradients(how: tuple[bool, tuple[int, int], float]) -> list[tuple[Tensor, di
         module.model.set_checkpointing(checkpointing, chunk_crops=1 if checkpointing else None)
         loss, logged = module(own_share(make(case), mesh.sp_rank, mesh.sp))
         loss.backward()
+        logged = torch.cat([value.flatten() for value in logged])
         dist.all_reduce(logged)
         for parameter in module.model.parameters():
             assert parameter.grad is not None  # every hook fires on every rank

@@ -40,10 +40,10 @@ def test_every_dataset_has_its_own_sum() -> None:
     datasets = torch.arange(24).view(2, 12) % 3
     sums = weighted_loss(hidden, labels, weights, head, 0.0, 5, datasets=datasets, num_datasets=4)
     alone = [weighted_loss(hidden, labels, weights * (datasets == number), head, 0.0, 5) for number in range(4)]
-    assert not sums.by_dataset.requires_grad
-    torch.testing.assert_close(sums.by_dataset[0], torch.stack([one.cross_entropy for one in alone]).detach())
-    torch.testing.assert_close(sums.by_dataset[1, :3], torch.stack([weights[datasets == n].sum() for n in range(3)]))
-    assert sums.by_dataset[:, 3].tolist() == [0, 0]
+    assert not sums.dataset_loss.requires_grad
+    torch.testing.assert_close(sums.dataset_loss, torch.stack([one.cross_entropy for one in alone]).detach())
+    torch.testing.assert_close(sums.dataset_weight[:3], torch.stack([weights[datasets == n].sum() for n in range(3)]))
+    assert (sums.dataset_loss[3], sums.dataset_weight[3]) == (0, 0)
 
 
 def test_rows_without_weight_are_never_computed() -> None:
