@@ -40,6 +40,7 @@ $(INSTALLED): setup.cfg pyproject.toml requirements.lock
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) 'pip>=24' 'setuptools>=77' wheel ninja
 	$(PIP) torch torchvision
+	rm -rf *.egg-info  # of an earlier installation: it would hide the entry points of this one
 	$(PIP) --no-build-isolation -e '.[demo,eval,lora,s3,wandb]'
 	touch $@
 
@@ -97,7 +98,7 @@ test: system lint types
 	$(PYTEST) -n 2
 
 soak: $(DEV)
-	SOAK_STEPS=$${SOAK_STEPS:-1000} SOAK_KILLS=$${SOAK_KILLS:-12} $(PYTEST) tests/molmo2/test_soak.py
+	SOAK_STEPS=$${SOAK_STEPS:-1000} SOAK_KILLS=$${SOAK_KILLS:-12} $(PYTEST) -m soak tests/molmo2/training/test_soak.py
 
 test-latest:
 	$(MAKE) test VENV=.venv-latest LOCK= \

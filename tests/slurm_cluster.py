@@ -97,10 +97,17 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
                         child.kill()
                 process.kill()
                 process.wait()
-            for stray in psutil.process_iter(["name", "environ"]):
-                if (stray.info["environ"] or {}).get("SLURM_CONF") == str(config) and stray.pid != os.getpid():
-                    with suppress(psutil.NoSuchProcess):
+            for stray in psutil.process_iter():
+                with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    if stray.pid != os.getpid() and belongs(stray, config):
                         stray.kill()
+
+
+def belongs(process: psutil.Process, config: Path) -> bool:
+    """Whether a process is of this cluster; a job's own (slurmstepd) has no environment, and a log in its folder."""
+    if process.name().startswith("slurmstepd"):
+        return any(Path(file.path).is_relative_to(config.parent) for file in process.open_files())
+    return process.environ().get("SLURM_CONF") == str(config)
 
 
 def wait_for(condition: Callable[[], bool], told: Callable[[], str]) -> None:

@@ -132,6 +132,7 @@ def test_no_file_shadows_the_standard_library(folder: str) -> None:
 
 def test_paths_in_the_documents_exist() -> None:
     documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    documents.remove(ROOT / "docs/log.md")  # it names files as they were on the day
     missing = []
     for document in documents:
         text = document.read_text()

@@ -33,15 +33,19 @@ __all__ = ["CPU", "ROOT", "SCRIPT", "Launch", "free_port", "run_ranks"]
 # --- a function on each rank -----------------------------------------------------------------------------------------
 
 
-def _rank(rank: int, world: int, folder: str, function: Callable[[Any], Any], argument: Any) -> None:
+def _rank(rank: int, world: int, folder: str, port: int, function: Callable[[Any], Any], argument: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world))
+    # DeepSpeed names its buffers after both, so that no other run of ranks on this machine has the same ones.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     try:
         torch.save(function(argument), f"{folder}/{rank}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
+        buffer = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{port}_{rank}"
+        Path("/dev/shm", buffer).unlink(missing_ok=True)
 
 
 def run_ranks(world: int, function: Callable[[Any], Any], argument: Any = None) -> list[Any]:
@@ -49,7 +53,7 @@ def run_ranks(world: int, function: Callable[[Any], Any], argument: Any = None) 
     fork_server()
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(  # type: ignore[no-untyped-call]
-            _rank, args=(world, folder, function, argument), nprocs=world, start_method="forkserver"
+            _rank, args=(world, folder, free_port(), function, argument), nprocs=world, start_method="forkserver"
         )
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]
 

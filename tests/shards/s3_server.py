@@ -22,9 +22,13 @@ BUCKET = "bucket"
 
 
 def free_ports(count: int) -> list[int]:
-    """Free ports whose twins for gRPC (+ 10000) are free, too."""
+    """Free ports whose twins for gRPC (+ 10000) are free, too.
+
+    The search begins at a place of this process's own, so that no other process of the tests takes the ports of a
+    server that is down for a moment; all lie below those that the system gives to connections.
+    """
     found: list[int] = []
-    for port in range(20000 + os.getpid() % 10000, 40000):
+    for port in range(12000 + os.getpid() * 64 % 10000, 22700):
         with socket.socket() as one, socket.socket() as two:
             try:
                 one.bind(("127.0.0.1", port))

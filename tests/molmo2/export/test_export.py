@@ -232,7 +232,7 @@ def test_only_exports_are_replaced(tmp_path: Path) -> None:
     exported(model, out)
     assert not (out / "stale").exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
     (out / "export.json").unlink()
-    with pytest.raises(ExportError, match="no earlier export"):
+    with pytest.raises(ExportError, match="is not an earlier export"):
         exported(model, out)
     assert (out / "model.safetensors").exists()
 

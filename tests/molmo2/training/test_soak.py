@@ -35,6 +35,7 @@ def strike(kind: str, process: Launch, server: Server, rng: np.random.Generator)
 
 
 @pytest.mark.dist
+@pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_kills_at_random_leave_the_curve_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy_run.build_toy(tmp_path)
