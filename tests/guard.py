@@ -115,7 +115,8 @@ def run(command: list[str], minutes: float) -> int:
     """Run a command; its exit code, or 1 where it took too long or left something behind."""
     folder = Path(tempfile.mkdtemp(prefix="molmo2-tests-"))
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    variables = {NAME: str(folder), "TMPDIR": str(folder), "XDG_CACHE_HOME": str(folder / "cache")}
+    variables = {NAME: str(folder), "TMPDIR": str(folder)}
+    variables |= {f"XDG_{kind}_HOME": str(folder / kind.lower()) for kind in ("CACHE", "CONFIG", "DATA", "STATE")}
     for name, folder_name in COMPILED.items():
         variables[name] = os.environ.get(name, str(cache / folder_name))
         Path(variables[name]).mkdir(parents=True, exist_ok=True)
