@@ -2,13 +2,13 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "recipes/launch"
@@ -60,9 +60,7 @@ def toy(root: Path) -> tuple[Path, str, dict[str, str]]:
     import toy_run
 
     toy_run.build_toy(root)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     environment = {**os.environ, "MOLMO2_DATA": str(root), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return toy_run.write_recipe(root / "r.yaml", "r", steps=2), port, environment
 

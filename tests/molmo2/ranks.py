@@ -6,7 +6,7 @@ Two ways in:
     Launch(["--recipe", path], ranks=2)     molmo2/train.py on two ranks, as torchrun starts it
 
 What a launcher itself does (deepspeed, torchrun, accelerate, srun) is tested with the real one in test_launch.py,
-test_slurm.py and `train_runs.start`.
+test_slurm.py and by `train_runs.launch`.
 """
 
 import os

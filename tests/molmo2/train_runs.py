@@ -41,19 +41,18 @@ def train(root: Path, recipe: Path, *options: str, code: int = 0, **more: Any) -
     return output
 
 
-def command(launcher: str, ranks: int) -> list[str]:
-    """The words before the trainer's own options, under a real launcher."""
+def command(launcher: str) -> list[str]:
+    """The words before the trainer's own options, for two ranks under a real launcher."""
     bin_dir, port = Path(sys.executable).parent, str(free_port())
     return {
-        "deepspeed": [str(bin_dir / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port, SCRIPT],
-        "torchrun": [str(bin_dir / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port, SCRIPT],
-        "python": [sys.executable, SCRIPT],
+        "deepspeed": [str(bin_dir / "deepspeed"), "--num_accelerators", "2", "--master_port", port, SCRIPT],
+        "torchrun": [str(bin_dir / "torchrun"), "--nproc_per_node", "2", "--master_port", port, SCRIPT],
     }[launcher]
 
 
 def launch(launcher: str, root: Path, recipe: Path, *options: str) -> subprocess.Popen[str]:
-    """Start the trainer as a user does, with a real launcher, on two ranks where it launches any."""
-    arguments = [*command(launcher, 2), "--recipe", str(recipe), *options]
+    """Start the trainer as a user does, with a real launcher, on two ranks."""
+    arguments = [*command(launcher), "--recipe", str(recipe), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(arguments, cwd=ROOT, env=variables(root), **pipes)
 
