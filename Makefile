@@ -24,7 +24,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MOLMO2_DATA ?= $(CURDIR)/data
 export SYSTEM ?= 1
 RANKS ?= 2
-CPU := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+CPU := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+  TORCH_EXTENSIONS_DIR=$(CURDIR)/$(VENV)/torch_extensions
 LAUNCH := $(CPU) deepspeed --num_accelerators $(RANKS)
 RUN := $(MOLMO2_DATA)/runs
 PYTEST := $(CPU) python tests/guard.py --minutes 30 -- python -m pytest

@@ -33,7 +33,7 @@ from molmo2.checkpoint.reshard import convert_checkpoint, mesh_changes
 from molmo2.config import FirstWeights, Recipe, data_path, load_recipe
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS, config_differences
-from molmo2.parallel.agree import AgreedError, agreed, leave, lost_peer, on_rank_zero, say, write_line
+from molmo2.parallel.agree import AgreedError, all_ranks_ok, leave, lost_peer, on_rank_zero, say, write_line
 from molmo2.parallel.mesh import SINGLE, Mesh, MeshError, check_mesh, make_mesh
 from molmo2.processing.contract import ProcessorSettings, read_contract
 from molmo2.training.anomalies import LossHistory
@@ -181,35 +181,41 @@ def take_over(run: Run, state: dict[str, Any]) -> Cursor:
 
 def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, arguments: argparse.Namespace) -> bool:
     """Train one stage; return False if a stop signal ended it before its last step."""
-    mesh = agreed(lambda: form_mesh(recipe))
-    added = agreed(lambda: read_engine_keys(arguments.deepspeed_config))
-    run = agreed(lambda: prepare(recipe, mesh, device))
-    checkpoint = on_rank_zero(lambda: mirror.newest(recipe, say))
+    with all_ranks_ok():
+        mesh = form_mesh(recipe)
+        added = read_engine_keys(arguments.deepspeed_config)
+        run = prepare(recipe, mesh, device)
+    checkpoint = on_rank_zero(mirror.newest, recipe, say)
     done = 0 if checkpoint is None else checkpoint.step
     if done >= recipe.train.steps:
         say(f"{recipe.name}: finished at step {done}; nothing to do")
         if not (recipe.run_dir / SUMMARY_NAME).exists():
-            on_rank_zero(lambda: finish(recipe))
+            on_rank_zero(finish, recipe)
         return True
-    on_rank_zero(lambda: cut_run_after(recipe, done))
+    on_rank_zero(cut_run_after, recipe, done)
     train = recipe.train
     say(
         f"{recipe.name}: steps {done + 1}-{train.steps}, {train.packs_per_step} packs of {recipe.data.sequence_length} "
         f"tokens each, on {mesh.world} ranks (dp {mesh.dp}, sp {mesh.sp}), {train.precision}, ZeRO-{train.zero_stage}"
     )
-    differing = agreed(lambda: mesh_changes(checkpoint, recipe) if checkpoint else [])
-    universal = on_rank_zero(lambda: convert_checkpoint(checkpoint)) if checkpoint and differing else None
-    if differing:
+    universal = None
+    with all_ranks_ok():
+        differing = mesh_changes(checkpoint, recipe) if checkpoint else []
+    if checkpoint and differing:
+        universal = on_rank_zero(convert_checkpoint, checkpoint)
         say(f"{recipe.name}: {', '.join(differing)}: the checkpoint was converted; the order of the data is the same")
-    model = agreed(lambda: starting_model(run))
+    with all_ranks_ok():
+        model = starting_model(run)
     if arguments.check_sp and mesh.sp > 1:
         from molmo2.training.check_sp import check_sequence_parallel
 
         errors = check_sequence_parallel(model.to(device), recipe, mesh)
         say(f"{recipe.name}: sp {mesh.sp} agrees with one rank to {max(errors.values()):.1e}")
     engine, optimizer, names = start_engine(model, recipe, mesh, universal is not None, added)
-    progress = agreed(lambda: resume(run, engine, checkpoint, universal, arguments.change_data))
-    on_rank_zero(lambda: shutil.rmtree(universal) if universal else None)
+    with all_ranks_ok():
+        progress = resume(run, engine, checkpoint, universal, arguments.change_data)
+    if universal:
+        on_rank_zero(shutil.rmtree, universal)
     run_steps(run, engine, optimizer, names, progress, stop)
     engine.destroy()
     if progress.step < recipe.train.steps:
@@ -218,7 +224,7 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, argument
             "start again to continue"
         )
         return False
-    on_rank_zero(lambda: finish(recipe))
+    on_rank_zero(finish, recipe)
     return True
 
 
@@ -274,7 +280,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = start_distributed()
     stop = StopSignal()
     try:
-        for recipe in agreed(lambda: read_recipes(arguments)):
+        with all_ranks_ok():
+            recipes = read_recipes(arguments)
+        for recipe in recipes:
             if not train_stage(recipe, device, stop, arguments):
                 break
             gc.collect()

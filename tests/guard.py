@@ -23,7 +23,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "MOLMO2_TEST_RUN"  # the variable with the run's folder
 SHARED_MEMORY = Path("/dev/shm")
-# What torch compiles is kept between runs: both folders hold locks, and names that depend on the source.
+# What torch compiles belongs to the environment that it is compiled against, and is kept in it from run to run.
 COMPILED = {"TORCH_EXTENSIONS_DIR": "torch_extensions", "TORCHINDUCTOR_CACHE_DIR": "torch_inductor"}
 PATIENCE = 5.0  # seconds that a process has to leave after the tests
 
@@ -114,11 +114,10 @@ def leftovers(folder: Path, files: set[str], buffers: set[Path]) -> list[str]:
 def run(command: list[str], minutes: float) -> int:
     """Run a command; its exit code, or 1 where it took too long or left something behind."""
     folder = Path(tempfile.mkdtemp(prefix="molmo2-tests-"))
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     variables = {NAME: str(folder), "TMPDIR": str(folder)}
     variables |= {f"XDG_{kind}_HOME": str(folder / kind.lower()) for kind in ("CACHE", "CONFIG", "DATA", "STATE")}
     for name, folder_name in COMPILED.items():
-        variables[name] = os.environ.get(name, str(cache / folder_name))
+        variables[name] = os.environ.get(name, str(Path(sys.prefix, folder_name)))
         Path(variables[name]).mkdir(parents=True, exist_ok=True)
     files, buffers = files_of_the_machine(), set(SHARED_MEMORY.iterdir())
     process = subprocess.Popen(command, env={**os.environ, **variables})

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from molmo2.config import data_path
+from shards.command import run
 
 TOOL = Path(__file__).resolve().with_name("build_shards.py")
 ENGINES = ("local", "slurm", "ray")
@@ -94,7 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"build_on_datatrove: {error}")
+    run(main)

@@ -28,6 +28,7 @@ from shards.build.builder import REJECT_BUDGET, Built, build_dataset
 from shards.build.claim import BuildError
 from shards.build.pool import worker_pool
 from shards.catalog import STAGES, load_catalog
+from shards.command import run
 from shards.download.manifest import unfinished_folders
 from shards.format import REJECTS_NAME
 from shards.sources.parquet import MissingSourceError, SourceError
@@ -170,9 +171,4 @@ def write_report_json(label: str, built: Built, share: tuple[int, int], out: str
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"build_shards: {error}")
-    except KeyboardInterrupt:
-        sys.exit("build_shards: interrupted; run the same command again to resume")
+    run(main)

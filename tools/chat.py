@@ -12,6 +12,7 @@ the end of the input ends it. Points in an answer are listed below it, as fracti
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from molmo2.processing.contract import ProcessorSettings
 from molmo2.processing.points import parse_points
 from molmo2.processing.processor import build_processor
 from molmo2.weights.load import open_model
+from shards.command import run
 from shards.schema import Turn
 
 
@@ -56,8 +58,13 @@ def point_lines(text: str) -> list[str]:
 
 
 def main() -> None:
-    """Load the model, then answer questions until the input ends."""
-    args = parse_args()
+    """Answer questions until the input ends or Ctrl-C."""
+    with contextlib.suppress(KeyboardInterrupt):
+        chat(parse_args())
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Load the model, then answer questions in the terminal or on the page."""
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     missing = [str(path) for path in [*args.image, args.video] if path is not None and not path.is_file()]
     if missing:
@@ -95,9 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(0)
-    except (ValueError, OSError) as error:
-        sys.exit(f"chat: {error}")
+    run(main)

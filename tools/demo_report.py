@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +15,7 @@ from rich.table import Table
 from molmo2.config import data_path, load_recipe
 from molmo2.eval.score_page import Stage, read_stage, render_report
 from molmo2.pages import percent
+from shards.command import run
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "demo"
 
@@ -74,7 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"demo_report: {error}")
+    run(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from molmo2.config import data_path
 from shards.catalog import STAGES, Catalog, CatalogError, Row, load_catalog
+from shards.command import run
 from shards.download.hub import DownloadError
 from shards.download.manifest import Manifest, fetches, missing_folders
 from shards.download.raw_folder import FillOptions, Forecast, fill, forecast
@@ -145,9 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"download_data: {error}")
-    except KeyboardInterrupt:
-        sys.exit("download_data: interrupted; run the same command again to resume")
+    run(main)

@@ -16,8 +16,9 @@ import argparse
 import datetime
 import json
 import os
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from molmo2.processing.contract import ProcessorSettings
 from molmo2.processing.processor import build_processor
 from molmo2.weights.load import OpenedModel, open_model
 from shards.catalog import load_catalog
+from shards.command import run
 
 LOSS_CATALOGS = ("demo", "molmo2-eval", "molmo2")
 
@@ -75,18 +77,23 @@ def default_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def join_ranks() -> Ranks:
+@contextmanager
+def process_group() -> Iterator[Ranks]:
     """Join the process group of the launcher; without a launcher this process is alone."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        return Ranks()
+        yield Ranks()
+        return
     # Answers are exchanged through files; the group is only a barrier, which waits for the slowest rank.
     dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
 
     def wait() -> None:
         dist.barrier()
 
-    return Ranks(rank=dist.get_rank(), world=world, wait=wait)
+    try:
+        yield Ranks(rank=dist.get_rank(), world=world, wait=wait)
+    finally:
+        dist.destroy_process_group()
 
 
 def results_table(title: str, results: list[dict[str, Any]]) -> Table:
@@ -183,12 +190,17 @@ def open_subject(opened: OpenedModel, args: argparse.Namespace) -> Subject:
 
 
 def main() -> None:
-    """Load the model, evaluate the suites and losses, write the results."""
+    """Find what to evaluate, and evaluate it on every rank of the launcher."""
     args = parse_args()
-    since = time.perf_counter()
     suites = choose(args.benchmarks) if args.benchmarks else []
     catalogs = loss_catalogs([name.strip() for name in args.loss.split(",")] if args.loss else [])
-    ranks = join_ranks()
+    with process_group() as ranks:
+        evaluate(args, suites, catalogs, ranks)
+
+
+def evaluate(args: argparse.Namespace, suites: list[Suite], catalogs: dict[str, str], ranks: Ranks) -> None:
+    """Load the model, evaluate the suites and losses; rank 0 prints and writes the results."""
+    since = time.perf_counter()
     opened = open_model(args.checkpoint)
     subject = open_subject(opened, args)
     # The results of a run are written beside its checkpoints, those of a model into its own directory.
@@ -220,10 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"evaluate: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run(main)

@@ -28,6 +28,7 @@ from molmo2.inspection.originals import ExampleView, lines, view_examples
 from molmo2.inspection.page import render_originals
 from molmo2.pages import size
 from shards.catalog import STAGES, Catalog, CatalogError, Row, Stage, load_catalog
+from shards.command import run
 from shards.sources.parquet import MissingSourceError, SourceError
 
 WIDE = 160  # width in characters of a table that is written to a file
@@ -133,7 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"inspect_data: {error}")
+    run(main)

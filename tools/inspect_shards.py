@@ -27,6 +27,7 @@ from molmo2.inspection.samples import SampleView, tokenizer_of, view_sample
 from molmo2.inspection.shares import Share, plan_and_draw, shares_of
 from molmo2.pages import size
 from molmo2.processing.pictures import spread
+from shards.command import run
 from shards.stream.dataset import Dataset
 
 WIDE = 160  # width in characters of a table that is written to a file
@@ -155,7 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"inspect_shards: {error}")
+    run(main)

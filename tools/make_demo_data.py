@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from molmo2.demo.image_sets import Made
 from molmo2.demo.sets import SETS, DemoSet, is_complete, make_set, texts
 from molmo2.processing.tokenizer import train_demo_tokenizer
+from shards.command import run
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,7 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"make_demo_data: {error}")
+    run(main)

@@ -10,7 +10,6 @@ build of shards, training and export read this tokenizer; `download_data.py` and
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import tokenizers
@@ -20,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from molmo2.config import data_path
 from molmo2.model.presets import PRESETS
 from molmo2.processing.tokenizer import MOLMO2_TOKENS, Tokenizer, TokenizerError, write_tokenizer
+from shards.command import run
 
 NAME = "tokenizer.json"
 
@@ -42,7 +42,7 @@ def find_source(source: str) -> Path:
         ) from None
 
 
-def main() -> int:
+def main() -> None:
     """Fetch the base tokenizer, add the tokens, write the result and load it as a check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, help="directory or OWNER/NAME[@REVISION] of the language model")
@@ -51,21 +51,16 @@ def main() -> int:
     arguments = parser.parse_args()
     out = arguments.out or data_path("raw/tokenizer")
     base_vocab = PRESETS[arguments.model].text.vocab_size
-    try:
-        path = find_source(arguments.source)
-        if not path.is_file():
-            raise TokenizerError(f"{path}: no such file; name a directory that holds {NAME}")
-        write_tokenizer(tokenizers.Tokenizer.from_file(str(path)), out, base_vocab)
-        tokenizer = Tokenizer(out, base_vocab)
-    except (TokenizerError, OSError) as error:
-        print(f"make_tokenizer: {error}", file=sys.stderr)
-        return 1
+    path = find_source(arguments.source)
+    if not path.is_file():
+        raise TokenizerError(f"{path}: no such file; name a directory that holds {NAME}")
+    write_tokenizer(tokenizers.Tokenizer.from_file(str(path)), out, base_vocab)
+    tokenizer = Tokenizer(out, base_vocab)
     print(
         f"{out}: {len(MOLMO2_TOKENS)} tokens from id {base_vocab} on; end of turn {tokenizer.eos}, padding "
         f"{tokenizer.pad}; sha256 {tokenizer.sha256[:16]}"
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from pathlib import Path
 
-from molmo2.config import Recipe, RecipeError, load_recipe
+from molmo2.config import Recipe, load_recipe
 from molmo2.inspection.shares import Drawn, Share, plan_and_draw, shares_of
+from shards.command import run
 
 
 def table(shares: list[Share]) -> list[str]:
@@ -60,7 +60,7 @@ def preview(recipe: Recipe, num_steps: int) -> list[str]:
     return [*table(shares_of(recipe, plan, drawn)), "", *summary(recipe, drawn)]
 
 
-def main() -> int:
+def main() -> None:
     """Print the preview of a recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="YAML file of a run")
@@ -69,14 +69,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"--steps {arguments.steps}: at least 1")
-    try:
-        lines = preview(load_recipe(arguments.recipe, arguments.set), arguments.steps)
-    except (RecipeError, ValueError, OSError) as error:
-        print(f"preview_mixture: {error}", file=sys.stderr)
-        return 1
-    print("\n".join(lines))
-    return 0
+    print("\n".join(preview(load_recipe(arguments.recipe, arguments.set), arguments.steps)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from shards.build.repair import repair_dataset
 from shards.build.verify import Finding, find_datasets, verify_dataset
+from shards.command import run
 from shards.format import INDEX_NAME, FormatError, parse_index
 from shards.storage.open import open_storage
 
@@ -62,7 +63,7 @@ def main() -> int:
         parser.error("--from goes with --repair")
     datasets = [dataset for folder in folders for dataset in find_datasets(folder)]
     if not datasets:
-        sys.exit(f"verify_shards: no shards at or below {', '.join(folders)}; build some, or correct the path")
+        raise ValueError(f"no shards at or below {', '.join(folders)}; build some, or correct the path")
     if args.repair or args.reindex:
         repair(datasets, folders, args.copy, args.reindex)
     num_findings = num_shards = 0
@@ -81,7 +82,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"verify_shards: {error}")
+    run(main)

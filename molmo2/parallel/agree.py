@@ -7,45 +7,53 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import torch.distributed as dist
 from tqdm import tqdm
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class AgreedError(Exception):
-    """An action failed on some rank; all ranks raise this, and rank 0 has printed the reason."""
+    """A block of `all_ranks_ok` failed on some rank; all ranks raise this, and rank 0 has printed the reason."""
 
 
-def agreed(action: Callable[[], T]) -> T:
-    """Run an action on every rank and return this rank's result; if it fails on any rank, print one reason.
+@contextmanager
+def all_ranks_ok() -> Iterator[None]:
+    """Run the block on every rank; if it fails on any, rank 0 prints one reason and no rank goes on. Collective.
 
     Raises:
-        AgreedError: on every rank, if the action failed on any.
+        AgreedError: on every rank, if the block raised a ValueError or an OSError on any.
     """
-    results: list[T] = []
     failure = None
     try:
-        results.append(action())
+        yield
     except (ValueError, OSError) as error:
-        failure = str(error)
+        failure = str(error) or type(error).__name__
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     if any(failures):
         if dist.get_rank() == 0:
             write_line(f"train.py: {next(text for text in failures if text)}", sys.stderr)
         raise AgreedError
-    return results[0]
 
 
-def on_rank_zero(action: Callable[[], T]) -> T:
-    """Run an action on rank 0 and return its result on all ranks; collective."""
-    box: list[Any] = [agreed(lambda: action() if dist.get_rank() == 0 else None)]
-    dist.broadcast_object_list(box)
-    return box[0]
+def on_rank_zero(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function on rank 0 and return its result on all ranks; collective.
+
+    Raises:
+        AgreedError: on every rank, if the call raised a ValueError or an OSError.
+    """
+    result: list[Any] = [None]
+    with all_ranks_ok():
+        if dist.get_rank() == 0:
+            result[0] = function(*args, **kwargs)
+    dist.broadcast_object_list(result)
+    return cast(T, result[0])
 
 
 def leave(code: int) -> NoReturn:

@@ -351,7 +351,7 @@ def run_steps(
                 watchdog.enter("checkpoint", step)
                 save_checkpoint(run, engine, progress, sender)
             if stopping:
-                on_rank_zero(lambda: (recipe.run_dir / STOP_NAME).unlink(missing_ok=True))
+                on_rank_zero((recipe.run_dir / STOP_NAME).unlink, missing_ok=True)
                 break
     finally:
         watchdog.stop()
