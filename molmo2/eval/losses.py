@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from molmo2.eval.answers import Line, Store
-from molmo2.eval.questions import as_batch, draws_of, read_samples
+from molmo2.eval.questions import as_batch, first_draws, read_samples
 from molmo2.eval.runner import ALONE, Ranks, Subject, left_out, open_built
 from molmo2.model.loss import rows_per_chunk, weighted_loss
 from molmo2.model.mask import AttentionMask
@@ -73,7 +73,7 @@ def held_out_loss(
     """
     dataset = open_built(name, shards, catalog, subject)
     settings = {"checkpoint": checkpoint, "data": dataset.index.digest}
-    store, draws = Store.of(answers, f"loss-{name}", settings), draws_of(dataset, limit)
+    store, draws = Store.of(answers, f"loss-{name}", settings), first_draws(dataset, limit)
     known = store.read()
     own = [draw for draw in draws[ranks.rank :: ranks.world] if name_of(draw) not in known]
     with store.writer(ranks.rank) as write:

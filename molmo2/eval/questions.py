@@ -18,7 +18,7 @@ from shards.schema import Annotation
 from shards.storage.base import read_threads
 from shards.stream.collate import Batch, collate, decode_crops, open_sample
 from shards.stream.dataset import Dataset, Tars
-from shards.stream.plan import Cursor, Draw, PackSpec
+from shards.stream.plan import Cursor, Draw, PackSpec, draws_of
 from shards.stream.reader import Damage, StoredSample, read_sample
 
 AHEAD: Final = 16  # samples that are read in parallel
@@ -39,25 +39,9 @@ class Question:
         return f"{self.key}#{self.number}"
 
 
-def draws_of(dataset: Dataset, limit: int | None = None) -> list[Draw]:
+def first_draws(dataset: Dataset, limit: int | None = None) -> list[Draw]:
     """The first `limit` samples of a dataset, in the order of its shards."""
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    shards, numbers, rows = dataset.lookup(np.arange(count))
-    return [
-        Draw(
-            dataset=0,
-            shard=int(shard),
-            row=int(number),
-            variant=0,
-            offset=int(row["offset"]),
-            span=int(row["span"]),
-            xxh64=int(row["xxh64"]),
-            num_tokens=int(row["num_tokens"][0]),
-            num_crops=int(row["num_crops"][0]),
-            loss_weight=float(row["loss_weight"][0]),
-        )
-        for shard, number, row in zip(shards, numbers, rows, strict=True)
-    ]
+    return draws_of(dataset, np.arange(len(dataset))[:limit])
 
 
 def read_samples(tars: Tars, draws: Sequence[Draw]) -> Iterator[tuple[Draw, StoredSample]]:

@@ -25,7 +25,7 @@ from molmo2.eval.answers import Line, Store
 from molmo2.eval.benchmark import Benchmark
 from molmo2.eval.benchmarks import Suite
 from molmo2.eval.metrics.scores import Answered, Score
-from molmo2.eval.questions import Question, as_batch, draws_of, questions_of, read_samples
+from molmo2.eval.questions import Question, as_batch, first_draws, questions_of, read_samples
 from molmo2.model.generate import PromptTensors, generate
 from molmo2.model.molmo2 import Molmo2
 from molmo2.processing.batch_prompt import prompt_of
@@ -274,7 +274,7 @@ def run_suite(
             "data": dataset.index.digest,
             "max_new_tokens": benchmark.max_new_tokens,
         }
-        store, draws = Store.of(answers, benchmark.name, settings), draws_of(dataset, limit)
+        store, draws = Store.of(answers, benchmark.name, settings), first_draws(dataset, limit)
         result = run_benchmark(benchmark, dataset.tars, draws, subject, store, ranks)
         if result:
             outcome.results.append({**result, **left_out(dataset)})

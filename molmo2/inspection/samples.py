@@ -21,7 +21,7 @@ from molmo2.processing.tokenizer import Tokenizer
 from shards.format import FormatError, tar_members
 from shards.layout import VisualLayout, visual_tokens
 from shards.stream.dataset import Dataset
-from shards.stream.plan import Draw
+from shards.stream.plan import draws_of
 from shards.stream.reader import ReadError, StoredSample, check_span, parse_sample
 
 WEIGHT_LEVELS = 5  # number of shades for loss weights on a page
@@ -88,7 +88,7 @@ def tokenizer_of(dataset: Dataset, directory: Path) -> Tokenizer:
 
 def view_sample(dataset: Dataset, number: int, tokenizer: Tokenizer) -> SampleView:
     """The view of sample `number` of a dataset, in the variant of the first epoch."""
-    draw = _draw(dataset, number)
+    draw = draws_of(dataset, np.array([number]))[0]
     where = f"{dataset.index.shards[draw.shard].name}.tar, sample {draw.row}"
     try:
         span = dataset.storage.read(f"{dataset.index.shards[draw.shard].name}.tar", draw.offset, draw.span)
@@ -116,25 +116,6 @@ def view_sample(dataset: Dataset, number: int, tokenizer: Tokenizer) -> SampleVi
         notes=tuple(notes),
         pictures=pictures,
         branches=branches,
-    )
-
-
-def _draw(dataset: Dataset, number: int) -> Draw:
-    """The draw of a sample, as in the plan's first epoch."""
-    shard, row, rows = dataset.lookup(np.array([number]))
-    entry = rows[0]
-    variant = int(entry["key_hash"]) % dataset.index.num_variants
-    return Draw(
-        dataset=0,
-        shard=int(shard[0]),
-        row=int(row[0]),
-        variant=variant,
-        offset=int(entry["offset"]),
-        span=int(entry["span"]),
-        xxh64=int(entry["xxh64"]),
-        num_tokens=int(entry["num_tokens"][variant]),
-        num_crops=int(entry["num_crops"][variant]),
-        loss_weight=float(entry["loss_weight"][variant]),
     )
 
 

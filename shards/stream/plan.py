@@ -214,12 +214,19 @@ class Plan:
         draws: list[Draw] = []
         for i in np.flatnonzero(counts).tolist():
             part = slice(int(ends[i] - counts[i]), int(ends[i]))
-            draws += _draws_of(i, self.datasets[i], ordinals[part], epochs[part])
+            draws += draws_of(self.datasets[i], ordinals[part], epochs[part], number=i)
         return draws
 
 
-def _draws_of(number: int, dataset: Dataset, ordinals: Array, epochs: Array) -> list[Draw]:
-    """Draws of one dataset. The text variant of a sample changes with the epoch; its key hash gives the first one."""
+def draws_of(dataset: Dataset, ordinals: Array, epochs: Array | int = 0, number: int = 0) -> list[Draw]:
+    """Draws of one dataset. The text variant of a sample changes with the epoch; its key hash gives the first one.
+
+    Args:
+        dataset: the dataset.
+        ordinals: (N,) int64, each sample's number in the order of the shards.
+        epochs: (N,) int64, or one for all, in which the samples are drawn.
+        number: the dataset's index in the plan.
+    """
     shard, row, entries = dataset.lookup(ordinals)
     variant = (epochs + entries["key_hash"]) % dataset.index.num_variants
     samples = np.arange(len(row))

@@ -7,7 +7,7 @@ import torch
 
 from molmo2.demo.sets import SETS, make_set, texts
 from molmo2.eval.benchmarks import SUITES
-from molmo2.eval.questions import Question, draws_of, questions_of, read_samples
+from molmo2.eval.questions import Question, first_draws, questions_of, read_samples
 from molmo2.eval.runner import Subject
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS
@@ -50,4 +50,4 @@ def build(root: Path, batch_size: int = 2) -> Subject:
 
 def questions(shards: Path, name: str, limit: int | None = None) -> list[Question]:
     dataset = open_dataset(str(shards / "eval"), name)
-    return [one for pair in read_samples(dataset.tars, draws_of(dataset, limit)) for one in questions_of(*pair)]
+    return [one for pair in read_samples(dataset.tars, first_draws(dataset, limit)) for one in questions_of(*pair)]

@@ -20,7 +20,7 @@ from molmo2.eval.metrics.scores import (
     points_in_boxes,
     read_count,
 )
-from molmo2.eval.questions import as_batch, draws_of, questions_of, read_samples
+from molmo2.eval.questions import as_batch, first_draws, questions_of, read_samples
 from molmo2.eval.runner import run_suite
 from molmo2.eval.score_page import Stage, read_stage, render_report
 from molmo2.pages import averaged, curve
@@ -123,7 +123,7 @@ def test_a_prompt_from_a_shard_is_the_processors(demo):
         (group,) = read_groups(row, "eval", root / "raw" / name, table, table.groups(row.group_by)[:1])
         (example,) = convert(group)
         dataset = open_dataset(str(root / "shards/eval"), name)
-        ((draw, stored),) = read_samples(dataset.tars, draws_of(dataset, 1))
+        ((draw, stored),) = read_samples(dataset.tars, first_draws(dataset, 1))
         batch = as_batch(subject.processor.layout, draw, stored)
         assert len(questions_of(draw, stored)) == len(example.annotations)
         for number, annotation in enumerate(example.annotations):
@@ -169,7 +169,7 @@ def test_a_model_that_copies_the_reference_scores_full(demo):
     tokenizer = subject.processor.tokenizer
     for benchmark in DEMO.benchmarks:
         dataset = open_dataset(str(root / "shards/eval"), benchmark.dataset)
-        for draw, stored in read_samples(dataset.tars, draws_of(dataset)):
+        for draw, stored in read_samples(dataset.tars, first_draws(dataset)):
             batch = as_batch(subject.processor.layout, draw, stored)
             for question in questions_of(draw, stored):
                 _, answer = prompt_of(batch, question.number)

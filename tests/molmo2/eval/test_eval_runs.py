@@ -20,7 +20,7 @@ from molmo2.eval.answers import Line, Store, weights_digest
 from molmo2.eval.benchmarks import SUITES, choose
 from molmo2.eval.losses import held_out_loss
 from molmo2.eval.published import WITHOUT
-from molmo2.eval.questions import as_batch, draws_of, read_samples
+from molmo2.eval.questions import as_batch, first_draws, read_samples
 from molmo2.eval.runner import Ranks, run_suite
 from molmo2.eval.score_page import render_worst
 from molmo2.export.card import About
@@ -213,7 +213,7 @@ def test_loss_is_the_mean_over_all_weights_whatever_the_ranks(demo, tmp_path, na
         found = held_out_loss(name, "demo", str(root / "shards"), subject, tmp_path, "d", limit=3, ranks=ranks)
     dataset = open_dataset(str(root / "shards/eval"), name)
     total = weight = 0.0
-    for draw, stored in read_samples(dataset.tars, draws_of(dataset, 3)):
+    for draw, stored in read_samples(dataset.tars, first_draws(dataset, 3)):
         b = as_batch(subject.processor.layout, draw, stored)
         with torch.no_grad():
             logits = subject.model(b.input_ids, b.position_ids, b.segment_ids, b.is_visual, b.pixels, b.pooling)
