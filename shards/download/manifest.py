@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pydantic
 
 from shards.catalog import Catalog, Download, Row, split_of
+from shards.files import write_atomic
 
 MANIFEST = "manifest.json"
 STATE = ".download"
@@ -78,10 +78,7 @@ def asked(download: Download) -> dict[str, object]:
 def write_json(path: Path, value: pydantic.BaseModel | dict[str, object]) -> None:
     """Write a JSON file atomically; a reader sees the old file or the new one."""
     content = value.model_dump(mode="json") if isinstance(value, pydantic.BaseModel) else value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    write_atomic(path, json.dumps(content, indent=1) + "\n")
 
 
 def missing_folders(catalog: Catalog, row: Row, raw: Path) -> list[str]:
