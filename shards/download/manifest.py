@@ -104,11 +104,6 @@ def unfinished_folders(row: Row, raw: Path) -> list[str]:
     return [name for name in row.folders if (raw / name / STATE).exists() and not (raw / name / MANIFEST).exists()]
 
 
-def is_downloaded(catalog: Catalog, row: Row, raw: Path) -> bool:
-    """Whether all raw folders that a row reads are complete below `raw`."""
-    return not missing_folders(catalog, row, raw)
-
-
 def fetches(download: Download) -> bool:
     """Whether a download has a part that is automatic."""
     return bool(download.repo or download.urls or download.extract)
