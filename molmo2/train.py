@@ -50,6 +50,7 @@ from molmo2.training.run import (
     Run,
     TrainingError,
 )
+from shards.files import write_atomic
 from shards.stream.loader import QuarantineError
 from shards.stream.plan import Cursor, PlanError, open_plan
 
@@ -238,7 +239,7 @@ def cut_run_after(recipe: Recipe, step: int) -> None:
 def finish(recipe: Recipe) -> None:
     """Write `summary.json` and print it in one line."""
     summary = summarize_run(read_log(recipe.run_dir / LOG_NAME), recipe)
-    (recipe.run_dir / SUMMARY_NAME).write_text(json.dumps(summary, indent=1) + "\n")
+    write_atomic(recipe.run_dir / SUMMARY_NAME, json.dumps(summary, indent=1) + "\n")
     say(
         f"{recipe.name}: {summary['steps']} steps, {summary['tokens']:,} tokens, "
         f"loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}, {summary['seconds']:.0f} s; "

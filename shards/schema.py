@@ -23,10 +23,6 @@ class OverlongError(RejectedError):
     """A message tree has too many annotations for one sample; a part of the tree may fit."""
 
 
-class FilteredError(RejectedError):
-    """An example is left out on purpose by the catalog: it is recorded, but does not count as a fault."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """Origin of an example: the file that it was read from, and the row in that file (0-based)."""

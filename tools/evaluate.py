@@ -40,6 +40,7 @@ from molmo2.processing.processor import build_processor
 from molmo2.weights.load import OpenedModel, open_model
 from shards.catalog import load_catalog
 from shards.command import run
+from shards.files import write_atomic
 
 LOSS_CATALOGS = ("demo", "molmo2-eval", "molmo2")
 
@@ -160,13 +161,6 @@ def run_losses(
     return losses
 
 
-def write_results(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def show(title: str, document: dict[str, Any]) -> None:
     """Print the table, the losses, and what was skipped."""
     console = Console()
@@ -226,8 +220,8 @@ def evaluate(args: argparse.Namespace, suites: list[Suite], catalogs: dict[str, 
     show(title, document)
     if not outcome.results and not losses:
         raise ValueError("nothing was evaluated: everything was skipped for the reasons above")
-    write_results(out, json.dumps(document, indent=1) + "\n")
-    write_results(out.with_suffix(".html"), render_worst(f"{title}: evaluation", document))
+    write_atomic(out, json.dumps(document, indent=1) + "\n")
+    write_atomic(out.with_suffix(".html"), render_worst(f"{title}: evaluation", document))
     print(f"written to {out} and {out.with_suffix('.html').name} ({document['seconds']} s)")
 
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from molmo2.config import Recipe
 from molmo2.model.lora import merged
 from molmo2.model.presets import ModelConfig
+from shards.files import sync
 
 FORMAT = 1  # version of the layout above; another one is refused
 META, PLAN, RECIPE, MODEL, WEIGHTS, STATES = (
@@ -151,13 +152,13 @@ def _finish(
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     meta["files"] = {path.relative_to(temporary).as_posix(): [path.stat().st_size, file_hash(path)] for path in files}
     for path in files:
-        _sync(path)
+        sync(path)
     _write_json(temporary / META, meta)
-    _sync(temporary)
+    sync(temporary)
     if final.exists():
         shutil.rmtree(final)
     os.replace(temporary, final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _meta(recipe: Recipe, step: int, sp: int) -> dict[str, Any]:
@@ -192,15 +193,7 @@ def _commit() -> str | None:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)
 
 
 def file_hash(path: Path) -> str:

@@ -10,7 +10,6 @@ at a time: the next checkpoint waits for it. The mirror can be any storage that 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from molmo2.checkpoint.files import META, Checkpoint, CheckpointError, checkpoints_dir, find_damage, find_newest
 from molmo2.config import Recipe
+from shards.files import file_lock
 from shards.storage.base import Storage
 from shards.storage.open import open_storage
 from shards.stream.cache import cache_dir
@@ -124,9 +124,7 @@ def newest(recipe: Recipe, say: Callable[[str], None]) -> Checkpoint | None:
 def cached(url: str, say: Callable[[str], None]) -> Path:
     """The cache folder with the newest whole copy of a run's mirror; a lock makes the ranks of a machine take turns."""
     folder = checkpoints_dir(cache_dir() / "mirrors" / hashlib.sha256(url.encode()).hexdigest()[:16])
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with file_lock(folder / ".lock", wait=True):
         local = find_newest(folder, say)
         fetch(url, folder, 0 if local is None else local.step, say)
     return folder.parent

@@ -8,7 +8,6 @@ raw/<set>/made.json                              settings and digits used; writt
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,7 @@ from molmo2.demo.image_sets import (
 )
 from molmo2.processing.contract import templates
 from molmo2.processing.points import SEPARATORS, format_points
+from shards.files import replacing, write_atomic
 from shards.schema import PointGroup
 
 VERSION = 6  # increase it when the drawing changes: data of another version are made again
@@ -136,8 +136,8 @@ def write_split(demo: DemoSet, split: str, made: Iterable[Made], root: Path) -> 
         rows += [{key: _resolve(value, root) for key, value in row.items()} for row in example.rows]
         digits.update(example.digits)
     target = root / "data" / f"{split}-00000-of-00001.parquet"
-    pq.write_table(pa.Table.from_pylist(rows, demo.columns(split)), target.with_suffix(".tmp"))
-    os.replace(target.with_suffix(".tmp"), target)
+    with replacing(target) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, demo.columns(split)), temporary)
     return sorted(digits)
 
 
@@ -171,8 +171,7 @@ def make_set(
             made = (make_example(demo, split, number, pool, seed) for number in range(size))
             used[split] = write_split(demo, split, progress(made, size), root)
     mark = {"settings": settings(demo, seed, scale, root), "digits": used}
-    (root / "made.tmp").write_text(json.dumps(mark) + "\n")
-    os.replace(root / "made.tmp", root / "made.json")
+    write_atomic(root / "made.json", json.dumps(mark) + "\n")
 
 
 def texts(raw: Path) -> Iterator[str]:

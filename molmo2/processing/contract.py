@@ -38,7 +38,7 @@ class ProcessorSettings:
 
 
 class Contract(NamedTuple):
-    """A model's geometry, its tokenizer, and one of `prompts.MODES`."""
+    """A model's geometry, its tokenizer, and a mode, one of the values of `STAGE_MODES`."""
 
     layout: VisualLayout
     tokenizer: Tokenizer

@@ -18,8 +18,6 @@ from molmo2.processing.contract import TEMPLATES_PATH, templates
 from molmo2.processing.points import SEPARATORS, format_points, format_tracks
 from shards.schema import Annotation, Chat, Choice, PointGroup, Points, RejectedError, TrackGroup, Tracks
 
-MODES = ("pretraining", "sft", "eval")
-
 # Styles whose questions are in natural language after pretraining; all others begin with the style's name.
 _DEMO = frozenset(
     "point_count pointing cosyn_point user_qa long_caption short_caption video_long_caption video_short_caption "
@@ -56,7 +54,7 @@ def render_messages(
 
     Args:
         annotation: the question and answer.
-        mode: one of `MODES`; "eval" has the questions of "sft".
+        mode: "pretraining", "sft" or "eval"; "eval" has the questions of "sft".
         rng: source of every draw; None gives the evaluation form.
         video: whether points have a time in seconds instead of an image number.
 

@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from molmo2.config import Recipe
 from molmo2.training.run import LOG_NAME
+from shards.files import write_atomic
 from shards.stream.collate import ReadStats
 
 
@@ -40,9 +40,7 @@ def cut_log(path: Path, last_step: int) -> None:
     """Drop the lines after `last_step` and an unfinished last line, atomically."""
     if path.exists():
         lines = [line for line in read_log(path) if line["step"] <= last_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        os.replace(temporary, path)
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 class Monitor:

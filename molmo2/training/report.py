@@ -18,6 +18,7 @@ from molmo2.config import Recipe
 from molmo2.pages import curve, fill_template
 from molmo2.training.metrics import read_log
 from molmo2.training.run import DATA_NAME, EVAL_NAME, LOG_NAME, REPORT_NAME, SAMPLES_NAME
+from shards.files import write_atomic
 
 CURVES = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "fill", "gpu_utilization", "gpu_memory_gib")
 Lines = Sequence[Mapping[str, Any]]
@@ -41,9 +42,7 @@ def write_report(recipe: Recipe) -> Path:
     }
     page = fill_template(Path(__file__).with_name("report.html.jinja"), values)
     path = run_dir / REPORT_NAME
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomic(path, page)
     return path
 
 

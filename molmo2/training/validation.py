@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from molmo2.parallel.sums import sum_over_ranks
 from molmo2.processing.batch_prompt import prompt_of
 from molmo2.processing.pictures import Picture, pictures_of, raster
 from molmo2.training.run import SAMPLES_NAME, Run, agree_on_masked
+from shards.files import write_atomic
 from shards.stream.loader import pack_reader
 from shards.stream.mixture import MixtureSpec
 from shards.stream.plan import Cursor, Draw, PackSpec, Plan, StepSpec, open_plan
@@ -158,7 +158,5 @@ def write_samples(run_dir: Path, step: int, samples: list[GeneratedSample]) -> l
         if image is not None:
             image.save(folder / f"{number}.jpg", quality=90)
         lines.append(line | {"picture": None if image is None else f"{number}.jpg"})
-    temporary = folder / "samples.tmp"
-    temporary.write_text(json.dumps(lines, indent=1) + "\n")
-    os.replace(temporary, folder / "samples.json")  # atomic, since the report reads it after a killed run
+    write_atomic(folder / "samples.json", json.dumps(lines, indent=1) + "\n")  # the report reads it after a killed run
     return images

@@ -8,7 +8,6 @@ after.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from shards.files import LockHeldError, file_lock, remove_temporary_files
 from shards.format import INDEX_NAME, canonical_json, digest
 from shards.storage.base import Storage
 from shards.storage.local import LocalStorage
@@ -36,14 +36,11 @@ def locked(storage: Storage, *, shared: bool = False) -> Iterator[None]:
     if not isinstance(storage, LocalStorage):
         yield
         return
-    out = Path(storage.root)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BuildError(f"{out}: another build is at work there; wait for it, or stop it") from None
-        yield
+    try:
+        with file_lock(Path(storage.root, ".lock"), shared=shared):
+            yield
+    except LockHeldError:
+        raise BuildError(f"{storage.root}: another build is at work there; wait for it, or stop it") from None
 
 
 def claim(storage: Storage, build: dict[str, Any], overwrite: bool) -> None:
@@ -61,8 +58,7 @@ def claim(storage: Storage, build: dict[str, Any], overwrite: bool) -> None:
             if OWN_FILES.fullmatch(name):
                 storage.remove(name)
     if isinstance(storage, LocalStorage):
-        for path in Path(storage.root).glob(".*.tmp"):
-            path.unlink()
+        remove_temporary_files(Path(storage.root))
     storage.write(BUILD_NAME, canonical_json(build))
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from shards.files import replacing
+
 CHUNK = 1 << 20
 DAMAGE = (
     *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError),
@@ -107,14 +109,12 @@ def _write(archive: Path, folder: Path, members: Iterator[tuple[str, IO[bytes]]]
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.parent.resolve().is_relative_to(root):  # a link that was in the folder before
             raise ArchiveError(f"{archive}: member {name!r} leads outside of {folder} through a link")
-        temporary = root / ".unpacking"  # a fixed name: the next run overwrites what a killed one left
-        with content, temporary.open("wb") as target:
+        fixed = root / ".unpacking"  # the next run overwrites what a killed one left
+        with content, replacing(path, temporary=fixed) as temporary, temporary.open("wb") as target:
             while chunk := content.read(CHUNK):
                 allowed -= len(chunk)
                 if allowed < 0:
-                    temporary.unlink()
                     raise ArchiveError(f"{archive}: unpacks to more than its headers and the limits say")
                 target.write(chunk)
-        temporary.replace(path)
         count += 1
     return count

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pydantic
 
 from shards.catalog import Catalog, Download, Row, split_of
+from shards.files import write_atomic
 
 MANIFEST = "manifest.json"
 STATE = ".download"
@@ -78,10 +78,7 @@ def asked(download: Download) -> dict[str, object]:
 def write_json(path: Path, value: pydantic.BaseModel | dict[str, object]) -> None:
     """Write a JSON file atomically; a reader sees the old file or the new one."""
     content = value.model_dump(mode="json") if isinstance(value, pydantic.BaseModel) else value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    write_atomic(path, json.dumps(content, indent=1) + "\n")
 
 
 def missing_folders(catalog: Catalog, row: Row, raw: Path) -> list[str]:
@@ -105,11 +102,6 @@ def missing_folders(catalog: Catalog, row: Row, raw: Path) -> list[str]:
 def unfinished_folders(row: Row, raw: Path) -> list[str]:
     """Raw folders of a row in which a download has started and not finished, so that they may be incomplete."""
     return [name for name in row.folders if (raw / name / STATE).exists() and not (raw / name / MANIFEST).exists()]
-
-
-def is_downloaded(catalog: Catalog, row: Row, raw: Path) -> bool:
-    """Whether all raw folders that a row reads are complete below `raw`."""
-    return not missing_folders(catalog, row, raw)
 
 
 def fetches(download: Download) -> bool:

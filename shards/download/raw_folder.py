@@ -6,11 +6,8 @@ and stored; a build of shards never requests it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +30,7 @@ from shards.download.manifest import (
     write_json,
 )
 from shards.download.urls import DEFAULT_POLICY, FetchPolicy, fetch_media, read_wanted
+from shards.files import LockHeldError, file_lock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,21 +100,11 @@ def fill(name: str, download: Download, folder: Path, options: FillOptions) -> M
     known = read_manifest(folder, download)
     if known is not None and not options.retry_failed and _is_whole(known, folder, options.max_images):
         return known
-    with _locked(name, folder):
-        return _fill(name, download, folder, options)
-
-
-@contextmanager
-def _locked(name: str, folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a folder; the kernel releases it if the process is killed."""
-    lock = folder / STATE / "lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DownloadError(f"{name}: another process downloads into {folder}; wait for it, or end it") from None
-        yield
+    try:
+        with file_lock(folder / STATE / "lock"):
+            return _fill(name, download, folder, options)
+    except LockHeldError:
+        raise DownloadError(f"{name}: another process downloads into {folder}; wait for it, or end it") from None
 
 
 def _fill(name: str, download: Download, folder: Path, options: FillOptions) -> Manifest:

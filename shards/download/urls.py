@@ -26,6 +26,7 @@ from tqdm import tqdm
 from shards.download.connect import FetchError, FetchLimits, host_of
 from shards.download.fetch import HostPauses, fetch_bytes
 from shards.download.hub import DownloadError
+from shards.files import write_atomic
 from shards.media.images import MAX_PIXELS
 from shards.sources.paths import at
 
@@ -139,9 +140,7 @@ def read_failures(folder: Path) -> dict[str, FetchFailure]:
 
 def write_failures(folder: Path, failures: Iterable[FetchFailure]) -> None:
     """Replace the list of failures atomically."""
-    temporary = folder / f".{FAILURES}.tmp"
-    temporary.write_text("".join(json.dumps(asdict(failure)) + "\n" for failure in failures))
-    temporary.replace(folder / FAILURES)
+    write_atomic(folder / FAILURES, "".join(json.dumps(asdict(failure)) + "\n" for failure in failures))
 
 
 def fetch_media(
@@ -234,7 +233,7 @@ def _fetch_image(item: Wanted, folder: Path, limits: FetchLimits, pauses: HostPa
         check_image(data, item.sha256)
     except FetchError as error:
         return error
-    keep(folder / kept_as(item.url), data)
+    write_atomic(folder / kept_as(item.url), data)
     return None
 
 
@@ -255,11 +254,3 @@ def check_image(data: bytes, sha256: str | None) -> None:
         raise FetchError("not an image") from None
     if width * height > MAX_PIXELS:
         raise FetchError("too many pixels")
-
-
-def keep(path: Path, data: bytes) -> None:
-    """Write a file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)

@@ -17,7 +17,8 @@ from urllib.parse import unquote, urlsplit
 from shards.download.connect import FetchError, FetchLimits
 from shards.download.fetch import fetch_bytes
 from shards.download.manifest import MANIFEST
-from shards.download.urls import FAILURES, keep, kept_as
+from shards.download.urls import FAILURES, kept_as
+from shards.files import write_atomic
 from shards.schema import ImageRef, RejectedError, VideoRef
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
@@ -126,7 +127,7 @@ class MediaFiles:
                 raise RejectedError(f"media: {error.reason}: {url}") from None
             if sha256 is not None:
                 _check_hash(url, data, sha256)  # before it is stored: a later try may get the right bytes
-            keep(path, data)
+            write_atomic(path, data)
         return path
 
     def _check_not_given_up(self, url: str) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import functools
-import io
 import os
 import shutil
-import uuid
 from pathlib import Path, PurePosixPath
-from typing import IO
+
+from shards.files import create_atomic, replacing, sync, write_atomic
 
 
 class LocalStorage:
@@ -43,34 +42,24 @@ class LocalStorage:
 
     def write(self, name: str, data: bytes) -> None:
         """See `Storage.write`."""
-        _replace(self.path(name), io.BytesIO(data))
+        write_atomic(self.path(name), data, durable=True)
 
     def create(self, name: str, data: bytes) -> bool:
         """See `Storage.create`."""
-        target = self.path(name)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            _replace(temporary, io.BytesIO(data))
-            os.link(temporary, target)
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink(missing_ok=True)
-        return True
+        return create_atomic(self.path(name), data)
 
     def publish(self, path: Path, name: str) -> None:
         """See `Storage.publish`."""
         target = self.path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
             os.replace(path, target)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            with open(path, "rb") as file:  # another file system: copy beside the target, then rename
-                _replace(target, file)
+            with replacing(target, durable=True) as temporary:  # another file system: copy beside the target, rename
+                shutil.copyfile(path, temporary)
             path.unlink()
 
     def size(self, name: str) -> int | None:
@@ -97,17 +86,3 @@ def _safe_path(root: str, name: str) -> Path:
     if parts.is_absolute() or ".." in parts.parts or not parts.parts:
         raise ValueError(f"{root}: unsafe file name {name!r}: it must be relative and stay below the root")
     return Path(root, *parts.parts)
-
-
-def _replace(target: Path, source: IO[bytes]) -> None:
-    """Replace `target` atomically: copy `source` to a temporary file in the same folder, then rename it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            shutil.copyfileobj(source, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)

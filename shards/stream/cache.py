@@ -7,15 +7,14 @@ are verified like any other read. Datasets of images and frames are not cached: 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import time
-import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards.files import LockHeldError, file_lock, remove_temporary_files, replacing
 from shards.storage.base import Storage, tally
 from shards.storage.local import LocalStorage
 
@@ -58,15 +57,12 @@ class ShardCache:
         """Cache a shard; False if another process is fetching, there is no room, or the bytes are wrong."""
         if time.monotonic() < _NOT_BEFORE.get(path, 0.0):
             return False
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "ab") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it if the process is killed
-            except BlockingIOError:
-                return False
-            for stale in self.folder.glob(".*.tmp"):  # left by a killed process
-                stale.unlink()
-            cached = path.exists() or (self._make_room(size) and _fetch(storage, name, size, path))
+        try:
+            with file_lock(self.folder / ".lock"):
+                remove_temporary_files(self.folder)
+                cached = path.exists() or (self._make_room(size) and _fetch(storage, name, size, path))
+        except LockHeldError:
+            return False
         if not cached:
             _NOT_BEFORE[path] = time.monotonic() + AGAIN
         return cached
@@ -87,18 +83,21 @@ class ShardCache:
         return excess <= 0
 
 
+class _WrongBytesError(Exception):
+    """The bytes of a shard do not have the SHA-256 of the index."""
+
+
 def _fetch(storage: Storage, name: str, size: int, path: Path) -> bool:
     """Copy a shard to the folder; False if its SHA-256 is not the index's (its samples' checksums will report that)."""
-    temporary, digest = path.with_name(f".{uuid.uuid4().hex[:8]}.tmp"), hashlib.sha256()
+    digest = hashlib.sha256()
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             for offset in range(0, size, CHUNK):
                 data = storage.read(name, offset, min(CHUNK, size - offset))
                 digest.update(data)
                 file.write(data)
-        if digest.hexdigest() != path.stem:
-            return False
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            if digest.hexdigest() != path.stem:
+                raise _WrongBytesError
+    except _WrongBytesError:
+        return False
     return True

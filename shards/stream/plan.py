@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shards.format import digest
 from shards.storage.base import read_threads
 from shards.stream.dataset import Dataset, check_processor, find_dataset, setting_differences
 from shards.stream.mixture import MixtureSpec, draws_before, integer_weights, phase
@@ -263,8 +262,3 @@ def open_plan(
         for dataset in datasets:
             check_processor(dataset, processor)
     return Plan(datasets, mixture, settings)
-
-
-def step_digest(step: StepSpec) -> str:
-    """Digest of everything in a step; it is equal at any world size."""
-    return digest([step.packs, step.divisor])

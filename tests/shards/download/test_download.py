@@ -27,7 +27,7 @@ from shards.catalog import Catalog, Download, load_catalog
 from shards.download.connect import FetchLimits
 from shards.download.fetch import ARCHIVE_LIMITS
 from shards.download.hub import DownloadError, list_files
-from shards.download.manifest import is_downloaded, missing_folders, read_manifest, unfinished_folders
+from shards.download.manifest import missing_folders, read_manifest, unfinished_folders
 from shards.download.raw_folder import FillOptions, fill, forecast
 from shards.download.urls import DEFAULT_POLICY, kept_as, read_failures
 from shards.schema import RejectedError
@@ -350,11 +350,11 @@ def test_what_is_missing_of_a_row(catalog: Catalog, tmp_path: Path) -> None:
     for path in ("easy/data/a.parquet", "asking/data/a.parquet", "pool/video.mp4"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(b"")
-    assert is_downloaded(catalog, asking, tmp_path)
-    assert not is_downloaded(catalog, easy, tmp_path)  # files without a manifest may be the half of it
+    assert missing_folders(catalog, asking, tmp_path) == []
+    assert missing_folders(catalog, easy, tmp_path) == ["easy"]  # files without a manifest may be the half of it
     download = catalog.downloads([easy])["easy"].model_dump(mode="json")
     (tmp_path / "easy/manifest.json").write_text(json.dumps({"name": "easy", "download": download}))
-    assert is_downloaded(catalog, easy, tmp_path)
+    assert missing_folders(catalog, easy, tmp_path) == []
     (tmp_path / "pool/.download").mkdir()
     assert unfinished_folders(asking, tmp_path) == ["pool"]
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import socket
 import stat
 import tarfile
 import time
@@ -113,6 +114,27 @@ def test_a_redirect_into_a_private_network_is_refused(web: Web, monkeypatch: pyt
     assert fetch_bytes(f"{web.url}/image/1", limits) == png(1)
     with pytest.raises(FetchError, match="private address"):
         fetch_bytes(f"{web.url}/to/http://127.0.0.1:9/", limits)
+
+
+def test_a_name_that_changes_its_address_is_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DNS rebinding: the second answer would be this machine. The connection goes to the address that was checked."""
+    answers, connected = ["93.184.216.34", "127.0.0.1", "127.0.0.1"], []
+
+    def resolve(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        assert host == "rebinding.example"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (answers.pop(0), port))]
+
+    def connect(address: tuple[str, int], *_: object) -> socket.socket:
+        connected.append(address)
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+    monkeypatch.setattr("socket.create_connection", connect)
+    with pytest.raises(FetchError, match="connection refused"):
+        fetch_bytes("https://rebinding.example/image", FetchLimits(attempts=1))
+    assert connected == [("93.184.216.34", 443)]
+    with pytest.raises(FetchError, match="private address"):
+        fetch_bytes("https://rebinding.example/image", FetchLimits(attempts=1))
 
 
 def test_a_file_is_continued_where_it_broke_off(web: Web, tmp_path: Path) -> None:

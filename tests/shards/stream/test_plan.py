@@ -12,9 +12,10 @@ import pytest
 from toy import write_dataset, write_lengths
 
 import shards.stream.plan
+from shards.format import digest
 from shards.stream.dataset import Dataset
 from shards.stream.mixture import MixtureSpec, shares
-from shards.stream.plan import Cursor, Plan, PlanError, PlanSettings, StepSpec, open_plan, step_digest
+from shards.stream.plan import Cursor, Plan, PlanError, PlanSettings, StepSpec, open_plan
 
 SIZES = {"one": 1, "few": 7, "some": 60, "many": 900}
 MIXTURE = MixtureSpec.model_validate(
@@ -50,6 +51,11 @@ def walk(plan: Plan, cursor: Cursor | None = None) -> Iterator[StepSpec]:
         step = plan.step(cursor)
         yield step
         cursor = step.cursor
+
+
+def step_digest(step: StepSpec) -> str:
+    """Digest of everything in a step."""
+    return digest([step.packs, step.divisor])
 
 
 def until(plan: Plan, window: int) -> list[StepSpec]:
