@@ -22,17 +22,17 @@ pytestmark = pytest.mark.dist
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, a recipe of 12 steps, and its uninterrupted run on two ranks."""
+    """Data, a recipe of 6 steps, and its uninterrupted run on two ranks."""
     root = tmp_path_factory.mktemp("data")
     toy_run.build_toy(root)
-    output = train(root, toy_run.write_recipe(root / "whole.yaml", "whole", steps=12, checkpoint_every=4))
-    assert "whole: 12 steps" in output
+    output = train(root, toy_run.write_recipe(root / "whole.yaml", "whole", steps=6, checkpoint_every=2))
+    assert "whole: 6 steps" in output
     return root
 
 
 def test_the_run_learns_and_records_every_step(root: Path) -> None:
     lines = log(root, "whole")
-    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["step"] for line in lines] == list(range(1, 7))
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
     assert all(0.2 < line["fill"] <= 1 and line["tokens_per_second"] > 0 and line["masked"] == 0 for line in lines)
     assert lines[0]["lr.vit"] == pytest.approx(1.5e-3)
@@ -41,72 +41,72 @@ def test_the_run_learns_and_records_every_step(root: Path) -> None:
         assert line["crops"] > 0 and line["megabytes"] > 0 and line["retries"] == line["cache_hits"] == 0
         assert 0 < line["read_ms.p50"] <= line["read_ms.p95"] and 0 < line["decode_ms.p50"] <= line["decode_ms.p95"]
     data = [json.loads(line) for line in (root / "runs/whole/data.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in data] == [4, 8, 12]
+    assert [line["step"] for line in data] == [2, 4, 6]
     assert all(each["masked"] == 0 and each["asked"] > 0 for line in data for each in line["datasets"].values())
     assert sum(each["asked"] for each in data[0]["datasets"].values()) == pytest.approx(1)
     assert min(lines[0][f"grad_norm.{name}"] for name in ("vit", "connector", "llm")) > 0
     summary = json.loads((root / "runs/whole/summary.json").read_text())
-    assert (summary["steps"], summary["tokens"]) == (12, sum(line["tokens"] for line in lines))
+    assert (summary["steps"], summary["tokens"]) == (6, sum(line["tokens"] for line in lines))
     assert summary["loss_first"] > summary["loss_last"]
 
 
 def test_checkpoints_are_rotated_and_tell_where_they_come_from(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = root / "runs/whole/checkpoints"
-    assert sorted(path.name for path in directory.iterdir()) == ["step-00000008", "step-00000012"]
-    meta = json.loads((directory / "step-00000012/meta.json").read_text())
-    assert (meta["step"], meta["world"], meta["sp"], meta["finished"]) == (12, 2, 1, True)
+    assert sorted(path.name for path in directory.iterdir()) == ["step-00000004", "step-00000006"]
+    meta = json.loads((directory / "step-00000006/meta.json").read_text())
+    assert (meta["step"], meta["world"], meta["sp"], meta["finished"]) == (6, 2, 1, True)
     assert {"torch", "deepspeed", "python"} <= set(meta["versions"])
-    recipe = json.loads((directory / "step-00000012/recipe.json").read_text())
-    assert recipe["train"]["steps"] == 12
+    recipe = json.loads((directory / "step-00000006/recipe.json").read_text())
+    assert recipe["train"]["steps"] == 6
     monkeypatch.setenv("MOLMO2_DATA", str(root))
     config, final, _ = load_weights("whole")
     assert config.name == "tiny"
-    _, middle, meta = load_weights(directory / "step-00000008")  # consolidated from DeepSpeed's files
+    _, middle, meta = load_weights(directory / "step-00000004")  # consolidated from DeepSpeed's files
     assert not meta["finished"]
     assert {k: v.shape for k, v in middle.items()} == {k: v.shape for k, v in final.items()}
     assert any((final[name] != middle[name]).any() for name in final)
 
 
 def test_kill_in_mid_run_then_restart_gives_the_same_curve(root: Path) -> None:
-    recipe = toy_run.write_recipe(root / "killed.yaml", "killed", steps=12, checkpoint_every=4)
+    recipe = toy_run.write_recipe(root / "killed.yaml", "killed", steps=6, checkpoint_every=2)
     process = start(root, recipe)
-    wait_for(process, lambda: len(log(root, "killed")) >= 6)
+    wait_for(process, lambda: len(log(root, "killed")) >= 3)
     assert len(ranks_of(process)) == 2
     process.kill()
-    assert 6 <= len(log(root, "killed")) < 12
+    assert 3 <= len(log(root, "killed")) < 6
     with open(root / "runs/killed/log.jsonl", "a") as file:
-        file.write('{"step": 9, "lo')  # a line cut short, as a kill leaves it
+        file.write('{"step": 5, "lo')  # a line cut short, as a kill leaves it
     output = train(root, recipe)
-    assert "killed: steps 5-12" in output or "killed: steps 9-12" in output
+    assert "killed: steps 3-6" in output or "killed: steps 5-6" in output
     assert curve(root, "killed") == curve(root, "whole")
 
 
 def test_damaged_checkpoint_is_passed_over(root: Path) -> None:
     run = root / "runs/damaged"
     shutil.copytree(root / "runs/whole", run)
-    largest = max((run / "checkpoints/step-00000012").rglob("*.pt"), key=lambda path: path.stat().st_size)
+    largest = max((run / "checkpoints/step-00000006").rglob("*.pt"), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     unfinished = run / "checkpoints/step-00000099"
     unfinished.mkdir()
-    recipe = toy_run.write_recipe(root / "damaged.yaml", "damaged", steps=12, checkpoint_every=4)
+    recipe = toy_run.write_recipe(root / "damaged.yaml", "damaged", steps=6, checkpoint_every=2)
     output = train(root, recipe)
-    assert f"step-00000012: skipped: {largest.relative_to(run / 'checkpoints/step-00000012')} has " in output
+    assert f"step-00000006: skipped: {largest.relative_to(run / 'checkpoints/step-00000006')} has " in output
     assert "step-00000099: skipped: no meta.json: it was never finished" in output
-    assert "damaged: steps 9-12" in output
+    assert "damaged: steps 5-6" in output
     assert curve(root, "damaged") == curve(root, "whole")
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert names == ["damaged-step-00000012", "damaged-step-00000099", "step-00000008", "step-00000012"]
+    assert names == ["damaged-step-00000006", "damaged-step-00000099", "step-00000004", "step-00000006"]
 
 
 def test_sigterm_on_one_rank_saves_and_exits_with_zero(root: Path) -> None:
-    recipe = toy_run.write_recipe(root / "stopped.yaml", "stopped", steps=12, checkpoint_every=100)
+    recipe = toy_run.write_recipe(root / "stopped.yaml", "stopped", steps=6, checkpoint_every=100)
     process = launch("torchrun", root, recipe)
     wait_for(process, lambda: len(log(root, "stopped")) >= 2)
     next(rank for rank in ranks_of(process) if rank.environ()["RANK"] == "1").send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert "stopped on request after step" in output
-    assert len(log(root, "stopped")) < 12
+    assert len(log(root, "stopped")) < 6
     train(root, recipe)
     assert curve(root, "stopped") == curve(root, "whole")
 
@@ -114,17 +114,17 @@ def test_sigterm_on_one_rank_saves_and_exits_with_zero(root: Path) -> None:
 @pytest.mark.parametrize("stage", [1, 3])
 def test_being_judged_moves_nothing_and_leaves_losses_and_samples(root: Path, stage: int) -> None:
     name = f"judged{stage}"
-    recipe = toy_run.write_recipe(root / f"{name}.yaml", name, steps=12, checkpoint_every=100, zero_stage=stage)
-    judged = "eval={roots: [shards/sft], datasets: [toy], every: 4, samples: 3, max_new_tokens: 12}"
+    recipe = toy_run.write_recipe(root / f"{name}.yaml", name, steps=6, checkpoint_every=100, zero_stage=stage)
+    judged = "eval={roots: [shards/sft], datasets: [toy], every: 2, samples: 3, max_new_tokens: 6}"
     train(root, recipe, "--set", judged, "logging.tensorboard=true")
     if stage == 1:
         assert curve(root, name) == curve(root, "whole")
     else:
         assert_same_curve(root, name, "whole", 1e-5)
     lines = [json.loads(line) for line in (root / f"runs/{name}/eval.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert [line["step"] for line in lines] == [2, 4, 6]
     assert lines[0]["loss"] == lines[0]["loss.toy"] > lines[-1]["loss"] and lines[0]["masked"] == 0
-    folder = root / f"runs/{name}/samples/step-00000012"
+    folder = root / f"runs/{name}/samples/step-00000006"
     samples = json.loads((folder / "samples.json").read_text())
     assert len(samples) == 3
     assert {sample["expected"] for sample in samples} <= {*toy_run.COLOURS, "a square"}
@@ -132,18 +132,18 @@ def test_being_judged_moves_nothing_and_leaves_losses_and_samples(root: Path, st
     pictures = [sample["picture"] for sample in samples if sample["picture"]]
     assert pictures and all((folder / picture).stat().st_size for picture in pictures)
     page = (root / f"runs/{name}/report.html").read_text()
-    assert "12 of 12" in page and "held-out loss by step" in page and "data:image/jpeg" in page and "100.0%" in page
+    assert "6 of 6" in page and "held-out loss by step" in page and "data:image/jpeg" in page and "100.0%" in page
     events = EventAccumulator(str(root / f"runs/{name}/tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("held_out/loss")] == [4, 8, 12]
+    assert [event.step for event in events.Scalars("held_out/loss")] == [2, 4, 6]
     assert [event.step for event in events.Images(f"samples/{samples.index(next(s for s in samples if s['picture']))}")]
 
 
 def test_a_stop_file_saves_exits_with_zero_and_is_taken_away(root: Path) -> None:
-    recipe = toy_run.write_recipe(root / "filed.yaml", "filed", steps=12, checkpoint_every=100)
+    recipe = toy_run.write_recipe(root / "filed.yaml", "filed", steps=6, checkpoint_every=100)
     file = root / "runs/filed/stop"
     file.parent.mkdir(parents=True)
     file.touch()
-    assert "filed: stopped on request after step 1 of 12" in train(root, recipe)
+    assert "filed: stopped on request after step 1 of 6" in train(root, recipe)
     assert not file.exists()
     assert [path.name for path in (root / "runs/filed/checkpoints").iterdir()] == ["step-00000001"]
 
@@ -167,24 +167,24 @@ def test_stages_hand_over_and_finished_ones_are_skipped(root: Path) -> None:
 
 
 def test_ranks_sp_and_zero_stage_may_change_between_runs(root: Path) -> None:
-    branch_off(root, "moved", "whole", 8)
-    recipe = toy_run.write_recipe(root / "moved.yaml", "moved", steps=12, checkpoint_every=2)
+    branch_off(root, "moved", "whole", 4)
+    recipe = toy_run.write_recipe(root / "moved.yaml", "moved", steps=6, checkpoint_every=1)
     output = train(root, recipe, "--set", "train.zero_stage=3", ranks=1)
     assert "world was 2, is 1, zero_stage was 1, is 3: the checkpoint was converted" in output
-    shutil.rmtree(root / "runs/moved/checkpoints/step-00000012")
+    shutil.rmtree(root / "runs/moved/checkpoints/step-00000006")
     output = train(root, recipe, "--set", "train.zero_stage=2", "train.sp=2")
     assert "world was 1, is 2, zero_stage was 3, is 2" in output
     assert_same_curve(root, "moved", "whole", 1e-5)
     names = [path.name for path in (root / "runs/moved/checkpoints").iterdir()]
-    assert sorted(names) == ["step-00000010", "step-00000012"]  # the converted copies are gone
+    assert sorted(names) == ["step-00000005", "step-00000006"]  # the converted copies are gone
 
 
 def test_half_precision_and_frozen_weights_move_to_other_ranks(root: Path) -> None:
     settings = ["train.precision=bf16", "train.zero_stage=3", "optim.freeze_base_embedding=true"]
-    recipe = toy_run.write_recipe(root / "half.yaml", "half", steps=6, checkpoint_every=3)
+    recipe = toy_run.write_recipe(root / "half.yaml", "half", steps=4, checkpoint_every=2)
     train(root, recipe, "--set", *settings)
-    branch_off(root, "half-moved", "half", 3)
-    recipe = toy_run.write_recipe(root / "half-moved.yaml", "half-moved", steps=6, checkpoint_every=3)
+    branch_off(root, "half-moved", "half", 2)
+    recipe = toy_run.write_recipe(root / "half-moved.yaml", "half-moved", steps=4, checkpoint_every=2)
     train(root, recipe, "--set", *settings, ranks=1)
     assert_same_curve(root, "half-moved", "half", 1e-2)
     (_, one, _), (_, other, _) = (load_weights(root / "runs" / name) for name in ("half", "half-moved"))
@@ -194,11 +194,11 @@ def test_half_precision_and_frozen_weights_move_to_other_ranks(root: Path) -> No
 
 def test_an_optimizer_in_the_cpus_memory_resumes_here_and_on_other_ranks(root: Path) -> None:
     settings = ["train.zero_stage=2", "train.offload=[optimizer]"]
-    recipe = toy_run.write_recipe(root / "off.yaml", "off", steps=6, checkpoint_every=3)
+    recipe = toy_run.write_recipe(root / "off.yaml", "off", steps=4, checkpoint_every=2)
     train(root, recipe, "--set", *settings)
     for name, options in (("off-again", {}), ("off-moved", {"ranks": 1})):
-        branch_off(root, name, "off", 3)
-        recipe = toy_run.write_recipe(root / f"{name}.yaml", name, steps=6, checkpoint_every=3)
+        branch_off(root, name, "off", 2)
+        recipe = toy_run.write_recipe(root / f"{name}.yaml", name, steps=4, checkpoint_every=2)
         changed = ["train.zero_stage=3", settings[1]] if options else settings
         output = train(root, recipe, "--set", *changed, **options)
         assert ("was converted" in output) == bool(options)
