@@ -16,6 +16,7 @@ import pydantic
 from shards.catalog.converters import converter_problems
 from shards.catalog.row import (
     STAGES,
+    BenchmarkSpec,
     Download,
     Exclusion,
     Filter,
@@ -34,6 +35,7 @@ from shards.schema import Limits
 
 __all__ = [
     "STAGES",
+    "BenchmarkSpec",
     "Catalog",
     "CatalogError",
     "Download",
@@ -73,7 +75,7 @@ class Catalog(Strict):
 
     Attributes:
         folders: raw folders that do not belong to a single row, by name.
-        left_out: published training datasets that have no row -> the reason.
+        left_out: published datasets that have no row -> the reason.
     """
 
     preset: str

@@ -106,8 +106,17 @@ def test_all_problems_of_all_rows_are_listed(tmp_path: Path) -> None:
         load(tmp_path, first, second)
     lines = str(error.value).splitlines()[1:]
     assert [line.split(":")[0] for line in lines] == ["  row mine"] * 3 + ["  row other"]
+    row = row_of("image_qa", QA, {"style": "user_qa"})
     with pytest.raises(CatalogError, match=r"row mine: colour: Extra inputs are not permitted"):
-        load(tmp_path, {**row_of("image_qa", QA, {"style": "user_qa"}), "colour": "red"})
+        load(tmp_path, {**row, "colour": "red"})
+    benchmark = {"suite": "mine", "metric": "exact_match"}
+    with pytest.raises(CatalogError, match=r'row mine: a benchmark needs stage "eval"; the stages are sft'):
+        load(tmp_path, {**row, "benchmark": benchmark})
+    evaluated = {**row, "stages": ["eval"], "files": {"validation": "v"}}
+    with pytest.raises(CatalogError, match=r"row mine: benchmark\.0\.metrics: Extra inputs are not permitted"):
+        load(tmp_path, {**evaluated, "benchmark": {**benchmark, "metrics": "anls"}})
+    (loaded,) = load(tmp_path, {**evaluated, "benchmark": [benchmark, {**benchmark, "name": "again"}]}).rows
+    assert [spec.name for spec in loaded.benchmark] == [None, "again"]
 
 
 def test_fields_with_numbers_and_columns_of_a_media_path_are_known(tmp_path: Path) -> None:
