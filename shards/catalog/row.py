@@ -282,8 +282,8 @@ class Row(Strict):
         files: glob of the files of each split; stage "eval" reads "validation", the others "train".
         table: format of those files.
         converter: a name in `shards.convert.CONVERTERS`.
-        columns: field of the converter -> column of the files; dotted for a field of a struct ("meta.id"). A column that
-            only a path template of `media` needs is listed under a name of its own.
+        columns: field of the converter -> column of the files; dotted for a field of a struct ("meta.id"). A column
+            that only a path template of `media` needs is listed under a name of its own.
         facts: name -> column that a metric reads beside the answer; kept with every question of stage "eval".
         masks: segmentation masks in files; kept as the fact `masks`.
         optional: columns that some of the files lack; their value is null there.

@@ -55,15 +55,15 @@ def image_choice(group: Group, options: ImageChoiceOptions) -> Iterator[Example 
         question, texts = split_question(question, given, options.cut, options.embedded)
         if options.named_images:
             question, *texts = named_images([question, *texts])
-        if not texts and options.open_style is not None:
-            asked = Asked(question, next(iter(map(text_of, listed(answer))), ""))  # the first of several right answers
-        else:
-            right = right_option(options.answer, answer, texts)
-            asked = Asked(question, texts[right], tuple(texts), right)
-        if not question or (asked.right is None and not asked.answer):
+        if not question:
             raise RejectedError("an empty question or answer")
-        if asked.right is None:
-            return asked.as_text(str(options.open_style))
+        if not texts and options.open_style is not None:
+            text = next(iter(map(text_of, listed(answer))), "")  # the first of several right answers
+            if not text:
+                raise RejectedError("an empty question or answer")
+            return Text(style=options.open_style, question=question, answer=text)
+        right = right_option(options.answer, answer, texts)
+        asked = Asked(question, texts[right], tuple(texts), right)
         return (asked.shuffled(draw) if options.shuffle else asked).as_choice(options.style)
 
     annotations = yield from parse_items(group, parse, "question", "options", "answer")

@@ -39,6 +39,8 @@ def video_qa(group: Group, options: VideoQaOptions) -> Iterator[Example | Omitte
     `windows`, a list of [start, end] in seconds, may be the answer. Without a question, one is drawn from the field
     `question_pool` or `options.questions`; if no row has one, a second equal answer for a clip is left out.
     """
+    with_open = "open" in options.ask
+    with_choice = "choice" in options.ask and not (with_open and group.stage == "eval")
     clips: dict[Clip, list[Annotation]] = {}
     seen: set[tuple[Clip, str, str]] = set()
     left_out = 0
@@ -62,13 +64,9 @@ def video_qa(group: Group, options: VideoQaOptions) -> Iterator[Example | Omitte
                 continue
             seen.add(identity)
             style = text_of(values.get("style")) or options.open_style or ""
-            if (
-                asked.right is not None
-                and "choice" in options.ask
-                and not (group.stage == "eval" and "open" in options.ask)
-            ):
+            if with_choice and asked.right is not None:
                 clips.setdefault(clip, []).append(asked.as_choice(CHOICE_STYLE))
-            if asked.right is None or "open" in options.ask:
+            if with_open or asked.right is None:
                 clips.setdefault(clip, []).append(asked.as_text(style))
     if clips or not left_out:  # otherwise every row was reported as omitted
         yield from examples_of(group, options, clips)
