@@ -1,12 +1,86 @@
-"""The suites of benchmarks, and the selection of some by name. `published` has the benchmarks of the paper."""
+"""Benchmarks: the field `benchmark` of catalog rows, with its metrics, in suites.
+
+A benchmark is data: its row of the catalog says which suite it belongs to, how answers are scored, and how long they
+may be. Further inputs of a metric (`answers`, `masks`, `fps`, ...) are `facts` of the row, under the names in the
+metric's docstring.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, Final
 
-from molmo2.eval.benchmark import Benchmark
-from molmo2.eval.metrics.scores import count_exact, exact_match, points_in_boxes
-from molmo2.eval.published import IMAGE, MULTI_IMAGE, POINTING, TRACKING, VIDEO, WITHOUT
+from molmo2.eval.metrics.caption_scores import cider, rouge_l
+from molmo2.eval.metrics.point_scores import all_in_mask, count_close, point_f1, video_point_f1
+from molmo2.eval.metrics.scores import (
+    CorpusMetric,
+    Metric,
+    count_exact,
+    exact_match,
+    multiple_choice,
+    points_in_boxes,
+)
+from molmo2.eval.metrics.text_scores import anls, answer_or_choice, direct_answer, relaxed_accuracy, vqa_accuracy
+from molmo2.eval.metrics.track_scores import hota, track_f1
+from shards.catalog import BenchmarkSpec, Catalog, Row, load_catalog
+from shards.catalog.converters import nearest
+
+METRICS: Final[dict[str, Metric]] = {
+    metric.__name__: metric
+    for metric in (
+        all_in_mask,
+        anls,
+        answer_or_choice,
+        count_close,
+        count_exact,
+        direct_answer,
+        exact_match,
+        multiple_choice,
+        point_f1,
+        points_in_boxes,
+        relaxed_accuracy,
+        rouge_l,
+        track_f1,
+        video_point_f1,
+        vqa_accuracy,
+    )
+}
+CORPUS_METRICS: Final[dict[str, CorpusMetric]] = {metric.__name__: metric for metric in (cider, hota)}
+
+# suite -> the catalog whose rows name it
+SUITES: Final = {
+    "demo": "demo",
+    "image": "molmo2-eval",
+    "multi-image": "molmo2-eval",
+    "video": "molmo2-eval",
+    "pointing": "molmo2-eval",
+    "tracking": "molmo2-eval",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """One line of the result table; the processor renders the prompts from the annotations.
+
+    Attributes:
+        name: unique among all benchmarks.
+        dataset: name of the dataset in the catalog; its stage is "eval".
+        metric: scores one answer.
+        chance: expected score of a blind guess; None if the metric gives it for each question.
+        target: the score that the demo should reach.
+        max_new_tokens: maximum length of an answer, in tokens.
+        corpus: scores of all answers together, reported besides the mean of `metric`.
+    """
+
+    name: str
+    dataset: str
+    metric: Metric
+    chance: float | None
+    target: float | None
+    max_new_tokens: int
+    corpus: tuple[CorpusMetric, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,65 +91,64 @@ class Suite:
     benchmarks: tuple[Benchmark, ...]
 
 
-SUITES = {
-    "demo": Suite(
-        "demo",
-        (
-            Benchmark(name="image QA", dataset="demo-image-qa", metric=exact_match, chance=0.1, target=0.85),
-            Benchmark(
-                name="counting",
-                dataset="demo-count",
-                metric=count_exact,
-                chance=1 / 6,  # one to six digits, each number as likely
-                target=0.6,
-                max_new_tokens=112,
-            ),
-            Benchmark(
-                name="pointing at all",  # in the answers that count one to six digits
-                dataset="demo-count",
-                metric=points_in_boxes,
-                max_new_tokens=112,
-            ),
-            Benchmark(
-                name="pointing",  # at the one digit, of up to three, that the question names
-                dataset="demo-points",
-                metric=points_in_boxes,
-                target=0.6,
-                max_new_tokens=80,
-            ),
-            Benchmark(
-                name="video QA",
-                dataset="demo-video-qa",
-                metric=exact_match,
-                chance=(1 / 10 + 1 / 4) / 2,  # half of the questions ask for the digit, half for one of four directions
-                target=0.7,
-            ),
-        ),
-    ),
-    "image": Suite("molmo2-eval", IMAGE),
-    "multi-image": Suite("molmo2-eval", MULTI_IMAGE),
-    "video": Suite("molmo2-eval", VIDEO),
-    "pointing": Suite("molmo2-eval", POINTING),
-    "tracking": Suite("molmo2-eval", TRACKING),
-}
+def suites_of(name: str, catalog: Catalog) -> dict[str, Suite]:
+    """The suites of the catalog `name`, with the benchmarks of its rows in their order.
+
+    Raises:
+        ValueError: a row names an unknown metric or a suite of another catalog.
+    """
+    known = [suite for suite, home in SUITES.items() if home == name]
+    suites: dict[str, list[Benchmark]] = {suite: [] for suite in known}
+    for row in catalog.rows:
+        for spec in row.benchmark:
+            _named(row, "suite", spec.suite, suites).append(_benchmark(row, spec))
+    return {suite: Suite(name, tuple(benchmarks)) for suite, benchmarks in suites.items()}
+
+
+def _benchmark(row: Row, spec: BenchmarkSpec) -> Benchmark:
+    return Benchmark(
+        name=spec.name or row.name,
+        dataset=row.name,
+        metric=_named(row, "metric", spec.metric, METRICS),
+        chance=spec.chance,
+        target=spec.target,
+        max_new_tokens=spec.max_new_tokens,
+        corpus=tuple(_named(row, "corpus", metric, CORPUS_METRICS) for metric in spec.corpus),
+    )
+
+
+def _named(row: Row, key: str, name: str, known: Mapping[str, Any]) -> Any:
+    if name not in known:
+        raise ValueError(f"row {row.name}: benchmark.{key}: {name!r} is unknown; {nearest(name, known)}")
+    return known[name]
+
+
+@functools.cache
+def load_suites() -> dict[str, Suite]:
+    """All suites, read from their catalogs, in the order of `SUITES`."""
+    loaded: dict[str, Suite] = {}
+    for catalog in dict.fromkeys(SUITES.values()):
+        loaded |= suites_of(catalog, load_catalog(catalog))
+    return loaded
 
 
 def choose(names: str) -> list[Suite]:
     """The suites with the selected benchmarks; `names` are names of suites or benchmarks, separated by commas.
 
     Raises:
-        ValueError: a name is neither; for a dataset without a benchmark the message gives the reason.
+        ValueError: a name is neither; for a published dataset without a benchmark the message gives the reason.
     """
-    selected = [name.strip() for name in names.split(",")]
-    known = {benchmark.name for suite in SUITES.values() for benchmark in suite.benchmarks}
+    selected, loaded = [name.strip() for name in names.split(",")], load_suites()
+    known = {benchmark.name for suite in loaded.values() for benchmark in suite.benchmarks}
     for name in selected:
-        if name not in SUITES and name not in known:
-            known_names = f"suites: {', '.join(SUITES)}; benchmarks: {', '.join(sorted(known))}"
-            why = WITHOUT.get(name, f"unknown; {known_names}")
+        if name not in loaded and name not in known:
+            known_names = f"suites: {', '.join(loaded)}; benchmarks: {', '.join(sorted(known))}"
+            reasons = load_catalog("molmo2-eval").left_out
+            why = reasons.get(name, f"unknown; {known_names}")
             raise ValueError(f"--benchmarks {name!r}: {why}")
-    single = set(selected) - set(SUITES)  # a name of both a suite and a benchmark means the suite
+    single = set(selected) - set(loaded)  # a name of both a suite and a benchmark means the suite
     suites = []
-    for name, suite in SUITES.items():
+    for name, suite in loaded.items():
         benchmarks = tuple(b for b in suite.benchmarks if name in selected or b.name in single)
         if benchmarks:
             suites.append(replace(suite, benchmarks=benchmarks))

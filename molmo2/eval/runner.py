@@ -22,8 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from molmo2.eval.answers import Line, Store
-from molmo2.eval.benchmark import Benchmark
-from molmo2.eval.benchmarks import Suite
+from molmo2.eval.benchmarks import Benchmark, Suite
 from molmo2.eval.metrics.scores import Answered, Score
 from molmo2.eval.questions import Question, as_batch, first_draws, questions_of, read_samples
 from molmo2.model.generate import PromptTensors, generate

@@ -26,7 +26,7 @@ from shards.build.claim import BuildError, check_mark, claim, join, locked
 from shards.build.pool import build_all
 from shards.build.task import FITTED, Part, ProcessorFactory, SampleProcessor, ShardFailure, Task, failed, finished
 from shards.catalog import Row, Stage, StageSettings
-from shards.convert import CONVERTERS
+from shards.catalog.converters import converter_problems
 from shards.convert.reading import open_rows
 from shards.format import (
     FORMAT_VERSION,
@@ -144,10 +144,8 @@ def _plan(
     row: Row, stage: Stage, settings: StageSettings, processor: SampleProcessor, raw: Path, out: str
 ) -> tuple[dict[str, Any], list[Task]]:
     """The settings that determine the bytes of a dataset, and its tasks; they are the same on every machine."""
-    if row.converter not in CONVERTERS:
-        raise BuildError(
-            f"{stage}/{row.name}: no converter {row.converter!r}; the catalog may name {', '.join(CONVERTERS)}"
-        )
+    if problems := converter_problems(row):
+        raise BuildError("\n  ".join([f"{stage}/{row.name}:", *problems]))
     table = open_rows(row, stage, raw)
     groups, size = table.groups(row.group_by), settings.examples_per_shard
     build = {

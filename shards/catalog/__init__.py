@@ -13,8 +13,10 @@ from typing import Any, Self
 
 import pydantic
 
+from shards.catalog.converters import converter_problems
 from shards.catalog.row import (
     STAGES,
+    BenchmarkSpec,
     Download,
     Exclusion,
     Filter,
@@ -33,6 +35,7 @@ from shards.schema import Limits
 
 __all__ = [
     "STAGES",
+    "BenchmarkSpec",
     "Catalog",
     "CatalogError",
     "Download",
@@ -72,7 +75,7 @@ class Catalog(Strict):
 
     Attributes:
         folders: raw folders that do not belong to a single row, by name.
-        left_out: published training datasets that have no row -> the reason.
+        left_out: published datasets that have no row -> the reason.
     """
 
     preset: str
@@ -87,6 +90,8 @@ class Catalog(Strict):
         names = [row.name for row in self.rows]
         if double := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"rows with the same name: {', '.join(double)}")
+        if problems := [problem for row in self.rows for problem in converter_problems(row)]:
+            raise ValueError("\n  ".join(problems))
         own = {row.name for row in self.rows if row.raw is None}
         for row in self.rows:
             for folder in row.folders[row.raw is None :]:
@@ -143,13 +148,21 @@ def load_catalog(name: str) -> Catalog:
     if not path.exists():
         known = ", ".join(sorted({p.stem for p in [*here.glob("*.yaml"), *(q.parent for q in here.glob("*/*.yaml"))]}))
         raise CatalogError(f"no catalog {name!r}; known: {known}, or the path of a YAML file")
+    content = _merge_files(path) if path.is_dir() else read_catalog_file(path)
+    if base := content.pop("base", None):
+        content = {**_merge_files(here / base), **content}
     try:
-        content = _merge_files(path) if path.is_dir() else read_catalog_file(path)
-        if base := content.pop("base", None):
-            return Catalog.model_validate({**_merge_files(here / base), **content})
         return Catalog.model_validate(content)
     except pydantic.ValidationError as error:
-        raise CatalogError(f"{path}: {error}") from None
+        problems = [f"{_place(content, e['loc'])}{e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        raise CatalogError("\n  ".join([f"{path}: the catalog has errors", *problems])) from None
+
+
+def _place(content: dict[str, Any], loc: tuple[int | str, ...]) -> str:
+    """Where an error is: "row NAME: options.style: " or "stages.sft: "; "" for the whole catalog."""
+    if loc[:1] == ("rows",) and len(loc) > 1 and isinstance(row := content["rows"][loc[1]], dict) and "name" in row:
+        return f"row {row['name']}: " + "".join(f"{part}: " for part in [".".join(map(str, loc[2:]))] if part)
+    return f"{'.'.join(map(str, loc))}: " if loc else ""
 
 
 def _merge_files(folder: Path) -> dict[str, Any]:

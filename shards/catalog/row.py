@@ -195,7 +195,7 @@ class Exclusion(Strict):
 
 
 def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+    return (value,) if isinstance(value, str | dict) else value
 
 
 class Lookup(Strict):
@@ -245,6 +245,28 @@ class Masks(Strict):
         return (named - {"object"}) | ({self.objects} if self.objects else set())
 
 
+class BenchmarkSpec(Strict):
+    """How the answers to a row's questions are scored in stage "eval": one line of a table of results.
+
+    Attributes:
+        name: unique among all benchmarks; None is the name of the row.
+        suite: the suite of benchmarks that it belongs to.
+        metric: name of the metric of one answer; the score is the mean over the questions.
+        corpus: names of metrics of all answers together, reported besides.
+        max_new_tokens: maximum length of an answer, in tokens.
+        chance: expected score of a blind guess; None if the metric gives it for each question.
+        target: the score that a model should reach; None if there is none.
+    """
+
+    name: str | None = None
+    suite: str
+    metric: str
+    corpus: tuple[str, ...] = ()
+    max_new_tokens: int = pydantic.Field(default=12, gt=0)
+    chance: float | None = None
+    target: float | None = None
+
+
 class Row(Strict):
     """One dataset of the catalog. Paths are relative to `raw/<folder>/`.
 
@@ -260,7 +282,8 @@ class Row(Strict):
         files: glob of the files of each split; stage "eval" reads "validation", the others "train".
         table: format of those files.
         converter: a name in `shards.convert.CONVERTERS`.
-        columns: field of the converter -> column of the files; dotted for a field of a struct ("meta.id").
+        columns: field of the converter -> column of the files; dotted for a field of a struct ("meta.id"). A column
+            that only a path template of `media` needs is listed under a name of its own.
         facts: name -> column that a metric reads beside the answer; kept with every question of stage "eval".
         masks: segmentation masks in files; kept as the fact `masks`.
         optional: columns that some of the files lack; their value is null there.
@@ -268,13 +291,14 @@ class Row(Strict):
         group_by: column by which rows are grouped to one example (one image or video); None: each row is an example.
         filters: conditions that a row must meet; the others are recorded as left out.
         exclude: exclusion lists, such as a benchmark's images.
-        options: parameters of the converter.
+        options: parameters of the converter; `shards.catalog.converters` has a model of them for each converter.
         loss_weight: stage -> flat weight of a loss token; the length rule applies in every other stage.
         media: path template of a media file, or several that are tried in order; `{value}` is the value of the media
             column, `{NAME}` that of another column, and formats such as `{value:012d}` work. A template may hold one
             "*/" (any folder) and may end with ".*" (any video suffix). For a video stored as images it names their
             folder.
         media_from: raw folders that are searched for media after the row's own.
+        benchmark: how answers are scored in stage "eval"; a list if the row's questions are scored in several ways.
         notes: remarks for readers.
     """
 
@@ -301,6 +325,7 @@ class Row(Strict):
     loss_weight: dict[Stage, float] = {}
     media: typing.Annotated[tuple[str, ...], pydantic.BeforeValidator(_as_tuple)] = ()
     media_from: tuple[str, ...] = ()
+    benchmark: typing.Annotated[tuple[BenchmarkSpec, ...], pydantic.BeforeValidator(_as_tuple)] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -324,7 +349,7 @@ class Row(Strict):
 
     def build_settings(self) -> dict[str, Any]:
         """The settings that the samples depend on: all fields except those that only describe the row."""
-        descriptive = {"layout_of", "raw", "source", "size", "paper", "download", "stages", "notes"}
+        descriptive = {"layout_of", "raw", "source", "size", "paper", "download", "stages", "benchmark", "notes"}
         return self.model_dump(mode="json", exclude=descriptive, exclude_defaults=True)
 
     @pydantic.model_validator(mode="after")
@@ -332,6 +357,8 @@ class Row(Strict):
         for stage in self.stages:
             if split_of(stage) not in self.files:
                 raise ValueError(f"stage {stage} needs files.{split_of(stage)}")
+        if self.benchmark and "eval" not in self.stages:
+            raise ValueError(f'a benchmark needs stage "eval"; the stages are {", ".join(self.stages)}')
         return self
 
 

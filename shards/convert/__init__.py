@@ -1,13 +1,15 @@
 """Converters: pure functions from the rows of one example to `Example`s, parametrised by a catalog row.
 
-A converter gets the rows of one group (one row, if the catalog row has no `group_by`). It yields examples, and an
-`Omitted` for everything that is left out by the catalog's rules; it raises a `RejectedError` for a faulty group. It
-reads no files except headers of images and annotations of AI2D, and draws only from `rng_of(key)`.
+A converter gets the rows of one group (one row, if the catalog row has no `group_by`) and its options; these and
+the fields that it may read are declared in `shards.catalog.converters`. It yields examples, and an `Omitted` for
+everything that is left out by the catalog's rules; it raises a `RejectedError` for a faulty group. It reads no files
+except headers of images and annotations of AI2D, and draws only from `rng_of(key)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from shards.convert.chats import chat
 from shards.convert.common import Group, Omitted
@@ -18,7 +20,7 @@ from shards.convert.video_annotations import video_caption, video_points, video_
 from shards.convert.video_questions import video_conversation, video_embedded_choice, video_qa, video_spans
 from shards.schema import Example
 
-Converter = Callable[[Group], Iterator[Example | Omitted]]
+Converter = Callable[[Group, Any], Iterator[Example | Omitted]]  # the options are the model of the same name
 
 CONVERTERS: dict[str, Converter] = {
     converter.__name__: converter

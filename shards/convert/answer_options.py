@@ -1,4 +1,4 @@
-"""Parsing of answer options and lists in text columns, and renaming of image placeholders in texts."""
+"""Questions with answer options: parsing of options and lists in text columns, and names of images in texts."""
 
 from __future__ import annotations
 
@@ -6,14 +6,56 @@ import ast
 import itertools
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from shards.schema import RejectedError
+from shards.convert.common import rng_of, text_of
+from shards.schema import Choice, RejectedError, Text
 
 _LABEL = r"\(?(?:[A-Z][a-z]+ )?(?P<mark>[A-Z]|[1-9])"  # A, (A, Caption A, Option 1
 _OPTION = re.compile(rf"\s*{_LABEL}[.:)]\s+(?P<text>.*\S)\s*")
 _ANSWER = re.compile(rf"{_LABEL}(?:[.:)].*)?", re.DOTALL)
 _IMAGE = re.compile(r"<image(?: (?P<number>\d+))?>")
+
+
+class Asked(NamedTuple):
+    """A question and its answer; for multiple choice, the options and the index of the right one."""
+
+    question: str
+    answer: str
+    options: tuple[str, ...] = ()
+    right: int | None = None
+
+    def shuffled(self, draw: str) -> Asked:
+        """The question with its options in a drawn order."""
+        assert self.right is not None
+        order = [int(number) for number in rng_of(draw, "option").permutation(len(self.options))]
+        return self._replace(options=tuple(self.options[number] for number in order), right=order.index(self.right))
+
+    def as_choice(self, style: str) -> Choice:
+        """The question as multiple choice."""
+        assert self.right is not None
+        return Choice(style=style, question=self.question, options=self.options, answer=self.right)
+
+    def as_text(self, style: str) -> Text:
+        """The question as an open one."""
+        return Text(style=style, question=self.question, answer=self.answer)
+
+
+def split_question(question: str, given: Any, cut: str | None, embedded: bool) -> tuple[str, list[str]]:
+    """The final text of a question and its options.
+
+    Args:
+        question: the text in the row.
+        given: the options in the row, in one of the forms of `listed`.
+        cut: regular expression; its matches are removed from the question.
+        embedded: the last lines of the question are the options; they count if the row gives no others.
+    """
+    lines: list[str] = []
+    if cut:
+        question = re.sub(cut, "", question).strip()
+    if embedded:
+        question, lines = option_lines(question)
+    return question, [text_of(option) for option in listed(given)] or lines
 
 
 def listed(value: Any) -> list[Any]:
@@ -58,20 +100,31 @@ def _unlabelled(options: Sequence[Any]) -> list[str]:
     return [match["text"] for match in matches if match]
 
 
-def place_of(how: str, answer: Any, options: Sequence[str], first: int = 0) -> int | None:
-    """Index of the right option; None if the answer names no option.
+def right_option(how: str, answer: Any, options: Sequence[str], first: int = 0) -> int:
+    """Index of the right option.
 
-    `how`: "index" (counted from `first`), "text" (equal to the option), or "letter" ("B", "(B)", "Caption B: ...").
+    `how`: "index" (counted from `first`), "text" (equal to the option), "letter" ("B", "(B)", "Caption B: ..."), or
+    "marks" (the answer is a list with a mark for each option, where "correct" is the right one).
+
+    Raises:
+        RejectedError: the answer names no option, or several.
     """
-    text = "" if answer is None else str(answer).strip()
+    if how == "marks":
+        marked = [number for number, mark in enumerate(answer or ()) if mark == "correct"]
+        if len(marked) != 1:
+            raise RejectedError(f"{len(marked)} right options, wanted one")
+        return marked[0]
+    text = text_of(answer)
     if how == "text":
-        return options.index(text) if text in options else None
-    if how == "letter":
+        number = options.index(text) if text in options else -1
+    elif how == "letter":
         label = _ANSWER.fullmatch(text)
         number = ord(label["mark"]) - ord("A" if label["mark"].isalpha() else "1") if label else -1
     else:
         number = int(float(text)) - first if re.fullmatch(r"\d+(\.0)?", text) else -1
-    return number if 0 <= number < len(options) else None
+    if not 0 <= number < len(options):
+        raise RejectedError(f"the answer {text!r} is none of {len(options)} options")
+    return number
 
 
 def named_images(texts: Sequence[str], first: int = 1) -> list[str]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from shards.catalog.converters import ChatOptions
 from shards.convert.answer_options import named_images
 from shards.convert.common import Group, Omitted, text_of
 from shards.schema import Chat, Example, RejectedError, Turn
@@ -16,7 +17,7 @@ _LEADING = re.compile(r"(?:\s*<image>)+\s*")
 Part = tuple[str, Any]  # kind ("text", "image" or "video") and value
 
 
-def chat(group: Group) -> Iterator[Example | Omitted]:
+def chat(group: Group, options: ChatOptions) -> Iterator[Example | Omitted]:
     """Convert one conversation; a system message is put before the first user message, as a chat has no system turn.
 
     Messages are {role, content} or {from, value}; content is a text or a list of parts, {"type": "image", "image": ...}
@@ -47,7 +48,7 @@ def chat(group: Group) -> Iterator[Example | Omitted]:
     turns[0] = Turn(role=turns[0].role, text=system + turns[0].text)
     row, clip = group.values[0], (group.get("start"), group.get("end"))
     yield group.example(
-        [Chat(style=str(group.option("style")), turns=tuple(turns))],
+        [Chat(style=options.style, turns=tuple(turns))],
         images=[group.media.image(value, None, row) for value in images],
         video=group.media.video(videos[0], *clip, row) if videos else None,
     )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from shards.catalog import Row, Stage
+from shards.catalog.converters import CONVERTER_OPTIONS
 from shards.schema import Annotation, Cue, Example, ImageRef, Points, RejectedError, Source, VideoRef
 from shards.sources.media_files import MediaFiles
 from shards.sources.paths import at
@@ -39,9 +41,31 @@ class Group:
     values: tuple[dict[str, Any], ...]
 
     def get(self, field: str, index: int = 0) -> Any:
-        """The value of a field in row `index` of the group; None if the catalog row maps no column to the field."""
-        column = self.row.columns.get(field)
+        """The value of a field in row `index` of the group; None if the catalog row maps no column to the field.
+
+        Raises:
+            KeyError: the converter does not declare the field in `shards.catalog.converters`.
+        """
+        column = self.row.columns[field] if self.maps(field) else None
         return None if column is None else at(self.values[index], column)
+
+    def maps(self, field: str) -> bool:
+        """Whether the catalog row maps a column to the field.
+
+        Raises:
+            KeyError: the converter does not declare the field in `shards.catalog.converters`.
+        """
+        if not CONVERTER_OPTIONS[self.row.converter].reads(field):
+            raise KeyError(
+                f"converter {self.row.converter} reads the field {field!r}, which its options do not declare"
+            )
+        return field in self.row.columns
+
+    def numbered(self, field: str) -> list[str]:
+        """The mapped fields FIELD_0, FIELD_1 and so on, ordered by their numbers."""
+        self.maps(f"{field}_#")  # raises if it is not declared
+        named = [name for name in self.row.columns if re.fullmatch(rf"{field}_\d+", name)]
+        return sorted(named, key=lambda name: int(name.rpartition("_")[2]))
 
     def items(self, field: str, index: int = 0) -> list[Any]:
         """The value of a list field in row `index`; null becomes an empty list.
@@ -92,16 +116,6 @@ class Group:
         """The image of row `index`; its hash is checked if the catalog row maps `sha256` to a column."""
         return self.media.image(self.get(field, index), self.get(sha256, index), self.values[index])
 
-    def option(self, name: str) -> Any:
-        """A required option of the converter.
-
-        Raises:
-            ValueError: the catalog row does not set it.
-        """
-        if name not in self.row.options:
-            raise ValueError(f"catalog row {self.row.name}: converter {self.row.converter} needs options.{name}")
-        return self.row.options[name]
-
     def omit(self, reason: str, index: int = 0) -> Omitted:
         """Record that row `index`, or a part of it, is left out for `reason`."""
         return Omitted(source=self.sources[index], reason=reason)
@@ -128,6 +142,27 @@ class Group:
             loss_weight=self.row.loss_weight.get(self.stage),
             loss_scale=loss_scale,
         )
+
+
+def parse_items(
+    group: Group, parse: Callable[..., Annotation], *fields: str
+) -> Generator[Omitted, None, list[Annotation]]:
+    """Make an annotation of every item of every row; yields an `Omitted` for a faulty item, returns the annotations.
+
+    Args:
+        group: the rows.
+        parse: gets the number of the row, the seed of the item's draws, and the values of `fields`; raises a
+            `RejectedError` for a faulty item.
+        fields: a single value or a list in each row, as in `Group.aligned`.
+    """
+    annotations = []
+    for index in range(len(group.values)):
+        for number, values in enumerate(group.aligned(index, *fields)):
+            try:
+                annotations.append(parse(index, f"{group.row.name}/{group.key}/{index}/{number}", *values))
+            except RejectedError as error:
+                yield group.omit(str(error), index)
+    return annotations
 
 
 def rng_of(key: str, purpose: str) -> np.random.Generator:

@@ -13,24 +13,25 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from shards.catalog.converters import DiagramChoiceOptions
 from shards.convert.common import Group, Omitted, text_of
 from shards.schema import Choice, Example, ImageRef, RejectedError
 
 NO_OPTION = "{}"  # the dataset's placeholder for a missing option
 
 
-def diagram_choice(group: Group) -> Iterator[Example | Omitted]:
+def diagram_choice(group: Group, options: DiagramChoiceOptions) -> Iterator[Example | Omitted]:
     """Convert one question; a question about letters gives one example for each of the two ways to draw them.
 
     The boxes of the texts are read from `options.annotations`, a path template of a JSON file with the image's name as
     `{value}`. A letter is drawn inside an opaque box, and to the left of a transparent one.
     """
-    options = [text_of(option) for option in group.items("options")]
+    texts = [text_of(option) for option in group.items("options")]
     answer = group.get("answer")
-    if not isinstance(answer, int) or not 0 <= answer < len(options):
-        raise RejectedError(f"answer {answer!r} of {len(options)} options")
-    right = options[answer]
-    present = list(dict.fromkeys(option for option in options if option != NO_OPTION))
+    if not isinstance(answer, int) or not 0 <= answer < len(texts):
+        raise RejectedError(f"answer {answer!r} of {len(texts)} options")
+    right = texts[answer]
+    present = list(dict.fromkeys(option for option in texts if option != NO_OPTION))
     if right not in present:
         raise RejectedError("the right option is the one that is not there")
     image, drawn = group.image(), bool(group.get("letters"))
@@ -45,7 +46,7 @@ def diagram_choice(group: Group) -> Iterator[Example | Omitted]:
     if not drawn:
         yield group.example([choice], images=[image])
         return
-    boxes = _boxes(group.media.root / str(group.option("annotations")).format(value=group.get("image")))
+    boxes = _boxes(group.media.root / options.annotations.format(value=group.get("image")))
     for name, opaque in (("opaque", True), ("transparent", False)):
         yield group.example([choice], images=[_draw_letters(image, boxes, opaque)], suffix=f"-{name}")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import PIL.Image
 
+from shards.catalog.converters import ImageCaptionOptions, ImagePointsOptions, MultiImagePointsOptions
 from shards.convert.common import (
     SCALES,
     Group,
@@ -24,29 +25,26 @@ from shards.convert.image_questions import images_of
 from shards.schema import Annotation, Example, ImageRef, PointGroup, Points, RejectedError, Text
 
 
-def image_caption(group: Group) -> Iterator[Example | Omitted]:
+def image_caption(group: Group, options: ImageCaptionOptions) -> Iterator[Example | Omitted]:
     """Convert an image with a long caption and, in `options.transcript_stages`, transcripts of spoken descriptions."""
     annotations: list[Annotation] = []
     if caption := group.text("caption"):
         annotations.append(Text(style="long_caption", answer=caption))
-    if group.stage in group.row.options.get("transcript_stages", ()):
+    if group.stage in options.transcript_stages:
         spoken = [text_of(transcript) for transcript in group.items("transcripts")]
         annotations += [Text(style="transcript", answer=transcript) for transcript in spoken if transcript]
     at_least_one(annotations, "no caption and no transcript")
     yield group.example(annotations, images=[group.image()])
 
 
-def image_points(group: Group) -> Iterator[Example | Omitted]:
+def image_points(group: Group, options: ImagePointsOptions) -> Iterator[Example | Omitted]:
     """Convert an image with labels and their points; gives an example for each of `options.styles`.
 
-    `options.scale` is the unit of coordinates: "percent", "pixel", "unit" (0 - 1) or "thousand" (0 - 1000). Labels with
-    more than `options.max_points` points are left out, and an example holds at most as many in total. A row has one
-    label, or a list of labels with a list of points for each. The field `number` is the count if there are no points.
+    A row has one label, or a list of labels with a list of points for each. The field `number` is the count if there
+    are no points.
     """
-    most = int(group.option("max_points"))
-    image = group.image()
-    kind = group.option("scale")
-    scale = _size(image) if kind == "pixel" else SCALES[kind]
+    most, image = options.max_points, group.image()
+    scale = _size(image) if options.scale == "pixel" else SCALES[options.scale]
     labels = []
     for index in range(len(group.values)):
         for label, question, value in _labelled(group, index):
@@ -57,7 +55,7 @@ def image_points(group: Group) -> Iterator[Example | Omitted]:
                 labels.append(Points(style="", label=label, question=question, groups=groups, number=number))
             else:
                 yield group.omit(f"more than {most} points: {len(points)}" if label else "no label", index)
-    for style in group.option("styles") if group.stage != "eval" else group.option("styles")[:1]:
+    for style in options.styles if group.stage != "eval" else options.styles[:1]:
         for number, run in enumerate(packed_points(labels, most)):
             yield group.example(
                 [replace(points, style=style) for points in run], images=[image], suffix=f"-{style}-{number}"
@@ -76,13 +74,13 @@ def _labelled(group: Group, index: int) -> Iterator[tuple[str, str, Any]]:
         yield text_of(name), text_of(question[place]) if question else "", points[place]
 
 
-def multi_image_points(group: Group) -> Iterator[Example | Omitted]:
+def multi_image_points(group: Group, options: MultiImagePointsOptions) -> Iterator[Example | Omitted]:
     """Convert several images, each with a label and points: one label is drawn, and asked about in all or some images.
 
-    The style is drawn from `options.styles`. With probability 1/2 the question is about all images, else about a random
-    subset; `options.ask_some` has the texts for that, with {label} and {images} ("image_1, image_3").
+    With probability 1/2 the question is about all images, else about a random subset; {images} in its text becomes
+    "image_1, image_3".
     """
-    most, labels, points = int(group.option("max_points")), group.items("labels"), group.items("points")
+    labels, points = group.items("labels"), group.items("points")
     images = images_of(group)
     if not len(images) == len(labels) == len(points):
         raise RejectedError(f"{len(images)} images, {len(labels)} labels and {len(points)} lists of points")
@@ -91,23 +89,23 @@ def multi_image_points(group: Group) -> Iterator[Example | Omitted]:
     if not names:
         raise RejectedError("no label")
     label = names[int(draw.integers(len(names)))]
-    style = group.option("styles")[int(draw.integers(len(group.option("styles"))))]
+    style = options.styles[int(draw.integers(len(options.styles)))]
     everywhere, places = draw.random() < 0.5, list(range(len(images)))
     if not everywhere:
         places = sorted(int(i) for i in draw.permutation(len(images))[: draw.integers(1, len(images) + 1)])
     groups = [
-        PointGroup(at=place + 1, points=to_fractions(xy_pairs(points[place]), SCALES[group.option("scale")]))
+        PointGroup(at=place + 1, points=to_fractions(xy_pairs(points[place]), SCALES[options.scale]))
         for place in places
         if text_of(labels[place]) == label and points[place]
     ]
     question = ""
     if not everywhere:
-        texts = group.option("ask_some")[style]
+        texts = options.ask_some[style]
         named = ", ".join(f"image_{place + 1}" for place in places)
         question = texts[int(draw.integers(len(texts)))].format(label=label, images=named)
     annotation = Points(style=style, label=label, question=question, groups=tuple(groups))
-    if annotation.count > most:
-        yield group.omit(f"more than {most} points: {annotation.count}")
+    if annotation.count > options.max_points:
+        yield group.omit(f"more than {options.max_points} points: {annotation.count}")
     else:
         yield group.example([annotation], images=images)
 

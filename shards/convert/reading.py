@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.catalog import Exclusion, Row, Stage, split_of
+from shards.catalog.converters import CONVERTER_OPTIONS
 from shards.convert import CONVERTERS
 from shards.convert.common import Group, Omitted
 from shards.convert.masks import masks_of, packed
@@ -76,7 +77,9 @@ def convert(group: Group) -> Iterator[Example | Omitted]:
     if remaining:
         sources, values = tuple(group.sources[i] for i in remaining), tuple(group.values[i] for i in remaining)
         group = replace(group, sources=sources, values=values)
-        for result in CONVERTERS[group.row.converter](group):
+        name = group.row.converter
+        options = CONVERTER_OPTIONS[name].model_validate(group.row.options)
+        for result in CONVERTERS[name](group, options):
             yield with_facts(group, result) if isinstance(result, Example) else result
 
 

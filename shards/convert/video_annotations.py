@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
+from shards.catalog.converters import VideoCaptionOptions, VideoPointsOptions, VideoTrackOptions
 from shards.convert.common import (
     SCALES,
     Group,
@@ -30,10 +30,11 @@ from shards.schema import (
 GRID_REACH = 0.01  # seconds; a frame this close to the grid of answer times counts as on it
 
 
-def video_caption(group: Group) -> Iterator[Example | Omitted]:
+def video_caption(group: Group, options: VideoCaptionOptions) -> Iterator[Example | Omitted]:
     """Convert a video, or its clip from `start` to `end`, with captions; fields named "video_…" are caption styles."""
-    if (score := group.get("score")) is not None and score < group.option("min_score"):
-        yield group.omit(f"annotation score below {group.option('min_score')}: {score}")
+    least, score = options.min_score, group.get("score")
+    if least is not None and score is not None and score < least:
+        yield group.omit(f"annotation score below {least:g}: {score}")
         return
     styles = [field for field in group.row.columns if field.startswith("video_")]
     captions = {style: text_of(group.get(style)) for style in styles}
@@ -43,15 +44,13 @@ def video_caption(group: Group) -> Iterator[Example | Omitted]:
     yield group.example(annotations, video=video)
 
 
-def video_points(group: Group) -> Iterator[Example | Omitted]:
+def video_points(group: Group, options: VideoPointsOptions) -> Iterator[Example | Omitted]:
     """Convert one video with points per label in some of its frames; a label's style is drawn from `options.styles`.
 
-    `options.scale` is as for images, "percent" by default; "pixel" refers to the fields `width` x `height`. The rows of
-    each clip of the video make one example. A clip (or a whole video with a field `duration`) longer than
+    The rows of each clip of the video make one example. A clip (or a whole video with a field `duration`) longer than
     `options.max_seconds` is left out, because all its frames must fit a sample.
     """
-    most, styles = int(group.option("max_points")), group.option("styles")
-    longest = float(group.row.options.get("max_seconds", math.inf))
+    most, styles, longest = options.max_points, options.styles, options.max_seconds
     clips: dict[tuple[float | None, float | None], list[Points]] = {}
     for index in range(len(group.values)):
         if group.get("unsure", index):
@@ -63,10 +62,11 @@ def video_points(group: Group) -> Iterator[Example | Omitted]:
             yield group.omit(f"{whole - (start or 0.0):.1f} s, at most {longest:g} s", index)
             continue
         style = styles[int(rng_of(f"{group.row.name}/{group.key}/{index}", "style").integers(len(styles)))]
+        label = group.text("label", index)
         points = Points(
             style=style,
-            label=_label(group, index),
-            groups=_point_groups(group, index, start or 0.0),
+            label=label.lower() if options.lower_labels else label,
+            groups=_point_groups(group, options, index, start or 0.0),
             question=text_of(group.get("question", index)) if style == "video_point_count" else "",
         )
         if points.label and points.count <= most:
@@ -79,17 +79,11 @@ def video_points(group: Group) -> Iterator[Example | Omitted]:
             yield group.example(run, video=video, suffix=f"-{number}-{part}")
 
 
-def _label(group: Group, index: int = 0) -> str:
-    label = group.text("label", index)
-    return label.lower() if group.row.options.get("lower_labels") else label
-
-
-def _point_groups(group: Group, index: int, start: float) -> tuple[PointGroup, ...]:
+def _point_groups(group: Group, options: VideoPointsOptions, index: int, start: float) -> tuple[PointGroup, ...]:
     times, frames = group.get("times", index) or (), group.get("points", index) or ()
     if len(times) != len(frames):
         raise RejectedError(f"{len(times)} timestamps and {len(frames)} frames of points")
-    kind = group.row.options.get("scale", "percent")
-    scale = _frame_size(group, index) if kind == "pixel" else SCALES[kind]
+    scale = _frame_size(group, index) if options.scale == "pixel" else SCALES[options.scale]
     by_time: dict[float, tuple[tuple[float, float], ...]] = {}
     for time, points in zip(times, frames, strict=True):  # a time may occur several times, with one point each
         at = float(time) - start
@@ -101,7 +95,7 @@ def _frame_size(group: Group, index: int = 0) -> tuple[float, float]:
     return float(group.get("width", index)), float(group.get("height", index))
 
 
-def video_track(group: Group) -> Iterator[Example | Omitted]:
+def video_track(group: Group, options: VideoTrackOptions) -> Iterator[Example | Omitted]:
     """Convert one video with tracked objects, in pixels of `width` x `height`; occluded points are left out.
 
     The field `frames` has the points frame by frame; the field `objects` has them object by object, with a point or
@@ -109,7 +103,7 @@ def video_track(group: Group) -> Iterator[Example | Omitted]:
     within 0.01 s of that grid, as in Molmo2. For a video stored as images see `_image_rate`.
     """
     scale = _frame_size(group)
-    rate = float(group.row.options.get("sampling_fps") or group.get("sampling_fps"))
+    rate = float(options.sampling_fps or group.get("sampling_fps"))
     if (fps := group.get("fps")) is not None and fps % rate:
         yield group.omit(f"{fps} frames per second are no multiple of {rate:g} answers")
         return
@@ -121,7 +115,7 @@ def video_track(group: Group) -> Iterator[Example | Omitted]:
         if objects:
             frames.append(TrackGroup(time=time, objects=tuple(objects)))
     tracks = Tracks(
-        style=str(group.option("style")),
+        style=options.style,
         label=text_of(group.get("label")),
         fps=rate,
         groups=tuple(sorted(frames, key=lambda g: g.time)),
@@ -154,7 +148,7 @@ def _image_rate(group: Group) -> float | None:
     Raises:
         RejectedError: the native rate of this video is missing.
     """
-    if "native_fps" in group.row.columns:
+    if group.maps("native_fps"):
         native, fps = group.get("native_fps"), float(group.get("fps"))
         if not native:
             raise RejectedError(f"no native frame rate of {group.text('video')} in {group.row.columns['native_fps']}")

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shards.convert.answer_options import listed, option_lines, place_of
-from shards.convert.common import Group, Omitted, at_least_one, most_common, rng_of, text_of
+from shards.catalog.converters import (
+    VideoConversationOptions,
+    VideoQaOptions,
+    VideoQuestionOptions,
+    VideoSpansOptions,
+)
+from shards.convert.answer_options import Asked, right_option, split_question
+from shards.convert.common import Group, Omitted, at_least_one, most_common, parse_items, rng_of, text_of
 from shards.schema import Annotation, Choice, Cue, Example, RejectedError, Text
 
 Clip = tuple[float | None, float | None]
-Asked = tuple[str, str, tuple[str, ...], int | None]  # question, answer, options, index of the right option
+WHOLE: Clip = (None, None)
+CHOICE_STYLE = "video_multiple_choice"
 
 _NUMBER = r"\d+(?:\.\d+)?"
 _CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
@@ -24,66 +31,67 @@ _SPAN = re.compile(rf"\s*\[?\s*({_NUMBER})\s*[-:]\s*({_NUMBER})\s*\]?\s*")
 _EMBEDDED = re.compile(r"(?P<question>.*)\n\s*The Options are:\s*(?P<options>\[.*\])\s*", re.DOTALL | re.IGNORECASE)
 
 
-def video_qa(group: Group) -> Iterator[Example | Omitted]:
-    """Convert questions in the forms that `options.ask` lists: "choice", "open"; "eval" asks only openly if it can.
+def video_qa(group: Group, options: VideoQaOptions) -> Iterator[Example | Omitted]:
+    """Convert questions in the forms that `options.ask` lists.
 
     Answer options are the field `options`, the fields `option_0`, `option_1`, ..., or the `answer` and the `negatives`
-    (and `options.also`) in a drawn order; with `options.embedded` they are the last lines of the question, from which
-    `options.cut` was removed. Blank options are left out. With options, `options.answer` is the form of the answer:
-    "index" (default; counted from `options.first`), "letter", "text", or "marks" (one mark per option). A question
-    without options is an open one, in the field `style` or else in `options.open_style`. Without options, the field
-    `windows`, a list of [start, end] in seconds, may be the answer. `options.max_per_example` limits the annotations of
-    an example. Without a field `question`, the question is drawn from the field `question_pool` or `options.questions`,
-    in which "{label}" and "{label_lower}" are replaced by the field `label`; a second equal answer for a clip is then
-    left out. `options.full_stop` adds a full stop to open answers.
+    (or `negative_0`, ...; and `options.also`) in a drawn order; blank ones are left out. Without options, the field
+    `windows`, a list of [start, end] in seconds, may be the answer. Without a question, one is drawn from the field
+    `question_pool` or `options.questions`; if no row has one, a second equal answer for a clip is left out.
     """
+    with_open = "open" in options.ask
+    with_choice = "choice" in options.ask and not (with_open and group.stage == "eval")
     clips: dict[Clip, list[Annotation]] = {}
     seen: set[tuple[Clip, str, str]] = set()
     left_out = 0
     for index in range(len(group.values)):
         try:
-            clip, questions = _clip(group, index), list(_questions(group, index))
+            clip, questions = _clip(group, index), list(_questions(group, options, index))
         except RejectedError as error:
             yield group.omit(str(error), index)
             left_out += 1
             continue
         for number, values in enumerate(questions):
             try:
-                asked = _parse_question(group, values, f"{group.row.name}/{group.key}/{index}/{number}")
+                asked = _asked(options, values, f"{group.row.name}/{group.key}/{index}/{number}")
             except RejectedError as error:
                 yield group.omit(str(error), index)
                 left_out += 1
                 continue
-            identity = (clip, text_of(values.get("label")), asked[1])
-            if "question" not in group.row.columns and identity in seen:
-                yield group.omit(f"the same answer twice for one clip: {asked[1]!r}", index)
+            identity = (clip, text_of(values.get("label")), asked.answer)
+            if not group.maps("question") and identity in seen:
+                yield group.omit(f"the same answer twice for one clip: {asked.answer!r}", index)
                 continue
             seen.add(identity)
-            style = text_of(values.get("style")) or str(group.row.options.get("open_style", ""))
-            clips.setdefault(clip, []).extend(_annotations(group, asked, style))
+            style = text_of(values.get("style")) or options.open_style or ""
+            if with_choice and asked.right is not None:
+                clips.setdefault(clip, []).append(asked.as_choice(CHOICE_STYLE))
+            if with_open or asked.right is None:
+                clips.setdefault(clip, []).append(asked.as_text(style))
     if clips or not left_out:  # otherwise every row was reported as omitted
-        yield from examples_of(group, clips)
+        yield from examples_of(group, options, clips)
 
 
-def video_spans(group: Group) -> Iterator[Example | Omitted]:
-    """Convert a video with captions of its parts, in `options.style`; `options.questions` hold {start} and {end}."""
-    annotations: list[Annotation] = []
-    for index in range(len(group.values)):
-        for number, (span, text) in enumerate(group.aligned(index, "spans", "text")):
-            start, end = map(float, span)
-            if not start < end or not text_of(text):
-                yield group.omit(f"a part from {start} to {end} s, or one without text", index)
-                continue
-            draw = rng_of(f"{group.row.name}/{group.key}/{index}/{number}", "question")
-            questions = group.option("questions")
-            question = questions[int(draw.integers(len(questions)))].format(start=f"{start:.1f}", end=f"{end:.1f}")
-            answer = _with_full_stop(group, text_of(text))
-            annotations.append(Text(style=str(group.option("style")), question=question, answer=answer))
-    yield from examples_of(group, {(None, None): annotations})
+def video_spans(group: Group, options: VideoSpansOptions) -> Iterator[Example | Omitted]:
+    """Convert a video with captions of its parts."""
+
+    def parse(index: int, draw: str, span: Any, text: Any) -> Text:
+        start, end = map(float, span)
+        if not start < end or not text_of(text):
+            raise RejectedError(f"a part from {start} to {end} s, or one without text")
+        question = options.questions[int(rng_of(draw, "question").integers(len(options.questions)))]
+        return Text(
+            style=options.style,
+            question=question.format(start=f"{start:.1f}", end=f"{end:.1f}"),
+            answer=_with_full_stop(text_of(text)) if options.full_stop else text_of(text),
+        )
+
+    annotations = yield from parse_items(group, parse, "spans", "text")
+    yield from examples_of(group, options, {WHOLE: annotations})
 
 
-def video_conversation(group: Group) -> Iterator[Example | Omitted]:
-    """Convert turns of a "human" and a model: each pair is a question in `options.style`, options included."""
+def video_conversation(group: Group, options: VideoConversationOptions) -> Iterator[Example | Omitted]:
+    """Convert turns of a "human" and a model: each pair is a question, answer options included."""
     annotations: list[Annotation] = []
     for index in range(len(group.values)):
         turns = group.items("turns", index)
@@ -93,44 +101,40 @@ def video_conversation(group: Group) -> Iterator[Example | Omitted]:
             if (human.get("from"), model.get("from")) != ("human", "gpt") or not question or not answer:
                 yield group.omit("turns that do not alternate, or an empty one", index)
                 continue
-            annotations.append(Text(style=str(group.option("style")), question=question, answer=answer))
-    yield from examples_of(group, {(None, None): annotations})
+            annotations.append(Text(style=options.style, question=question, answer=answer))
+    yield from examples_of(group, options, {WHOLE: annotations})
 
 
-def video_embedded_choice(group: Group) -> Iterator[Example | Omitted]:
+def video_embedded_choice(group: Group, options: VideoQuestionOptions) -> Iterator[Example | Omitted]:
     """Convert multiple choice with "The Options are: [...]" at the end of the question; the answer counts from 1."""
-    annotations: list[Annotation] = []
-    for index in range(len(group.values)):
-        match = _EMBEDDED.fullmatch(group.text("question", index))
-        options = ast.literal_eval(match["options"]) if match else []
-        answer = int(group.text("answer", index)) - 1
-        if not match or not 0 <= answer < len(options):
-            yield group.omit(f"no options in the question, or answer {answer + 1} of {len(options)}", index)
-            continue
-        texts = tuple(text_of(option) for option in options)
-        question = re.sub(r"\bThe Question is:\s*", "", match["question"], flags=re.IGNORECASE).strip()
-        annotations.append(Choice(style="video_multiple_choice", question=question, options=texts, answer=answer))
-    yield from examples_of(group, {(None, None): annotations})
+
+    def parse(index: int, draw: str, question: Any, answer: Any) -> Choice:
+        match, number = _EMBEDDED.fullmatch(text_of(question)), int(text_of(answer))
+        texts = tuple(text_of(option) for option in ast.literal_eval(match["options"])) if match else ()
+        if not match or not 1 <= number <= len(texts):
+            raise RejectedError(f"no options in the question, or answer {number} of {len(texts)}")
+        text = re.sub(r"\bThe Question is:\s*", "", match["question"], flags=re.IGNORECASE).strip()
+        return Choice(style=CHOICE_STYLE, question=text, options=texts, answer=number - 1)
+
+    annotations = yield from parse_items(group, parse, "question", "answer")
+    yield from examples_of(group, options, {WHOLE: annotations})
 
 
-def examples_of(group: Group, clips: dict[Clip, list[Annotation]]) -> Iterator[Example]:
+def examples_of(group: Group, options: VideoQuestionOptions, clips: dict[Clip, list[Annotation]]) -> Iterator[Example]:
     """Make an example per clip, or several if it has more than `options.max_per_example` annotations.
-
-    With `options.image_fps` the video is a folder of images.
 
     Raises:
         RejectedError: there is no annotation.
     """
     at_least_one([item for annotations in clips.values() for item in annotations], "no question with an answer")
-    most = int(group.row.options.get("max_per_example", 0))
+    most = options.max_per_example
     runs = [
         (clip, number, annotations[first : first + (most or len(annotations))])
         for number, (clip, annotations) in enumerate(clips.items())
         for first in range(0, len(annotations), most or len(annotations) or 1)
     ]
     for place, ((start, end), number, run) in enumerate(runs):
-        fps = group.row.options.get("image_fps")
-        video = group.media.video(group.text("video"), start, end, group.values[0], fps)
+        video = group.media.video(group.text("video"), start, end, group.values[0], options.image_fps)
         suffix = f"-{number}-{place}" if len(runs) > 1 else ""
         yield group.example(run, video=video, subtitles=list(_cues(group, start or 0.0, end)), suffix=suffix)
 
@@ -141,7 +145,7 @@ def _clip(group: Group, index: int) -> Clip:
     end: float | None
     if isinstance(given := group.get("span", index), list):
         start, end = map(float, given)
-    elif "span" in group.row.columns:
+    elif group.maps("span"):
         span = _SPAN.fullmatch(group.text("span", index))
         if span is None:
             raise RejectedError(f"column {group.row.columns['span']}: no span of time in {group.get('span', index)!r}")
@@ -161,95 +165,69 @@ def _seconds(value: Any) -> float | None:
     return int(clock[1]) * 3600 + int(clock[2]) * 60 + float(clock[3]) if clock else float(value)
 
 
-def _questions(group: Group, index: int) -> Iterator[dict[str, Any]]:
+def _questions(group: Group, options: VideoQaOptions, index: int) -> Iterator[dict[str, Any]]:
     """Yield the field values of each question of a row; "pool" holds the questions to draw from if it has none."""
-    pool = group.items("question_pool", index) or group.row.options.get("questions", ())
-    single = sorted(field for field in group.row.columns if re.fullmatch(r"(option|negative)_\d+", field))
+    pool = group.items("question_pool", index) or options.questions
     known = ("question", "answer", "options", "marks", "negatives", "style", "label")
-    fields = [field for field in known if field in group.row.columns]
+    fields = [field for field in known if group.maps(field)]
     for values in group.aligned(index, *fields):
         item = {**dict(zip(fields, values, strict=True)), "pool": pool, "windows": group.items("windows", index)}
         for kind in ("option", "negative"):
-            if columns := [field for field in single if field.startswith(kind)]:
+            if columns := group.numbered(kind):
                 item[f"{kind}s"] = [group.get(field, index) for field in columns]
         yield item
 
 
-def _parse_question(group: Group, values: dict[str, Any], draw: str) -> Asked:
-    question, pool, how = text_of(values.get("question")), values["pool"], group.row.options.get("answer", "index")
+def _asked(options: VideoQaOptions, values: Mapping[str, Any], draw: str) -> Asked:
+    """A question of a row.
+
+    Raises:
+        RejectedError: the question or its answer is empty, or the answer names no option.
+    """
+    question, pool = text_of(values.get("question")), values["pool"]
     if not question and pool:
         question = text_of(pool[int(rng_of(draw, "question").integers(len(pool)))])
         label = text_of(values.get("label"))
         question = question.replace("{label}", label).replace("{label_lower}", label.lower())
-    question, given = _embedded(group, question, values.get("options"))
-    options = [_clean(group, option) for option in given]
-    place: int | None = None
-    if negatives := [text for value in values.get("negatives") or () if (text := _clean(group, value))]:
-        answer = _clean(group, values["answer"])
-        options = [answer, *(text for text in negatives if text != answer), *group.row.options.get("also", ())]
-        order = [int(number) for number in rng_of(draw, "option").permutation(len(options))]
-        options, place = [options[number] for number in order], order.index(0)
-    elif any(options):
-        place = _right(how, options, values, int(group.row.options.get("first", 0)))
-        answer = options[place]
+    question, texts = split_question(question, values.get("options"), options.cut, options.embedded)
+    texts = [_clean(options, text) for text in texts]
+    if negatives := [text for value in values.get("negatives") or () if (text := _clean(options, value))]:
+        answer = _clean(options, values.get("answer"))
+        others = (*(text for text in negatives if text != answer), *options.also)
+        asked = Asked(question, answer, (answer, *others), 0).shuffled(draw)
+    elif any(texts):
+        named = values.get("marks" if options.answer == "marks" else "answer")
+        right = right_option(options.answer, named, texts, options.first)
+        present = [number for number, text in enumerate(texts) if text]
+        if right not in present:
+            raise RejectedError("an empty question or answer")
+        asked = Asked(question, texts[right], tuple(texts[number] for number in present), present.index(right))
     elif windows := values["windows"]:
-        answer = "Segments: " + ", ".join(f"[{start:g}-{end:g}]" for start, end in windows)
+        asked = Asked(question, "Segments: " + ", ".join(f"[{start:g}-{end:g}]" for start, end in windows))
     else:
-        answer = _with_full_stop(group, _clean(group, most_common(values.get("answer"), draw)))
-    if not question or not answer:
+        answer = _clean(options, most_common(values.get("answer"), draw))
+        asked = Asked(question, _with_full_stop(answer) if options.full_stop else answer)
+    if not asked.question or not asked.answer:
         raise RejectedError("an empty question or answer")
-    if place is None and "open_style" not in group.row.options and not values.get("style"):
+    if asked.right is None and options.open_style is None and not values.get("style"):
         raise RejectedError("no options to choose from")
-    if place is None:
-        return question, answer, (), None
-    present = [number for number, option in enumerate(options) if option]
-    return question, answer, tuple(options[number] for number in present), present.index(place)
+    return asked
 
 
-def _right(how: str, options: list[str], values: dict[str, Any], first: int) -> int:
-    if how == "marks":
-        marked = [number for number, mark in enumerate(values["marks"]) if mark == "correct"]
-        if len(marked) != 1:
-            raise RejectedError(f"{len(marked)} right options, wanted one")
-        return marked[0]
-    place = place_of(how, values.get("answer"), options, first)
-    if place is None:
-        raise RejectedError(f"the answer {text_of(values.get('answer'))!r} is none of {len(options)} options")
-    return place
-
-
-def _embedded(group: Group, question: str, options: Any) -> tuple[str, list[Any]]:
-    """The final text of a question, and its options."""
-    if cut := group.row.options.get("cut"):
-        question = re.sub(cut, "", question).strip()
-    if group.row.options.get("embedded") and options is None:
-        return option_lines(question)
-    return question, listed(options)
-
-
-def _clean(group: Group, value: Any) -> str:
+def _clean(options: VideoQaOptions, value: Any) -> str:
     """Apply `options.replace` to a text; remove a match of `options.drop` at its start, and capitalise the rest."""
     text = text_of(value)
-    for old, new in group.row.options.get("replace", {}).items():
+    for old, new in options.replace.items():
         text = text.replace(old, new)
-    if drop := group.row.options.get("drop"):
-        text = re.sub(rf"^(?:{drop})", "", text).strip()
+    if options.drop:
+        text = re.sub(rf"^(?:{options.drop})", "", text).strip()
         text = text[:1].upper() + text[1:]
     return text
 
 
-def _with_full_stop(group: Group, text: str) -> str:
-    """Add a full stop to a text if `options.full_stop` is set and the text does not end with a mark."""
-    return text + "." if group.row.options.get("full_stop") and text and text[-1] not in ".!?" else text
-
-
-def _annotations(group: Group, asked: Asked, style: str) -> Iterator[Annotation]:
-    question, answer, options, place = asked
-    forms = group.row.options.get("ask", ("open",))
-    if place is not None and "choice" in forms and not (group.stage == "eval" and "open" in forms):
-        yield Choice(style="video_multiple_choice", question=question, options=options, answer=place)
-    if place is None or "open" in forms:
-        yield Text(style=style, question=question, answer=answer)
+def _with_full_stop(text: str) -> str:
+    """Add a full stop to a text that does not end with a mark; an empty text stays empty."""
+    return text + "." if text and text[-1] not in ".!?" else text
 
 
 def _cues(group: Group, start: float, end: float | None) -> Iterator[Cue]:

@@ -8,6 +8,8 @@ import toy_run
 from catalog_cases import image, video
 from ranks import free_port
 
+from shards.catalog import CatalogError, load_catalog
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/own-data.md").read_text()
 SMALL = {  # what stands on the page -> what a test can run
@@ -31,6 +33,15 @@ def small(text: str) -> str:
     for old, new in SMALL.items():
         text = text.replace(old, new)
     return text
+
+
+def test_the_message_about_wrong_names_is_what_a_user_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    catalog = blocks("yaml")[0].replace("max_points: 60", "max_point: 60").replace(" question: ", " qestion: ", 1)
+    Path("mine.yaml").write_text(catalog)
+    with pytest.raises(CatalogError) as error:
+        load_catalog("mine.yaml")
+    assert f"{error.value}\n" == blocks("text")[0]
 
 
 @pytest.mark.dist

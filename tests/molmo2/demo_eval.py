@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from molmo2.demo.sets import SETS, make_set, texts
-from molmo2.eval.benchmarks import SUITES
+from molmo2.eval.benchmarks import load_suites
 from molmo2.eval.questions import Question, first_draws, questions_of, read_samples
 from molmo2.eval.runner import Subject
 from molmo2.model.molmo2 import Molmo2
@@ -18,7 +18,7 @@ from shards.build.builder import build_dataset
 from shards.catalog import Row, load_catalog
 from shards.stream.dataset import open_dataset
 
-DEMO = SUITES["demo"]
+DEMO = load_suites()["demo"]
 CATALOG = load_catalog(DEMO.catalog)
 
 

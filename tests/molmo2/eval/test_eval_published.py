@@ -8,7 +8,7 @@ import published_tracks
 import published_videos
 import pytest
 
-from molmo2.eval.benchmarks import SUITES
+from molmo2.eval.benchmarks import load_suites
 from molmo2.processing.prompts import render_messages
 from shards.asked import asked_bytes, read_asked
 from shards.catalog import load_catalog
@@ -16,7 +16,9 @@ from shards.convert.reading import convert, open_rows, read_groups
 from shards.schema import Annotation, Choice, Example
 
 ROWS = {row.name: row for row in load_catalog("molmo2-eval").rows}
-BENCHMARKS = {each.dataset: each for suite in SUITES.values() for each in suite.benchmarks if each.dataset in ROWS}
+BENCHMARKS = {
+    each.dataset: each for suite in load_suites().values() for each in suite.benchmarks if each.dataset in ROWS
+}
 CASES = published_images.CASES | published_points.CASES | published_tracks.CASES | published_videos.CASES
 
 
@@ -43,7 +45,7 @@ def test_published_files_become_scored_questions(name: str, tmp_path: Path) -> N
 
 
 def test_every_row_has_a_case_and_every_benchmark_a_row() -> None:
-    wanted = {each.dataset for name, suite in SUITES.items() if name != "demo" for each in suite.benchmarks}
+    wanted = {each.dataset for name, suite in load_suites().items() if name != "demo" for each in suite.benchmarks}
     assert set(ROWS) == set(CASES) == wanted
 
 

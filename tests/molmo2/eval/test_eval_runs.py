@@ -17,16 +17,15 @@ from demo_eval import CATALOG, DEMO
 from fork_server import python
 
 from molmo2.eval.answers import Line, Store, weights_digest
-from molmo2.eval.benchmarks import SUITES, choose
+from molmo2.eval.benchmarks import METRICS, choose, load_suites, suites_of
 from molmo2.eval.losses import held_out_loss
-from molmo2.eval.published import WITHOUT
 from molmo2.eval.questions import as_batch, first_draws, read_samples
 from molmo2.eval.runner import Ranks, run_suite
 from molmo2.eval.score_page import render_worst
 from molmo2.export.card import About
 from molmo2.export.model import export_model
 from molmo2.model.presets import PRESETS
-from shards.catalog import Filter
+from shards.catalog import BenchmarkSpec, Filter, load_catalog
 from shards.convert.reading import convert, open_rows, read_groups, with_facts
 from shards.schema import RejectedError
 from shards.stream.dataset import open_dataset
@@ -51,14 +50,15 @@ def demo(tmp_path_factory):
 
 
 def test_every_published_evaluation_has_a_benchmark_or_a_reason():
-    asked = [one for name, suite in SUITES.items() if name != "demo" for one in suite.benchmarks]
+    suites, without = load_suites(), load_catalog("molmo2-eval").left_out
+    asked = [one for name, suite in suites.items() if name != "demo" for one in suite.benchmarks]
     assert len(PUBLISHED) == 44
     twice = {"a-okvqa-da"}  # a row of its own over the data of a-okvqa
-    assert {one.dataset for one in asked} | set(WITHOUT) == set(PUBLISHED) | twice
-    assert not {one.dataset for one in asked} & set(WITHOUT)
-    names = [one.name for suite in SUITES.values() for one in suite.benchmarks]
+    assert {one.dataset for one in asked} | set(without) == set(PUBLISHED) | twice
+    assert not {one.dataset for one in asked} & set(without)
+    names = [one.name for suite in suites.values() for one in suite.benchmarks]
     assert len(names) == len(set(names))
-    assert set(names) & set(SUITES) == {"pointing"}  # the demo's own, which only "demo" asks
+    assert set(names) & set(suites) == {"pointing"}  # the demo's own, which only "demo" asks
     assert [suite.catalog for suite in choose("pointing")] == ["molmo2-eval"]
     assert all("," not in name for name in names)
 
@@ -67,11 +67,37 @@ def test_suites_and_single_names_mix():
     (multi, video) = choose("next-qa, multi-image")
     assert [one.name for one in multi.benchmarks] == ["muir-bench", "mmiu", "blink"]
     assert [one.name for one in video.benchmarks] == ["next-qa"]
-    assert [one.name for one in choose("video,next-qa")[0].benchmarks] == [b.name for b in SUITES["video"].benchmarks]
+    assert [one.name for one in choose("video,next-qa")[0].benchmarks] == [
+        b.name for b in load_suites()["video"].benchmarks
+    ]
     with pytest.raises(ValueError, match="use --loss pixmo-cap"):
         choose("pixmo-cap")
     with pytest.raises(ValueError, match="unknown; suites: demo, image"):
         choose("nextqa")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"metric": "exact_mach"},
+            "row demo-image-qa: benchmark.metric: 'exact_mach' is unknown; did you mean 'exact_",
+        ),
+        ({"suite": "tracking"}, "row demo-image-qa: benchmark.suite: 'tracking' is unknown; known: demo"),
+        ({"corpus": ["exact_match"]}, "row demo-image-qa: benchmark.corpus: 'exact_match' is unknown; known: cider, h"),
+    ],
+)
+def test_a_wrong_name_in_a_benchmark_is_refused(changes, message):
+    row = next(row for row in CATALOG.rows if row.name == "demo-image-qa")
+    spec = BenchmarkSpec.model_validate({"suite": "demo", "metric": "exact_match", **changes})
+    catalog = CATALOG.model_copy(update={"rows": (row.model_copy(update={"benchmark": (spec,)}),)})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        suites_of("demo", catalog)
+
+
+def test_every_metric_belongs_to_a_benchmark():
+    used = {benchmark.metric.__name__ for suite in load_suites().values() for benchmark in suite.benchmarks}
+    assert used == set(METRICS)
 
 
 def test_ranks_share_the_samples_and_give_the_answers_of_one(demo, tmp_path):

@@ -182,7 +182,7 @@ def test_a_dataset_without_samples_is_an_error(raw: Path, tmp_path: Path) -> Non
     with pytest.raises(BuildError, match=r"no sample was made; .*rejects\.jsonl says why"):
         build(raw, tmp_path, "demo-chat", row={"filters": filters})
     assert all(reject["omitted"] for reject in rejects(tmp_path / "demo-chat"))
-    with pytest.raises(BuildError, match=r"no converter 'poem'; the catalog may name chat, diagram_choice"):
+    with pytest.raises(BuildError, match=r"no converter 'poem'; known: chat, diagram_choice"):
         build(raw, tmp_path, "demo-chat", row={"converter": "poem"})
 
 

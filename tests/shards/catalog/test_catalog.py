@@ -179,7 +179,8 @@ def test_errors_in_rows_are_told(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("colour: red\n")
     with pytest.raises(CatalogError, match="unknown: colour"):
         load_catalog(str(tmp_path))
-    row = "{name: x, raw: y, stages: [sft], files: {train: a}, converter: chat, columns: {}}"
+    row = "{name: x, raw: y, stages: [sft], files: {train: a}, converter: chat"
+    row += ", columns: {messages: m}, options: {style: user_qa}}"
     (tmp_path / "a.yaml").write_text(f"rows: [{row}]\n")
     with pytest.raises(CatalogError, match="raw folder 'y' is neither"):
         load_catalog(str(tmp_path))

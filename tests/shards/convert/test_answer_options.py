@@ -2,7 +2,7 @@
 
 import pytest
 
-from shards.convert.answer_options import listed, named_images, option_lines, place_of
+from shards.convert.answer_options import listed, named_images, option_lines, right_option
 from shards.schema import RejectedError
 
 
@@ -67,7 +67,19 @@ def test_options_at_the_end_of_a_question(text: str, question: str, options: lis
     ],
 )
 def test_answers_name_an_option(how: str, answer: object, place: int | None) -> None:
-    assert place_of(how, answer, ["a", "b", "c"]) == place
+    options = ["a", "b", "c"]
+    if place is not None:
+        assert right_option(how, answer, options) == place
+        return
+    with pytest.raises(RejectedError, match="is none of 3 options"):
+        right_option(how, answer, options)
+
+
+def test_marks_name_one_option() -> None:
+    assert right_option("marks", ["wrong", "correct"], ["a", "b"]) == 1
+    for marks in (["correct", "correct"], ["wrong", "wrong"], None):
+        with pytest.raises(RejectedError, match=r"[02] right options, wanted one"):
+            right_option("marks", marks, ["a", "b"])
 
 
 def test_images_are_named_by_their_number_or_in_order() -> None:

@@ -7,8 +7,8 @@ import PIL.Image
 import pytest
 
 from shards.catalog import Row
-from shards.convert import CONVERTERS
 from shards.convert.common import Group
+from shards.convert.reading import convert
 from shards.schema import Chat, Example, RejectedError, Source
 from shards.sources.media_files import MediaFiles
 
@@ -31,7 +31,7 @@ def converted(root: Path, messages: list[dict[str, Any]], **columns: Any) -> Exa
         sources=(Source(file="f", row=0),),
         values=values,
     )
-    (example,) = CONVERTERS["chat"](group)
+    (example,) = convert(group)
     assert isinstance(example, Example)
     return example
 
