@@ -19,6 +19,7 @@ LOCK := -c requirements.lock
 DEV_PACKAGES := --no-deps -r requirements.lock
 INSTALLED := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+COMPILED := $(VENV)/.compiled
 PIP := pip install --quiet --progress-bar off $(LOCK)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MOLMO2_DATA ?= $(CURDIR)/data
@@ -50,6 +51,11 @@ $(DEV): $(INSTALLED)
 	$(PIP) $(DEV_PACKAGES)
 	touch $@
 
+# DeepSpeed compiles its collectives for CPUs when a run first starts: a minute in which a test's ranks would wait.
+$(COMPILED): $(INSTALLED)
+	$(CPU) python -c 'from deepspeed.ops.op_builder import ShareMemCommBuilder as Op; Op().load(verbose=False)'
+	touch $@
+
 lock: $(DEV)
 	uv pip compile setup.cfg --quiet --universal --python-version 3.11 --all-extras --annotation-style line \
 	  --custom-compile-command 'make lock' --output-file requirements.lock $(UPGRADE)
@@ -68,7 +74,7 @@ else
 	@echo 'SYSTEM=0: no Debian package is installed; tests that need chromium or Slurm are skipped'
 endif
 
-demo: $(INSTALLED)
+demo: $(COMPILED)
 	@start=$$SECONDS; $(MAKE) --no-print-directory demo-steps; echo "make demo took $$((SECONDS - start)) s"
 
 demo-steps:
@@ -92,20 +98,20 @@ lint: $(DEV)
 types: $(DEV)
 	mypy
 
-check: lint types
+check: lint types $(COMPILED)
 	$(PYTEST) -n 2 -m 'not dist and not browser and not server'
 
-test: system lint types
+test: system lint types $(COMPILED)
 	$(PYTEST) -n 2
 
-soak: $(DEV)
-	SOAK_STEPS=$${SOAK_STEPS:-1000} SOAK_KILLS=$${SOAK_KILLS:-12} $(PYTEST) -m soak tests/molmo2/training/test_soak.py
+soak: $(DEV) $(COMPILED)
+	SOAK_STEPS=$${SOAK_STEPS:-1000} SOAK_KILLS=$${SOAK_KILLS:-12} $(PYTEST) tests/molmo2/training/test_soak.py
 
 test-latest:
 	$(MAKE) test VENV=.venv-latest LOCK= \
 	  DEV_PACKAGES="--no-build-isolation --upgrade -e '.[demo,eval,lora,s3,wandb,datatrove,dev]'"
 
-bench: $(DEV)
+bench: $(DEV) $(COMPILED)
 	python benchmarks/bench_plan.py
 	$(CPU) python benchmarks/bench_model.py
 	$(CPU) python benchmarks/bench_build.py
