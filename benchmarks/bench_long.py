@@ -41,11 +41,11 @@ from molmo2.model.loss import weighted_loss
 from molmo2.model.mask import MEMBER, TRUNK, AttentionMask
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS
-from molmo2.parallel.loss_rows import share_loss_rows
+from molmo2.parallel.loss_rows import split_loss_rows
 from molmo2.parallel.mesh import make_mesh
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
-from molmo2.training.dry_run import activation_bytes, count_kept, kept_bytes
+from molmo2.training.dry_run import activation_bytes, measure_saved, saved_bytes
 from shards.split import split_visuals
 
 LENGTHS = (1024, 2048, 4096, 8192, 16_384, 36_864)
@@ -132,7 +132,7 @@ def whole_pack(rank: int, world: int, folder: str, answers: Any) -> None:
     part = slice(mesh.sp_rank * length // world, (mesh.sp_rank + 1) * length // world)
     attend = ulysses(tiled_attention, mesh, config.text.num_heads, config.text.num_kv_heads)
     hidden = model.decode(x[:, part], torch.arange(length)[None, part], AttentionMask(segments, visual), attend=attend)
-    rows = share_loss_rows(hidden, ids.clamp(max=511), weights, torch.zeros_like(ids), mesh)
+    rows = split_loss_rows(hidden, ids.clamp(max=511), weights, torch.zeros_like(ids), mesh)
     loss = sum(weighted_loss(*rows[:3], model.lm_head, 1e-4, 4096)[:2]) / weights.sum()
     loss.backward()
     norm = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None)
@@ -153,8 +153,8 @@ def modelled(world: int) -> float:
     width = config.vit.hidden_size * len(config.vit.feature_layers)
     features = torch.zeros(1, config.patches_per_crop, width, requires_grad=True)
     pooling = torch.randint(0, config.patches_per_crop, (PER_FRAME, 9))
-    frame = kept_bytes(connector, lambda: connector(features, pooling)) + features.nbytes
-    kept = dataclasses.replace(count_kept(config, torch.float32), connector=frame)
+    frame = saved_bytes(connector, lambda: connector(features, pooling)) + features.nbytes
+    kept = dataclasses.replace(measure_saved(config, torch.float32), connector=frame)
     recipe = load_recipe(ROOT / "recipes/demo/stage3.yaml")
     data = recipe.data.model_copy(update={"sequence_length": LENGTHS[-1], "max_crops": FRAMES})
     train = recipe.train.model_copy(

@@ -99,7 +99,7 @@ def bare(recipe_path: Path) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = f"{os.environ['MOLMO2_DATA']}/raw/tokenizer"
     layout = build_processor(ProcessorSettings(preset="tiny", tokenizer_dir=tokenizer, stage="sft")).layout
-    loader = make_loader(open_plan(recipe.roots, recipe.data.drawn, recipe.plan_settings), Cursor(), layout)
+    loader = make_loader(open_plan(recipe.roots, recipe.data.drawn_mixture, recipe.plan_settings), Cursor(), layout)
     packs = recipe.train.packs_per_step
     steps = [[next(loader) for _ in range(packs)] for _ in range(recipe.train.steps)]
     model = Molmo2(PRESETS["tiny"]).init_weights(0).to(device).train()

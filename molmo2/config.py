@@ -55,7 +55,7 @@ class Data(pydantic.BaseModel, extra="forbid", frozen=True):
         return self
 
     @property
-    def drawn(self) -> MixtureSpec:
+    def drawn_mixture(self) -> MixtureSpec:
         """The mixture without the datasets of `leave_out`."""
         return self.mixture.without(self.leave_out)
 

@@ -106,7 +106,7 @@ def prepare(recipe: Recipe, mesh: Mesh, device: torch.device) -> Run:
         raise ValueError("optim.lora is set, but peft is not installed; pip install peft, or set it to null")
     tokenizer = str(data_path(recipe.tokenizer))
     contract = read_contract(ProcessorSettings(preset=recipe.model, tokenizer_dir=tokenizer, stage=recipe.stage))
-    plan = open_plan(recipe.roots, recipe.data.drawn, recipe.plan_settings, contract.settings)
+    plan = open_plan(recipe.roots, recipe.data.drawn_mixture, recipe.plan_settings, contract.settings)
     held_out = None
     if recipe.eval is not None:
         from molmo2.training.validation import open_held_out

@@ -51,7 +51,7 @@ def test_the_local_executor_builds_the_same_bytes(options: list[str], alone: dic
     assert bytes_of(tmp_path / "out") == alone
     assert sum(name.endswith(".tar") for name in alone) > 3
     for task in ("00000", "00001"):  # both had a share
-        assert (tmp_path / "logs/shares/completions" / task).exists()
+        assert (tmp_path / "logs/tasks/completions" / task).exists()
     (tmp_path / "out/sft/demo-count/000001.tar").unlink()  # the engine has seen its tasks end; the shards say otherwise
     start("build_on_datatrove.py", *engine, *options, "--out", out)
     assert bytes_of(tmp_path / "out") == alone

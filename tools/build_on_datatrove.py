@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def build_share(data: Any, rank: int, world_size: int, *, command: Sequence[str]) -> Any:
+def build_task(data: Any, rank: int, world_size: int, *, command: Sequence[str]) -> Any:
     """A step of a datatrove pipeline without documents: run task `rank`/`world_size` of the build in a new process.
 
     A build needs child processes (hanging decoders are killed), which an engine's worker process may not start.
@@ -61,7 +61,7 @@ def build_share(data: Any, rank: int, world_size: int, *, command: Sequence[str]
 
 def executor(args: argparse.Namespace, name: str, tasks: int, depends: Any = None) -> Any:
     """The engine's executor of `tasks` tasks, which start after the executor `depends`."""
-    step: Callable[..., Any] = functools.partial(build_share, command=[sys.executable, str(TOOL), *args.build])
+    step: Callable[..., Any] = functools.partial(build_task, command=[sys.executable, str(TOOL), *args.build])
     # The builder decides which shards are finished: an engine that skips tasks would not notice changed data.
     common: dict[str, Any] = {"logging_dir": f"{args.logs}/{name}", "skip_completed": False, "depends": depends}
     if args.engine == "local":
@@ -89,8 +89,8 @@ def main() -> None:
     for name, package in needed.items():
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"{name} is not installed: pip install {package}")
-    shares = executor(args, "shares", args.tasks)
-    executor(args, "whole", 1, depends=shares).run()
+    tasks = executor(args, "tasks", args.tasks)
+    executor(args, "index", 1, depends=tasks).run()
 
 
 if __name__ == "__main__":

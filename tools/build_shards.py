@@ -97,7 +97,7 @@ def task_from(variables: Mapping[str, str]) -> tuple[int, int]:
 def main() -> None:
     """Build every selected dataset in turn."""
     args = parse_args()
-    share = args.task or task_from(os.environ)
+    task = args.task or task_from(os.environ)
     catalog = load_catalog(args.catalog)
     settings = catalog.stages[args.stage]
     make_processor = functools.partial(
@@ -124,7 +124,7 @@ def main() -> None:
                     raw=args.raw / row.folder,
                     out=out,
                     pool=pool,
-                    share=share,
+                    task_of=task,
                     overwrite=args.overwrite,
                     retry_failed=args.retry_failed,
                     reject_budget=args.reject_budget,
@@ -134,12 +134,12 @@ def main() -> None:
                 print(f"build_shards: {error}{hint}", file=sys.stderr)
                 failed.append(row.name)
                 continue
-            write_report_json(f"{args.stage}/{row.name}", built, share, out, time.perf_counter() - since)
+            write_report_json(f"{args.stage}/{row.name}", built, task, out, time.perf_counter() - since)
     if failed:
         sys.exit(f"build_shards: not built, {len(failed)} of {len(rows)}: {', '.join(failed)}")
 
 
-def write_report_json(label: str, built: Built, share: tuple[int, int], out: str, seconds: float) -> None:
+def write_report_json(label: str, built: Built, task: tuple[int, int], out: str, seconds: float) -> None:
     """Print a summary of a dataset: its size, speed, and the reasons of rejects; for a task r/N only the speed.
 
     For a finished dataset the summary is also written to `report.json`, which no other program reads.
@@ -148,8 +148,8 @@ def write_report_json(label: str, built: Built, share: tuple[int, int], out: str
     if built.num_made:
         speed += f", {built.made['samples'] / seconds:.1f} samples/s"
     if built.index is None:
-        task = f"task {share[0]}/{share[1]}: {speed}; {built.num_kept} were finished before"
-        print(f"{label}: {task}; the dataset is incomplete until a run without --task writes its index")
+        line = f"task {task[0]}/{task[1]}: {speed}; {built.num_kept} were finished before"
+        print(f"{label}: {line}; the dataset is incomplete until a run without --task writes its index")
         return
     totals, storage = built.index.totals, open_storage(out)
     rejects = storage.read(REJECTS_NAME).splitlines()

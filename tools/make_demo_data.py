@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from molmo2.demo.image_sets import Made
+from molmo2.demo.image_sets import DemoExample
 from molmo2.demo.sets import SETS, DemoSet, is_complete, make_set, texts
 from molmo2.processing.tokenizer import train_demo_tokenizer
 from shards.command import run
@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def _bar(name: str, position: int) -> object:
-    def progress(made: Iterable[Made], total: int) -> Iterator[Made]:
+    def progress(made: Iterable[DemoExample], total: int) -> Iterator[DemoExample]:
         return iter(tqdm(made, desc=f"{name:20}", total=total, unit="ex", position=position, mininterval=0.5))
 
     return progress

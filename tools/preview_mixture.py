@@ -14,7 +14,7 @@ import itertools
 from pathlib import Path
 
 from molmo2.config import Recipe, load_recipe
-from molmo2.inspection.shares import Drawn, Share, plan_and_draw, shares_of
+from molmo2.inspection.shares import DrawCounts, Share, plan_and_draw, shares_of
 from shards.command import run
 
 
@@ -36,7 +36,7 @@ def table(shares: list[Share]) -> list[str]:
     return lines
 
 
-def summary(recipe: Recipe, drawn: Drawn) -> list[str]:
+def summary(recipe: Recipe, drawn: DrawCounts) -> list[str]:
     """The fill of the packs, and the totals of the whole run."""
     data, samples = recipe.data, sum(drawn.samples)
     token_fill = sum(drawn.tokens) / (drawn.packs * data.sequence_length)

@@ -30,7 +30,7 @@ class Pool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
+class PlacedDigit:
     """One digit on a picture: a square of `size` pixels whose top left corner is at (x, y)."""
 
     number: int
@@ -87,7 +87,7 @@ def enlarge(scan: Pixels, size: int) -> npt.NDArray[np.float32]:
     return ink / np.float32(255)
 
 
-def draw(shape: tuple[int, int], placed: list[Placed], paper: int, ink: int) -> Pixels:
+def draw(shape: tuple[int, int], placed: list[PlacedDigit], paper: int, ink: int) -> Pixels:
     """Draw bright digits on dark paper at whole pixels: uint8 [height, width, 3] for `shape` = (height, width)."""
     gray = np.full(shape, paper, np.float32)
     for digit in placed:
@@ -98,7 +98,9 @@ def draw(shape: tuple[int, int], placed: list[Placed], paper: int, ink: int) -> 
     return np.repeat(np.round(gray).astype(np.uint8)[..., None], 3, axis=2)
 
 
-def scatter(rng: Generator, pool: Pool, shape: tuple[int, int], cell: int, labels: list[list[int]]) -> list[Placed]:
+def scatter(
+    rng: Generator, pool: Pool, shape: tuple[int, int], cell: int, labels: list[list[int]]
+) -> list[PlacedDigit]:
     """Place digits in different cells of a grid over a picture of `shape` = (height, width), one per entry of `labels`.
 
     A digit is centred in its cell and fills it up to 0 or 2 pixels. Digits of one column share one x, so that the order
@@ -111,7 +113,7 @@ def scatter(rng: Generator, pool: Pool, shape: tuple[int, int], cell: int, label
         margin = int(rng.integers(2))
         size = cell - 2 * margin
         x, y = int(spot % cols) * cell + margin, int(spot // cols) * cell + margin
-        placed.append(Placed(number=number, label=label, scan=scan, x=x, y=y, size=size))
+        placed.append(PlacedDigit(number=number, label=label, scan=scan, x=x, y=y, size=size))
     return sorted(placed, key=lambda digit: (digit.y // cell, digit.x))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from molmo2.demo.digits import Generator, Pixels, Placed, Pool, draw, jpeg, place_word, png, scatter
+from molmo2.demo.digits import Generator, Pixels, PlacedDigit, Pool, draw, jpeg, place_word, png, scatter
 
 CELL = 16  # side of a digit's cell, pixels
 # Height and width of pictures, drawn with equal probability: multiples of a cell, and sizes that tilings cover exactly.
@@ -69,7 +69,7 @@ CHAT_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
+class DemoExample:
     """One example: rows of the parquet file, media files by path below the dataset's root, and the digits used.
 
     A row refers to a file as `file:PATH`, which the writer replaces by a URL.
@@ -85,14 +85,14 @@ def one_of(rng: Generator, options: Sequence[Any]) -> Any:
     return options[int(rng.integers(len(options)))]
 
 
-def portrait(rng: Generator, pool: Pool) -> tuple[Pixels, Placed]:
+def portrait(rng: Generator, pool: Pool) -> tuple[Pixels, PlacedDigit]:
     """The smallest picture with one digit in one of its nine cells."""
     shape = SHAPES[0]
     (digit,) = scatter(rng, pool, shape, CELL, [list(range(10))])
     return draw(shape, [digit], int(rng.integers(30)), int(rng.integers(210, 256))), digit
 
 
-def group(rng: Generator, pool: Pool, count: int, distinct: bool = False) -> tuple[Pixels, list[Placed]]:
+def group(rng: Generator, pool: Pool, count: int, distinct: bool = False) -> tuple[Pixels, list[PlacedDigit]]:
     """A picture with `count` digits of one cell each; `distinct`: no two of the same class."""
     shape = one_of(rng, SHAPES)
     classes = [[int(c)] for c in rng.permutation(10)[:count]] if distinct else [list(range(10))] * count
@@ -100,16 +100,16 @@ def group(rng: Generator, pool: Pool, count: int, distinct: bool = False) -> tup
     return draw(shape, placed, int(rng.integers(30)), int(rng.integers(210, 256))), placed
 
 
-def _numbers(placed: Sequence[Placed]) -> list[int]:
+def _numbers(placed: Sequence[PlacedDigit]) -> list[int]:
     return [digit.number for digit in placed]
 
 
-def _where(digit: Placed, picture: Pixels) -> str:
+def _where(digit: PlacedDigit, picture: Pixels) -> str:
     height, width = picture.shape[:2]
     return place_word(digit.center[0] / width, digit.center[1] / height)
 
 
-def caption_of_digits(rng: Generator, pool: Pool, name: str) -> Made:
+def caption_of_digits(rng: Generator, pool: Pool, name: str) -> DemoExample:
     """PixMo-Cap: a picture with one digit, a caption and the transcripts of two speakers.
 
     Captions are short on purpose: a model trained from scratch learns to use the picture sooner if a caption has few
@@ -120,10 +120,10 @@ def caption_of_digits(rng: Generator, pool: Pool, name: str) -> Made:
     transcripts = [f"I see {digit.label}.", f"{NUMBER_WORDS[digit.label]}."]
     path = f"images/{name}.png"
     row = {"image_url": f"file:{path}", "caption": text, "transcripts": transcripts}
-    return Made(rows=[row], digits=[digit.number], files={path: png(picture)})
+    return DemoExample(rows=[row], digits=[digit.number], files={path: png(picture)})
 
 
-def _point_rows(picture: Pixels, path: str, groups: Sequence[tuple[str, list[Placed]]]) -> list[dict[str, Any]]:
+def _point_rows(picture: Pixels, path: str, groups: Sequence[tuple[str, list[PlacedDigit]]]) -> list[dict[str, Any]]:
     """A row for each group, which is a label and its digits."""
     height, width = picture.shape[:2]
     sha256 = hashlib.sha256(png(picture)).hexdigest()
@@ -140,13 +140,13 @@ def _point_rows(picture: Pixels, path: str, groups: Sequence[tuple[str, list[Pla
     ]
 
 
-def _box(digit: Placed, picture: Pixels) -> dict[str, float]:
+def _box(digit: PlacedDigit, picture: Pixels) -> dict[str, float]:
     height, width = picture.shape[:2]
     x0, y0, x1, y1 = digit.box
     return {"x0": 100 * x0 / width, "y0": 100 * y0 / height, "x1": 100 * x1 / width, "y1": 100 * y1 / height}
 
 
-def points(rng: Generator, pool: Pool, name: str) -> Made:
+def points(rng: Generator, pool: Pool, name: str) -> DemoExample:
     """PixMo-Points: a row for each of two to four digits, all of different classes; points in percent.
 
     There is never a single digit, since a model can point at it without reading it and would learn that first.
@@ -156,20 +156,20 @@ def points(rng: Generator, pool: Pool, name: str) -> Made:
     groups = [(f"digit {c}", [digit for digit in placed if digit.label == c]) for c in classes]
     path = f"images/{name}.png"
     rows = _point_rows(picture, path, groups)
-    return Made(rows=rows, digits=_numbers(placed), files={path: png(picture)})
+    return DemoExample(rows=rows, digits=_numbers(placed), files={path: png(picture)})
 
 
-def points_test(rng: Generator, pool: Pool, name: str) -> Made:
+def points_test(rng: Generator, pool: Pool, name: str) -> DemoExample:
     """A test of pointing: one to three digits of different classes, a question for one, and its box in percent."""
     picture, placed = group(rng, pool, int(rng.integers(1, 4)), distinct=True)
     digit = one_of(rng, placed)
     path = f"images/{name}.png"
     rows = _point_rows(picture, path, [(f"digit {digit.label}", [digit])])
     rows[0]["boxes"] = [_box(digit, picture)]
-    return Made(rows=rows, digits=_numbers(placed), files={path: png(picture)})
+    return DemoExample(rows=rows, digits=_numbers(placed), files={path: png(picture)})
 
 
-def _count(picture: Pixels, placed: Sequence[Placed], name: str) -> Made:
+def _count(picture: Pixels, placed: Sequence[PlacedDigit], name: str) -> DemoExample:
     data = png(picture)
     path = f"images/{name}.png"
     row = {
@@ -179,15 +179,15 @@ def _count(picture: Pixels, placed: Sequence[Placed], name: str) -> Made:
         "points": {"x": [d.center[0] for d in placed], "y": [d.center[1] for d in placed]},
         "label": "digits",
     }
-    return Made(rows=[row], digits=_numbers(placed), files={path: data})
+    return DemoExample(rows=[row], digits=_numbers(placed), files={path: data})
 
 
-def count(rng: Generator, pool: Pool, name: str) -> Made:
+def count(rng: Generator, pool: Pool, name: str) -> DemoExample:
     """PixMo-Count: a picture with one to six digits and a point at each, in pixels."""
     return _count(*group(rng, pool, int(rng.integers(1, 7))), name)
 
 
-def count_test(rng: Generator, pool: Pool, name: str) -> Made:
+def count_test(rng: Generator, pool: Pool, name: str) -> DemoExample:
     """A test of counting: as `count`, with the digits' boxes."""
     picture, placed = group(rng, pool, int(rng.integers(1, 7)))
     example = _count(picture, placed, name)
@@ -198,7 +198,7 @@ def count_test(rng: Generator, pool: Pool, name: str) -> Made:
 WHICH = "Which digit is this?"
 
 
-def image_qa_rows(rng: Generator, pool: Pool, name: str) -> Made:
+def image_qa_rows(rng: Generator, pool: Pool, name: str) -> DemoExample:
     """A picture (embedded JPEG) of one digit with three questions; the first one asks which digit it is."""
     picture, digit = portrait(rng, pool)
     others = [
@@ -213,10 +213,10 @@ def image_qa_rows(rng: Generator, pool: Pool, name: str) -> Made:
         "image": {"bytes": jpeg(picture), "path": f"{name}.jpg"},
         "qa_pairs": {"question": [q for q, _ in pairs], "answer": [a for _, a in pairs]},
     }
-    return Made(rows=[row], digits=[digit.number])
+    return DemoExample(rows=[row], digits=[digit.number])
 
 
-def image_qa_test(rng: Generator, pool: Pool, name: str) -> Made:
+def image_qa_test(rng: Generator, pool: Pool, name: str) -> DemoExample:
     """A test of reading: as `image_qa`, with only the first question, for which chance is one in ten."""
     example = image_qa_rows(rng, pool, name)
     row = example.rows[0]
@@ -224,7 +224,7 @@ def image_qa_test(rng: Generator, pool: Pool, name: str) -> Made:
     return example
 
 
-def multi_image_qa(rng: Generator, pool: Pool, name: str) -> Made:
+def multi_image_qa(rng: Generator, pool: Pool, name: str) -> DemoExample:
     """Molmo2-MultiImageQA: two or three pictures of one digit each, two questions across them."""
     pairs = [portrait(rng, pool) for _ in range(int(rng.integers(2, 4)))]
     labels = [digit.label for _, digit in pairs]
@@ -241,7 +241,7 @@ def multi_image_qa(rng: Generator, pool: Pool, name: str) -> Made:
         "qa_pairs": {"question": [q for q, _ in chosen], "answer": [a for _, a in chosen]},
     }
     files = {path: png(picture) for path, (picture, _) in zip(paths, pairs, strict=True)}
-    return Made(rows=[row], digits=[digit.number for _, digit in pairs], files=files)
+    return DemoExample(rows=[row], digits=[digit.number for _, digit in pairs], files=files)
 
 
 def _chat_turn(rng: Generator) -> tuple[str, str]:
@@ -261,7 +261,7 @@ def _chat_turn(rng: Generator) -> tuple[str, str]:
     )
 
 
-def chat_rows(rng: Generator, pool: Pool, name: str) -> Made:
+def chat_rows(rng: Generator, pool: Pool, name: str) -> DemoExample:
     """Tulu-like conversations of one to three turns; some rows carry the flags that the converter must drop."""
     turns = [_chat_turn(rng) for _ in range(int(rng.integers(1, 4)))]
     messages = [
@@ -276,4 +276,4 @@ def chat_rows(rng: Generator, pool: Pool, name: str) -> Made:
         "empty_messages": False,
         "has_special_token": bool(rng.random() < 0.02),
     }
-    return Made(rows=[row], digits=())
+    return DemoExample(rows=[row], digits=())

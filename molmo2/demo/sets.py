@@ -27,7 +27,7 @@ from molmo2.demo.image_sets import (
     MULTI_IMAGE_SCHEMA,
     POINTS_SCHEMA,
     POINTS_TEST_SCHEMA,
-    Made,
+    DemoExample,
     caption_of_digits,
     chat_rows,
     count,
@@ -44,7 +44,7 @@ from shards.files import replacing, write_atomic
 from shards.schema import PointGroup
 
 VERSION = 6  # increase it when the drawing changes: data of another version are made again
-Maker = Callable[[Generator, Pool, str], Made]
+Maker = Callable[[Generator, Pool, str], DemoExample]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +111,7 @@ SETS = (
 SPLITS = ("train", "validation")
 
 
-def make_example(demo: DemoSet, split: str, number: int, pool: Pool, seed: int) -> Made:
+def make_example(demo: DemoSet, split: str, number: int, pool: Pool, seed: int) -> DemoExample:
     """Make example `number` of a split; it depends only on the arguments."""
     name = f"{'v' if split == 'validation' else ''}{number:05d}"
     return demo.maker(split)(generator(VERSION, seed, demo.name, split, number), pool, name)
@@ -124,7 +124,7 @@ def _resolve(value: Any, root: Path) -> Any:
     return [_resolve(item, root) for item in value] if isinstance(value, list) else value
 
 
-def write_split(demo: DemoSet, split: str, made: Iterable[Made], root: Path) -> list[int]:
+def write_split(demo: DemoSet, split: str, made: Iterable[DemoExample], root: Path) -> list[int]:
     """Write media and parquet of one split below `root`, and return the sorted digits that were used."""
     rows: list[dict[str, Any]] = []
     digits: set[int] = set()
@@ -158,7 +158,11 @@ def is_complete(demo: DemoSet, raw: Path, seed: int, scale: float) -> bool:
 
 
 def make_set(
-    demo: DemoSet, raw: Path, seed: int, scale: float, progress: Callable[[Iterable[Made], int], Iterator[Made]]
+    demo: DemoSet,
+    raw: Path,
+    seed: int,
+    scale: float,
+    progress: Callable[[Iterable[DemoExample], int], Iterator[DemoExample]],
 ) -> None:
     """Make a set below `raw`, both splits, and mark it as complete. `progress` wraps the examples of a split."""
     root = raw.resolve() / demo.name

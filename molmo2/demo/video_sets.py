@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from molmo2.demo.digits import Generator, Pixels, Placed, Pool, enlarge, pick
-from molmo2.demo.image_sets import CELL, Made, one_of
+from molmo2.demo.digits import Generator, Pixels, PlacedDigit, Pool, enlarge, pick
+from molmo2.demo.image_sets import CELL, DemoExample, one_of
 
 HEIGHT = WIDTH = 48
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
@@ -88,7 +88,7 @@ class Actor:
     `path`: its top left corner in pixels at the start and at the end of the clip, ((x, y), (x, y)).
     """
 
-    digit: Placed
+    digit: PlacedDigit
     path: tuple[tuple[float, float], tuple[float, float]]
     start: float
     end: float
@@ -177,7 +177,7 @@ def _actor(rng: Generator, pool: Pool, size: int, direction: str | None, span: t
         dx, dy = DIRECTIONS[direction]
         begin = (0 if dx > 0 else room_x if dx < 0 else x, 0 if dy > 0 else room_y if dy < 0 else y)
         end = (room_x - begin[0] if dx else x, room_y - begin[1] if dy else y)
-    digit = Placed(number=number, label=label, scan=scan, x=begin[0], y=begin[1], size=size)
+    digit = PlacedDigit(number=number, label=label, scan=scan, x=begin[0], y=begin[1], size=size)
     return Actor(digit=digit, path=(begin, end), start=span[0], end=span[1])
 
 
@@ -201,7 +201,7 @@ def _used(clip: DigitClip) -> list[int]:
     return [actor.digit.number for actor in clip.actors]
 
 
-def caption_of_clip(rng: Generator, pool: Pool, name: str) -> Made:
+def caption_of_clip(rng: Generator, pool: Pool, name: str) -> DemoExample:
     """Molmo2-Cap: one digit that moves, or several in turn; a short, a longer and a timed caption."""
     if rng.random() < 0.5:
         clip, direction = _moving(rng, pool, 40.0)
@@ -224,7 +224,7 @@ def caption_of_clip(rng: Generator, pool: Pool, name: str) -> Made:
         "video_frame_merged_caption": timed,
         "annotation_score": 2.0 if rng.random() < 0.04 else 4.0,
     }
-    return Made(rows=[row], digits=_used(clip), files=_file(rng, clip, name))
+    return DemoExample(rows=[row], digits=_used(clip), files=_file(rng, clip, name))
 
 
 def _options(
@@ -234,7 +234,7 @@ def _options(
     return {"video_id": name, "Question": question, "Answer": answer, "NegativeAnswers": wrong, "Category": category}
 
 
-def qa(rng: Generator, pool: Pool, name: str) -> Made:
+def qa(rng: Generator, pool: Pool, name: str) -> DemoExample:
     """Molmo2-VideoCapQA: one moving digit; two questions, which digit it is and where it moves, with four options."""
     clip, direction = _moving(rng, pool, 4.0)
     label = clip.actors[0].digit.label
@@ -244,10 +244,10 @@ def qa(rng: Generator, pool: Pool, name: str) -> Made:
         _options(rng, name, WHICH, str(label), digits, "object"),
         _options(rng, name, WHERE_TO, direction, ways, "motion"),
     ]
-    return Made(rows=rows, digits=_used(clip), files=_file(rng, clip, name))
+    return DemoExample(rows=rows, digits=_used(clip), files=_file(rng, clip, name))
 
 
-def point(rng: Generator, pool: Pool, name: str) -> Made:
+def point(rng: Generator, pool: Pool, name: str) -> DemoExample:
     """Molmo2-VideoPoint: digits that appear one after the other, with a point at the time of each, in percent.
 
     The clip is so short that all frames at two a second fit into a sample, so that every point has a frame.
@@ -270,10 +270,10 @@ def point(rng: Generator, pool: Pool, name: str) -> Made:
         "clip_start": None,
         "clip_end": None,
     }
-    return Made(rows=[row], digits=_used(clip), files=_file(rng, clip, name))
+    return DemoExample(rows=[row], digits=_used(clip), files=_file(rng, clip, name))
 
 
-def track(rng: Generator, pool: Pool, name: str) -> Made:
+def track(rng: Generator, pool: Pool, name: str) -> DemoExample:
     """MeViS as Molmo2 publishes it: one or two moving digits, tracked at two frames a second, in pixels."""
     fps, num_frames = _length(rng, 2.0, 8.0, rates=(24, 30))
     span = (0.0, num_frames / fps + 1)
@@ -305,4 +305,4 @@ def track(rng: Generator, pool: Pool, name: str) -> Made:
         "mask_id": [f"{name}-{i}" for i in range(len(actors))],
         "obj_id": list(range(len(actors))),
     }
-    return Made(rows=[row], digits=_used(clip), files=_file(rng, clip, name))
+    return DemoExample(rows=[row], digits=_used(clip), files=_file(rng, clip, name))

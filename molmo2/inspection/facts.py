@@ -82,14 +82,14 @@ class DatasetFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class DatasetFolders:
     """The datasets below a folder: finished ones by stage, and the folders of unfinished builds."""
 
     stages: dict[str, tuple[Dataset, ...]]
     unfinished: tuple[str, ...]
 
 
-def find(where: str) -> Found:
+def find(where: str) -> DatasetFolders:
     """Find the datasets in a folder or bucket: that of a dataset, of a stage, or of all stages.
 
     Raises:
@@ -111,7 +111,7 @@ def find(where: str) -> Found:
         parent, _, name = folder.rpartition("/")
         dataset = open_dataset(parent or "/", name)
         stages[dataset.index.stage].append(dataset)
-    return Found({stage: tuple(datasets) for stage, datasets in stages.items()}, unfinished)
+    return DatasetFolders({stage: tuple(datasets) for stage, datasets in stages.items()}, unfinished)
 
 
 def facts_of(dataset: Dataset) -> DatasetFacts:

@@ -13,7 +13,7 @@ from shards.stream.plan import Cursor, Plan, open_plan
 
 
 @dataclass(slots=True)
-class Drawn:
+class DrawCounts:
     """Sums over the first steps; entry i of a list is for dataset i of the plan."""
 
     steps: int
@@ -47,10 +47,10 @@ class Share:
     epochs: float
 
 
-def draw_steps(plan: Plan, num_steps: int) -> Drawn:
+def draw_steps(plan: Plan, num_steps: int) -> DrawCounts:
     """Plan the first steps and count their packs, samples, tokens and crops."""
     zeros = [0] * len(plan.datasets)
-    drawn = Drawn(num_steps, samples=zeros.copy(), tokens=zeros.copy(), crops=zeros.copy())
+    drawn = DrawCounts(num_steps, samples=zeros.copy(), tokens=zeros.copy(), crops=zeros.copy())
     cursor = Cursor()
     for _ in tqdm(range(num_steps), desc="plan", unit="step", leave=False):
         step = plan.step(cursor)
@@ -65,12 +65,12 @@ def draw_steps(plan: Plan, num_steps: int) -> Drawn:
     return drawn
 
 
-def shares_of(recipe: Recipe, plan: Plan, drawn: Drawn) -> list[Share]:
+def shares_of(recipe: Recipe, plan: Plan, drawn: DrawCounts) -> list[Share]:
     """The datasets of a mixture in the recipe's order."""
     numbers = {dataset.name: number for number, dataset in enumerate(plan.datasets)}
     total, tokens = sum(drawn.samples), sum(drawn.tokens)
     shares = []
-    for group, spec in recipe.data.drawn.groups.items():
+    for group, spec in recipe.data.drawn_mixture.groups.items():
         for name in spec.datasets:
             i = numbers[name]
             asked, count, size = plan.weights[name] / SCALE, drawn.samples[i], len(plan.datasets[i])
@@ -89,11 +89,11 @@ def shares_of(recipe: Recipe, plan: Plan, drawn: Drawn) -> list[Share]:
     return shares
 
 
-def plan_and_draw(recipe: Recipe, num_steps: int) -> tuple[Plan, Drawn]:
+def plan_and_draw(recipe: Recipe, num_steps: int) -> tuple[Plan, DrawCounts]:
     """A recipe's plan, and the sums over its first steps, at most `num_steps`.
 
     Raises:
         DatasetError, FormatError, MixtureError, PlanError: see `shards.stream.plan.open_plan`.
     """
-    plan = open_plan(recipe.roots, recipe.data.drawn, recipe.plan_settings)
+    plan = open_plan(recipe.roots, recipe.data.drawn_mixture, recipe.plan_settings)
     return plan, draw_steps(plan, min(num_steps, recipe.train.steps))

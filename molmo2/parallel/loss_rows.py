@@ -26,7 +26,7 @@ class LossRows(NamedTuple):
     datasets: Tensor
 
 
-def share_loss_rows(hidden: Tensor, labels: Tensor, weights: Tensor, datasets: Tensor, mesh: Mesh) -> LossRows:
+def split_loss_rows(hidden: Tensor, labels: Tensor, weights: Tensor, datasets: Tensor, mesh: Mesh) -> LossRows:
     """This rank's part of the rows with weight > 0; a rank without any gets one row of weight 0, to keep the graph.
 
     Args:

@@ -20,7 +20,7 @@ from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import ModelConfig
 from molmo2.parallel.mesh import SINGLE, Mesh, MeshError
 from molmo2.training.engine import TrainingModule
-from shards.stream.collate import Batch, own_share
+from shards.stream.collate import Batch, own_crops
 from shards.stream.plan import Cursor
 
 FRAMES, TOKENS = 3, 9  # number of frames in the pack, and of visual tokens in each frame
@@ -46,7 +46,7 @@ def check_sequence_parallel(model: Molmo2, recipe: Recipe, mesh: Mesh) -> dict[s
     training = model.training
     model.train()
     alone = _loss_and_gradients(TrainingModule(model, recipe, SINGLE), batch)
-    shared = _loss_and_gradients(TrainingModule(model, recipe, mesh), own_share(batch, mesh.sp_rank, mesh.sp))
+    shared = _loss_and_gradients(TrainingModule(model, recipe, mesh), own_crops(batch, mesh.sp_rank, mesh.sp))
     model.train(training)
     for name, value in shared.items():
         dist.all_reduce(value)

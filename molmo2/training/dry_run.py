@@ -58,7 +58,7 @@ class SavedBytes:
     connector: int
 
 
-def kept_bytes(modules: nn.Module, run: Callable[[], Tensor]) -> int:
+def saved_bytes(modules: nn.Module, run: Callable[[], Tensor]) -> int:
     """Bytes of the tensors that autograd saves for the backward pass of `run`, without parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in modules.parameters()}
     sizes: dict[int, int] = {}
@@ -75,7 +75,7 @@ def kept_bytes(modules: nn.Module, run: Callable[[], Tensor]) -> int:
     return sum(sizes.values())
 
 
-def count_kept(config: ModelConfig, dtype: torch.dtype) -> SavedBytes:
+def measure_saved(config: ModelConfig, dtype: torch.dtype) -> SavedBytes:
     """Measure the saved activations of this model on one layer of each kind and a few tokens."""
     tokens = 64
     with torch.device("meta"):
@@ -104,11 +104,11 @@ def count_kept(config: ModelConfig, dtype: torch.dtype) -> SavedBytes:
         requires_grad=True,
     )
     return SavedBytes(
-        layer=kept_bytes(layer, lambda: layer(x, rope, mask, attend, None)) // tokens,
+        layer=saved_bytes(layer, lambda: layer(x, rope, mask, attend, None)) // tokens,
         layer_input=x.nbytes // tokens,
-        block=kept_bytes(block, lambda: block(crop)),
+        block=saved_bytes(block, lambda: block(crop)),
         block_input=crop.nbytes,
-        connector=kept_bytes(connector, lambda: connector(features, pooling)) + features.nbytes,
+        connector=saved_bytes(connector, lambda: connector(features, pooling)) + features.nbytes,
     )
 
 
@@ -216,7 +216,7 @@ def dry_run(recipe: Recipe) -> list[str]:
     if recipe.model not in PRESETS:
         raise ValueError(f"model {recipe.model!r} is not a preset; known: {', '.join(sorted(PRESETS))}")
     config, train = PRESETS[recipe.model], recipe.train
-    kept = count_kept(config, torch.bfloat16 if train.precision == "bf16" else torch.float32)
+    kept = measure_saved(config, torch.bfloat16 if train.precision == "bf16" else torch.float32)
     flops = step_flops(recipe)
     parts = list(memory(recipe, 1, kept))
     lines = [

@@ -30,7 +30,7 @@ from molmo2.model.lora import add_adapters
 from molmo2.model.loss import LossSums, rows_per_chunk, weighted_loss
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
-from molmo2.parallel.loss_rows import share_loss_rows
+from molmo2.parallel.loss_rows import split_loss_rows
 from molmo2.parallel.mesh import Mesh
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
@@ -101,7 +101,7 @@ class TrainingModule(nn.Module):
         mask = AttentionMask(batch.segment_ids, batch.is_visual)
         dropout = self._dropout(batch, own)
         hidden = model.decode(x[:, own], batch.position_ids[:, own], mask, attend=self.attend, dropout=dropout)
-        rows = share_loss_rows(hidden, batch.labels, batch.loss_weights, batch.dataset_ids, mesh)
+        rows = split_loss_rows(hidden, batch.labels, batch.loss_weights, batch.dataset_ids, mesh)
         sums = weighted_loss(
             *(rows.hidden, rows.labels, rows.weights, model.lm_head, self.train_settings.z_loss, self.chunk_rows),
             num_chunks=self._num_chunks(rows.weights),

@@ -74,7 +74,7 @@ def build_dataset(
     raw: Path,
     out: str | Path,
     pool: Executor | None = None,
-    share: tuple[int, int] = (0, 1),
+    task_of: tuple[int, int] = (0, 1),
     overwrite: bool = False,
     retry_failed: bool = False,
     reject_budget: float = REJECT_BUDGET,
@@ -89,7 +89,7 @@ def build_dataset(
         raw: the raw folder of the dataset.
         out: folder or s3:// URL of the shards; it must not hold another build unless `overwrite`.
         pool: a `worker_pool` made with the same `make_processor`; None builds in this process.
-        share: (r, n) of task r/n; only a run of the whole dataset, (0, 1), writes the index.
+        task_of: (r, n) of task r/n; only a run of the whole dataset, (0, 1), writes the index.
         overwrite: delete the shards of another build; only with (0, 1).
         retry_failed: build only those missing shards that failed before.
         reject_budget: largest ratio of rejects to the groups of rows of this run.
@@ -100,7 +100,7 @@ def build_dataset(
             worker was killed.
     """
     label = f"{stage}/{row.name}"
-    (rank, number), whole = share, share == (0, 1)
+    (rank, number), whole = task_of, task_of == (0, 1)
     if not 0 <= rank < number or (overwrite and not whole):
         raise BuildError(f"{label}: task {rank}/{number}: r must be in 0..N-1, and only 0/1 may overwrite")
     processor = make_processor()

@@ -17,7 +17,7 @@ _ANSWER = re.compile(rf"{_LABEL}(?:[.:)].*)?", re.DOTALL)
 _IMAGE = re.compile(r"<image(?: (?P<number>\d+))?>")
 
 
-class Asked(NamedTuple):
+class ParsedQuestion(NamedTuple):
     """A question and its answer; for multiple choice, the options and the index of the right one."""
 
     question: str
@@ -25,7 +25,7 @@ class Asked(NamedTuple):
     options: tuple[str, ...] = ()
     right: int | None = None
 
-    def shuffled(self, draw: str) -> Asked:
+    def shuffled(self, draw: str) -> ParsedQuestion:
         """The question with its options in a drawn order."""
         assert self.right is not None
         order = [int(number) for number in rng_of(draw, "option").permutation(len(self.options))]

@@ -215,7 +215,7 @@ def packed_points(annotations: Sequence[Points], most: int) -> Iterator[list[Poi
         yield run
 
 
-def at_least_one(annotations: Sequence[Annotation], why: str) -> Sequence[Annotation]:
+def require_annotations(annotations: Sequence[Annotation], why: str) -> Sequence[Annotation]:
     """Check that a list of annotations is not empty, and return it.
 
     Raises:

@@ -14,8 +14,8 @@ from shards.convert.common import (
     SCALES,
     Group,
     Omitted,
-    at_least_one,
     packed_points,
+    require_annotations,
     rng_of,
     text_of,
     to_fractions,
@@ -33,7 +33,7 @@ def image_caption(group: Group, options: ImageCaptionOptions) -> Iterator[Exampl
     if group.stage in options.transcript_stages:
         spoken = [text_of(transcript) for transcript in group.items("transcripts")]
         annotations += [Text(style="transcript", answer=transcript) for transcript in spoken if transcript]
-    at_least_one(annotations, "no caption and no transcript")
+    require_annotations(annotations, "no caption and no transcript")
     yield group.example(annotations, images=[group.image()])
 
 

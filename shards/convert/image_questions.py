@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from shards.catalog.converters import IdentityQaOptions, ImageChatOptions, ImageChoiceOptions, ImageQaOptions
-from shards.convert.answer_options import Asked, listed, named_images, right_option, split_question
-from shards.convert.common import Group, Omitted, at_least_one, most_common, parse_items, rng_of, text_of
+from shards.convert.answer_options import ParsedQuestion, listed, named_images, right_option, split_question
+from shards.convert.common import Group, Omitted, most_common, parse_items, require_annotations, rng_of, text_of
 from shards.schema import Annotation, Chat, Choice, Example, ImageRef, RejectedError, Text, Turn
 
 COUNTING = re.compile(
@@ -35,7 +35,7 @@ def image_qa(group: Group, options: ImageQaOptions) -> Iterator[Example | Omitte
         return Text(style=options.style, question=question, answer=f"{reason} Answer: {text}" if reason else text)
 
     annotations = yield from parse_items(group, parse, "question", "answer", "explanation")
-    at_least_one(annotations, "no question with an answer")
+    require_annotations(annotations, "no question with an answer")
     images, scale = images_of(group), _loss_scale(group, options.weights)
     if not options.flat:
         yield group.example(annotations, images=images, loss_scale=scale)
@@ -63,11 +63,11 @@ def image_choice(group: Group, options: ImageChoiceOptions) -> Iterator[Example 
                 raise RejectedError("an empty question or answer")
             return Text(style=options.open_style, question=question, answer=text)
         right = right_option(options.answer, answer, texts)
-        asked = Asked(question, texts[right], tuple(texts), right)
+        asked = ParsedQuestion(question, texts[right], tuple(texts), right)
         return (asked.shuffled(draw) if options.shuffle else asked).as_choice(options.style)
 
     annotations = yield from parse_items(group, parse, "question", "options", "answer")
-    yield group.example(at_least_one(annotations, "no question with a right option"), images=images_of(group))
+    yield group.example(require_annotations(annotations, "no question with a right option"), images=images_of(group))
 
 
 def image_chat(group: Group, options: ImageChatOptions) -> Iterator[Example | Omitted]:
@@ -90,14 +90,14 @@ def image_chat(group: Group, options: ImageChatOptions) -> Iterator[Example | Om
             texts[place] = _with_count_prefix(options.count_prefixes, texts[place], f"{draw}/{place}")
         turns = tuple(Turn(role=role, text=text) for role, text in zip(roles, texts, strict=True))
         annotations.append(Chat(style=options.style, turns=turns))
-    yield group.example(at_least_one(annotations, "no conversation"), images=images_of(group))
+    yield group.example(require_annotations(annotations, "no conversation"), images=images_of(group))
 
 
 def identity_qa(group: Group, options: IdentityQaOptions) -> Iterator[Example | Omitted]:
     """Convert one answer and its many questions: an example per question and image, or per question if no image."""
     answer, questions = group.text("answer"), [text_of(q) for q in group.items("questions")]
     images: list[tuple[ImageRef, ...]] = [(group.media.image(value),) for value in group.items("images")] or [()]
-    at_least_one([Text(style="", answer=answer)] if answer and questions else [], "no question or no answer")
+    require_annotations([Text(style="", answer=answer)] if answer and questions else [], "no question or no answer")
     for place, question in enumerate(questions):
         for number, seen in enumerate(images):
             annotation = Text(style=options.style, question=question, answer=answer)
@@ -108,7 +108,7 @@ def images_of(group: Group) -> list[ImageRef]:
     """The images of the first row: the field `image` (one, or a list), or the fields image_1, image_2 and so on."""
     if numbered := group.numbered("image"):
         value = [image for field in numbered if (image := group.get(field)) is not None]
-        at_least_one(value, "media: no image in the row")
+        require_annotations(value, "media: no image in the row")
     else:
         value = group.get("image")
     if not isinstance(value, list):

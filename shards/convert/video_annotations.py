@@ -10,8 +10,8 @@ from shards.convert.common import (
     SCALES,
     Group,
     Omitted,
-    at_least_one,
     packed_points,
+    require_annotations,
     rng_of,
     text_of,
     to_fractions,
@@ -39,7 +39,7 @@ def video_caption(group: Group, options: VideoCaptionOptions) -> Iterator[Exampl
     styles = [field for field in group.row.columns if field.startswith("video_")]
     captions = {style: text_of(group.get(style)) for style in styles}
     annotations = [Text(style=style, answer=caption) for style, caption in captions.items() if caption]
-    at_least_one(annotations, "no caption")
+    require_annotations(annotations, "no caption")
     video = group.media.video(group.text("video"), group.get("start"), group.get("end"), group.values[0])
     yield group.example(annotations, video=video)
 

@@ -17,8 +17,8 @@ from shards.catalog.converters import (
     VideoQuestionOptions,
     VideoSpansOptions,
 )
-from shards.convert.answer_options import Asked, right_option, split_question
-from shards.convert.common import Group, Omitted, at_least_one, most_common, parse_items, rng_of, text_of
+from shards.convert.answer_options import ParsedQuestion, right_option, split_question
+from shards.convert.common import Group, Omitted, most_common, parse_items, require_annotations, rng_of, text_of
 from shards.schema import Annotation, Choice, Cue, Example, RejectedError, Text
 
 Clip = tuple[float | None, float | None]
@@ -126,7 +126,7 @@ def examples_of(group: Group, options: VideoQuestionOptions, clips: dict[Clip, l
     Raises:
         RejectedError: there is no annotation.
     """
-    at_least_one([item for annotations in clips.values() for item in annotations], "no question with an answer")
+    require_annotations([item for annotations in clips.values() for item in annotations], "no question with an answer")
     most = options.max_per_example
     runs = [
         (clip, number, annotations[first : first + (most or len(annotations))])
@@ -178,7 +178,7 @@ def _questions(group: Group, options: VideoQaOptions, index: int) -> Iterator[di
         yield item
 
 
-def _asked(options: VideoQaOptions, values: Mapping[str, Any], draw: str) -> Asked:
+def _asked(options: VideoQaOptions, values: Mapping[str, Any], draw: str) -> ParsedQuestion:
     """A question of a row.
 
     Raises:
@@ -194,19 +194,19 @@ def _asked(options: VideoQaOptions, values: Mapping[str, Any], draw: str) -> Ask
     if negatives := [text for value in values.get("negatives") or () if (text := _clean(options, value))]:
         answer = _clean(options, values.get("answer"))
         others = (*(text for text in negatives if text != answer), *options.also)
-        asked = Asked(question, answer, (answer, *others), 0).shuffled(draw)
+        asked = ParsedQuestion(question, answer, (answer, *others), 0).shuffled(draw)
     elif any(texts):
         named = values.get("marks" if options.answer == "marks" else "answer")
         right = right_option(options.answer, named, texts, options.first)
         present = [number for number, text in enumerate(texts) if text]
         if right not in present:
             raise RejectedError("an empty question or answer")
-        asked = Asked(question, texts[right], tuple(texts[number] for number in present), present.index(right))
+        asked = ParsedQuestion(question, texts[right], tuple(texts[number] for number in present), present.index(right))
     elif windows := values["windows"]:
-        asked = Asked(question, "Segments: " + ", ".join(f"[{start:g}-{end:g}]" for start, end in windows))
+        asked = ParsedQuestion(question, "Segments: " + ", ".join(f"[{start:g}-{end:g}]" for start, end in windows))
     else:
         answer = _clean(options, most_common(values.get("answer"), draw))
-        asked = Asked(question, _with_full_stop(answer) if options.full_stop else answer)
+        asked = ParsedQuestion(question, _with_full_stop(answer) if options.full_stop else answer)
     if not asked.question or not asked.answer:
         raise RejectedError("an empty question or answer")
     if asked.right is None and options.open_style is None and not values.get("style"):

@@ -67,10 +67,10 @@ def read_manifest(folder: Path, download: Download) -> Manifest | None:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (FileNotFoundError, pydantic.ValidationError):
         return None
-    return manifest if asked(manifest.download) == asked(download) else None
+    return manifest if download_settings(manifest.download) == download_settings(download) else None
 
 
-def asked(download: Download) -> dict[str, object]:
+def download_settings(download: Download) -> dict[str, object]:
     """The part of a `download` that determines the files: everything except the instructions for a person."""
     return download.model_dump(mode="json", exclude={"instructions"})
 

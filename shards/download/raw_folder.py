@@ -25,7 +25,7 @@ from shards.download.manifest import (
     Listing,
     Manifest,
     MediaCounts,
-    asked,
+    download_settings,
     read_manifest,
     write_json,
 )
@@ -112,7 +112,7 @@ def _fill(name: str, download: Download, folder: Path, options: FillOptions) -> 
     listing = _listing(download, folder)
     if listing is not None:
         _check_space(name, folder, listing)
-        write_json(folder / STATE / "listing.json", _CachedListing(asked=asked(download), listing=listing))
+        write_json(folder / STATE / "listing.json", _CachedListing(asked=download_settings(download), listing=listing))
         fetch_files(listing, folder)
     archives = tuple(_archive(path, url, download, folder, options.archives) for path, url in download.urls.items())
     extracted = _extract(download, folder)
@@ -147,7 +147,7 @@ def _listing(download: Download, folder: Path) -> Listing | None:
         cached = _CachedListing.model_validate_json((folder / STATE / "listing.json").read_bytes())
     except (FileNotFoundError, pydantic.ValidationError):
         cached = None
-    if cached is not None and cached.asked == asked(download):
+    if cached is not None and cached.asked == download_settings(download):
         return cached.listing
     return list_files(download.repo, download.revision, download.include)
 

@@ -35,7 +35,7 @@ BEFORE_JUDGING = 200  # images; the failure budget is checked only after this ma
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class MediaRequest:
     """An image to fetch: its URL, the first row with that URL (counted through all files), and its sha256 if known."""
 
     url: str
@@ -66,19 +66,19 @@ class FetchPolicy:
 DEFAULT_POLICY = FetchPolicy()
 
 
-def kept_as(url: str) -> Path:
+def media_path(url: str) -> Path:
     """Path of an image relative to its raw folder."""
     name = hashlib.sha256(url.encode()).hexdigest()
     return Path("media") / name[:2] / name
 
 
-def read_wanted(files: Iterable[Path], column: str, sha256_column: str | None, limit: int | None) -> list[Wanted]:
+def read_wanted(files: Iterable[Path], column: str, sha256_column: str | None, limit: int | None) -> list[MediaRequest]:
     """The distinct URLs of parquet files in order of their first rows, at most `limit` of them.
 
     Raises:
         DownloadError: a file lacks a column, or is not a parquet file.
     """
-    images: dict[str, Wanted] = {}
+    images: dict[str, MediaRequest] = {}
     row = 0
     for file in files:
         for values in _rows(file, [column, *([sha256_column] if sha256_column else [])]):
@@ -88,7 +88,7 @@ def read_wanted(files: Iterable[Path], column: str, sha256_column: str | None, l
                 if url and url not in images:
                     if limit is not None and len(images) == limit:
                         return list(images.values())
-                    images[url] = Wanted(url=url, row=row, sha256=sha256)
+                    images[url] = MediaRequest(url=url, row=row, sha256=sha256)
             row += 1
     return list(images.values())
 
@@ -144,7 +144,12 @@ def write_failures(folder: Path, failures: Iterable[FetchFailure]) -> None:
 
 
 def fetch_media(
-    name: str, folder: Path, wanted: list[Wanted], limits: FetchLimits, policy: FetchPolicy, retry_failed: bool = False
+    name: str,
+    folder: Path,
+    wanted: list[MediaRequest],
+    limits: FetchLimits,
+    policy: FetchPolicy,
+    retry_failed: bool = False,
 ) -> tuple[int, int]:
     """Fetch the missing images: those that failed before if `retry_failed`, else all others.
 
@@ -156,9 +161,9 @@ def fetch_media(
     """
     folder.mkdir(parents=True, exist_ok=True)
     have = present(folder)
-    failures = {url: failure for url, failure in read_failures(folder).items() if kept_as(url).name not in have}
+    failures = {url: failure for url, failure in read_failures(folder).items() if media_path(url).name not in have}
     write_failures(folder, failures.values())
-    todo = [w for w in wanted if kept_as(w.url).name not in have and (w.url in failures) == retry_failed]
+    todo = [w for w in wanted if media_path(w.url).name not in have and (w.url in failures) == retry_failed]
     reasons: Counter[str] = Counter()
     pauses = HostPauses()
     with (
@@ -184,10 +189,10 @@ def fetch_media(
             pool.shutdown(cancel_futures=True)
     write_failures(folder, failures.values())
     have = present(folder)
-    return sum(kept_as(item.url).name in have for item in wanted), sum(item.url in failures for item in wanted)
+    return sum(media_path(item.url).name in have for item in wanted), sum(item.url in failures for item in wanted)
 
 
-def _failure(name: str, item: Wanted, error: FetchError) -> FetchFailure:
+def _failure(name: str, item: MediaRequest, error: FetchError) -> FetchFailure:
     return FetchFailure(url=item.url, dataset=name, row=item.row, reason=error.reason, attempts=error.attempts)
 
 
@@ -201,15 +206,18 @@ def _check_budget(name: str, reasons: Counter[str], done: int, budget: float) ->
 
 
 def _spread(
-    pool: ThreadPoolExecutor, items: list[Wanted], policy: FetchPolicy, work: Callable[[Wanted], FetchError | None]
-) -> Iterator[tuple[Wanted, FetchError | None]]:
+    pool: ThreadPoolExecutor,
+    items: list[MediaRequest],
+    policy: FetchPolicy,
+    work: Callable[[MediaRequest], FetchError | None],
+) -> Iterator[tuple[MediaRequest, FetchError | None]]:
     """Yield results as they complete, with at most `per_host` downloads per host; a slow host does not block others."""
-    queues: dict[str, deque[Wanted]] = {}
+    queues: dict[str, deque[MediaRequest]] = {}
     for item in items:
         queues.setdefault(host_of(item.url), deque()).append(item)
     ready = deque(queues)  # hosts that may start another download, each at most once
     active: Counter[str] = Counter()
-    running: dict[Future[FetchError | None], tuple[str, Wanted]] = {}
+    running: dict[Future[FetchError | None], tuple[str, MediaRequest]] = {}
     while ready or running:
         while ready and len(running) < policy.workers:
             host = ready.popleft()
@@ -226,14 +234,14 @@ def _spread(
             yield item, future.result()
 
 
-def _fetch_image(item: Wanted, folder: Path, limits: FetchLimits, pauses: HostPauses) -> FetchError | None:
+def _fetch_image(item: MediaRequest, folder: Path, limits: FetchLimits, pauses: HostPauses) -> FetchError | None:
     """Fetch one image to its path, or return the error."""
     try:
         data = fetch_bytes(item.url, limits, pauses)
         check_image(data, item.sha256)
     except FetchError as error:
         return error
-    write_atomic(folder / kept_as(item.url), data)
+    write_atomic(folder / media_path(item.url), data)
     return None
 
 

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from shards.download.connect import FetchError, FetchLimits
 from shards.download.fetch import fetch_bytes
 from shards.download.manifest import MANIFEST
-from shards.download.urls import FAILURES, kept_as
+from shards.download.urls import FAILURES, media_path
 from shards.files import write_atomic
 from shards.schema import ImageRef, RejectedError, VideoRef
 
@@ -117,7 +117,7 @@ class MediaFiles:
             return path
         if parts.scheme not in {"http", "https"}:
             raise RejectedError(f"media: {url}: scheme {parts.scheme!r} is not followed")
-        name = kept_as(url)
+        name = media_path(url)
         path = next((root / name for root in (self.root, *self.others) if (root / name).exists()), self.root / name)
         if not path.exists():
             self._check_not_given_up(url)

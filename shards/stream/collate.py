@@ -200,7 +200,7 @@ def own_visuals(samples: Sequence[OpenedSample], rank: int, ranks: int) -> Itera
         first += count
 
 
-def own_share(batch: Batch, rank: int, ranks: int) -> Batch:
+def own_crops(batch: Batch, rank: int, ranks: int) -> Batch:
     """Reduce a batch that holds all crops to the crops of one rank's split."""
     split = split_visuals(batch.visual_crops.tolist(), batch.visual_tokens.tolist(), ranks)[rank]
     return dataclasses.replace(batch, pixels=batch.pixels[split.crops])

@@ -15,7 +15,7 @@ from molmo2.model.presets import PRESETS
 from molmo2.parallel.mesh import SINGLE, make_mesh
 from molmo2.training.engine import TrainingModule, start_engine
 from molmo2.training.optim import set_learning_rates
-from shards.stream.collate import PAD_SEGMENT, Batch, own_share
+from shards.stream.collate import PAD_SEGMENT, Batch, own_crops
 from shards.stream.plan import Cursor
 
 TINY = PRESETS["tiny"]
@@ -118,7 +118,7 @@ def gradients(how: tuple[bool, tuple[int, int], float]) -> list[tuple[Tensor, di
     for case in BATCHES:
         module = TrainingModule(model(heads), recipe(sp=mesh.sp, residual_dropout=dropout), mesh).train()
         module.model.set_checkpointing(checkpointing, chunk_crops=1 if checkpointing else None)
-        loss, logged = module(own_share(make(case), mesh.sp_rank, mesh.sp))
+        loss, logged = module(own_crops(make(case), mesh.sp_rank, mesh.sp))
         loss.backward()
         logged = torch.cat([value.flatten() for value in logged])
         dist.all_reduce(logged)
@@ -142,7 +142,7 @@ def train(settings: list[tuple[Any, ...]]) -> list[list[dict[str, float]]]:
         for step in range(1, 4):
             set_learning_rates(optimizer, names, run.optim, step, 3)
             for number in range(mesh.dp_rank, len(BATCHES), mesh.dp):
-                loss, _ = engine(own_share(make(BATCHES[number]), mesh.sp_rank, mesh.sp))
+                loss, _ = engine(own_crops(make(BATCHES[number]), mesh.sp_rank, mesh.sp))
                 engine.backward(loss, scale_wrt_gas=False)
             engine.step()
             assert engine.was_step_applied()

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from molmo2.model.loss import weighted_loss
-from molmo2.parallel.loss_rows import share_loss_rows
+from molmo2.parallel.loss_rows import split_loss_rows
 from molmo2.parallel.mesh import make_mesh
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
@@ -125,7 +125,7 @@ def loss_rows(
         step = ROW_LENGTH // mesh.sp
         slice_ = hidden[:, mesh.sp_rank * step : (mesh.sp_rank + 1) * step].clone().requires_grad_()
         head.requires_grad_()
-        rows = share_loss_rows(slice_, labels, weights, labels, mesh)
+        rows = split_loss_rows(slice_, labels, weights, labels, mesh)
         assert torch.equal(rows.datasets, rows.labels)
         loss = sum(weighted_loss(*rows[:3], lambda x, head=head: x @ head.T, 1e-4, chunk_rows=2)[:2])
         loss.backward()

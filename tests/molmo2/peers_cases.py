@@ -23,7 +23,7 @@ def read_step(root: str) -> list[dict[str, Any]]:
     recipe = load_recipe(Path(root) / "r.yaml", ["train.sp=2"])
     tokenizer = f"{os.environ['MOLMO2_DATA']}/raw/tokenizer"
     processor = build_processor(ProcessorSettings(preset="tiny", tokenizer_dir=tokenizer, stage="sft"))
-    plan = open_plan(recipe.roots, recipe.data.drawn, recipe.plan_settings, processor.settings)
+    plan = open_plan(recipe.roots, recipe.data.drawn_mixture, recipe.plan_settings, processor.settings)
     run = Run(
         recipe=recipe,
         mesh=make_mesh(2),

@@ -24,8 +24,11 @@ def test_every_recipe_loads(path: Path) -> None:
 def test_datasets_that_are_not_at_hand_are_left_out_of_the_mixture() -> None:
     path = ROOT / "recipes/stage2.yaml"
     whole, less = load_recipe(path), load_recipe(path, ["data.leave_out=[tulu4, ego4d]"])
-    assert set(whole.data.drawn.dataset_names) - set(less.data.drawn.dataset_names) == {"tulu4", "ego4d"}
-    assert "nlp" not in less.data.drawn.groups  # it had no other
+    assert set(whole.data.drawn_mixture.dataset_names) - set(less.data.drawn_mixture.dataset_names) == {
+        "tulu4",
+        "ego4d",
+    }
+    assert "nlp" not in less.data.drawn_mixture.groups  # it had no other
     with pytest.raises(RecipeError, match="not in the mixture, so they cannot be left out: tulu5"):
         load_recipe(path, ["data.leave_out=[tulu5]"])
 

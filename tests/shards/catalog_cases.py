@@ -44,7 +44,7 @@ from molmo2.processing.processor import Processor
 from molmo2.processing.tokenizer import Tokenizer, write_tokenizer
 from shards.build.builder import build_dataset
 from shards.catalog import Catalog, Row, Stage, load_catalog
-from shards.download.urls import kept_as
+from shards.download.urls import media_path
 from shards.format import REJECTS_NAME, TOKEN_DTYPE
 from shards.layout import VisualLayout, VisualTokens
 
@@ -97,7 +97,7 @@ def write_raw(raw: Path, row: Row) -> None:
     """The raw folders that a row reads."""
     for folder in row.folders:
         for name, spec in fixtures()[folder].items():
-            kept = str(kept_as(name)) if "://" in name else name
+            kept = str(media_path(name)) if "://" in name else name
             path = raw / folder / kept
             path.parent.mkdir(parents=True, exist_ok=True)
             if name.endswith("/"):

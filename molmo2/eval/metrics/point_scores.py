@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from molmo2.eval.metrics.scores import Score, asked_count, read_count
+from molmo2.eval.metrics.scores import Score, read_count, right_count
 from molmo2.processing.points import ParsedPoint, parse_points
 from shards.schema import Annotation
 
@@ -23,7 +23,7 @@ Mask = npt.NDArray[np.bool_]
 
 def count_close(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
     """1 if the predicted number is off by at most 1 + floor(5 % of the right number)."""
-    predicted, expected = read_count(prediction), asked_count(asked)
+    predicted, expected = read_count(prediction), right_count(asked)
     return Score(float(predicted is not None and abs(predicted - expected) <= 1 + expected // 20))
 
 

@@ -63,7 +63,7 @@ def read_count(text: str) -> int | None:
     return 0 if "none" in plain.lower() else None
 
 
-def asked_count(asked: Annotation) -> int:
+def right_count(asked: Annotation) -> int:
     """The right number: the number of points, or the number in the answer.
 
     Raises:
@@ -80,7 +80,7 @@ def asked_count(asked: Annotation) -> int:
 
 def count_exact(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
     """1 if the prediction states the right number."""
-    return Score(float(read_count(prediction) == asked_count(asked)))
+    return Score(float(read_count(prediction) == right_count(asked)))
 
 
 def choice_of(text: str, options: Sequence[str]) -> int | None:

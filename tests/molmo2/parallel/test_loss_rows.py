@@ -6,7 +6,7 @@ import torch
 from ranks import run_ranks
 
 from molmo2.model.loss import weighted_loss
-from molmo2.parallel.loss_rows import share_loss_rows
+from molmo2.parallel.loss_rows import split_loss_rows
 from molmo2.parallel.mesh import SINGLE
 
 
@@ -30,7 +30,7 @@ def test_shared_rows_give_the_loss_of_one_rank(world: int) -> None:
 
 def test_one_rank_keeps_its_rows_in_order() -> None:
     hidden, _, labels, weights = parallel_cases.row_inputs(parallel_cases.ROW_CASES["everywhere"])
-    rows = share_loss_rows(hidden, labels, weights, labels, SINGLE)
+    rows = split_loss_rows(hidden, labels, weights, labels, SINGLE)
     assert torch.equal(rows.hidden, hidden.flatten(0, 1))
     assert torch.equal(rows.labels, labels.flatten())
     assert torch.equal(rows.weights, weights.flatten())
@@ -38,6 +38,6 @@ def test_one_rank_keeps_its_rows_in_order() -> None:
 
 def test_without_any_loss_one_idle_row_is_left() -> None:
     hidden, _, labels, weights = parallel_cases.row_inputs([])
-    rows = share_loss_rows(hidden, labels, weights, labels, SINGLE)
+    rows = split_loss_rows(hidden, labels, weights, labels, SINGLE)
     assert rows.hidden.shape == (1, parallel_cases.WIDTH)
     assert rows.weights.tolist() == [0]

@@ -16,10 +16,10 @@ from molmo2.training.dry_run import (
     ALLOCATOR_MARGIN,
     GIB,
     activation_bytes,
-    count_kept,
     dry_run,
-    kept_bytes,
+    measure_saved,
     memory,
+    saved_bytes,
     step_flops,
 )
 
@@ -36,7 +36,7 @@ def long(**train: Any) -> Recipe:
 
 
 def test_layers_keep_what_was_measured_of_their_size() -> None:
-    kept = count_kept(PRESETS["4b"], torch.bfloat16)
+    kept = measure_saved(PRESETS["4b"], torch.bfloat16)
     # Measured on transformers' Qwen3-4B and SigLIP: 166.8 KiB a token, 34.9 KiB a patch.
     assert kept.layer / 1024 == pytest.approx(166.8, rel=0.1)
     assert kept.block / 1024 / PRESETS["4b"].patches_per_crop == pytest.approx(34.9, rel=0.1)
@@ -67,14 +67,14 @@ def test_activations_of_a_whole_model_are_as_estimated() -> None:
     settings = [f"data.sequence_length={tokens}", f"data.max_crops={frames}", "train.activation_checkpointing=false"]
     recipe = load_recipe(STAGE1, [*settings, "train.micro_batch=1", "model=tiny"])
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "fp32"})})
-    parts = activation_bytes(recipe, config, count_kept(config, torch.float32))
+    parts = activation_bytes(recipe, config, measure_saved(config, torch.float32))
     estimated = parts["language model"] + parts["vision"] + parts["connector"]
-    assert kept_bytes(model, run) == pytest.approx(estimated, rel=0.1)
+    assert saved_bytes(model, run) == pytest.approx(estimated, rel=0.1)
 
 
 def test_a_long_row_needs_what_was_worked_out_for_it() -> None:
     """8 GPUs, ZeRO-2, checkpoints: 59 / 42 / 34 / 30 GiB at sp 1 / 2 / 4 / 8, the connector's share left out there."""
-    kept = count_kept(PRESETS["4b"], torch.bfloat16)
+    kept = measure_saved(PRESETS["4b"], torch.bfloat16)
     for sp, expected in ((1, 59), (2, 42), (4, 34), (8, 30)):
         need = memory(long(sp=sp), 8, kept)
         assert (sum(need.values()) - need["connector"]) / GIB == pytest.approx(expected, rel=0.15), sp
@@ -86,7 +86,7 @@ def test_states_follow_the_zero_stages(stage: int, gib: float) -> None:
     """4.46 B parameters on 8 GPUs there; here the head is a table of its own, 0.39 B more."""
     recipe = long(zero_stage=max(stage, 2))
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"zero_stage": stage})})
-    need = memory(recipe, 8, count_kept(PRESETS["tiny"], torch.bfloat16))
+    need = memory(recipe, 8, measure_saved(PRESETS["tiny"], torch.bfloat16))
     states = (need["parameters"] + need["gradients"] + need["optimizer"]) / ALLOCATOR_MARGIN / GIB
     assert states == pytest.approx(gib * 4.85 / 4.46, rel=0.15)
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
-from build_cases import build, build_share, catalog, tree
+from build_cases import build, build_task, catalog, tree
 from fork_server import python
 
 from shards.build.claim import BuildError
@@ -311,7 +311,7 @@ def test_a_tree_that_does_not_fit_becomes_several_samples(raw: Path, tmp_path: P
     settings = catalog("sft").stages["sft"]
     tight = settings.model_copy(update={"limits": dataclasses.replace(settings.limits, sequence_length=160)})
     wide = build(raw, tmp_path / "wide", "demo-video-qa", "sft")
-    built = build_share(raw, tmp_path / "tight", "demo-video-qa", "sft", settings=tight)
+    built = build_task(raw, tmp_path / "tight", "demo-video-qa", "sft", settings=tight)
     assert (index := built.index) is not None
     assert index.totals.annotations == wide.totals.annotations
     assert index.totals.rejects == wide.totals.rejects

@@ -29,7 +29,7 @@ from shards.download.fetch import ARCHIVE_LIMITS
 from shards.download.hub import DownloadError, list_files
 from shards.download.manifest import missing_folders, read_manifest, unfinished_folders
 from shards.download.raw_folder import FillOptions, fill, forecast
-from shards.download.urls import DEFAULT_POLICY, kept_as, read_failures
+from shards.download.urls import DEFAULT_POLICY, media_path, read_failures
 from shards.schema import RejectedError
 from shards.sources.media_files import MediaFiles
 
@@ -177,7 +177,7 @@ def test_images_are_kept_checked_and_failures_recorded(hub: Hub, web: Web, tmp_p
     manifest = fill("pixmo", PIXMO, tmp_path / "raw", LOCAL)
     assert manifest.media is not None
     assert (manifest.media.urls, manifest.media.present, manifest.media.failed) == (10, 2, 8)
-    assert (tmp_path / "raw" / kept_as(f"{web.url}/image/2")).read_bytes() == png(2)
+    assert (tmp_path / "raw" / media_path(f"{web.url}/image/2")).read_bytes() == png(2)
     failures = {f.url.removeprefix(web.url): (f.row, f.reason) for f in read_failures(tmp_path / "raw").values()}
     assert failures == {
         "/image/3": (3, "another sha256 than the row says"),

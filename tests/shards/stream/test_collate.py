@@ -19,7 +19,7 @@ from shards.stream.collate import (
     collate,
     decode_crops,
     open_sample,
-    own_share,
+    own_crops,
 )
 from shards.stream.dataset import Dataset, open_dataset
 from shards.stream.plan import Cursor, Draw, PackSpec
@@ -174,7 +174,7 @@ def test_samples_that_were_built_wrong(dataset: Dataset) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_shares_of_the_pixels_make_the_whole(dataset: Dataset, ranks: int) -> None:
     whole = batch_of(dataset, [[1, 2], [0], [5, 4]])
-    parts = [own_share(whole, rank, ranks) for rank in range(ranks)]
+    parts = [own_crops(whole, rank, ranks) for rank in range(ranks)]
     assert torch.equal(torch.cat([part.pixels for part in parts]), whole.pixels)
     assert all(torch.equal(part.pooling, whole.pooling) for part in parts)
 
