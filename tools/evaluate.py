@@ -24,16 +24,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
 
 from molmo2.config import data_path
 from molmo2.eval.answers import weights_digest
 from molmo2.eval.benchmarks import SUITES, Suite, choose
 from molmo2.eval.losses import held_out_loss
 from molmo2.eval.runner import BATCH_SIZE, STAGE, NotBuiltError, Outcome, Ranks, Subject, run_suite
-from molmo2.eval.score_page import render_worst
+from molmo2.eval.score_tables import results_table, scores_page
 from molmo2.model.molmo2 import Molmo2
-from molmo2.pages import percent
+from molmo2.pages import write_text_file
 from molmo2.processing.contract import ProcessorSettings
 from molmo2.processing.processor import build_processor
 from molmo2.weights.load import OpenedModel, open_model
@@ -89,23 +88,6 @@ def join_ranks() -> Ranks:
     return Ranks(rank=dist.get_rank(), world=world, wait=wait)
 
 
-def results_table(title: str, results: list[dict[str, Any]]) -> Table:
-    """The table of the benchmarks' scores."""
-    table = Table(title=title, title_justify="left")
-    for name in ("benchmark", "metric"):
-        table.add_column(name)
-    for name in ("questions", "score", "chance", "target"):
-        table.add_column(name, justify="right")
-    for result in results:
-        shown = (percent(result[key]) for key in ("score", "chance", "target"))
-        table.add_row(result["name"], result["metric"], str(result["num_questions"]), *shown)
-        if result["num_left_out"]:
-            table.add_row("", f"{result['num_left_out']} rows left out", "", "", "", "")
-        for name, value in result["corpus"].items():
-            table.add_row("", f"{name}, all answers", "", f"{value:.3f}", "", "")
-    return table
-
-
 def run_suites(
     suites: list[Suite], args: argparse.Namespace, subject: Subject, answers: Path, digest: str, ranks: Ranks
 ) -> Outcome:
@@ -151,13 +133,6 @@ def run_losses(
             continue
         losses.extend([loss] if loss else [])
     return losses
-
-
-def write_results(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def show(title: str, document: dict[str, Any]) -> None:
@@ -214,8 +189,8 @@ def main() -> None:
     show(title, document)
     if not outcome.results and not losses:
         raise ValueError("nothing was evaluated: everything was skipped for the reasons above")
-    write_results(out, json.dumps(document, indent=1) + "\n")
-    write_results(out.with_suffix(".html"), render_worst(f"{title}: evaluation", document))
+    write_text_file(out, json.dumps(document, indent=1) + "\n")
+    write_text_file(out.with_suffix(".html"), scores_page(f"{title}: evaluation", document))
     print(f"written to {out} and {out.with_suffix('.html').name} ({document['seconds']} s)")
 
 

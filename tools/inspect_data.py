@@ -25,8 +25,7 @@ from rich.table import Table
 from molmo2.config import data_path
 from molmo2.inspection.inventory import Entry, commands, inventory
 from molmo2.inspection.originals import ExampleView, lines, view_examples
-from molmo2.inspection.page import render_originals
-from molmo2.pages import size
+from molmo2.pages import fill_template, size, write_text_file
 from shards.catalog import STAGES, Catalog, CatalogError, Row, Stage, load_catalog
 from shards.sources.parquet import MissingSourceError, SourceError
 
@@ -123,9 +122,8 @@ def main() -> None:
     if args.html and views:
         shown = [(row, stage) for row, stage in selection if row.name in views]
         title = f"Samples of {', '.join(views)}"
-        args.html.parent.mkdir(parents=True, exist_ok=True)
-        page = render_originals(title, shown, views)
-        args.html.write_text(page, encoding="utf-8")
+        page = fill_template("inspection/originals.html.jinja", title=title, datasets=shown, views=views)
+        write_text_file(args.html, page)
         print(f"page: {args.html}")
     if failed:
         sys.exit(f"inspect_data: not shown: {', '.join(failed)}")
