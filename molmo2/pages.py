@@ -1,6 +1,7 @@
 """Helpers for all HTML pages: filling in a template, curves as SVG, and readable numbers.
 
-A page is one HTML file without scripts or links to other files; jinja2 escapes every value in it.
+A page is one HTML file that loads nothing else; all but the chat page are without scripts. Every page extends
+`base.html.jinja`, and `parts.html.jinja` has the tables and drawings that several pages share.
 """
 
 from __future__ import annotations
@@ -11,29 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 560, 180, 44, 22  # size and margins of a curve, in SVG units
 MAX_POINTS = 300  # a curve has at most this many points; longer logs are averaged
+Lines = Sequence[Mapping[str, Any]]  # the lines of a log
 
 
-def fill_template(path: Path, values: Mapping[str, Any], *, escape: bool = True) -> str:
-    """Fill in a Jinja template. It can include templates beside it; a name without a value is an error.
+def fill_template(name: str, /, **values: Any) -> str:
+    """Fill in a Jinja template of this package; a name without a value is an error.
 
     Args:
-        path: the template's file.
+        name: file relative to `molmo2/`. In `*.html.jinja` every value is escaped, except `Markup`.
         values: the values by name. The filters are `count`, `size` and `percent`.
-        escape: escape every value for HTML; False for Markdown.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(path.parent),
-        autoescape=escape,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"count": lambda number: f"{number:,}", "size": size, "percent": percent}
-    return environment.get_template(path.name).render(values)
+    return ENVIRONMENT.get_template(name).render(values)
 
 
 def size(num_bytes: float) -> str:
@@ -49,6 +42,17 @@ def percent(fraction: float | None, digits: int = 1) -> str:
     return "-" if fraction is None else f"{fraction:.{digits}%}"
 
 
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+ENVIRONMENT.filters |= {"count": lambda number: f"{number:,}", "size": size, "percent": percent}
+
+
 def averaged(values: Sequence[float], most: int = MAX_POINTS) -> list[tuple[float, float]]:
     """Average consecutive values in groups of equal length: at most `most` points (step, mean), steps from 1."""
     size = max(1, -(-len(values) // most))
@@ -56,14 +60,14 @@ def averaged(values: Sequence[float], most: int = MAX_POINTS) -> list[tuple[floa
     return [(i * size + (len(run) + 1) / 2, sum(run) / len(run)) for i, run in enumerate(runs)]
 
 
-def curve(values: Sequence[float], label: str = "loss by step", last: int | None = None) -> str:
+def curve(values: Sequence[float], label: str = "loss by step", last: int | None = None) -> Markup:
     """An SVG curve of `values` with the extremes on the axes; an empty string for fewer than two values.
 
     `last`: the step of the last value, if it differs from the number of values.
     """
     points = averaged(values)
     if len(points) < 2:
-        return ""
+        return Markup()
     top = max(value for _, value in points)
     bottom = min(0.0, min(value for _, value in points))
     span = (top - bottom) or 1.0
@@ -81,8 +85,25 @@ def curve(values: Sequence[float], label: str = "loss by step", last: int | None
         (str(last or len(values)), WIDTH - 34, HEIGHT),
     )
     texts = "".join(f'<text x="{x}" y="{y}">{html.escape(text)}</text>' for text, x, y in labels)
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 6}" width="{WIDTH}" role="img" aria-label="{html.escape(label)}">'
+    return Markup(
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT + 6}" width="{WIDTH}" role="img" '
+        f'aria-label="{html.escape(label)}">'
         f'<path d="M{LEFT},4V{floor}H{WIDTH}" fill="none" stroke="#999"/>'
         f'<polyline points="{line}" fill="none" stroke="#1f5fa8" stroke-width="1.5"/>{texts}</svg>'
     )
+
+
+def curves(lines: Lines, kinds: Sequence[str], prefix: str = "") -> list[tuple[str, Markup]]:
+    """Titles and SVG curves of every number of these kinds: "loss", then "loss.<dataset>", in the order of `kinds`.
+
+    Numbers with fewer than two values have no curve.
+    """
+    columns: dict[str, list[float]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if value is not None and name.partition(".")[0] in kinds:
+                columns.setdefault(name, []).append(value)
+    order = sorted(columns, key=lambda name: (kinds.index(name.partition(".")[0]), name))
+    last = lines[-1]["step"] if lines else 0
+    drawn = ((prefix + name, curve(columns[name], f"{prefix}{name} by step", last)) for name in order)
+    return [(title, svg) for title, svg in drawn if svg]

@@ -1,6 +1,7 @@
 """The shape of the project: who imports whom, names, README, recipes, committed files."""
 
 import ast
+import configparser
 import functools
 import graphlib
 import re
@@ -81,6 +82,17 @@ def test_the_top_of_molmo2_is_the_command_and_its_recipe() -> None:
         "config.py",
         "pages.py",
     }
+
+
+def test_pages_extend_the_base_template_and_are_installed() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    patterns = [pattern.strip() for pattern in setup["options.package_data"]["molmo2"].split(",")]
+    installed = {path for pattern in patterns for path in (ROOT / "molmo2").glob(pattern)}
+    templates = set((ROOT / "molmo2").rglob("*.jinja")) | set((ROOT / "molmo2").rglob("*.html"))
+    assert templates <= installed
+    skeletons = {path.name for path in templates if "<html" in path.read_text()}
+    assert skeletons == {"base.html.jinja"}
 
 
 def test_no_imports_in_a_circle() -> None:

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
 from molmo2.config import data_path, load_recipe
-from molmo2.eval.score_page import Stage, read_stage, render_report
-from molmo2.pages import percent
+from molmo2.eval.score_tables import results_table
+from molmo2.pages import curves, fill_template
+from molmo2.training.metrics import read_log
+from molmo2.training.run import LOG_NAME
 from shards.command import run
+from shards.files import write_atomic
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "demo"
 
@@ -29,7 +36,42 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def stages_table(stages: list[Stage]) -> Table:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRun:
+    """A finished run: its `summary.json`, and the curve of its loss with a title."""
+
+    summary: Mapping[str, Any]
+    curves: Sequence[tuple[str, Markup]]
+
+
+def read_finished(run_dir: Path) -> FinishedRun:
+    """Read a run's summary and losses.
+
+    Raises:
+        ValueError: the run is missing or has not finished.
+    """
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{run_dir}: no summary.json: the run has not finished; start its recipe again") from None
+    losses = [{"step": line["step"], "loss": line["loss"]} for line in read_log(run_dir / LOG_NAME)]
+    return FinishedRun(summary=summary, curves=curves(losses, ("loss",), f"{summary['name']}: "))
+
+
+def report_page(stages: Sequence[FinishedRun], evaluation: Mapping[str, Any], facts: Mapping[str, str]) -> str:
+    """The HTML page: stages in the order of training, the JSON of `tools/evaluate.py`, and facts to show first."""
+    return fill_template(
+        "demo/demo_report.html.jinja",
+        title="nanoMolmo2 demo",
+        facts=facts,
+        evaluation=evaluation,
+        shown="answers",
+        stages=[stage.summary for stage in stages],
+        curves=[curve for stage in stages for curve in stage.curves],
+    )
+
+
+def stages_table(stages: Sequence[FinishedRun]) -> Table:
     """A table of the training stages: steps, tokens, loss."""
     table = Table(title="Training", title_justify="left")
     table.add_column("stage")
@@ -49,26 +91,19 @@ def main() -> None:
     recipes = [load_recipe(path) for path in sorted(args.recipes.glob("stage*.yaml"))]
     if not recipes:
         raise ValueError(f"{args.recipes}: no stage*.yaml in this folder; correct --recipes")
-    stages = [read_stage(recipe.run_dir) for recipe in recipes]
+    stages = [read_finished(recipe.run_dir) for recipe in recipes]
     file = recipes[-1].run_dir / "evaluation-demo.json"
     try:
         evaluation = json.loads(file.read_text())
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist; run tools/evaluate.py --checkpoint {recipes[-1].name}") from None
-    facts = {"checkpoint": evaluation["checkpoint"]}
+    facts = {"model": f"{evaluation['run']}, step {evaluation['step']}", "checkpoint": evaluation["checkpoint"]}
     if args.export.is_dir():
         facts["exported model"] = str(args.export)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(render_report("nanoMolmo2 demo", stages, evaluation, facts), encoding="utf-8")
-    table = Table(title="Held-out digits", title_justify="left")
-    table.add_column("benchmark")
-    for name in ("score", "chance", "target"):
-        table.add_column(name, justify="right")
-    for result in evaluation["results"]:
-        table.add_row(result["name"], *(percent(result[key]) for key in ("score", "chance", "target")))
+    write_atomic(args.out, report_page(stages, evaluation, facts))
     console = Console()
     console.print(stages_table(stages))
-    console.print(table)
+    console.print(results_table("Held-out digits", evaluation["results"]))
     for name, value in {**facts, "report": str(args.out)}.items():
         print(f"{name}: {value}")
 

@@ -25,16 +25,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
 
 from molmo2.config import data_path
 from molmo2.eval.answers import weights_digest
 from molmo2.eval.benchmarks import SUITES, Suite, choose
 from molmo2.eval.losses import held_out_loss
 from molmo2.eval.runner import BATCH_SIZE, STAGE, NotBuiltError, Outcome, Ranks, Subject, run_suite
-from molmo2.eval.score_page import render_worst
+from molmo2.eval.score_tables import results_table, scores_page
 from molmo2.model.molmo2 import Molmo2
-from molmo2.pages import percent
 from molmo2.processing.contract import ProcessorSettings
 from molmo2.processing.processor import build_processor
 from molmo2.weights.load import OpenedModel, open_model
@@ -95,23 +93,6 @@ def process_group() -> Iterator[Ranks]:
         yield Ranks(rank=dist.get_rank(), world=world, wait=wait)
     finally:
         dist.destroy_process_group()
-
-
-def results_table(title: str, results: list[dict[str, Any]]) -> Table:
-    """The table of the benchmarks' scores."""
-    table = Table(title=title, title_justify="left")
-    for name in ("benchmark", "metric"):
-        table.add_column(name)
-    for name in ("questions", "score", "chance", "target"):
-        table.add_column(name, justify="right")
-    for result in results:
-        shown = (percent(result[key]) for key in ("score", "chance", "target"))
-        table.add_row(result["name"], result["metric"], str(result["num_questions"]), *shown)
-        if result["num_left_out"]:
-            table.add_row("", f"{result['num_left_out']} rows left out", "", "", "", "")
-        for name, value in result["corpus"].items():
-            table.add_row("", f"{name}, all answers", "", f"{value:.3f}", "", "")
-    return table
 
 
 def run_suites(
@@ -221,7 +202,7 @@ def evaluate(args: argparse.Namespace, suites: list[Suite], catalogs: dict[str, 
     if not outcome.results and not losses:
         raise ValueError("nothing was evaluated: everything was skipped for the reasons above")
     write_atomic(out, json.dumps(document, indent=1) + "\n")
-    write_atomic(out.with_suffix(".html"), render_worst(f"{title}: evaluation", document))
+    write_atomic(out.with_suffix(".html"), scores_page(f"{title}: evaluation", document))
     print(f"written to {out} and {out.with_suffix('.html').name} ({document['seconds']} s)")
 
 

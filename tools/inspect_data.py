@@ -25,10 +25,10 @@ from rich.table import Table
 from molmo2.config import data_path
 from molmo2.inspection.inventory import Entry, commands, inventory
 from molmo2.inspection.originals import ExampleView, lines, view_examples
-from molmo2.inspection.page import render_originals
-from molmo2.pages import size
+from molmo2.pages import fill_template, size
 from shards.catalog import STAGES, Catalog, CatalogError, Row, Stage, load_catalog
 from shards.command import run
+from shards.files import write_atomic
 from shards.sources.parquet import MissingSourceError, SourceError
 
 WIDE = 160  # width in characters of a table that is written to a file
@@ -124,9 +124,8 @@ def main() -> None:
     if args.html and views:
         shown = [(row, stage) for row, stage in selection if row.name in views]
         title = f"Samples of {', '.join(views)}"
-        args.html.parent.mkdir(parents=True, exist_ok=True)
-        page = render_originals(title, shown, views)
-        args.html.write_text(page, encoding="utf-8")
+        page = fill_template("inspection/originals.html.jinja", title=title, datasets=shown, views=views)
+        write_atomic(args.html, page)
         print(f"page: {args.html}")
     if failed:
         sys.exit(f"inspect_data: not shown: {', '.join(failed)}")

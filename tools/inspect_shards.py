@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from molmo2.config import Recipe, data_path, load_recipe
 from molmo2.inspection.facts import DatasetFacts, facts_of, find
-from molmo2.inspection.page import StagePage, render_stage
 from molmo2.inspection.samples import SampleView, tokenizer_of, view_sample
 from molmo2.inspection.shares import Share, plan_and_draw, shares_of
-from molmo2.pages import size
+from molmo2.pages import fill_template, size
 from molmo2.processing.pictures import spread
 from shards.command import run
+from shards.files import write_atomic
 from shards.stream.dataset import Dataset
 
 WIDE = 160  # width in characters of a table that is written to a file
@@ -136,8 +136,9 @@ def main() -> None:
         rejects = rejects_table(facts)
         console.print(counts_table(stage, facts), *([rejects] if rejects else []), markup=False)
         if args.html:
-            page = StagePage(
-                stage=stage,
+            page = fill_template(
+                "inspection/shards.html.jinja",
+                title=f"Shards of stage {stage}",
                 where=args.dir,
                 datasets=facts,
                 samples=shown_samples(datasets, tokenizer_dir, args.num_samples),
@@ -146,8 +147,7 @@ def main() -> None:
                 mixture_of=title,
             )
             path = page_path(args.html, stage, len(found.stages))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(render_stage(page), encoding="utf-8")
+            write_atomic(path, page)
             print(f"page: {path}")
     if shares:
         console.print(mixture_table(title, shares), markup=False)

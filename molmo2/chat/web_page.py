@@ -7,8 +7,6 @@ in Host and Origin must be its own). The page is one file and loads nothing else
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import tempfile
 import threading
@@ -19,28 +17,28 @@ from typing import Any, Literal
 
 import pydantic
 
+from molmo2.pages import fill_template
 from molmo2.parallel.agree import write_line
 from molmo2.processing.points import parse_points
 from shards.schema import Turn
 
-PAGE = Path(__file__).with_name("web_page.html")
 MAX_BYTES = 256 << 20  # maximum size of a request, with media in base64
 Answer = Callable[[Sequence[Turn], Sequence[Path], Path | None], Iterator[str]]
 
 
-class Said(pydantic.BaseModel, extra="forbid"):
+class ChatTurn(pydantic.BaseModel, extra="forbid"):
     """One turn of a conversation."""
 
     role: Literal["user", "assistant"]
     text: str = pydantic.Field(min_length=1, max_length=100_000)
 
 
-class ChatRequest(pydantic.BaseModel, extra="forbid"):
+class ChatRequest(pydantic.BaseModel, extra="forbid", val_json_bytes="base64"):
     """A conversation that ends with a question, and its media in base64."""
 
-    turns: list[Said] = pydantic.Field(min_length=1, max_length=1000)
-    images: list[str] = pydantic.Field(default=[], max_length=16)
-    video: str | None = None
+    turns: list[ChatTurn] = pydantic.Field(min_length=1, max_length=1000)
+    images: list[bytes] = pydantic.Field(default=[], max_length=16)
+    video: bytes | None = None
 
 
 class ChatServer(ThreadingHTTPServer):
@@ -92,11 +90,8 @@ def lines_of(answer: Answer, question: ChatRequest) -> Iterator[dict[str, Any]]:
     yield {"points": [{"at": p.at, "id": p.id, "x": p.x, "y": p.y} for p in parse_points(text)]}
 
 
-def _write(path: Path, data: str) -> Path:
-    try:
-        path.write_bytes(base64.b64decode(data, validate=True))
-    except binascii.Error as error:
-        raise ValueError(f"{path.name}: not base64 ({error})") from None
+def _write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
     return path
 
 
@@ -110,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path != "/":
             self._refuse(404, "there is only /")
             return
-        page = PAGE.read_bytes()
+        page = fill_template("chat/web_page.html.jinja", title="Molmo2").encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(page)))
@@ -132,7 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             question = ChatRequest.model_validate_json(self.rfile.read(int(length)))
         except pydantic.ValidationError as error:
-            self._refuse(400, f"not a question: {error.errors()[0]['msg']}")
+            first = error.errors()[0]
+            self._refuse(400, f"not a question: {'.'.join(map(str, first['loc']))}: {first['msg']}")
             return
         self.send_response(200)
         self.send_header("Content-Type", "application/x-ndjson")

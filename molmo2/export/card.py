@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -131,4 +130,4 @@ def model_card(
         "num_frames": NUM_FRAMES,
         "remote_code": remote_code,
     }
-    return fill_template(Path(__file__).with_name("model_card.md.jinja"), values, escape=False)
+    return fill_template("export/model_card.md.jinja", **values)

@@ -6,7 +6,7 @@ import base64
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,12 @@ import yaml
 
 from molmo2.checkpoint.files import META, checkpoints_dir
 from molmo2.config import Recipe
-from molmo2.pages import curve, fill_template
+from molmo2.pages import Lines, curves, fill_template
 from molmo2.training.metrics import read_log
 from molmo2.training.run import DATA_NAME, EVAL_NAME, LOG_NAME, REPORT_NAME, SAMPLES_NAME
 from shards.files import write_atomic
 
 CURVES = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "fill", "gpu_utilization", "gpu_memory_gib")
-Lines = Sequence[Mapping[str, Any]]
 
 
 def write_report(recipe: Recipe) -> Path:
@@ -32,18 +31,17 @@ def write_report(recipe: Recipe) -> Path:
     """
     run_dir = recipe.run_dir
     log, held_out, data = (read_log(run_dir / name) for name in (LOG_NAME, EVAL_NAME, DATA_NAME))
-    values = {
-        "name": recipe.name,
-        "facts": facts(recipe, log),
-        "curves": [*curves(log, CURVES), *curves(held_out, ("loss",), "held-out ")],
-        "shares": dataset_rows(log, data[-1]["datasets"] if data else {}),
-        "samples": latest_samples(run_dir),
-        "recipe": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
-    }
-    page = fill_template(Path(__file__).with_name("report.html.jinja"), values)
-    path = run_dir / REPORT_NAME
-    write_atomic(path, page)
-    return path
+    page = fill_template(
+        "training/report.html.jinja",
+        title=recipe.name,
+        facts=facts(recipe, log),
+        curves=[*curves(log, CURVES), *curves(held_out, ("loss",), "held-out ")],
+        shares=dataset_rows(log, data[-1]["datasets"] if data else {}),
+        samples=latest_samples(run_dir),
+        recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+    )
+    write_atomic(run_dir / REPORT_NAME, page)
+    return run_dir / REPORT_NAME
 
 
 def facts(recipe: Recipe, log: Lines) -> dict[str, str]:
@@ -62,22 +60,6 @@ def facts(recipe: Recipe, log: Lines) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in meta.get("versions", {}).items()) or "?",
         "commit": meta.get("commit") or "?",
     }
-
-
-def curves(lines: Lines, kinds: Sequence[str], prefix: str = "") -> list[tuple[str, str]]:
-    """Titles and SVG curves of every number of these kinds: "loss", then "loss.<dataset>", in the order of `kinds`.
-
-    Numbers with fewer than two values have no curve.
-    """
-    columns: dict[str, list[float]] = {}
-    for line in lines:
-        for name, value in line.items():
-            if value is not None and name.partition(".")[0] in kinds:
-                columns.setdefault(name, []).append(value)
-    order = sorted(columns, key=lambda name: (kinds.index(name.partition(".")[0]), name))
-    last = lines[-1]["step"] if lines else 0
-    drawn = ((prefix + name, curve(columns[name], f"{prefix}{name} by step", last)) for name in order)
-    return [(title, svg) for title, svg in drawn if svg]
 
 
 def dataset_rows(log: Lines, data: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

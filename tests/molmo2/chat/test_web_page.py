@@ -114,7 +114,7 @@ def test_points_are_parsed_and_earlier_turns_come_along(served: Any) -> None:
         (b"{", {}, 400, "not a question"),
         ({"turns": []}, {}, 400, "not a question"),
         ({**question(), "path": "/etc/passwd"}, {}, 400, "not a question"),
-        (question(images=["?"]), {}, 200, "0.image: not base64"),
+        (question(images=["?"]), {}, 400, "not a question: images.0: Data should be valid base64"),
         (question(images=[encoded(b"no image")]), {}, 200, "0.image: not a readable image"),
         (question(video=encoded(b"no video")), {}, 200, "media: video: "),
         (b"x", {"Content-Length": str(MAX_BYTES + 1)}, 413, "at most 256 MiB"),

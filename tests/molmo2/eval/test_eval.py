@@ -22,13 +22,13 @@ from molmo2.eval.metrics.scores import (
 )
 from molmo2.eval.questions import as_batch, first_draws, questions_of, read_samples
 from molmo2.eval.runner import run_suite
-from molmo2.eval.score_page import Stage, read_stage, render_report
 from molmo2.pages import averaged, curve
 from molmo2.processing.batch_prompt import prompt_of
 from molmo2.processing.processor import build_processor
 from shards.convert.reading import convert, open_rows, read_groups
 from shards.schema import Choice, PointGroup, Points, Text
 from shards.stream.dataset import DatasetError, open_dataset
+from tools.demo_report import read_finished, report_page
 
 DIGITS = Points(style="point_count", label="digits", groups=(PointGroup(at=1, points=((0.1, 0.2), (0.5, 0.5))),))
 
@@ -207,15 +207,18 @@ def test_report_holds_everything_and_escapes_text(tmp_path):
         "seconds": 12.0,
     }
     with pytest.raises(ValueError, match="not finished"):
-        read_stage(run)
+        read_finished(run)
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "log.jsonl").write_text("".join(json.dumps({"step": i, "loss": 6.0 / i}) + "\n" for i in (1, 2, 3)))
-    stage = read_stage(run)
-    assert stage == Stage(summary=summary, losses=[6.0, 3.0, 2.0])
+    stage = read_finished(run)
+    ((title, curve_of_loss),) = stage.curves
+    assert (stage.summary, title) == (summary, "demo-stage1: loss")
+    assert ">6</text>" in curve_of_loss and ">3</text>" in curve_of_loss  # highest loss, last step
     answer = {"prompt": "Which <digit>?", "prediction": "<b>7", "score": 1.0, "picture": None, "key": "a"}
     result = {"name": "image QA", "metric": "exact_match", "num_questions": 1, "score": 1.0, "chance": None}
-    evaluation = {"run": "demo-stage1", "step": 3, "results": [{**result, "answers": [answer]}]}
-    page = render_report("Demo", [stage], evaluation, {"exported model": "x/y"})
+    result |= {"corpus": {}, "answers": [answer | {"wanted": "7"}]}
+    evaluation = {"results": [result], "losses": [], "skipped": {}}
+    page = report_page([stage], evaluation, {"exported model": "x/y"})
     assert "Which &lt;digit&gt;?" in page and "&lt;b&gt;7" in page
     assert "1,234" in page and "<polyline" in page and "x/y" in page
     assert "http" not in page.replace("http-equiv", "")
@@ -230,7 +233,7 @@ def test_the_demo_report_shows_benchmarks_without_a_target(tmp_path):
         (run / "summary.json").write_text(json.dumps({**summary, "loss_first": 2.0, "loss_last": 1.0}))
         (run / "log.jsonl").write_text("".join(json.dumps({"step": s, "loss": 2.0 / s}) + "\n" for s in (1, 2)))
     result = {"name": "pointing at all", "metric": "points_in_boxes", "num_questions": 1, "score": 0.5}
-    result |= {"chance": None, "target": None, "answers": []}
+    result |= {"chance": None, "target": None, "answers": [], "corpus": {}, "num_left_out": 0}
     evaluation = {
         "run": "demo-stage3",
         "checkpoint": "here",
@@ -238,6 +241,8 @@ def test_the_demo_report_shows_benchmarks_without_a_target(tmp_path):
         "step": 2,
         "seconds": 1.0,
         "results": [result],
+        "losses": [],
+        "skipped": {},
     }
     (tmp_path / "runs" / "demo-stage3" / "evaluation-demo.json").write_text(json.dumps(evaluation))
     tool = Path(__file__).parents[3] / "tools" / "demo_report.py"

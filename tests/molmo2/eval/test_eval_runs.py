@@ -21,7 +21,7 @@ from molmo2.eval.benchmarks import METRICS, choose, load_suites, suites_of
 from molmo2.eval.losses import held_out_loss
 from molmo2.eval.questions import as_batch, first_draws, read_samples
 from molmo2.eval.runner import Ranks, run_suite
-from molmo2.eval.score_page import render_worst
+from molmo2.eval.score_tables import scores_page
 from molmo2.export.card import About
 from molmo2.export.model import export_model
 from molmo2.model.presets import PRESETS
@@ -287,6 +287,6 @@ def test_the_page_escapes_what_a_model_says():
     answer = {"key": "a", "prompt": "<i>?", "wanted": "7", "prediction": "<b>", "score": 0.0, "picture": None}
     result = {"name": "x", "metric": "m", "num_questions": 1, "score": 0.0, "chance": None, "corpus": {"cider": 1.5}}
     document = {"checkpoint": "c", "results": [{**result, "worst": [answer]}], "losses": [], "skipped": {"y": "<u>"}}
-    page = render_worst("T", document)
+    page = scores_page("T", document)
     assert "&lt;b&gt;" in page and "&lt;i&gt;?" in page and "&lt;u&gt;" in page
     assert re.search(r"cider \(all answers\).*1\.500", page)

@@ -75,9 +75,7 @@ def test_of_several_writers_one_creates(bucket: None) -> None:
     assert store.create("a", b"third")
 
 
-def test_tasks_that_are_killed_end_with_the_bytes_of_a_disk(
-    raw: Path, tmp_path: Path, whole: dict[str, bytes]
-) -> None:
+def test_tasks_that_are_killed_end_with_the_bytes_of_a_disk(raw: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
     url, draw, killed = f"s3://{BUCKET}/tasks", random.Random(2), 0
     for _ in range(2):
         tasks = [start(raw, url, rank, 2) for rank in range(2)]
