@@ -50,7 +50,7 @@ from molmo2.training.run import (
     Run,
     TrainingError,
 )
-from shards.files import write_atomic
+from shards.atomic import write_atomic
 from shards.stream.loader import QuarantineError
 from shards.stream.plan import Cursor, PlanError, open_plan
 

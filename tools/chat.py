@@ -60,10 +60,10 @@ def point_lines(text: str) -> list[str]:
 def main() -> None:
     """Answer questions until the input ends or Ctrl-C."""
     with contextlib.suppress(KeyboardInterrupt):
-        chat(parse_args())
+        converse(parse_args())
 
 
-def chat(args: argparse.Namespace) -> None:
+def converse(args: argparse.Namespace) -> None:
     """Load the model, then answer questions in the terminal or on the page."""
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     missing = [str(path) for path in [*args.image, args.video] if path is not None and not path.is_file()]

@@ -21,8 +21,8 @@ from molmo2.eval.score_tables import results_table
 from molmo2.pages import curves, fill_template
 from molmo2.training.metrics import read_log
 from molmo2.training.run import LOG_NAME
+from shards.atomic import write_atomic
 from shards.command import run
-from shards.files import write_atomic
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "demo"
 

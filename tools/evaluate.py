@@ -36,9 +36,9 @@ from molmo2.model.molmo2 import Molmo2
 from molmo2.processing.contract import ProcessorSettings
 from molmo2.processing.processor import build_processor
 from molmo2.weights.load import OpenedModel, open_model
+from shards.atomic import write_atomic
 from shards.catalog import load_catalog
 from shards.command import run
-from shards.files import write_atomic
 
 LOSS_CATALOGS = ("demo", "molmo2-eval", "molmo2")
 

@@ -26,9 +26,9 @@ from molmo2.config import data_path
 from molmo2.inspection.inventory import Entry, commands, inventory
 from molmo2.inspection.originals import ExampleView, lines, view_examples
 from molmo2.pages import fill_template, size
+from shards.atomic import write_atomic
 from shards.catalog import STAGES, Catalog, CatalogError, Row, Stage, load_catalog
 from shards.command import run
-from shards.files import write_atomic
 from shards.sources.parquet import MissingSourceError, SourceError
 
 WIDE = 160  # width in characters of a table that is written to a file

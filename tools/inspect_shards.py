@@ -26,8 +26,8 @@ from molmo2.inspection.samples import SampleView, tokenizer_of, view_sample
 from molmo2.inspection.shares import Share, plan_and_draw, shares_of
 from molmo2.pages import fill_template, size
 from molmo2.processing.pictures import spread
+from shards.atomic import write_atomic
 from shards.command import run
-from shards.files import write_atomic
 from shards.stream.dataset import Dataset
 
 WIDE = 160  # width in characters of a table that is written to a file

@@ -35,7 +35,7 @@ from torch import Tensor
 from molmo2.config import Recipe
 from molmo2.model.lora import merged
 from molmo2.model.presets import ModelConfig
-from shards.files import sync
+from shards.atomic import sync
 
 FORMAT = 1  # version of the layout above; another one is refused
 META, PLAN, RECIPE, MODEL, WEIGHTS, STATES = (

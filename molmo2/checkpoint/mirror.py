@@ -21,7 +21,7 @@ from pathlib import Path
 
 from molmo2.checkpoint.files import META, Checkpoint, CheckpointError, checkpoints_dir, find_damage, find_newest
 from molmo2.config import Recipe
-from shards.files import file_lock
+from shards.atomic import file_lock
 from shards.storage.base import Storage
 from shards.storage.open import open_storage
 from shards.stream.cache import cache_dir

@@ -40,7 +40,7 @@ from molmo2.demo.image_sets import (
 )
 from molmo2.processing.contract import templates
 from molmo2.processing.points import SEPARATORS, format_points
-from shards.files import replacing, write_atomic
+from shards.atomic import replacing, write_atomic
 from shards.schema import PointGroup
 
 VERSION = 6  # increase it when the drawing changes: data of another version are made again

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from molmo2.config import Recipe
 from molmo2.training.run import LOG_NAME
-from shards.files import write_atomic
+from shards.atomic import write_atomic
 from shards.stream.collate import ReadStats
 
 

@@ -18,7 +18,7 @@ from molmo2.config import Recipe
 from molmo2.pages import Lines, curves, fill_template
 from molmo2.training.metrics import read_log
 from molmo2.training.run import DATA_NAME, EVAL_NAME, LOG_NAME, REPORT_NAME, SAMPLES_NAME
-from shards.files import write_atomic
+from shards.atomic import write_atomic
 
 CURVES = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "fill", "gpu_utilization", "gpu_memory_gib")
 

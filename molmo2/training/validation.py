@@ -26,7 +26,7 @@ from molmo2.parallel.sums import sum_over_ranks
 from molmo2.processing.batch_prompt import prompt_of
 from molmo2.processing.pictures import Picture, pictures_of, raster
 from molmo2.training.run import SAMPLES_NAME, Run, agree_on_masked
-from shards.files import write_atomic
+from shards.atomic import write_atomic
 from shards.stream.loader import pack_reader
 from shards.stream.mixture import MixtureSpec
 from shards.stream.plan import Cursor, Draw, PackSpec, Plan, StepSpec, open_plan

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shards.files import LockHeldError, file_lock, remove_temporary_files
+from shards.atomic import LockHeldError, file_lock, remove_temporary_files
 from shards.format import INDEX_NAME, canonical_json, digest
 from shards.storage.base import Storage
 from shards.storage.local import LocalStorage

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from shards.files import replacing
+from shards.atomic import replacing
 
 CHUNK = 1 << 20
 DAMAGE = (

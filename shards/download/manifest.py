@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pydantic
 
+from shards.atomic import write_atomic
 from shards.catalog import Catalog, Download, Row, split_of
-from shards.files import write_atomic
 
 MANIFEST = "manifest.json"
 STATE = ".download"

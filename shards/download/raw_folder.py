@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pydantic
 
+from shards.atomic import LockHeldError, file_lock
 from shards.catalog import Download
 from shards.download.archives import ArchiveError, unpack
 from shards.download.connect import FetchError, FetchLimits
@@ -30,7 +31,6 @@ from shards.download.manifest import (
     write_json,
 )
 from shards.download.urls import DEFAULT_POLICY, FetchPolicy, fetch_media, read_wanted
-from shards.files import LockHeldError, file_lock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,10 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from shards.atomic import write_atomic
 from shards.download.connect import FetchError, FetchLimits, host_of
 from shards.download.fetch import HostPauses, fetch_bytes
 from shards.download.hub import DownloadError
-from shards.files import write_atomic
 from shards.media.images import MAX_PIXELS
 from shards.sources.paths import at
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from shards.atomic import write_atomic
 from shards.download.connect import FetchError, FetchLimits
 from shards.download.fetch import fetch_bytes
 from shards.download.manifest import MANIFEST
 from shards.download.urls import FAILURES, media_path
-from shards.files import write_atomic
 from shards.schema import ImageRef, RejectedError, VideoRef
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")

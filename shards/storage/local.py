@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path, PurePosixPath
 
-from shards.files import create_atomic, replacing, sync, write_atomic
+from shards.atomic import create_atomic, replacing, sync, write_atomic
 
 
 class LocalStorage:

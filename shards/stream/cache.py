@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.files import LockHeldError, file_lock, remove_temporary_files, replacing
+from shards.atomic import LockHeldError, file_lock, remove_temporary_files, replacing
 from shards.storage.base import Storage, tally
 from shards.storage.local import LocalStorage
 

@@ -254,7 +254,7 @@ def test_a_full_disk_ends_in_one_message(raw: Path, tmp_path: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("shards.files.os.replace", full)
+        patch.setattr("shards.atomic.os.replace", full)
         with pytest.raises(BuildError, match=r"the disk is full; make room; the same command continues"):
             build(raw, tmp_path, "demo-chat")  # the mark of the build itself cannot be written
     assert [path.name for path in (tmp_path / "demo-chat").iterdir()] == [".lock"]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from shards.files import LockHeldError, create_atomic, file_lock, remove_temporary_files, replacing, write_atomic
+from shards.atomic import LockHeldError, create_atomic, file_lock, remove_temporary_files, replacing, write_atomic
 
 HOLD = """
 import sys
 from pathlib import Path
-from shards.files import file_lock
+from shards.atomic import file_lock
 with file_lock(Path(sys.argv[1]), shared=sys.argv[2] == "shared"):
     print("held", flush=True)
     sys.stdin.read()
@@ -70,7 +70,7 @@ def test_one_of_many_creates_a_file(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_leaves_is_removed(tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys; from pathlib import Path; from shards.files import replacing\n"
+        "import os, signal, sys; from pathlib import Path; from shards.atomic import replacing\n"
         "with replacing(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
