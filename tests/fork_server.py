@@ -1,7 +1,7 @@
 """One process with torch and DeepSpeed loaded, from which tests fork what would else be a new interpreter.
 
-These imports take five to ten seconds. `fork_server()` is the standard library's fork server with them done; ranks are
-started from it (`ranks.py`), and so are programs:
+These imports take five to ten seconds. `fork_server()` is the standard library's fork server with them done
+(`preloaded.py`); ranks are started from it (`ranks.py`), and so are programs:
 
     run([python(), "tools/verify_shards.py", folder])
 
@@ -31,20 +31,6 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-# What torch and DeepSpeed import at once, and at the first optimizer, backward pass and checkpoint.
-PRELOADED = [
-    "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "pyarrow.parquet",
-    "pydantic",
-    "tensorboard.summary",
-    "torch._dynamo",
-    "torch._inductor.compile_fx",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "torch.utils.cpp_extension",
-    "torch.utils.tensorboard",
-]
 RELOADED = ("huggingface_hub", "molmo2", "shards", "tools")
 CLIENT = """#!{python} -IS
 import marshal, os, signal, socket, sys
@@ -67,7 +53,7 @@ def fork_server() -> multiprocessing.context.ForkServerContext:
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["preloaded"])
     paths = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("", "shards", "molmo2"))]
     with mock.patch.dict(os.environ, CPU | {"PYTHONPATH": os.pathsep.join(paths)}):
         forkserver.ensure_running()

@@ -131,30 +131,30 @@ def gradients(how: tuple[bool, tuple[int, int], float]) -> list[tuple[Tensor, di
 
 
 def train(settings: list[tuple[Any, ...]]) -> list[list[dict[str, float]]]:
-    """For each (precision, ZeRO stage, sp, base embedding frozen, offload …): the gradient norms of three steps."""
+    """For each (precision, ZeRO stage, sp, base embedding frozen, offload …): the gradient norms of two steps."""
     results = []
     for precision, stage, sp, frozen, *offload in settings:
         name = "-".join(map(str, (precision, stage, sp, frozen, *offload)))
-        run = recipe(name, frozen, precision=precision, zero_stage=stage, sp=sp, steps=3, offload=offload)
+        run = recipe(name, frozen, precision=precision, zero_stage=stage, sp=sp, steps=2, offload=offload)
         mesh = make_mesh(sp)
         engine, optimizer, names = start_engine(model(), run, mesh)
         norms = []
-        for step in range(1, 4):
-            set_learning_rates(optimizer, names, run.optim, step, 3)
+        for step in range(1, 3):
+            set_learning_rates(optimizer, names, run.optim, step, 2)
             for number in range(mesh.dp_rank, len(BATCHES), mesh.dp):
                 loss, _ = engine(own_crops(make(BATCHES[number]), mesh.sp_rank, mesh.sp))
                 engine.backward(loss, scale_wrt_gas=False)
             engine.step()
             assert engine.was_step_applied()
             norms.append({name: norm.item() for name, norm in optimizer.norms.items()})
-        save(engine, run, CONFIG, 3, {}, sp=sp)
+        save(engine, run, CONFIG, 2, {}, sp=sp)
         results.append(norms)
         engine.destroy()
     return results
 
 
 def train_alone() -> tuple[Molmo2, list[dict[str, float]]]:
-    """The same three steps in one process, without DeepSpeed."""
+    """The same two steps in one process, without DeepSpeed."""
     from molmo2.training.optim import ComponentAdamW, parameter_groups
 
     run = recipe()
@@ -163,8 +163,8 @@ def train_alone() -> tuple[Molmo2, list[dict[str, float]]]:
     groups = parameter_groups(module.model.parameter_groups(), run.optim)
     optimizer = ComponentAdamW(groups, partitioned=False, **options)
     norms = []
-    for step in range(1, 4):
-        set_learning_rates(optimizer, [group["name"] for group in groups], run.optim, step, 3)
+    for step in range(1, 3):
+        set_learning_rates(optimizer, [group["name"] for group in groups], run.optim, step, 2)
         optimizer.zero_grad()
         for case in BATCHES:
             module(make(case))[0].backward()

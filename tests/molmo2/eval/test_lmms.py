@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from catalog_cases import image, video
+from fork_server import python
 
 from molmo2.chat.conversation import answer, conversation
 from molmo2.export.card import About
@@ -107,7 +108,8 @@ class Local:
         """Results by task, and the answers of every task in the order of the documents."""
         out = self.root / ("out-" + tasks.replace(",", "-"))
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else ["-m"]
-        command = [sys.executable, *launcher, "lmms_eval", "--model", "nanomolmo2", "--device", "cpu"]
+        program = sys.executable if ranks > 1 else python()
+        command = [program, *launcher, "lmms_eval", "--model", "nanomolmo2", "--device", "cpu"]
         command += ["--model_args", f"checkpoint={self.root / 'model'}", "--include_path", str(self.root / "tasks")]
         command += ["--tasks", tasks, "--batch_size", "4", "--log_samples", "--output_path", str(out)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(self.root / "hf")}

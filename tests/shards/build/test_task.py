@@ -107,7 +107,7 @@ def test_a_task_neither_overwrites_nor_mixes_settings(raw: Path, tmp_path: Path)
     with pytest.raises(BuildError, match="only 0/1 may overwrite"):
         build_task(raw, tmp_path, "demo-chat", task_of=(1, 2), overwrite=True)
     with pytest.raises(BuildError, match=r"built with other settings: row\..*without --task"):
-        build_task(raw, tmp_path, "demo-chat", task_of=(1, 2), row={"converter": "image_qa"})
+        build_task(raw, tmp_path, "demo-chat", task_of=(1, 2), row={"options": {"style": "user_qa"}})
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,8 @@ stages: {}
 folders:
   pool: {download: {kind: manual, instructions: Ask for the pool.}}
 templates:
-  images: {stages: [sft], files: {train: data/*.parquet}, converter: image_qa, columns: {image: image}}
+  captions: {converter: image_caption, columns: {image: image, caption: text}}
+  images: {like: captions, stages: [sft], files: {train: data/*.parquet}}
   easy: {like: images, download: {kind: hub, repo: owner/easy, include: ["data/*.parquet"]}}
 rows:
   - {like: easy, name: easy}
