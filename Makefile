@@ -1,7 +1,7 @@
 # make install       environment to train, build shards and evaluate
 # make install-dev   the same and what tests need
 # make demo          demo data, shards, stages 1 -> 2 -> 3, evaluation, export, report (CPU, two ranks)
-# make check         lint, types, and the tests that start no ranks, browser or server
+# make check         lint, types, and the quick tests that start no ranks, browser or server
 # make test          all that continuous integration runs
 # make soak          the long run of kills (SOAK_STEPS, SOAK_KILLS)
 # make test-latest   make test in an environment of its own with the newest versions that setup.cfg allows
@@ -99,7 +99,7 @@ types: $(DEV)
 	mypy
 
 check: lint types $(COMPILED)
-	$(PYTEST) -n 2 -m 'not dist and not browser and not server'
+	$(PYTEST) -n 2 -m 'not dist and not browser and not server and not slow'
 
 test: system lint types $(COMPILED)
 	$(PYTEST) -n 2

@@ -81,6 +81,7 @@ def test_the_slurm_executor_builds_the_same_bytes(
     assert bytes_of(tmp_path / "out") == alone, told()
 
 
+@pytest.mark.slow
 def test_what_the_engine_says_is_not_for_the_user(tmp_path: Path) -> None:
     command = [python(), str(TOOLS / "build_on_datatrove.py"), "--engine", "local", "--tasks", "1", "--"]
     run = subprocess.run([*command, "--task", "0/2"], capture_output=True, text=True, check=False)

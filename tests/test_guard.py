@@ -32,6 +32,7 @@ def test_a_run_that_leaves_nothing_keeps_its_code() -> None:
     assert guard("raise SystemExit(5)")[0] == 5
 
 
+@pytest.mark.slow
 def test_a_hang_ends_with_the_name_of_the_test_and_the_stacks() -> None:
     code, output = guard(HANGING, "--minutes", "0.05")
     assert code == 1
@@ -40,6 +41,7 @@ def test_a_hang_ends_with_the_name_of_the_test_and_the_stacks() -> None:
     assert "sleeps_for_ever" in output.split("--- ")[1]
 
 
+@pytest.mark.slow
 def test_a_process_left_behind_is_named_and_killed() -> None:
     start = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
     code, output = guard(start)

@@ -179,6 +179,7 @@ PAGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_the_pages_know_their_options(page: str) -> None:
     """Every `tools/x.py --flag` names a flag that the tool's --help lists; make targets and recipes exist."""

@@ -44,12 +44,12 @@ def factory(raw: Path, stage: Stage, num_variants: int = 4) -> ProcessorFactory:
 
 def build(raw: Path, out: Path, name: str, stage: Stage = "sft", **options: Any) -> DatasetIndex:
     """Build one dataset of the demo catalog into out/name; the index of the whole."""
-    index = build_task(raw, out, name, stage, **options).index
+    index = build_part(raw, out, name, stage, **options).index
     assert index is not None
     return index
 
 
-def build_task(raw: Path, out: str | Path, name: str, stage: Stage = "sft", **options: Any) -> Built:
+def build_part(raw: Path, out: str | Path, name: str, stage: Stage = "sft", **options: Any) -> Built:
     """As `build`, for `task_of` (r, n) as well."""
     rows = catalog(stage)
     (row,) = rows.select(stage, [name])

@@ -19,6 +19,7 @@ ALL = (
 )
 
 
+@pytest.mark.slow
 def test_annotations_come_back_as_they_were() -> None:
     assert read_asked(asked_bytes(ALL)) == ALL
     assert asked_bytes(ALL) == asked_bytes(ALL)

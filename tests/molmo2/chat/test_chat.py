@@ -43,6 +43,7 @@ def answers(output: str) -> list[str]:
     return [part.strip() for part in output.split("> ")[1:-1]]
 
 
+@pytest.mark.slow
 def test_answers_depend_on_what_is_shown(folder: Path) -> None:
     media = [[], ["--image", folder / "a.png"], ["--image", folder / "a.png", folder / "b.png"],
              ["--video", folder / "v.mp4"]]  # fmt: skip
@@ -54,6 +55,7 @@ def test_answers_depend_on_what_is_shown(folder: Path) -> None:
     assert len(found) == len(set(found)) == 4
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on(folder: Path) -> None:
     both = answers(chat(folder, "what is there?\nand then?\n\nnot asked\n").stdout)
     alone = answers(chat(folder, "and then?\n").stdout)
@@ -62,6 +64,7 @@ def test_a_conversation_goes_on(folder: Path) -> None:
     assert both[0] == answers(chat(folder, "what is there?\n").stdout)[0]
 
 
+@pytest.mark.slow
 def test_drawn_answers_follow_the_seed(folder: Path) -> None:
     drawn = [
         answers(chat(folder, "red?\n", "--temperature", "1", "--top-p", "0.9", "--seed", seed).stdout)[0]
@@ -77,6 +80,7 @@ def test_points_of_an_answer_are_listed() -> None:
     assert lines("none") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -82,6 +82,7 @@ def encoded(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
+@pytest.mark.slow
 def test_answers_of_a_model_stream_and_depend_on_the_media(served: Any, real: Any) -> None:
     server, found = served(real), []
     for media in ({}, {"images": [encoded(IMAGE)]}, {"images": [encoded(IMAGE)] * 2}, {"video": encoded(VIDEO)}):

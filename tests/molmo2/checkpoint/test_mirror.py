@@ -45,6 +45,7 @@ def checkpoint(folder: Path, step: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["s3", "folder"])
 def test_newest_whole_copy_comes_back(tmp_path: Path, where: str) -> None:
     url = f"s3://{BUCKET}/runs/one" if where == "s3" else str(tmp_path / "far")

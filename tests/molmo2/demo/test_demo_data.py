@@ -37,6 +37,7 @@ def rows_of(raw: Path, name: str, split: str = "train"):
     return pq.read_table(raw / name / "data" / f"{split}-00000-of-00001.parquet").to_pylist()
 
 
+@pytest.mark.slow
 def test_split_is_by_digit_and_about_a_fifth():
     train, held = (set(pools()[split].number.tolist()) for split in ("train", "validation"))
     assert not train & held
@@ -146,6 +147,7 @@ def test_answers_of_video_qa_are_not_among_the_negatives(raw):
         assert len(set(row["NegativeAnswers"])) == 3 and row["Answer"] not in row["NegativeAnswers"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(raw, tmp_path):
     again = raw.parent / "other"
     for demo in SETS:

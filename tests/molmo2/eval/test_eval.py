@@ -147,6 +147,7 @@ def test_plain_webdataset_reads_what_was_asked(demo):
         assert (one["kind"], one["label"], one["facts"]) == ("points", question.asked.label, question.asked.facts)
 
 
+@pytest.mark.slow
 def test_evaluation_asks_everything_and_scores_it(demo, tmp_path):
     """An untrained model: the answers are noise, the figures must be in range, batches must not change them."""
     root, subject = demo
@@ -224,6 +225,7 @@ def test_report_holds_everything_and_escapes_text(tmp_path):
     assert "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.slow
 def test_the_demo_report_shows_benchmarks_without_a_target(tmp_path):
     """The tool as `make demo` runs it, on the files that training and evaluation leave."""
     for stage in (1, 2, 3):

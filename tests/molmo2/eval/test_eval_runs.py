@@ -102,6 +102,7 @@ def test_every_metric_belongs_to_a_benchmark():
     assert used == set(METRICS)
 
 
+@pytest.mark.slow
 def test_ranks_share_the_samples_and_give_the_answers_of_one(demo, tmp_path):
     root, subject = demo
     arguments = (SHORT, str(root / "shards"), subject)
@@ -114,6 +115,7 @@ def test_ranks_share_the_samples_and_give_the_answers_of_one(demo, tmp_path):
     assert sorted(len(path.read_text().splitlines()) for path in files) == [1, 1, 2]
 
 
+@pytest.mark.slow
 def test_what_is_answered_is_not_asked_again(demo, tmp_path, monkeypatch):
     root, subject = demo
     shards = str(root / "shards")
@@ -254,6 +256,7 @@ def test_loss_is_the_mean_over_all_weights_whatever_the_ranks(demo, tmp_path, na
     assert found["loss"] == pytest.approx(total / weight, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_tool_on_two_ranks(demo, tmp_path, monkeypatch):
     """torchrun, plain python and a second start: the same results; JSON and a page without links."""
     root, subject = demo

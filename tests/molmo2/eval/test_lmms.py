@@ -129,6 +129,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Local:
     return Local(tmp_path_factory.mktemp("lmms"))
 
 
+@pytest.mark.slow
 def test_answers_and_scores(local: Local) -> None:
     assert len(set(local.answers)) == len(DOCS)
     wanted = [text if number % 3 else "wrong" for number, text in enumerate(local.answers)]  # 2 of 6 are wrong
@@ -144,6 +145,7 @@ def test_answers_and_scores(local: Local) -> None:
     assert results["local_qa"]["exact_match,none"] == pytest.approx(4 / 6)
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_questions(local: Local) -> None:
     local.add_task("local_ranks", local.answers)
     results, texts = local.run("local_ranks", ranks=2)

@@ -61,6 +61,7 @@ def asked_things() -> dict[str, CheckedPrompt]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [QWEN, OLMO, YARN], ids=["qwen3", "olmo", "yarn"])
 def test_transformers_generates_our_tokens(config: ModelConfig, tmp_path: Path, no_network: None) -> None:
     """Loaded as a user does: neither network nor remote code."""
@@ -259,6 +260,7 @@ def test_a_cut_file_is_named(tmp_path: Path) -> None:
         hub.open_tensors(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_tool_exports_a_checkpoint(tmp_path: Path) -> None:
     step = write_checkpoint(tmp_path / "run", tokenizer_dir())
     done = run_tool("--checkpoint", tmp_path / "run", "--out", tmp_path / "out")

@@ -85,6 +85,7 @@ def test_refusals_are_told(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyP
         push(out, "owner/other", "x")
 
 
+@pytest.mark.slow
 def test_the_tool_pushes_what_it_exported(hub: Hub, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "run", tokenizer_dir())
     arguments = ["--checkpoint", tmp_path / "run", "--out", tmp_path / "out", "--push-to-hub", "owner/model"]

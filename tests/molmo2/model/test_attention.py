@@ -144,6 +144,7 @@ def test_few_blocks_are_visited_in_vain(name: str) -> None:
     assert int((mixed | full).sum()) <= 1.25 * needed + len(mixed) + 1  # and the block at the end
 
 
+@pytest.mark.slow
 def test_flex_attention_equals_the_dense_mask() -> None:
     """The compiled kernel, which skips empty blocks and masks none of the full ones. Forward alone, as CPUs can."""
     video = "ttt" + "".join("tt" + "v" * 81 for _ in range(9))

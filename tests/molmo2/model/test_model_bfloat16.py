@@ -23,6 +23,7 @@ def relative(output: torch.Tensor, truth: torch.Tensor) -> float:
     return float((output.float() - truth).pow(2).mean().sqrt() / truth.pow(2).mean().sqrt())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", CONFIGS)
 @pytest.mark.parametrize("case", CASES)
 def test_as_near_to_float32_as_transformers(case: str, variant: str) -> None:

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
 TOTALS = {"nano": 1_153_787_344, "4b": 4_850_869_200, "8b": 8_661_703_120, "o-7b": 7_760_786_896}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_tensor_has_the_shape_of_transformers(name: str) -> None:
     with torch.device("meta"):
@@ -78,6 +79,7 @@ print(tuple(model(*args, torch.zeros((0, 4), dtype=torch.int64)).shape))
 """
 
 
+@pytest.mark.slow
 def test_model_runs_with_torch_alone() -> None:
     code = BLOCKED.format(allowed={"torch", "molmo2"})
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

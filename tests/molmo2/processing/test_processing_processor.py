@@ -88,6 +88,7 @@ def test_image_prompt_equals_transformers(sizes, question, shape, tokens) -> Non
     np.testing.assert_allclose(patches / 127.5 - 1, want["pixel_values"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_video_prompt_equals_transformers(tmp_path) -> None:
     from transformers.video_utils import VideoMetadata
 

@@ -38,6 +38,7 @@ def test_special_strings_in_text_stay_text(special: str) -> None:
     assert max(ids) < 256 and tokenizer.decode(ids) == f"a{special}b"
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_round_trip(text: str) -> None:
     ids = tiny_tokenizer().encode(text)

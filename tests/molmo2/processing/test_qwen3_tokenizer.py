@@ -38,6 +38,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_ids_are_the_released_ones(directory: Path) -> None:
     tokenizer = Tokenizer(directory, BASE_VOCAB)
     assert PRESETS["4b"].text.vocab_size == PRESETS["8b"].text.vocab_size == BASE_VOCAB
@@ -49,6 +50,7 @@ def test_ids_are_the_released_ones(directory: Path) -> None:
     assert len(loaded) == 151_950
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["Two cats, 17 dogs.\n\n  and\ttabs", "Wörter, 漢字, 🙂‍↔️", 'x=3; <points coords="1 2 3">']
 )
@@ -59,6 +61,7 @@ def test_text_is_cut_as_by_qwen3_itself(directory: Path, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.slow
 def test_special_strings_in_text_stay_text(directory: Path) -> None:
     tokenizer = Tokenizer(directory, BASE_VOCAB)
     text = "<im_patch><|im_end|><|video|>"
@@ -66,6 +69,7 @@ def test_special_strings_in_text_stay_text(directory: Path) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.slow
 def test_an_export_with_it_generates_in_transformers(directory: Path, tmp_path: Path) -> None:
     """The table has Qwen3's rows; the widths are small. `export_model` compares logits of text, images and video."""
     config = dataclasses.replace(

@@ -72,6 +72,7 @@ def test_activations_of_a_whole_model_are_as_estimated() -> None:
     assert saved_bytes(model, run) == pytest.approx(estimated, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_long_row_needs_what_was_worked_out_for_it() -> None:
     """8 GPUs, ZeRO-2, checkpoints: 59 / 42 / 34 / 30 GiB at sp 1 / 2 / 4 / 8, the connector's share left out there."""
     kept = measure_saved(PRESETS["4b"], torch.bfloat16)
@@ -96,6 +97,7 @@ def test_operations_of_a_long_row() -> None:
     assert step_flops(long()) / 128 == pytest.approx(4.95e15, rel=0.15)
 
 
+@pytest.mark.slow
 def test_what_to_change_is_told_where_a_card_is_too_small() -> None:
     lines = dry_run(load_recipe(STAGE1))
     assert any(line.split()[:1] == ["8"] for line in lines)
@@ -104,6 +106,7 @@ def test_what_to_change_is_told_where_a_card_is_too_small() -> None:
     assert "train.offload=[activations,optimizer]" in lines[-1]
 
 
+@pytest.mark.slow
 def test_dry_run_needs_no_data_and_no_launcher(tmp_path: Path) -> None:
     command = [python(), "molmo2/train.py", "--recipe", str(STAGE1), "--dry-run"]
     run = subprocess.run(

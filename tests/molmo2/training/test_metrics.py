@@ -64,6 +64,7 @@ def test_every_step_stands_once_after_a_restart(recipe: Recipe, capsys: pytest.C
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 9.0), (2, 8.0), (3, 2.0), (4, 1.0)]
 
 
+@pytest.mark.slow
 def test_wandb_without_a_network_has_every_number_and_the_samples(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -431,6 +431,7 @@ def test_the_hub_refuses(served: Hub, tmp_path: Path) -> None:
 # --- in the trainer --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_is_held_once(tmp_path: Path) -> None:
     """Loading takes the memory of the weights and little more; in a process of its own, whose peak is its own."""
     config = dataclasses.replace(QWEN, text=dataclasses.replace(QWEN.text, hidden_size=1024, intermediate_size=4096))

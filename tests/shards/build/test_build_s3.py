@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from build_cases import build, build_task, catalog, tree
+from build_cases import build, build_part, catalog, tree
 from s3_server import BUCKET, Server, client, environment
 
 import shards.storage.s3
@@ -23,8 +23,8 @@ from shards.stream.dataset import open_dataset
 from tools.build_shards import write_report_json
 
 SCRIPT = (
-    "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[5]); from build_cases import build_task\n"
-    "build_task(Path(sys.argv[1]), sys.argv[2], 'demo-cap', task_of=(int(sys.argv[3]), int(sys.argv[4])))"
+    "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[5]); from build_cases import build_part\n"
+    "build_part(Path(sys.argv[1]), sys.argv[2], 'demo-cap', task_of=(int(sys.argv[3]), int(sys.argv[4])))"
 )
 
 
@@ -90,26 +90,28 @@ def test_tasks_that_are_killed_end_with_the_bytes_of_a_disk(raw: Path, tmp_path:
     assert INDEX_NAME not in {name.rsplit("/", 1)[-1] for name in objects(url)}
     tasks = [start(raw, url, rank, 2) for rank in range(2)]
     assert [task.wait(timeout=120) for task in tasks] == [0, 0]
-    built = build_task(raw, url, "demo-cap")
+    built = build_part(raw, url, "demo-cap")
     assert built.index is not None and built.num_made == 0
     assert objects(url) == whole
     findings = [found for found in verify_dataset(f"{url}/demo-cap") if isinstance(found, Finding)]
     assert not findings
     assert len(open_dataset(url, "demo-cap")) == built.index.totals.samples
-    again = build_task(raw, url, "demo-cap")
+    again = build_part(raw, url, "demo-cap")
     assert again.num_made == 0 and objects(url) == whole
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_unless_it_is_meant(raw: Path) -> None:
     url, other = f"s3://{BUCKET}/settings", catalog("sft", examples_per_shard=5).stages["sft"]
-    build_task(raw, url, "demo-chat")
+    build_part(raw, url, "demo-chat")
     with pytest.raises(BuildError, match=r"s3://bucket/settings/demo-chat was built with other settings: settings\."):
-        build_task(raw, url, "demo-chat", settings=other)
+        build_part(raw, url, "demo-chat", settings=other)
     first = objects(f"{url}/demo-chat")
-    build_task(raw, url, "demo-chat", settings=other, overwrite=True)
+    build_part(raw, url, "demo-chat", settings=other, overwrite=True)
     assert objects(f"{url}/demo-chat")[BUILD_NAME] != first[BUILD_NAME]
 
 
+@pytest.mark.slow
 def test_a_mark_that_changes_meanwhile_stops_before_the_index(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another machine overwrites the place while this build is at work: a bucket has no lock."""
     from shards.build import builder
@@ -122,7 +124,7 @@ def test_a_mark_that_changes_meanwhile_stops_before_the_index(raw: Path, monkeyp
 
     monkeypatch.setattr(builder, "_write_rejects", overtaken)
     with pytest.raises(BuildError, match="was built with other settings"):
-        build_task(raw, url, "demo-chat")
+        build_part(raw, url, "demo-chat")
     assert INDEX_NAME not in objects(f"{url}/demo-chat")
 
 
@@ -143,16 +145,16 @@ def test_a_lost_server_is_one_error_and_the_next_try_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(builder, "_check_budget", lost)
         with pytest.raises(BuildError, match="the same command continues: finished shards are kept"):
-            build_task(raw, url, "demo-cap")
+            build_part(raw, url, "demo-cap")
     server.start()
-    built = build_task(raw, url, "demo-cap")
+    built = build_part(raw, url, "demo-cap")
     assert built.num_kept >= 1 and objects(url) == whole
 
 
 def test_the_report_says_what_was_made_and_left_out(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    built = build_task(raw, tmp_path / "out", "demo-cap")
+    built = build_part(raw, tmp_path / "out", "demo-cap")
     write_report_json("sft/demo-cap", built, (0, 1), str(tmp_path / "out/demo-cap"), 2.0)
     told = json.loads((tmp_path / "out/demo-cap/report.json").read_text())
     assert built.index is not None
@@ -160,4 +162,4 @@ def test_the_report_says_what_was_made_and_left_out(
     assert told["made"] == {"shards": built.num_made, "seconds": 2.0, "samples_per_second": told["samples"] / 2}
     assert sum(told["left_out"].values()) == built.index.totals.rejects
     assert f"{told['samples']} samples" in capsys.readouterr().out
-    assert build_task(raw, tmp_path / "out", "demo-cap").num_made == 0, "the report is no part of the build"
+    assert build_part(raw, tmp_path / "out", "demo-cap").num_made == 0, "the report is no part of the build"

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
-from build_cases import build, build_task, catalog, tree
+from build_cases import build, build_part, catalog, tree
 from fork_server import python
 
 from shards.build.claim import BuildError
@@ -31,6 +31,7 @@ from shards.sources.parquet import SourceError
 from shards.sources.tables import open_table
 
 
+@pytest.mark.slow
 def test_one_and_three_workers_give_equal_bytes(raw: Path, tmp_path: Path) -> None:
     index = build(raw, tmp_path / "one", "demo-points")
     build(raw, tmp_path / "three", "demo-points", workers=3)
@@ -38,6 +39,7 @@ def test_one_and_three_workers_give_equal_bytes(raw: Path, tmp_path: Path) -> No
     assert tree(tmp_path / "one") == tree(tmp_path / "three")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretraining", "sft", "long", "eval"])
 def test_every_dataset_of_every_stage_builds(raw: Path, tmp_path: Path, stage: Stage) -> None:
     for row in catalog(stage).select(stage):
@@ -46,6 +48,7 @@ def test_every_dataset_of_every_stage_builds(raw: Path, tmp_path: Path, stage: S
         assert index.totals.tokens > index.totals.samples
 
 
+@pytest.mark.slow
 def test_killed_builds_continue_to_equal_bytes(raw: Path, tmp_path: Path) -> None:
     """kill -9 after the first shard; the second run keeps that shard's file and ends with the same bytes."""
     build(raw, tmp_path / "whole", "demo-cap")
@@ -68,6 +71,7 @@ def test_killed_builds_continue_to_equal_bytes(raw: Path, tmp_path: Path) -> Non
     assert tree(out) == tree(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_build(raw: Path, tmp_path: Path) -> None:
     """A pool's workers outlive a main process that is killed; ours must not go on writing."""
     script = (
@@ -99,6 +103,7 @@ def test_workers_end_with_a_killed_build(raw: Path, tmp_path: Path) -> None:
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves its files to the collector
 def test_plain_webdataset_reads_what_was_stored(raw: Path, tmp_path: Path) -> None:
     index = build(raw, tmp_path, "demo-count")
@@ -123,6 +128,7 @@ def test_other_settings_are_refused_by_name(raw: Path, tmp_path: Path) -> None:
     assert build(raw, tmp_path, "demo-chat", settings=changed, overwrite=True).num_variants == 2
 
 
+@pytest.mark.slow
 def test_rejects_are_recorded_and_bounded(raw: Path, tmp_path: Path) -> None:
     """A missing video is one reject; above the budget the build stops, and continues when the source is mended."""
     broken = tmp_path / "raw"
@@ -164,6 +170,7 @@ def test_a_row_that_the_converter_cannot_take_is_one_reject(raw: Path, tmp_path:
     assert reject["reason"].startswith("video_track failed on the row's values: TypeError: float()")
 
 
+@pytest.mark.slow
 def test_a_reject_does_not_cost_its_siblings(raw: Path, tmp_path: Path) -> None:
     """A row of demo-count is two examples; where the processor refuses one, the other is still made."""
     whole = build(raw, tmp_path / "whole", "demo-count").totals
@@ -186,6 +193,7 @@ def test_a_dataset_without_samples_is_an_error(raw: Path, tmp_path: Path) -> Non
         build(raw, tmp_path, "demo-chat", row={"converter": "poem"})
 
 
+@pytest.mark.slow
 def test_a_build_that_cannot_stay_in_budget_stops_early(raw: Path, tmp_path: Path) -> None:
     """The URLs of a copied folder lead out of it, so every row is wrong: the build ends before its last shard."""
     broken = tmp_path / "raw"
@@ -261,6 +269,7 @@ def test_a_full_disk_ends_in_one_message(raw: Path, tmp_path: Path, monkeypatch:
     assert build(raw, tmp_path, "demo-chat").totals.samples > 0
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_inside_a_shard_keeps_the_shards_before(raw: Path, tmp_path: Path) -> None:
     """A real limit: no file may grow beyond 40 kB, so a tar with images fails inside its write."""
     build(raw, tmp_path / "whole", "demo-cap")
@@ -297,6 +306,7 @@ def test_rows_are_read_in_the_order_asked_for(tmp_path: Path) -> None:
     assert [(source.file, source.row) for source, _ in found][:2] == [("1.parquet", 7), ("0.parquet", 2)]
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_is_wrong(raw: Path, tmp_path: Path) -> None:
     tool = Path(__file__).parents[3] / "tools" / "build_shards.py"
     command = [python(), str(tool), "--stage", "sft", "--catalog", "demo", "--datasets", "demo-cup"]
@@ -306,12 +316,13 @@ def test_the_command_line_says_what_is_wrong(raw: Path, tmp_path: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.slow
 def test_a_tree_that_does_not_fit_becomes_several_samples(raw: Path, tmp_path: Path) -> None:
     """Nothing is dropped: every annotation is in one of the parts, and their records say what was done."""
     settings = catalog("sft").stages["sft"]
     tight = settings.model_copy(update={"limits": dataclasses.replace(settings.limits, sequence_length=160)})
     wide = build(raw, tmp_path / "wide", "demo-video-qa", "sft")
-    built = build_task(raw, tmp_path / "tight", "demo-video-qa", "sft", settings=tight)
+    built = build_part(raw, tmp_path / "tight", "demo-video-qa", "sft", settings=tight)
     assert (index := built.index) is not None
     assert index.totals.annotations == wide.totals.annotations
     assert index.totals.rejects == wide.totals.rejects

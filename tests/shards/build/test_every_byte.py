@@ -71,6 +71,7 @@ def flips(path: Path) -> Iterator[Iterator[int]]:
     assert path.read_bytes() == good
 
 
+@pytest.mark.slow
 def test_the_reader_names_every_flipped_byte(tmp_path: Path) -> None:
     dataset = made(tmp_path, KEYS)
     every, seen = draws(dataset), 0
@@ -91,6 +92,7 @@ def test_the_reader_names_every_flipped_byte(tmp_path: Path) -> None:
     assert seen == ends[-1]
 
 
+@pytest.mark.slow
 def test_verify_names_every_flipped_byte(tmp_path: Path) -> None:
     """Padding behind the last sample included."""
     dataset = made(tmp_path, KEYS[:1])

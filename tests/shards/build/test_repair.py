@@ -78,6 +78,7 @@ CASES: dict[str, tuple[Callable[[Path], object], int]] = {  # the damage, and ho
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_whole_stays_and_the_rest_is_dropped(whole: Path, damaged: Path, name: str) -> None:
     damage, lost = CASES[name]
@@ -117,6 +118,7 @@ def test_a_copy_that_is_damaged_too_is_not_believed(whole: Path, damaged: Path, 
     assert findings(damaged) == []
 
 
+@pytest.mark.slow
 def test_a_killed_repair_is_continued(whole: Path, damaged: Path, tmp_path: Path) -> None:
     for shard in ("000000", "000001", "000002"):
         flip(damaged / f"{shard}.tar", offsets(damaged, shard)[1] + 600)
@@ -141,6 +143,7 @@ def test_without_any_index_it_says_what_is_missing(damaged: Path) -> None:
         list(repair_dataset(damaged))
 
 
+@pytest.mark.slow
 def test_the_command_line(whole: Path, damaged: Path) -> None:
     flip(damaged / "000001.tar", offsets(damaged)[1] + 600)
     command = [python(), str(TOOL), str(damaged.parent), "--repair", "--from", str(whole)]

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from build_cases import build, build_task, tree
+from build_cases import build, build_part, tree
 
 from shards.build.builder import MAX_FAILED
 from shards.build.claim import BuildError
@@ -19,8 +19,8 @@ from shards.build.writer import WriteError
 from tools.build_shards import task_from, task_of
 
 SCRIPT = (
-    "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[5]); from build_cases import build_task\n"
-    "build_task(Path(sys.argv[1]), Path(sys.argv[2]), 'demo-cap', task_of=(int(sys.argv[3]), int(sys.argv[4])))"
+    "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[5]); from build_cases import build_part\n"
+    "build_part(Path(sys.argv[1]), Path(sys.argv[2]), 'demo-cap', task_of=(int(sys.argv[3]), int(sys.argv[4])))"
 )
 
 
@@ -37,15 +37,17 @@ def whole(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byte
     return tree(out)
 
 
+@pytest.mark.slow
 def test_three_processes_at_once_give_the_bytes_of_one(raw: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
     tasks = [start(raw, tmp_path, rank, 3) for rank in range(3)]
     assert [task.wait(timeout=120) for task in tasks] == [0, 0, 0]
     assert not (tmp_path / "demo-cap" / "index.json").exists()
-    closed = build_task(raw, tmp_path, "demo-cap")
+    closed = build_part(raw, tmp_path, "demo-cap")
     assert (closed.num_made, closed.num_kept) == (0, sum(name.endswith(".tar") for name in whole))
     assert tree(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_tasks_killed_at_any_moment_end_with_equal_bytes(raw: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
     """Both tasks are killed some time after the first file of a shard, four times, and then the whole is built."""
     draw = random.Random(1)
@@ -81,12 +83,12 @@ def test_failed_shards_alone_are_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(build_task, "write_shard", faulty)
         with pytest.raises(BuildError, match=r"1 shards failed; --retry-failed(.|\n)*000001: WriteError: key x occurs"):
-            build_task(raw, tmp_path, "demo-cap", task_of=(1, 2))
+            build_part(raw, tmp_path, "demo-cap", task_of=(1, 2))
     made = {path.name for path in folder.glob("*.tar")}
     assert "000003.tar" in made and "000001.tar" not in made
     assert json.loads((folder / "000001.failed.json").read_text())["reason"] == "WriteError: key x occurs twice"
     with pytest.raises(BuildError, match=r"\d+ shards are still to be built; omit --retry-failed"):
-        build_task(raw, tmp_path, "demo-cap", retry_failed=True)
+        build_part(raw, tmp_path, "demo-cap", retry_failed=True)
     assert {path.name for path in folder.glob("*.tar")} == made | {"000001.tar"}
     build(raw, tmp_path, "demo-cap")
     assert tree(tmp_path) == whole
@@ -103,11 +105,11 @@ def test_many_failures_end_the_run_early(raw: Path, tmp_path: Path, monkeypatch:
 
 
 def test_a_task_neither_overwrites_nor_mixes_settings(raw: Path, tmp_path: Path) -> None:
-    build_task(raw, tmp_path, "demo-chat", task_of=(0, 2))
+    build_part(raw, tmp_path, "demo-chat", task_of=(0, 2))
     with pytest.raises(BuildError, match="only 0/1 may overwrite"):
-        build_task(raw, tmp_path, "demo-chat", task_of=(1, 2), overwrite=True)
+        build_part(raw, tmp_path, "demo-chat", task_of=(1, 2), overwrite=True)
     with pytest.raises(BuildError, match=r"built with other settings: row\..*without --task"):
-        build_task(raw, tmp_path, "demo-chat", task_of=(1, 2), row={"options": {"style": "user_qa"}})
+        build_part(raw, tmp_path, "demo-chat", task_of=(1, 2), row={"options": {"style": "user_qa"}})
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def digest(value: pydantic.BaseModel) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@pytest.mark.slow
 def test_resolved_rows_are_what_is_on_record() -> None:
     folder = ROOT / "shards" / "catalog"
     names = sorted({p.stem for p in folder.glob("*.yaml")} | {p.parent.name for p in folder.glob("*/catalog.yaml")})
@@ -248,6 +249,7 @@ def test_media_are_looked_for_in_shared_folders(tmp_path: Path) -> None:
     assert media.image(3, row={"split": "a"}).path == str(tmp_path / "own" / "top" / "a-3.jpg")
 
 
+@pytest.mark.slow
 def test_one_missing_dataset_stops_no_other(raw: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingSourceError):
         open_table(tmp_path, "*.parquet", [])

@@ -253,6 +253,7 @@ fill("pixmo", Download.model_validate_json(sys.argv[2]), Path(sys.argv[1]), opti
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_it_goes_on_and_fetches_nothing_twice(hub: Hub, web: Web, tmp_path: Path) -> None:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:

@@ -128,6 +128,7 @@ def test_unreadable_videos_are_named(tmp_path: Path) -> None:
     assert probe_video(VideoRef(path=str(tmp_path / "a.mp4"))).num_frames == 90  # the child lives on
 
 
+@pytest.mark.slow
 def test_a_hanging_decoder_is_killed(tmp_path: Path) -> None:
     """A pipe that nobody writes to blocks any decoder; the deadline ends it, and the next video is read."""
     os.mkfifo(tmp_path / "pipe.mp4")

@@ -213,6 +213,7 @@ CODECS = {"h264.mp4": "libx264", "h265.mkv": "libx265", "vp8.webm": "libvpx", "v
 CODECS |= {"av1.mp4": "libsvtav1", "mpeg4.avi": "mpeg4"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CODECS)
 def test_zeros_in_the_middle(tmp_path: Path, name: str) -> None:
     """Of a packet, over packets, over what the container says of them; decoders conceal it or take it for a picture."""
@@ -230,6 +231,7 @@ def test_zeros_in_the_middle(tmp_path: Path, name: str) -> None:
             assert right_or_refused(path, expected, times)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CODECS)
 def test_truncation(tmp_path: Path, name: str) -> None:
     """At any place; with the index in front, as it lies in files that were made to be sent."""

@@ -73,6 +73,7 @@ def draws(name: str = "one") -> list[Draw]:
     return [Draw(0, 0, i, 0, *(row[f].item() for f in fields), 0, 0, 0.0) for i, row in enumerate(dataset.sidecars[0])]
 
 
+@pytest.mark.slow
 def test_five_verbs(bucket: str, tmp_path: Path) -> None:
     storage = open_storage(f"s3://{BUCKET}/verbs/")
     storage.write("a/b.bin", b"0123456789")
@@ -189,6 +190,7 @@ def other_range(exchange: Exchange) -> None:
     exchange.headers = {"Content-Range": "bytes 7-9/10"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [slow_down, reset, cut, short, other_range], ids=lambda change: change.__name__)
 def test_passing_faults_give_the_right_bytes(
     proxy: tuple[list[Fault], list[str]], local: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[..., None]
@@ -227,6 +229,7 @@ def drip(exchange: Exchange) -> None:
     exchange.pause = 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [slow_down, drip, reset], ids=lambda change: change.__name__)
 def test_lasting_faults_end_in_one_named_error(
     proxy: tuple[list[Fault], list[str]], local: Path, change: Callable[..., None]
@@ -266,6 +269,7 @@ def test_a_vanished_object_is_damage(proxy: tuple[list[Fault], list[str]], local
     assert "NoSuchKey" in found.reason
 
 
+@pytest.mark.slow
 def test_no_answer_stops_the_loader(
     proxy: tuple[list[Fault], list[str]], local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +288,7 @@ def test_no_answer_stops_the_loader(
         loader.close()
 
 
+@pytest.mark.slow
 def test_verify_names_what_is_damaged_in_a_bucket(bucket: str, local: Path) -> None:
     root = f"s3://{BUCKET}/shards"
     assert find_datasets(root) == [f"{ROOT}/one", f"{ROOT}/two"]

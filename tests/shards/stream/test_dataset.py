@@ -91,6 +91,7 @@ def use_openssl() -> None:
     os._exit(int(thread.is_alive()))
 
 
+@pytest.mark.slow
 def test_a_process_that_is_forked_after_opening_does_not_hang(tmp_path: Path) -> None:
     """No thread of ours may be at its end, where it holds a lock inside OpenSSL, when workers are forked."""
     names = [f"d{i}" for i in range(12)]

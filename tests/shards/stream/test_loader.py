@@ -145,6 +145,7 @@ def test_killed_anywhere_and_continued_otherwise(
     assert steps_of(fresh, fresh.restore(state), 5 - done, dp, micro) == wanted[done:]
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_ranks_share_every_step_without_gap(plan: Plan, data: st.DataObject) -> None:
     """dp 1-16, any micro-batch, from any cursor: specs only, so many cases."""

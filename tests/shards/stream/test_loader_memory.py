@@ -17,6 +17,7 @@ LOOKS = 20  # how often memory is read; the first fifth warms caches and arenas 
 MOST_GROWTH = 2 << 20  # bytes of a process; a leak of 1,100 bytes a batch would be more
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_memory_is_flat(tmp_path: Path) -> None:
     write_dataset(tmp_path, "text", 30)
