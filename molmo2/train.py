@@ -51,6 +51,7 @@ from molmo2.training.run import (
     TrainingError,
 )
 from shards.atomic import write_atomic
+from shards.storage.base import UnavailableError
 from shards.stream.loader import QuarantineError
 from shards.stream.plan import Cursor, PlanError, open_plan
 
@@ -289,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             gc.collect()
     except AgreedError:
         return 1
-    except (TrainingError, CheckpointError, QuarantineError, PlanError, MeshError) as error:
+    except (TrainingError, CheckpointError, QuarantineError, UnavailableError, PlanError, MeshError) as error:
         write_line(f"train.py: rank {dist.get_rank()}: {error}", sys.stderr)
         return 1
     except RuntimeError as error:

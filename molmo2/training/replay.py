@@ -86,7 +86,7 @@ def show_losses(run: Run, step: StepSpec, fresh: Molmo2 | None = None) -> Iterat
     module = TrainingModule(model, run.recipe, run.mesh).to(run.device).eval()
     reader = pack_reader(run.plan, run.layout)
     for pack in step.packs:
-        batch = reader[MicroSpec((pack,), step.divisor, step.cursor)].to(run.device)
+        batch = reader.read(MicroSpec((pack,), step.divisor, step.cursor)).to(run.device)
         losses = member_losses(module, batch, len(pack.draws))
         yield _heading(run, pack)
         for draw, loss in zip(pack.draws, losses, strict=True):

@@ -49,7 +49,7 @@ def _read_threads(pid: int) -> ThreadPoolExecutor:
 
 
 class UnavailableError(OSError):
-    """A storage did not answer within the deadline. This is no damage: the data may be intact."""
+    """A storage does not answer, refuses, or is gone. This is no damage: the data may be intact."""
 
 
 class Storage(Protocol):

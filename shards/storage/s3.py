@@ -90,7 +90,11 @@ class S3Storage:
             reraise=True,
         )
         try:
-            return attempts(self._get, key, offset, length, end)
+            try:
+                return attempts(self._get, key, offset, length, end)
+            except PermissionError:  # the credentials may have been renewed since the URL was signed
+                _presigned.cache_clear()
+                return attempts(self._get, key, offset, length, end)
         except _TransientError as error:
             raise UnavailableError(
                 f"{self.root}/{name}: no answer in {time.monotonic() - since:.0f} s: {error}; "
@@ -137,7 +141,7 @@ class S3Storage:
         code = match[1] if match else f"status {status}"
         if status in TRANSIENT or code in ("SlowDown", "RequestTimeout", "InternalError"):
             raise _TransientError(f"{code} ({status})", _retry_after(response))
-        if status == 404:
+        if status == 404 and code != "NoSuchBucket":
             raise FileNotFoundError(2, f"no such object ({code})", where)
         remedy = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, the region and the bucket's policy"
         raise PermissionError(13, f"the store refuses: {code} ({status}); {remedy}", where)

@@ -8,6 +8,7 @@ are verified like any other read. Datasets of images and frames are not cached: 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
 from contextlib import suppress
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.atomic import LockHeldError, file_lock, remove_temporary_files, replacing
-from shards.storage.base import Storage, tally
+from shards.storage.base import Storage, UnavailableError, tally
 from shards.storage.local import LocalStorage
 
+LOG = logging.getLogger(__name__)
 IDLE = 600.0  # seconds without a read after which a shard may be evicted
 AGAIN = 60.0  # seconds until a process retries to cache a shard for which there was no room
 CHUNK = 8 << 20  # bytes of one read while a shard is fetched
@@ -44,7 +46,7 @@ class ShardCache:
         try:
             data = LocalStorage(self.folder).read(path.name, offset, length)
             os.utime(path)  # marks the shard as in use
-        except FileNotFoundError:  # another run evicted it
+        except OSError:  # another run evicted it, or the disk of the cache fails
             return storage.read(name, offset, length)
         tally("cache_hits")
         return data
@@ -63,6 +65,11 @@ class ShardCache:
                 cached = path.exists() or (self._make_room(size) and _fetch(storage, name, size, path))
         except LockHeldError:
             return False
+        except UnavailableError:
+            raise
+        except OSError as error:  # of the cache's disk; one of the storage is met again by the read that follows
+            LOG.warning("%s: not cached: %s", path, error)
+            cached = False
         if not cached:
             _NOT_BEFORE[path] = time.monotonic() + AGAIN
         return cached

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from shards.layout import VisualLayout
-from shards.storage.base import take_tally
+from shards.storage.base import UnavailableError, take_tally
 from shards.storage.local import LocalStorage
 from shards.stream.collate import Batch, OpenedSample, ReadStats, collate, decode_crops, open_sample, own_visuals
 from shards.stream.dataset import Tars, with_cache
@@ -84,7 +84,7 @@ class PlanSampler(Sampler[MicroSpec]):
             cursor = step.cursor
 
 
-class PackReader(TorchDataset[Batch]):
+class PackReader(TorchDataset[Batch | UnavailableError]):
     """Map-style dataset that turns a MicroSpec into a batch. It runs in the workers and holds no index.
 
     Args:
@@ -100,7 +100,19 @@ class PackReader(TorchDataset[Batch]):
         self.tars, self.layout, self.sequence_length, self.share = tuple(tars), layout, sequence_length, share
         self.ahead = ReadAhead(self._read)
 
-    def __getitem__(self, spec: MicroSpec) -> Batch:
+    def __getitem__(self, spec: MicroSpec) -> Batch | UnavailableError:
+        """The batch, or why the storage cannot be read: an exception would reach the main process as a traceback."""
+        try:
+            return self.read(spec)
+        except UnavailableError as error:
+            return error
+
+    def read(self, spec: MicroSpec) -> Batch:
+        """Read, verify, decode and collate a micro-batch.
+
+        Raises:
+            UnavailableError: a storage does not answer, refuses or is gone.
+        """
         # A local read ends before a thread would start; a bucket serves many concurrent reads.
         if self.remote:
             self.ahead.begin((*spec.draws, *spec.ahead))
@@ -224,6 +236,7 @@ def make_loader(
     Raises:
         ValueError: the packs of a step cannot be divided equally among the ranks.
         QuarantineError: while iterating, when a dataset has more damaged samples than its budget.
+        UnavailableError: while iterating, when a storage does not answer, refuses or is gone.
     """
     reader = pack_reader(plan, layout, (sp_rank, sp_size), cache)
     ahead = read_ahead if reader.remote else 0
@@ -242,6 +255,8 @@ def make_loader(
     def batches() -> Generator[Batch, None, None]:
         try:
             for batch in loader:
+                if isinstance(batch, UnavailableError):
+                    raise batch
                 quarantine.add(batch.masked)
                 yield batch
         finally:

@@ -1,12 +1,14 @@
 """Reading one sample: its byte range, its checksum, its members. Damage is detected and reported here, never repaired.
 
 A sample whose bytes are wrong is read up to `ATTEMPTS` times; then the caller gets a `Damage` instead of the sample.
+A storage that refuses, does not answer or is gone is an error, never a damage: no sample is masked for it.
 `shards.stream.collate` decodes images and assembles packs; `shards.stream.loader` counts damaged samples against a
 budget (the quarantine).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import time
@@ -17,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.asked import MEMBER_NAME
-from shards.format import TOKEN_DTYPE, FormatError, npy_rows, span_hash, tar_members, whole_headers
+from shards.format import INDEX_NAME, TOKEN_DTYPE, FormatError, npy_rows, span_hash, tar_members, whole_headers
 from shards.layout import sample_visuals
 from shards.storage.base import UnavailableError, tally
 from shards.stream.dataset import Tars
@@ -68,9 +70,10 @@ def read_sample(tars: Tars, draw: Draw) -> StoredSample | Damage:
     """Read a draw as one byte range and verify it; after `ATTEMPTS` failed reads it is reported as damage.
 
     Raises:
-        UnavailableError: the storage does not answer, so the sample may be intact.
+        UnavailableError: the storage does not answer, refuses or is gone, so the sample may be intact.
     """
     span, reason = b"", ""
+    failure: OSError | None = None
     for attempt in range(ATTEMPTS):
         if attempt:
             tally("retries")
@@ -80,12 +83,33 @@ def read_sample(tars: Tars, draw: Draw) -> StoredSample | Damage:
             check_span(span, draw)
             tally("bytes", len(span))
             return parse_sample(span, draw.variant)
-        except UnavailableError:
-            raise
-        except (ReadError, FormatError, OSError) as error:
-            reason = str(error)
+        except (UnavailableError, PermissionError) as error:
+            raise _unavailable(tars, draw, error) from None
+        except OSError as error:
+            reason, failure = str(error), error
+        except (ReadError, FormatError) as error:
+            reason, failure = str(error), None
+    if failure is not None and not _is_lost_alone(tars, failure):
+        raise _unavailable(tars, draw, failure) from None
     key = next((key for _, _, key in whole_headers(span)), None)
     return to_damage(tars, draw, key, f"{reason} ({ATTEMPTS} reads)")
+
+
+def _is_lost_alone(tars: Tars, error: OSError) -> bool:
+    """Whether a shard is missing, or cannot be read from its disk, while the dataset's index is still there."""
+    if not isinstance(error, FileNotFoundError) and error.errno != errno.EIO:
+        return False
+    try:
+        return tars.storage.size(INDEX_NAME) is not None
+    except OSError:
+        return False
+
+
+def _unavailable(tars: Tars, draw: Draw, error: OSError) -> UnavailableError:
+    return UnavailableError(
+        f"{tars.name}/{tars.shards[draw.shard]}.tar cannot be read from {tars.storage.root}: {error}; no sample was "
+        "masked. Make the storage available, then start again: the run resumes where it was"
+    )
 
 
 def to_damage(tars: Tars, draw: Draw, key: str | None, reason: str) -> Damage:

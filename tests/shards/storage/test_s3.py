@@ -259,14 +259,57 @@ def test_a_stale_object_is_damage(proxy: tuple[list[Fault], list[str]], local: P
 def test_a_vanished_object_is_damage(proxy: tuple[list[Fault], list[str]], local: Path) -> None:
     wanted, tars = draws()[0], open_dataset(ROOT, "one").tars
 
-    def gone(exchange: Exchange) -> None:
-        exchange.status, exchange.headers, exchange.body = 404, {}, b"<Error><Code>NoSuchKey</Code></Error>"
-        exchange.send = len(exchange.body)
-
-    proxy[0].append(gone)
+    proxy[0].append(answer(404, "NoSuchKey", only=".tar"))
     found = read_sample(tars, wanted)
     assert isinstance(found, Damage)
     assert "NoSuchKey" in found.reason
+
+
+def answer(status: int, code: str, only: str = "") -> Fault:
+    """The store answers every request for a path with `only` in it in this way."""
+
+    def fault(exchange: Exchange) -> None:
+        if only in exchange.path:
+            exchange.status, exchange.headers = status, {}
+            exchange.body = f"<Error><Code>{code}</Code></Error>".encode()
+            exchange.send = len(exchange.body)
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (400, "ExpiredToken"),
+        (400, "InvalidToken"),
+        (403, "AccessDenied"),
+        (403, "RequestTimeTooSkewed"),
+        (301, "PermanentRedirect"),
+        (404, "NoSuchBucket"),  # of all objects, the index as well
+    ],
+)
+def test_a_store_that_refuses_is_an_error_and_no_damage(
+    proxy: tuple[list[Fault], list[str]], local: Path, status: int, code: str
+) -> None:
+    wanted, tars = draws()[0], open_dataset(ROOT, "one").tars
+    proxy[0].append(answer(status, code))
+    with pytest.raises(UnavailableError, match=rf"one/000000.tar cannot be read from {ROOT}/one: .*{code}.*masked"):
+        read_sample(tars, wanted)
+
+
+def test_renewed_credentials_are_used(proxy: tuple[list[Fault], list[str]], local: Path) -> None:
+    """A URL that was signed with expired ones is signed again, once."""
+    wanted, tars, signed = draws()[0], open_dataset(ROOT, "one").tars, list[str]()
+    refuse = answer(400, "ExpiredToken")
+
+    def expire(exchange: Exchange) -> None:
+        signed.append(exchange.path)
+        if len(signed) == 1:
+            refuse(exchange)
+
+    proxy[0].append(expire)
+    assert isinstance(read_sample(tars, wanted), StoredSample)
+    assert len(signed) == 2
 
 
 @pytest.mark.slow

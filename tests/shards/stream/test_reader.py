@@ -1,17 +1,22 @@
 """Reading one sample: as written, read again after a passing fault, and named when it is damaged."""
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from toy import make_sample, write_dataset
+from toy import LAYOUT, make_sample, write_dataset
 
 import shards.stream.reader
-from shards.format import FormatError
+from shards.format import INDEX_NAME, FormatError
+from shards.storage.base import UnavailableError
 from shards.storage.local import LocalStorage
 from shards.stream.dataset import Dataset, open_dataset
-from shards.stream.plan import Draw
+from shards.stream.loader import make_loader
+from shards.stream.mixture import MixtureSpec
+from shards.stream.plan import Cursor, Draw, PlanSettings, open_plan
 from shards.stream.reader import Damage, ReadError, StoredSample, parse_sample, read_sample
 
 
@@ -93,9 +98,46 @@ def test_a_passing_fault_is_read_again(
     assert isinstance(read_sample(dataset.tars, draws(dataset)[0]), StoredSample)
     monkeypatch.undo()
     monkeypatch.setattr(LocalStorage, "read", failing(3, fail))
+    if fail is fail_with_error:  # the store's fault, so that the sample may be intact
+        with pytest.raises(UnavailableError, match=r"toy/000000\.tar cannot be read from .*connection reset"):
+            read_sample(dataset.tars, draws(dataset)[0])
+        return
     found = read_sample(dataset.tars, draws(dataset)[0])
     assert isinstance(found, Damage)
     assert "(3 reads)" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("code", "damaged"),
+    [(errno.EIO, True), (errno.ENOENT, True), (errno.ENOTCONN, False), (errno.ESTALE, False), (errno.EACCES, False)],
+)
+def test_an_error_of_one_file_is_damage_and_of_the_disk_is_not(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, code: int, damaged: bool
+) -> None:
+    def refuse(self: LocalStorage, *where: object) -> bytes:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(LocalStorage, "read", refuse)
+    if damaged:
+        found = read_sample(dataset.tars, draws(dataset)[0])
+        assert isinstance(found, Damage) and os.strerror(code) in found.reason
+        Path(dataset.storage.root, INDEX_NAME).unlink()  # as when a mount drops
+    with pytest.raises(UnavailableError, match="no sample was masked"):
+        read_sample(dataset.tars, draws(dataset)[0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_that_goes_away_ends_the_loader_with_one_error(tmp_path: Path, workers: int) -> None:
+    write_dataset(tmp_path, "toy", 40)
+    mixture = MixtureSpec.model_validate({"groups": {"all": {"rate": 1, "datasets": {"toy": None}}}})
+    settings = PlanSettings(sequence_length=512, max_crops=64, packs_per_step=1, window=16)
+    loader = make_loader(open_plan([str(tmp_path)], mixture, settings), Cursor(), LAYOUT, workers=workers)
+    assert next(loader).masked == ()
+    (tmp_path / "toy").rename(tmp_path / "gone")
+    with pytest.raises(UnavailableError) as caught:
+        for batch in loader:
+            assert batch.masked == ()
+    assert "Traceback" not in str(caught.value) and "start again" in str(caught.value)
 
 
 def test_whole_bytes_that_are_no_sample(dataset: Dataset) -> None:
