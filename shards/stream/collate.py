@@ -19,6 +19,7 @@ from torch import Tensor
 from shards.layout import Expanded, VisualLayout, expand, split_crops, visual_crops, visual_pooling
 from shards.media.images import decode_jpeg
 from shards.split import split_visuals
+from shards.storage.base import UnavailableError
 from shards.stream.plan import Cursor, Draw, PackSpec
 from shards.stream.reader import Damage, ReadError, StoredSample
 
@@ -38,6 +39,11 @@ class ReadStats(NamedTuple):
 
 
 NO_READS = ReadStats()
+ROOM = "enlarge /dev/shm (docker run --shm-size 16g), lower data.prefetch, or set data.workers=0"
+
+
+class SharedMemoryError(UnavailableError):
+    """A worker has no shared memory in which to hand over a batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +105,17 @@ class Batch:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle all tensors as one buffer, so that a worker sends one piece of shared memory: 11 are 1 ms slower."""
+        """Pickle all tensors as one buffer, so that a worker sends one piece of shared memory: 11 are 1 ms slower.
+
+        Where shared memory is full, a SharedMemoryError is sent in place of the batch: torch would drop the batch, and
+        the main process would wait for it for ever.
+        """
         arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in self._tensors().items()}
         starts = np.cumsum([0, *(-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays.values())]).tolist()
-        buffer = torch.zeros(starts[-1], dtype=torch.uint8)
+        try:
+            buffer = torch.zeros(starts[-1], dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            return SharedMemoryError, (f"no shared memory for a batch of {starts[-1]:,} bytes: {error}; {ROOM}",)
         places = {}
         for start, (name, array) in zip(starts, arrays.items(), strict=False):  # one start more: the end
             buffer.numpy()[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)

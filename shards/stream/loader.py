@@ -101,7 +101,7 @@ class PackReader(TorchDataset[Batch | UnavailableError]):
         self.ahead = ReadAhead(self._read)
 
     def __getitem__(self, spec: MicroSpec) -> Batch | UnavailableError:
-        """The batch, or why the storage cannot be read: an exception would reach the main process as a traceback."""
+        """The batch, or why there is none: an exception would reach the main process as a traceback."""
         try:
             return self.read(spec)
         except UnavailableError as error:

@@ -20,8 +20,9 @@ from toy import LAYOUT, write_dataset
 
 import shards.stream.collate
 import shards.stream.reader
+from shards.storage.base import UnavailableError
 from shards.storage.local import LocalStorage
-from shards.stream.collate import Batch
+from shards.stream.collate import Batch, SharedMemoryError
 from shards.stream.loader import PlanSampler, QuarantineError, make_loader, micro_steps, pack_reader
 from shards.stream.mixture import MixtureSpec
 from shards.stream.plan import Cursor, Plan, PlanSettings, open_plan
@@ -284,3 +285,34 @@ def test_a_missing_tar_is_damage_too(damaged: Any, tmp_path: Path) -> None:
     (tmp_path / "small" / "000000.tar").unlink()
     with pytest.raises(QuarantineError, match="No such file"):
         list(itertools.islice(make_loader(plan, Cursor(), LAYOUT), 200))
+
+
+def toy_loader(root: Path, workers: int) -> Iterator[Batch]:
+    write_dataset(root, "toy", 40)
+    mixture = MixtureSpec.model_validate({"groups": {"all": {"rate": 1, "datasets": {"toy": None}}}})
+    settings = PlanSettings(sequence_length=512, max_crops=64, packs_per_step=1, window=16)
+    return make_loader(open_plan([str(root)], mixture, settings), Cursor(), LAYOUT, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_that_goes_away_ends_the_loader_with_one_error(tmp_path: Path, workers: int) -> None:
+    loader = toy_loader(tmp_path, workers)
+    assert next(loader).masked == ()
+    (tmp_path / "toy").rename(tmp_path / "gone")
+    with pytest.raises(UnavailableError) as caught:
+        for batch in loader:
+            assert batch.masked == ()
+    assert "Traceback" not in str(caught.value) and "start again" in str(caught.value)
+
+
+def test_shared_memory_that_is_full_ends_the_loader_with_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker is forked, so that its shared memory is full, too."""
+
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(SharedMemoryError, match=r"batch of [\d,]+ bytes: .*No space.*--shm-size.*data.workers=0"):
+        next(toy_loader(tmp_path, 1))

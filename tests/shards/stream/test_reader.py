@@ -7,16 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy import LAYOUT, make_sample, write_dataset
+from toy import make_sample, write_dataset
 
 import shards.stream.reader
 from shards.format import INDEX_NAME, FormatError
 from shards.storage.base import UnavailableError
 from shards.storage.local import LocalStorage
 from shards.stream.dataset import Dataset, open_dataset
-from shards.stream.loader import make_loader
-from shards.stream.mixture import MixtureSpec
-from shards.stream.plan import Cursor, Draw, PlanSettings, open_plan
+from shards.stream.plan import Draw
 from shards.stream.reader import Damage, ReadError, StoredSample, parse_sample, read_sample
 
 
@@ -124,20 +122,6 @@ def test_an_error_of_one_file_is_damage_and_of_the_disk_is_not(
         Path(dataset.storage.root, INDEX_NAME).unlink()  # as when a mount drops
     with pytest.raises(UnavailableError, match="no sample was masked"):
         read_sample(dataset.tars, draws(dataset)[0])
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_folder_that_goes_away_ends_the_loader_with_one_error(tmp_path: Path, workers: int) -> None:
-    write_dataset(tmp_path, "toy", 40)
-    mixture = MixtureSpec.model_validate({"groups": {"all": {"rate": 1, "datasets": {"toy": None}}}})
-    settings = PlanSettings(sequence_length=512, max_crops=64, packs_per_step=1, window=16)
-    loader = make_loader(open_plan([str(tmp_path)], mixture, settings), Cursor(), LAYOUT, workers=workers)
-    assert next(loader).masked == ()
-    (tmp_path / "toy").rename(tmp_path / "gone")
-    with pytest.raises(UnavailableError) as caught:
-        for batch in loader:
-            assert batch.masked == ()
-    assert "Traceback" not in str(caught.value) and "start again" in str(caught.value)
 
 
 def test_whole_bytes_that_are_no_sample(dataset: Dataset) -> None:
