@@ -115,6 +115,17 @@ def test_pixel_points_of_pixmo_count(tmp_path: Path) -> None:
     assert annotation.style == "point_count"
 
 
+def test_pixel_points_are_on_the_turned_image(tmp_path: Path) -> None:
+    """A photo is stored 60 x 40 and shown 40 x 60; the point (30, 45) is in pixels of what is shown."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    PIL.Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)
+    row = {"image_url": (tmp_path / "a.jpg").as_uri(), "points": {"x": [30], "y": [45]}, "label": "dot"}
+    (example,) = convert(tmp_path, "demo-count", [row], "eval")
+    (annotation,) = example.annotations
+    assert isinstance(annotation, Points) and annotation.groups[0].points == ((0.75, 0.75),)
+
+
 def test_questions_on_one_and_several_images(tmp_path: Path) -> None:
     picture(tmp_path)
     embedded = {"bytes": (tmp_path / "a.png").read_bytes(), "path": "a.png"}
