@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,14 @@ SCALES = {"percent": (100.0, 100.0), "unit": (1.0, 1.0), "thousand": (1000.0, 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Omitted:
-    """A row or an annotation that the catalog leaves out on purpose; it is recorded, but not counted as a fault."""
+    """A row or an annotation that is left out, and recorded.
+
+    `fault`: the row cannot be used, which counts as a reject; otherwise the catalog leaves it out on purpose.
+    """
 
     source: Source
     reason: str
+    fault: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +123,15 @@ class Group:
     def omit(self, reason: str, index: int = 0) -> Omitted:
         """Record that row `index`, or a part of it, is left out for `reason`."""
         return Omitted(source=self.sources[index], reason=reason)
+
+    def reject(self, reason: str, index: int = 0) -> Omitted:
+        """Record that row `index` cannot be used for `reason`."""
+        return Omitted(source=self.sources[index], reason=reason, fault=True)
+
+    def part(self, indices: Sequence[int]) -> Group:
+        """The group with only these of its rows."""
+        sources = tuple(self.sources[index] for index in indices)
+        return replace(self, sources=sources, values=tuple(self.values[index] for index in indices))
 
     def example(
         self,
