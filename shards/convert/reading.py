@@ -13,6 +13,7 @@ from shards.catalog import Exclusion, Row, Stage, split_of
 from shards.catalog.converters import CONVERTER_OPTIONS
 from shards.convert import CONVERTERS
 from shards.convert.common import Group, Omitted
+from shards.convert.marks import without_marks
 from shards.convert.masks import masks_of, packed
 from shards.schema import Example, RejectedError, as_reject
 from shards.sources.joined import open_joined
@@ -88,7 +89,7 @@ def convert(group: Group) -> Iterator[Example | Omitted]:
         name = group.row.converter
         options = CONVERTER_OPTIONS[name].model_validate(group.row.options)
         for result in CONVERTERS[name](group, options):
-            yield with_facts(group, result) if isinstance(result, Example) else result
+            yield with_facts(group, without_marks(result)) if isinstance(result, Example) else result
 
 
 def convert_or_reject(group: Group) -> list[Example | Omitted]:

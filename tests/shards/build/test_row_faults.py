@@ -34,7 +34,7 @@ def built(raw: Path, folder: Path, lines: list[str], **changes: Any) -> tuple[Da
     ).model_copy(update=changes)
     settings = load_catalog("demo").stages["sft"].model_copy(update={"num_variants": 1, "examples_per_shard": 4})
     out = folder / "out"
-    made = build_dataset(row, "sft", settings, factory(raw, "sft", 1), raw=mine, out=str(out), reject_budget=0.5)
+    made = build_dataset(row, "sft", settings, factory(raw, "sft", 1), raw=mine, out=str(out), reject_budget=2.0)
     assert made.index is not None
     return made.index, [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
 
@@ -50,11 +50,11 @@ def qa(**changes: Any) -> str:
         (qa(question="\udc00?"), "column question: the text cannot be encoded as UTF-8"),
         (
             '{"image": "1.png", "question": "a", "question": "b", "answer": "c"}',
-            "column question: key 'question' occurs",
+            "column question: key 'question' occurs several times",
         ),
         (qa(answer=float("nan")), "no question with an answer"),
         (qa(question={"text": "What?"}), "no question with an answer"),
-        (qa(image={"bytes": 3, "path": None}), "the example cannot be processed: "),
+        (qa(image={"bytes": 3, "path": None}), "media: embedded image: not a readable image (TypeError: "),
     ],
 )
 def test_a_value_that_cannot_be_used_is_one_reject(raw: Path, tmp_path: Path, line: str, reason: str) -> None:
@@ -75,8 +75,8 @@ def test_a_group_loses_only_its_faulty_rows(raw: Path, tmp_path: Path) -> None:
     lines = [qa(), qa(answer="\ud83d"), qa(answer="Blue."), qa(question=["a", "b"], answer=["c"])]
     index, rejects = built(raw, tmp_path, lines, group_by="image")
     assert (index.totals.samples, index.totals.annotations) == (1, 2)
-    assert [(reject["row"], reject["omitted"]) for reject in rejects] == [(1, False), (3, False)]
-    assert "expected a list of 2, found 1" in rejects[1]["reason"]
+    assert [(reject["row"], reject["omitted"]) for reject in rejects] == [(3, False), (1, False)]
+    assert "expected a list of 2, found 1" in rejects[0]["reason"]
 
 
 @pytest.mark.parametrize("error", [NotImplementedError, RuntimeError, TypeError, struct.error, SyntaxError, OSError])
