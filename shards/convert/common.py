@@ -233,7 +233,7 @@ def to_fractions(points: list[tuple[float, float]], scale: tuple[float, float]) 
     for x, y in points:
         if not (-OUTSIDE <= x / width <= 1 + OUTSIDE and -OUTSIDE <= y / height <= 1 + OUTSIDE):
             raise RejectedError(
-                f"a point at {x:g}, {y:g} lies outside of {width:g} x {height:g}; correct it, or the row's `scale`"
+                f"points: {x:g}, {y:g} lies outside of {width:g} x {height:g}; correct it, or the row's `scale`"
             )
     return tuple((min(max(x / width, 0.0), 1.0), min(max(y / height, 0.0), 1.0)) for x, y in points)
 

@@ -50,7 +50,7 @@ def image_points(group: Group, options: ImagePointsOptions) -> Iterator[Example 
             points = to_fractions(xy_pairs(value), scale)
             if label and len(points) <= most:
                 groups = (PointGroup(at=1, points=points),) if points else ()
-                number = None if points else group.get("number", index)
+                number = None if points else _number(group.get("number", index), value)
                 labels.append(Points(style="", label=label, question=question, groups=groups, number=number))
             else:
                 yield group.omit(f"more than {most} points: {len(points)}" if label else "no label", index)
@@ -59,6 +59,21 @@ def image_points(group: Group, options: ImagePointsOptions) -> Iterator[Example 
             yield group.example(
                 [replace(points, style=style) for points in run], images=[image], suffix=f"-{style}-{number}"
             )
+
+
+def _number(number: Any, points: Any) -> int | None:
+    """The count of a label without points; None if an empty list of points is the count.
+
+    Raises:
+        RejectedError: there are neither points nor a whole number.
+    """
+    if number is None and points is None:
+        raise RejectedError("points: null, and no number; an empty list means that there are none")
+    if number is None:
+        return None
+    if not isinstance(number, int | float) or number != int(number):
+        raise RejectedError(f"number: {number!r} is no whole number")
+    return int(number)
 
 
 def _labelled(group: Group, index: int) -> Iterator[tuple[str, str, Any]]:

@@ -40,13 +40,13 @@ def texts_without_marks(texts: Sequence[str], num_images: int, video: bool) -> l
     images, videos = whole.count("<image>"), whole.count("<video>")
     for kind, number in _NUMBERED.findall(whole):
         if kind == "video" or not 1 <= int(number) <= num_images:
-            raise RejectedError(f'"<{kind} {number}>" in a text about {num_images} images')
+            raise RejectedError(f'marks: "<{kind} {number}>" in a text about {num_images} images')
     if video and images + videos > 1:
-        raise RejectedError(f'"<image>" or "<video>" stands {images + videos} times in texts about one video')
+        raise RejectedError(f'marks: "<image>" or "<video>" stands {images + videos} times in texts about one video')
     if not video and videos:
-        raise RejectedError(f'"<video>" stands {videos} times in texts without a video')
+        raise RejectedError(f'marks: "<video>" stands {videos} times in texts without a video')
     if not video and images not in {0, num_images}:
-        raise RejectedError(f'"<image>" stands {images} times in texts about {num_images} images')
+        raise RejectedError(f'marks: "<image>" stands {images} times in texts about {num_images} images')
     if video or num_images == 1:
         return named_images([_MARK.sub("", text).strip() if _MARK.search(text) else text for text in texts])
     first = next((number for number, text in enumerate(texts) if "<image>" in text), 0)

@@ -101,6 +101,22 @@ def test_labels_are_packed_by_their_points(tmp_path: Path) -> None:
     assert list(packed_points([], 6)) == []
 
 
+@pytest.mark.parametrize(
+    ("points", "number", "expected"),
+    [(None, 3.0, "3"), ([], None, None), (None, float("nan"), "null"), (None, 2.5, "2.5"), (None, "many", "'many'")],
+)
+def test_counts_without_points(tmp_path: Path, points: Any, number: Any, expected: str | None) -> None:
+    """A whole number is a count; missing points and a missing number are no count at all."""
+    values = {"image": {"bytes": b"x"}, "label": "dog", "points": points, "number": number}
+    options = {"scale": "unit", "styles": ["point_count"], "max_points": 60}
+    if expected not in {None, "3"}:
+        with pytest.raises(RejectedError, match=expected):
+            question_of("image_points", values, options)
+        return
+    (annotation,) = question_of("image_points", values, options)
+    assert isinstance(annotation, Points) and str(annotation.count) == (expected or "0")
+
+
 def test_pixel_points_of_pixmo_count(tmp_path: Path) -> None:
     row = {
         "image_url": picture(tmp_path),
@@ -138,7 +154,7 @@ def test_points_outside_are_rejected(tmp_path: Path, scale: str) -> None:
 
     assert points(1.009, -0.009) == (1.0, 0.0) and points(0.5, 0.25) == (0.5, 0.25)
     for x, y in [(1.02, 0.5), (0.5, 1.02), (-0.02, 0.5), (0.5, -0.02), (float("inf"), 0.5)]:
-        with pytest.raises(RejectedError, match=r"a point at .* lies outside of .*; correct it, or the row's `scale`"):
+        with pytest.raises(RejectedError, match=r"points: .* lies outside of .*; correct it, or the row's `scale`"):
             points(x, y)
 
 
