@@ -7,6 +7,7 @@ start of the clip, whatever units the source uses. Tokens and geometry belong to
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+# Errors of the system that the path in a row causes; None is an OSError of a library, such as a decoder.
+NAMED_BY_ROWS = frozenset(
+    {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EACCES}
+)
+
 
 class RejectedError(ValueError):
     """An example cannot become a sample. The builder counts it and records it in `rejects.jsonl`."""
+
+
+def as_reject(error: Exception, doing: str) -> RejectedError:
+    """The reject that an exception of one row or example becomes; `doing` says what failed.
+
+    Decoders, tokenizers and converters raise exceptions of any type for odd values. Only an error of the machine, such
+    as a full or failing disk, is no fault of a row: it is raised again.
+    """
+    if isinstance(error, RejectedError):
+        return error
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in NAMED_BY_ROWS):
+        raise error
+    return RejectedError(f"{doing}: {type(error).__name__}: {error}")
 
 
 class OverlongError(RejectedError):

@@ -20,7 +20,7 @@ from molmo2.processing.pictures import COLOURS, LARGE, SMALL, Mark, Picture, spr
 from molmo2.processing.prompts import Message, render_messages
 from shards.catalog import Row, Stage
 from shards.convert.common import Group
-from shards.convert.reading import convert, open_rows, read_groups
+from shards.convert.reading import convert_or_reject, open_rows, read_groups
 from shards.media.images import load_image
 from shards.media.types import MediaError, Pixels
 from shards.media.video import probe_video, read_frames
@@ -74,17 +74,12 @@ def view_examples(row: Row, stage: Stage, raw: Path, num_samples: int, *, pictur
 
 
 def _views(group: Group, pictures: bool) -> Iterator[ExampleView]:
-    first = group.sources[0]
-    try:
-        for item in convert(group):
-            place = f"{item.source.file} row {item.source.row}"
-            if isinstance(item, Example):
-                yield _view(item, group.stage, place, pictures)
-            else:
-                yield ExampleView(key=group.key, source=place, left_out=item.reason)
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:  # as in the builder
-        name = "" if isinstance(error, RejectedError) else f"{type(error).__name__}: "
-        yield ExampleView(key=group.key, source=f"{first.file} row {first.row}", left_out=f"{name}{error}")
+    for item in convert_or_reject(group):  # as the builder does
+        place = f"{item.source.file} row {item.source.row}"
+        if isinstance(item, Example):
+            yield _view(item, group.stage, place, pictures)
+        else:
+            yield ExampleView(key=group.key, source=place, left_out=item.reason)
 
 
 def _view(example: Example, stage: Stage, place: str, pictures: bool) -> ExampleView:

@@ -1,7 +1,8 @@
 """The chat format: it encodes messages as ChatML tokens with loss weights, in the branches of a message tree.
 
 A stored variant is a trunk (BOS, visual placeholders and the text between them) and one branch per annotation. There
-are no system turns, user turns carry no loss, and every answer ends with `<|im_end|>`, which carries loss too.
+are no system turns: a system message is the start of the first question. User turns carry no loss, and every answer
+ends with `<|im_end|>`, which carries loss too.
 `chat_template.jinja` beside this file is the same format for users of an exported model.
 """
 

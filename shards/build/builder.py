@@ -43,7 +43,7 @@ from shards.storage.open import open_storage
 
 REJECT_BUDGET = 0.05  # largest ratio of rejects to groups of rows
 MAX_FAILED = 5  # a run stops after more failed shards than this: the cause is systematic
-BUILD_VERSION = 3  # increment it when decoding, converters or writer make other samples from the same settings
+BUILD_VERSION = 4  # increment it when decoding, converters or writer make other samples from the same settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

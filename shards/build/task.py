@@ -19,11 +19,10 @@ from typing import Any, Protocol
 
 from shards.build.writer import npy_bytes, write_shard
 from shards.catalog import Row, Stage, StageSettings
-from shards.convert.common import Group, Omitted
-from shards.convert.reading import convert, open_rows, read_groups
+from shards.convert.reading import convert_or_reject, open_rows, read_groups
 from shards.format import ShardInfo, canonical_json
 from shards.layout import VisualLayout
-from shards.schema import Example, Limits, OverlongError, RejectedError, Sample, Source
+from shards.schema import Example, Limits, OverlongError, RejectedError, Sample, Source, as_reject
 from shards.storage.base import Storage
 from shards.storage.local import LocalStorage
 from shards.storage.open import open_storage
@@ -40,6 +39,7 @@ class SampleProcessor(Protocol):
 
 
 FITTED = {"shrunk": "crops", "parts": "annotations"}  # count in a part -> the counted note of a record
+MAX_REASON = 1000  # characters; an error may quote a whole value, such as an image as text
 ProcessorFactory = Callable[[], SampleProcessor]  # picklable: every worker makes its own
 
 
@@ -141,7 +141,7 @@ def _samples(
     """Yield the samples of a shard; counts are added to `totals`, rows without a sample to `rejects`."""
     row, stage, raw = task.row, task.stage, task.raw
     for group in read_groups(row, stage, raw, open_rows(row, stage, raw), task.groups):
-        for item in _convert(group):
+        for item in convert_or_reject(group):
             if isinstance(item, Example):
                 for result in _process(processor, item, task.settings.limits):
                     if isinstance(result, Sample):
@@ -151,10 +151,8 @@ def _samples(
                         yield result
                     else:
                         rejects.append(_reject(task.row.name, item.key, item.source, str(result)))
-            elif isinstance(item, Omitted):
-                rejects.append(_reject(task.row.name, group.key, item.source, item.reason, omitted=True))
             else:
-                rejects.append(_reject(task.row.name, group.key, group.sources[0], str(item)))
+                rejects.append(_reject(task.row.name, group.key, item.source, item.reason, omitted=not item.fault))
 
 
 def _process(processor: SampleProcessor, example: Example, limits: Limits) -> Iterator[Sample | RejectedError]:
@@ -171,20 +169,13 @@ def _process(processor: SampleProcessor, example: Example, limits: Limits) -> It
                     note = {"annotations": {"wanted": len(whole), "kept": len(part)}}
                     result.record.setdefault("fitted", []).append(note)
                 yield result
-    except RejectedError as error:
-        yield error
-
-
-def _convert(group: Group) -> Iterator[Example | Omitted | RejectedError]:
-    """Convert a group; an error caused by its values ends the group and becomes a reject."""
-    try:
-        yield from convert(group)
-    except RejectedError as error:
-        yield error
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        yield RejectedError(f"{group.row.converter} failed on the row's values: {type(error).__name__}: {error}")
+    except Exception as error:
+        yield as_reject(error, "the example cannot be processed")
 
 
 def _reject(dataset: str, key: str, source: Source, reason: str, *, omitted: bool = False) -> dict[str, Any]:
+    reason = reason.encode(errors="backslashreplace").decode()  # it may quote a text that cannot be encoded
+    if len(reason) > MAX_REASON:
+        reason = f"{reason[: MAX_REASON // 2]} ... {reason[-MAX_REASON // 2 :]}"
     place = {"dataset": dataset, "key": key, "file": source.file, "row": source.row}
     return {**place, "reason": reason, "omitted": omitted}

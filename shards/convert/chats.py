@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from shards.catalog.converters import ChatOptions
-from shards.convert.answer_options import named_images
 from shards.convert.common import Group, Omitted, text_of
+from shards.convert.marks import texts_without_marks
 from shards.schema import Chat, Example, RejectedError, Turn
 
 ROLES: Final = {"human": "user", "gpt": "assistant"}  # the names of roles in ShareGPT and LLaVA data
-_LEADING = re.compile(r"(?:\s*<image>)+\s*")
 
 Part = tuple[str, Any]  # kind ("text", "image" or "video") and value
 
@@ -23,7 +21,8 @@ def chat(group: Group, options: ChatOptions) -> Iterator[Example | Omitted]:
     Messages are {role, content} or {from, value}; content is a text or a list of parts, {"type": "image", "image": ...}
     for instance. Media are such parts, or the fields `image` (one or a list) and `video`, of which `start` and `end`
     may name a clip. All media come before the text; if there are several images, a placeholder "<image>" or an image
-    part later in the text becomes the name of the image ("Image 2").
+    part later in the text becomes the name of the image ("Image 2"). `molmo2/processing/chat_template.jinja` treats a
+    system message in the same way.
     """
     messages = [_message(message) for message in group.items("messages")]
     parts = [part for _, content in messages for part in content]
@@ -32,14 +31,11 @@ def chat(group: Group, options: ChatOptions) -> Iterator[Example | Omitted]:
     if len(videos) + bool(images) > 1:
         raise RejectedError(f"{len(images)} images and {len(videos)} videos; a conversation has images or one video")
     texts = [_text(content) for _, content in messages]
-    if videos:
-        texts = [text.replace("<video>", "").strip() for text in texts]
-    elif images:
-        texts = _without_marks(texts, len(images))
+    texts = texts_without_marks(texts, len(images), bool(videos))
     spoken = list(zip([role for role, _ in messages], texts, strict=True))
     system = ""
     if spoken and spoken[0][0] == "system":
-        system = f"System: {spoken[0][1]}\n"
+        system = f"System: {spoken[0][1]}\n" if spoken[0][1] else ""
         spoken = spoken[1:]
     if len(spoken) < 2:
         yield group.omit(f"a conversation of {len(spoken)} messages")
@@ -71,25 +67,10 @@ def _part(part: Mapping[str, Any]) -> Part:
 
 
 def _as_list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else [value] if value else []
+    if isinstance(value, list):
+        return value if any(item is not None for item in value) else []
+    return [value] if value else []
 
 
 def _text(content: Sequence[Part]) -> str:
     return "\n".join(text_of(value) if kind == "text" else f"<{kind}>" for kind, value in content)
-
-
-def _without_marks(texts: Sequence[str], num_images: int) -> list[str]:
-    """Remove the placeholders "<image>"; with several images, one that follows text is replaced by the image's name.
-
-    Raises:
-        RejectedError: the numbers of images and of placeholders differ.
-    """
-    marks = sum(text.count("<image>") for text in texts)
-    if marks not in {0, num_images}:
-        raise RejectedError(f'"<image>" stands {marks} times in a conversation about {num_images} images')
-    if num_images == 1:
-        return [text.replace("<image>", "").strip() for text in texts]
-    first = next((number for number, text in enumerate(texts) if "<image>" in text), 0)
-    leading = _LEADING.match(texts[first]) if texts else None
-    texts = [text[leading.end() :] if leading and number == first else text for number, text in enumerate(texts)]
-    return named_images(texts, 1 + (leading[0].count("<image>") if leading else 0))

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,23 @@ from shards.schema import Annotation, Cue, Example, ImageRef, Points, RejectedEr
 from shards.sources.media_files import MediaFiles
 from shards.sources.paths import at
 
+OUTSIDE = 0.01  # fraction of a side; a point at most this far outside counts as on the edge
+MAX_WHOLE = 2**53  # floats below this hold every whole number
+
 # name of a coordinate system -> its width and height, by which coordinates are divided
 SCALES = {"percent": (100.0, 100.0), "unit": (1.0, 1.0), "thousand": (1000.0, 1000.0)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Omitted:
-    """A row or an annotation that the catalog leaves out on purpose; it is recorded, but not counted as a fault."""
+    """A row or an annotation that is left out, and recorded.
+
+    `fault`: the row cannot be used, which counts as a reject; otherwise the catalog leaves it out on purpose.
+    """
 
     source: Source
     reason: str
+    fault: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +127,15 @@ class Group:
         """Record that row `index`, or a part of it, is left out for `reason`."""
         return Omitted(source=self.sources[index], reason=reason)
 
+    def reject(self, reason: str, index: int = 0) -> Omitted:
+        """Record that row `index` cannot be used for `reason`."""
+        return Omitted(source=self.sources[index], reason=reason, fault=True)
+
+    def part(self, indices: Sequence[int]) -> Group:
+        """The group with only these of its rows."""
+        sources = tuple(self.sources[index] for index in indices)
+        return replace(self, sources=sources, values=tuple(self.values[index] for index in indices))
+
     def example(
         self,
         annotations: Sequence[Annotation],
@@ -172,7 +188,17 @@ def rng_of(key: str, purpose: str) -> np.random.Generator:
 
 
 def text_of(value: Any) -> str:
-    """The value of a text column without surrounding space; None becomes ""."""
+    """The value of a text column without surrounding space; None becomes "".
+
+    A whole number is written without ".0": a column of integers with missing values is often stored as floats.
+
+    Raises:
+        RejectedError: the value is a list, an object or bytes.
+    """
+    if isinstance(value, list | dict | bytes):
+        raise RejectedError(f"expected text, found {type(value).__name__} {str(value)[:60]!r}")
+    if isinstance(value, float) and value.is_integer() and abs(value) < MAX_WHOLE:
+        value = int(value)
     return "" if value is None else str(value).strip()
 
 
@@ -198,8 +224,17 @@ def xy_pairs(points: Any) -> list[tuple[float, float]]:
 
 
 def to_fractions(points: list[tuple[float, float]], scale: tuple[float, float]) -> tuple[tuple[float, float], ...]:
-    """Divide points by the size of their coordinate system, (width, height), and clip them to 0 - 1."""
+    """Divide points by the size of their coordinate system, (width, height), and clip them to 0 - 1.
+
+    Raises:
+        RejectedError: a point lies further outside than `OUTSIDE`: it is wrong, or has another scale.
+    """
     width, height = scale
+    for x, y in points:
+        if not (-OUTSIDE <= x / width <= 1 + OUTSIDE and -OUTSIDE <= y / height <= 1 + OUTSIDE):
+            raise RejectedError(
+                f"points: {x:g}, {y:g} lies outside of {width:g} x {height:g}; correct it, or the row's `scale`"
+            )
     return tuple((min(max(x / width, 0.0), 1.0), min(max(y / height, 0.0), 1.0)) for x, y in points)
 
 

@@ -15,6 +15,8 @@ import PIL.ImageFont
 
 from shards.catalog.converters import DiagramChoiceOptions
 from shards.convert.common import Group, Omitted, text_of
+from shards.media.images import load_image
+from shards.media.types import MediaError
 from shards.schema import Choice, Example, ImageRef, RejectedError
 
 NO_OPTION = "{}"  # the dataset's placeholder for a missing option
@@ -64,10 +66,9 @@ def _boxes(path: Path) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 def _draw_letters(image: ImageRef, boxes: tuple[tuple[str, tuple[int, ...]], ...], opaque: bool) -> ImageRef:
     try:
-        with PIL.Image.open(image.path or io.BytesIO(image.data or b"")) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise RejectedError(f"media: {image.path}: not a readable image ({error})") from None
+        picture = PIL.Image.fromarray(load_image(image))
+    except MediaError as error:
+        raise RejectedError(f"media: {error}") from None
     draw = PIL.ImageDraw.Draw(picture)
     for letter, (left, top, right, bottom) in boxes:
         height = max(8, bottom - top)

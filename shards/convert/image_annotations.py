@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
-
-import PIL.Image
 
 from shards.catalog.converters import ImageCaptionOptions, ImagePointsOptions, MultiImagePointsOptions
 from shards.convert.common import (
@@ -22,6 +19,8 @@ from shards.convert.common import (
     xy_pairs,
 )
 from shards.convert.image_questions import images_of
+from shards.media.images import image_size
+from shards.media.types import MediaError
 from shards.schema import Annotation, Example, ImageRef, PointGroup, Points, RejectedError, Text
 
 
@@ -44,14 +43,14 @@ def image_points(group: Group, options: ImagePointsOptions) -> Iterator[Example 
     are no points.
     """
     most, image = options.max_points, group.image()
-    scale = _size(image) if options.scale == "pixel" else SCALES[options.scale]
+    scale = _pixel_scale(image) if options.scale == "pixel" else SCALES[options.scale]
     labels = []
     for index in range(len(group.values)):
         for label, question, value in _labelled(group, index):
             points = to_fractions(xy_pairs(value), scale)
             if label and len(points) <= most:
                 groups = (PointGroup(at=1, points=points),) if points else ()
-                number = None if points else group.get("number", index)
+                number = None if points else _number(group.get("number", index), value)
                 labels.append(Points(style="", label=label, question=question, groups=groups, number=number))
             else:
                 yield group.omit(f"more than {most} points: {len(points)}" if label else "no label", index)
@@ -60,6 +59,21 @@ def image_points(group: Group, options: ImagePointsOptions) -> Iterator[Example 
             yield group.example(
                 [replace(points, style=style) for points in run], images=[image], suffix=f"-{style}-{number}"
             )
+
+
+def _number(number: Any, points: Any) -> int | None:
+    """The count of a label without points; None if an empty list of points is the count.
+
+    Raises:
+        RejectedError: there are neither points nor a whole number.
+    """
+    if number is None and points is None:
+        raise RejectedError("points: null, and no number; an empty list means that there are none")
+    if number is None:
+        return None
+    if not isinstance(number, int | float) or number != int(number):
+        raise RejectedError(f"number: {number!r} is no whole number")
+    return int(number)
 
 
 def _labelled(group: Group, index: int) -> Iterator[tuple[str, str, Any]]:
@@ -110,10 +124,10 @@ def multi_image_points(group: Group, options: MultiImagePointsOptions) -> Iterat
         yield group.example([annotation], images=images)
 
 
-def _size(image: ImageRef) -> tuple[float, float]:
-    """Width and height of an image in pixels, from its header."""
+def _pixel_scale(image: ImageRef) -> tuple[float, float]:
+    """Width and height of an image as it is shown, by which points in pixels are divided."""
     try:
-        with PIL.Image.open(image.path if image.path is not None else io.BytesIO(image.data or b"")) as opened:
-            return float(opened.width), float(opened.height)
-    except (OSError, SyntaxError) as error:
-        raise RejectedError(f"media: {image.path or 'embedded image'}: not a readable image ({error})") from None
+        width, height = image_size(image)
+    except MediaError as error:
+        raise RejectedError(f"media: {error}") from None
+    return float(width), float(height)

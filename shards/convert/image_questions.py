@@ -63,7 +63,10 @@ def image_choice(group: Group, options: ImageChoiceOptions) -> Iterator[Example 
                 raise RejectedError("an empty question or answer")
             return Text(style=options.open_style, question=question, answer=text)
         right = right_option(options.answer, answer, texts)
-        asked = ParsedQuestion(question, texts[right], tuple(texts), right)
+        if not texts[right]:
+            raise RejectedError("the right option is missing")
+        present = [number for number, text in enumerate(texts) if text]
+        asked = ParsedQuestion(question, texts[right], tuple(texts[n] for n in present), present.index(right))
         return (asked.shuffled(draw) if options.shuffle else asked).as_choice(options.style)
 
     annotations = yield from parse_items(group, parse, "question", "options", "answer")

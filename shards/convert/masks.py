@@ -76,7 +76,10 @@ def _files(masks: Masks, root: Path, values: Mapping[str, Any]) -> list[Path]:
 def _mask(path: Path, value: int | None, above: int) -> dict[str, Any]:
     try:
         with PIL.Image.open(path) as opened:
-            pixels = np.asarray(opened if opened.mode in {"1", "L", "P"} else opened.convert("L"))
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            values = opened.mode in {"1", "L", "P"} or opened.mode.startswith("I")  # "I": objects beyond number 255
+            pixels = np.asarray(opened if values else opened.convert("L"))
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise anything
         raise RejectedError(f"media: {path}: not a readable mask ({error})") from None
     return run_lengths(pixels > above if value is None else pixels == value)

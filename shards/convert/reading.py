@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,11 @@ from shards.catalog import Exclusion, Row, Stage, split_of
 from shards.catalog.converters import CONVERTER_OPTIONS
 from shards.convert import CONVERTERS
 from shards.convert.common import Group, Omitted
+from shards.convert.marks import without_marks
 from shards.convert.masks import masks_of, packed
-from shards.schema import Example, RejectedError
+from shards.schema import Example, RejectedError, as_reject
 from shards.sources.joined import open_joined
+from shards.sources.json_text import DuplicateKey
 from shards.sources.media_files import MediaFiles
 from shards.sources.parquet import MissingSourceError, SourceError
 from shards.sources.paths import at
@@ -63,24 +66,81 @@ def read_groups(row: Row, stage: Stage, raw: Path, table: Table, groups: Sequenc
 
 
 def convert(group: Group) -> Iterator[Example | Omitted]:
-    """Convert a group: yields an `Omitted` for each row that the catalog leaves out, then the converter's results.
+    """Convert a group: yields an `Omitted` for each row that is left out, then the converter's results.
+
+    A row is left out by the catalog, or because a value cannot be used (see `_cleaned`).
 
     Raises:
         RejectedError: by the converter; or the row of an annotation's facts is ambiguous.
     """
     remaining = []
+    faults: list[list[str]] = [[] for _ in group.values]
+    cleaned = tuple(_cleaned(values, "", own) for values, own in zip(group.values, faults, strict=True))
+    group = replace(group, values=cleaned)
     for index in range(len(group.values)):
         if reason := _left_out(group, index):
             yield group.omit(reason, index)
+        elif faults[index]:
+            yield group.reject(faults[index][0], index)
         else:
             remaining.append(index)
     if remaining:
-        sources, values = tuple(group.sources[i] for i in remaining), tuple(group.values[i] for i in remaining)
-        group = replace(group, sources=sources, values=values)
+        group = group.part(remaining)
         name = group.row.converter
         options = CONVERTER_OPTIONS[name].model_validate(group.row.options)
         for result in CONVERTERS[name](group, options):
-            yield with_facts(group, result) if isinstance(result, Example) else result
+            yield with_facts(group, without_marks(result)) if isinstance(result, Example) else result
+
+
+def convert_or_reject(group: Group) -> list[Example | Omitted]:
+    """Convert a group; an exception becomes the reject of the row that causes it, and the other rows are used.
+
+    Raises:
+        OSError: an error of the machine, see `as_reject`.
+    """
+    items, error = _try(group)
+    if error is None:
+        return items
+    rows = range(len(group.values))
+    alone = [_try(group.part([index]))[1] for index in rows] if len(rows) > 1 else [error]
+    faulty = {index: reject for index, reject in enumerate(alone) if reject is not None}
+    if not 0 < len(faulty) < len(rows):  # the fault is in what all rows share, such as the image
+        return [*items, group.reject(str(error))]
+    rest = group.part([index for index in rows if index not in faulty])
+    return [*(group.reject(str(reject), index) for index, reject in faulty.items()), *convert_or_reject(rest)]
+
+
+def _try(group: Group) -> tuple[list[Example | Omitted], RejectedError | None]:
+    """What `convert` yields for a group, and the error that ended it."""
+    items: list[Example | Omitted] = []
+    try:
+        items.extend(convert(group))  # what came before an error stays
+    except Exception as error:
+        return items, as_reject(error, f"{group.row.converter} failed on the row's values")
+    return items, None
+
+
+def _cleaned(value: Any, column: str, faults: list[str]) -> Any:
+    """A row's value with None for NaN, which tables have for a missing value; adds what cannot be used to `faults`.
+
+    A text with half a surrogate pair, as from a JSON escape that was cut, has no encoding. A key that occurs twice in
+    an object has no single value.
+    """
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    if isinstance(value, str):
+        try:
+            value.isascii() or value.encode()
+        except UnicodeEncodeError as error:
+            faults.append(f"column {column}: the text cannot be encoded as UTF-8: {error}")
+    elif isinstance(value, dict):
+        _cleaned("".join(map(str, value)), column, faults)
+        return {key: _cleaned(item, f"{column}.{key}" if column else str(key), faults) for key, item in value.items()}
+    elif isinstance(value, list):
+        return [_cleaned(item, column, faults) for item in value]
+    elif isinstance(value, DuplicateKey):
+        faults.append(f"column {column}: key {value.key!r} occurs several times in one object, with different values")
+    return value
 
 
 def with_facts(group: Group, example: Example) -> Example:

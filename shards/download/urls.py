@@ -9,13 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from pathlib import Path
 
 import PIL.Image
@@ -27,7 +25,9 @@ from shards.atomic import write_atomic
 from shards.download.connect import FetchError, FetchLimits, host_of
 from shards.download.fetch import HostPauses, fetch_bytes
 from shards.download.hub import DownloadError
-from shards.media.images import MAX_PIXELS
+from shards.media.images import image_size
+from shards.media.types import MediaError, TooLargeError
+from shards.schema import ImageRef
 from shards.sources.paths import at
 
 FAILURES = "failures.jsonl"
@@ -171,7 +171,7 @@ def fetch_media(
         tqdm(total=len(todo), unit="image", desc=name, smoothing=0.05) as bar,
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # `check_image` has its own limit
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # `image_size` has its own limit
         pool = ThreadPoolExecutor(policy.workers, thread_name_prefix="fetch")
         try:
             for item, error in _spread(pool, todo, policy, lambda item: _fetch_image(item, folder, limits, pauses)):
@@ -249,16 +249,13 @@ def check_image(data: bytes, sha256: str | None) -> None:
     """Check that bytes are the image of a row, by hash and header: no pixel is decoded.
 
     Raises:
-        FetchError: the hash differs, the bytes are not an image, or it has more than `MAX_PIXELS`.
+        FetchError: the hash differs, the bytes are not an image, or it has too many pixels.
     """
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise FetchError("another sha256 than the row says")
     try:
-        with PIL.Image.open(BytesIO(data)) as image:
-            width, height = image.size
-    except PIL.Image.DecompressionBombError:
+        image_size(ImageRef(data=data))
+    except TooLargeError:
         raise FetchError("too many pixels") from None
-    except (OSError, EOFError, SyntaxError, ValueError, struct.error):
+    except MediaError:
         raise FetchError("not an image") from None
-    if width * height > MAX_PIXELS:
-        raise FetchError("too many pixels")

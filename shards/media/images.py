@@ -1,42 +1,80 @@
-"""Decoding and encoding of still images. The processor decides the sizes that a model needs."""
+"""Decoding and encoding of still images. The processor decides the sizes that a model needs.
+
+Whatever a file holds, its pixels become RGB with 8 bits:
+
+- the EXIF orientation is applied; damaged EXIF counts as none;
+- transparent pixels are laid on white, as a page shows them;
+- integers of 16 bits are divided by 257, so that 65535 becomes 255;
+- integers of 32 bits and floats are kept if all are within 0 - 255. Floats within 0 - 1 are multiplied by 255; any
+  other range is stretched, its smallest value to 0 and its largest to 255. NaN and infinite values become 0.
+
+`image_size` and `load_image` open a file in the same way, with the same limits and orientation.
+"""
 
 from __future__ import annotations
 
 import io
-import struct
 import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import PIL.Image
-import PIL.ImageOps
 import simplejpeg
 
-from shards.media.types import MediaError, Pixels
+from shards.media.types import MediaError, Pixels, TooLargeError
 from shards.schema import ImageRef
 
 MAX_PIXELS = 200_000_000  # largest image that is decoded
+ORIENTATION = 0x0112  # EXIF tag
+TURNS = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}  # EXIF orientation -> the operation that makes the image upright
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}  # chunks of text and colour profiles, whose size Pillow limits
+SAMPLE_BITS = {"1": 1, "L;2": 2, "L;4": 4, "RGB;16B": 16}  # raw mode of a PNG -> bits of a sample, if not 8
+
+Result = TypeVar("Result")
 
 
 def load_image(ref: ImageRef) -> Pixels:
-    """Decode an image as RGB uint8 [H, W, 3], with its EXIF orientation applied.
+    """Decode an image as upright RGB uint8 [H, W, 3]; see the module for orientation, transparency and bit depths.
 
     Raises:
         MediaError: the file is missing, too large, or not an image.
     """
-    where = ref.path if ref.path is not None else "embedded image"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            with PIL.Image.open(ref.path if ref.path is not None else io.BytesIO(ref.data or b"")) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise MediaError(f"{where}: {image.width} x {image.height} pixels, at most {MAX_PIXELS} are read")
-                return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
-    except FileNotFoundError:
-        raise MediaError(f"{where}: no such image") from None
-    except MediaError:
-        raise
-    except (OSError, EOFError, SyntaxError, ValueError, struct.error, PIL.Image.DecompressionBombError) as error:
-        raise MediaError(f"{where}: not a readable image ({error})") from None
+    return _with_image(ref, rgb_pixels)
+
+
+def image_size(ref: ImageRef) -> tuple[int, int]:
+    """Width and height of the image that `load_image` returns, from the header.
+
+    Raises:
+        MediaError: the file is missing or not an image; a `TooLargeError` if it has more than `MAX_PIXELS`.
+    """
+    return _with_image(ref, _upright_size)
+
+
+def rgb_pixels(image: PIL.Image.Image) -> Pixels:
+    """The pixels of an opened image as `load_image` returns them."""
+    tiles: list[Any] = getattr(image, "tile", [])  # read before `load`, which clears them
+    raw_mode = tiles[0].args if tiles else None
+    raw_mode = raw_mode[0] if isinstance(raw_mode, tuple) else raw_mode
+    image.load()
+    turn = TURNS.get(_orientation(image))  # after `load`, which turns a TIFF
+    high = image.mode.startswith(("I", "F"))
+    pixels = _high_depth(image) if high else _eight_bits(image, SAMPLE_BITS.get(str(raw_mode), 8))
+    if turn is not None:
+        pixels = np.asarray(PIL.Image.fromarray(pixels).transpose(turn))
+    return pixels
 
 
 def encode_jpeg(pixels: Pixels, quality: int = 95) -> bytes:
@@ -53,3 +91,115 @@ def decode_jpeg(data: bytes | memoryview) -> Pixels:
     """
     pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
     return pixels
+
+
+def _with_image(ref: ImageRef, use: Callable[[PIL.Image.Image], Result]) -> Result:
+    """Open an image, check its size and apply `use`; every error becomes a `MediaError`."""
+    where = ref.path if ref.path is not None else "embedded image"
+    try:
+        try:
+            return _opened(where, ref.path if ref.path is not None else io.BytesIO(ref.data or b""), use)
+        except ValueError as error:  # Pillow refuses a PNG with more than 1 MB of text in a chunk
+            data = b"" if isinstance(error, MediaError) else _png_data(ref)
+            if not data:
+                raise
+            return _opened(where, io.BytesIO(_without_texts(data)), use)
+    except FileNotFoundError:
+        raise MediaError(f"{where}: no such image") from None
+    except (MediaError, MemoryError):
+        raise
+    except PIL.Image.DecompressionBombError as error:  # Pillow's own limit, close below ours
+        raise TooLargeError(f"{where}: {error}") from None
+    except Exception as error:  # decoders raise struct.error, SyntaxError, NotImplementedError, TypeError and more
+        raise MediaError(f"{where}: not a readable image ({type(error).__name__}: {error})") from None
+
+
+def _opened(where: str, source: str | io.BytesIO, use: Callable[[PIL.Image.Image], Result]) -> Result:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damaged EXIF counts as none, and large images have their own limit
+        with PIL.Image.open(source) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise TooLargeError(f"{where}: {image.width} x {image.height} pixels, at most {MAX_PIXELS} are read")
+            return use(image)
+
+
+def _png_data(ref: ImageRef) -> bytes:
+    """The bytes of an image if it is a PNG, else b""."""
+    data = Path(ref.path).read_bytes() if ref.path is not None else ref.data or b""
+    return data if data.startswith(PNG_SIGNATURE) else b""
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without its texts and colour profile; the pixels are the same."""
+    return PNG_SIGNATURE + b"".join(chunk for kind, chunk in _png_chunks(data) if kind not in PNG_TEXTS)
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the kind of each chunk, and the whole chunk with its length and checksum."""
+    start = len(PNG_SIGNATURE)
+    while start + 8 <= len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4])
+        yield data[start + 4 : start + 8], data[start:end]
+        start = end
+
+
+def _orientation(image: PIL.Image.Image) -> int:
+    """The EXIF orientation, 1 - 8; 1 if there is none or the EXIF is damaged."""
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+        return int(value[0] if isinstance(value, tuple) else value)
+    except Exception:  # any damage: the photo itself may be whole
+        return 1
+
+
+def _upright_size(image: PIL.Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    turned = image.format != "TIFF" and _orientation(image) in {5, 6, 7, 8}  # Pillow turns the size of a TIFF itself
+    return (height, width) if turned else (width, height)
+
+
+def _eight_bits(image: PIL.Image.Image, bits: int) -> Pixels:
+    """RGB of an image whose samples Pillow gives with 8 bits; the file has `bits` for each."""
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("RGB"))
+    level = image.info.get("transparency")
+    if image.mode in {"1", "L", "RGB"}:  # one colour of an opaque image is transparent
+        levels = level if isinstance(level, tuple) else (level,) * 3
+        colour = np.array([_to_eight(int(v), bits) for v in levels])
+        pixels = np.array(image.convert("RGB"))
+        pixels[(pixels == colour).all(-1)] = 255
+        return pixels
+    rgba = image.convert("RGBA")
+    white = PIL.Image.new("RGBA", rgba.size, "white")
+    return np.asarray(PIL.Image.alpha_composite(white, rgba).convert("RGB"))
+
+
+def _to_eight(level: int, bits: int) -> int:
+    return level >> 8 if bits == 16 else level * 255 // ((1 << bits) - 1)
+
+
+def _high_depth(image: PIL.Image.Image) -> Pixels:
+    """RGB of a grey image with 16 or 32 bits, or of floats."""
+    values: npt.NDArray[Any] = np.asarray(image)
+    if image.mode.startswith("I;16") or image.format == "PPM":  # Pillow scales a PGM of any depth to 16 bits
+        grey = np.rint(values.astype(np.float64) / 257)
+    else:
+        grey = _in_range(values.astype(np.float64), floats=image.mode == "F")
+    level = image.info.get("transparency")
+    if isinstance(level, int):
+        grey = np.where(values == level, 255.0, grey)
+    return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _in_range(values: npt.NDArray[np.float64], *, floats: bool) -> npt.NDArray[np.float64]:
+    """Grey levels 0 - 255 of 32-bit values; see the module."""
+    finite = np.isfinite(values)
+    least, most = (float(values[finite].min()), float(values[finite].max())) if finite.any() else (0.0, 0.0)
+    values = np.where(finite, values, least)
+    if floats and 0 <= least and most <= 1:
+        grey = values * 255
+    elif (0 <= least and most <= 255) or least == most:
+        grey = values
+    else:
+        grey = (values - least) / (most - least) * 255
+    return np.rint(np.where(finite, grey, 0))

@@ -19,6 +19,10 @@ class MediaError(ValueError):
     """An image or a video cannot be read."""
 
 
+class TooLargeError(MediaError):
+    """An image has more pixels than are decoded."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoInfo:
     """Properties of a video or of a clip of it: duration of the clip in seconds; the rest of the whole stream."""

@@ -9,7 +9,6 @@ import csv
 import functools
 import hashlib
 import io
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 
 from shards.catalog import TableFormat
 from shards.schema import Source
+from shards.sources.json_text import parse_json
 from shards.sources.parquet import SourceError, numbers_by_value
 from shards.sources.paths import at, has
 
@@ -157,10 +157,10 @@ def _csv(text: str, kind: str, form: TableFormat) -> Iterator[Record]:
 def _json(text: str, kind: str, form: TableFormat) -> Iterator[Any]:
     if kind == "jsonl":
         lines = text.split("\n")[form.skip :]  # not splitlines(): a string may hold other line separators
-        documents: Iterable[Any] = (json.loads(line) for line in lines if line.strip())
+        documents: Iterable[Any] = (parse_json(line) for line in lines if line.strip())
         documents = _named(documents) if form.names_first else documents
     else:
-        documents = _records(json.loads(text), form)
+        documents = _records(parse_json(text), form)
     return _exploded(documents, form)
 
 

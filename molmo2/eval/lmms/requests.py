@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import PIL.Image
-import PIL.ImageOps
 
 from molmo2.model.generate import Sampling
+from shards.media.images import rgb_pixels
 from shards.schema import Chat, Example, ImageRef, RejectedError, Source, Turn, VideoRef
 
 MAX_NEW_TOKENS = 1024  # maximum length of an answer for tasks that do not set it
@@ -140,7 +140,7 @@ def _image(image: Any) -> ImageRef:
     if not isinstance(image, PIL.Image.Image):
         raise RejectedError(f"an image given as {type(image).__name__}: a path or a PIL image is needed")
     data = io.BytesIO()
-    PIL.ImageOps.exif_transpose(image).convert("RGB").save(data, "PPM")  # as `load_image` treats a file
+    PIL.Image.fromarray(rgb_pixels(image)).save(data, "PPM")  # as `load_image` treats a file
     return ImageRef(data=data.getvalue())
 
 

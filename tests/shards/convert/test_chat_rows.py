@@ -60,8 +60,40 @@ def asked(content: Any, answer: str = "Yes.") -> list[dict[str, Any]]:
 
 
 def test_text_alone_is_left_as_it_is(root: Path) -> None:
-    example = converted(root, asked("What do <video> and <image> mean in HTML?"))
-    assert said(example)[0] == "What do <video> and <image> mean in HTML?" and not example.images and not example.video
+    example = converted(root, asked("What does <video src='a.mp4'> mean in HTML?"))
+    assert said(example)[0] == "What does <video src='a.mp4'> mean in HTML?"
+    assert not example.images and not example.video
+
+
+@pytest.mark.parametrize(
+    ("content", "media"),
+    [
+        ("<image>\nWhat colour?", {}),
+        ("<image>\nWhat colour?", {"image": None}),
+        ("<image>\nWhat colour?", {"image": [None]}),
+        ("<image 1> What colour?", {}),
+        ("<video>\nWhat happens?", {}),
+        ("<video>\nWhat happens?", {"image": "a.png"}),
+        ("<image>\nAnd <image>?", {"image": "a.png"}),
+        ("<image 2>?", {"image": "a.png"}),
+        ("<image> <image> <image>?", {"image": ["a.png", "b.png"]}),
+        ("<video>\nAnd <video>?", {"video": "v.mp4"}),
+        ("<image>\nAnd <video>?", {"video": "v.mp4"}),
+    ],
+)
+def test_marks_without_media_are_rejected(root: Path, content: str, media: dict[str, Any]) -> None:
+    with pytest.raises(RejectedError, match=r"<(image|video)"):
+        converted(root, asked(content), **media)
+
+
+@pytest.mark.parametrize("mark", ["<video>", "<image>"])
+def test_a_video_has_either_mark(root: Path, mark: str) -> None:
+    assert said(converted(root, asked(f"{mark}\nWhat happens?"), video="v.mp4"))[0] == "What happens?"
+
+
+def test_a_missing_image_in_a_list_is_rejected(root: Path) -> None:
+    with pytest.raises(RejectedError, match="no image in the row"):
+        converted(root, asked("Is it red?"), image=["a.png", None])
 
 
 def test_roles_and_marks_of_llava(root: Path) -> None:
@@ -82,7 +114,7 @@ def test_several_images_are_named_where_they_stand(root: Path) -> None:
     assert said(both)[0] == "Are they alike?"
     later = [*asked("<image> Red?"), *asked("And <image>?")]
     assert said(converted(root, later, image=["a.png", "b.png"]))[2] == "And Image 2?"
-    with pytest.raises(RejectedError, match="stands 1 times in a conversation about 2 images"):
+    with pytest.raises(RejectedError, match="stands 1 times in texts about 2 images"):
         converted(root, asked("<image> Alike?"), image=["a.png", "b.png"])
 
 

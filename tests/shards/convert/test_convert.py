@@ -14,9 +14,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from shards.catalog import CatalogError, Stage, load_catalog
+from shards.catalog import CatalogError, Row, Stage, load_catalog
 from shards.convert import CONVERTERS
-from shards.convert.common import Group, Omitted, packed_points, to_fractions, xy_pairs
+from shards.convert.common import Group, Omitted, packed_points, text_of, to_fractions, xy_pairs
 from shards.convert.reading import convert as convert_group
 from shards.download.connect import FetchLimits
 from shards.schema import Chat, Choice, Example, Points, RejectedError, Source, Text, Tracks
@@ -73,10 +73,11 @@ def test_caption_and_transcripts(tmp_path: Path) -> None:
 def test_four_coordinate_conventions_become_one(tmp_path: Path, scale: str, given: tuple[float, float]) -> None:
     url = picture(tmp_path)
     data = (tmp_path / "a.png").read_bytes()
+    size = {"percent": (100, 100), "pixel": (60, 40), "unit": (1, 1), "thousand": (1000, 1000)}[scale]
     row = {
         "image_url": url,
         "image_sha256": hashlib.sha256(data).hexdigest(),
-        "points": [{"x": given[0], "y": given[1]}, {"x": -5, "y": 10**6}],
+        "points": [{"x": given[0], "y": given[1]}, {"x": -0.009 * size[0], "y": 1.009 * size[1]}],
         "label": "digit 3",
     }
     point, count = convert(tmp_path, "demo-points", [row], scale=scale)
@@ -100,6 +101,22 @@ def test_labels_are_packed_by_their_points(tmp_path: Path) -> None:
     assert list(packed_points([], 6)) == []
 
 
+@pytest.mark.parametrize(
+    ("points", "number", "expected"),
+    [(None, 3.0, "3"), ([], None, None), (None, float("nan"), "null"), (None, 2.5, "2.5"), (None, "many", "'many'")],
+)
+def test_counts_without_points(tmp_path: Path, points: Any, number: Any, expected: str | None) -> None:
+    """A whole number is a count; missing points and a missing number are no count at all."""
+    values = {"image": {"bytes": b"x"}, "label": "dog", "points": points, "number": number}
+    options = {"scale": "unit", "styles": ["point_count"], "max_points": 60}
+    if expected not in {None, "3"}:
+        with pytest.raises(RejectedError, match=expected):
+            question_of("image_points", values, options)
+        return
+    (annotation,) = question_of("image_points", values, options)
+    assert isinstance(annotation, Points) and str(annotation.count) == (expected or "0")
+
+
 def test_pixel_points_of_pixmo_count(tmp_path: Path) -> None:
     row = {
         "image_url": picture(tmp_path),
@@ -113,6 +130,88 @@ def test_pixel_points_of_pixmo_count(tmp_path: Path) -> None:
     assert isinstance(annotation, Points)
     assert annotation.groups[0].points == ((0.5, 0.25), (1.0, 1.0))
     assert annotation.style == "point_count"
+
+
+def test_pixel_points_are_on_the_turned_image(tmp_path: Path) -> None:
+    """A photo is stored 60 x 40 and shown 40 x 60; the point (30, 45) is in pixels of what is shown."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    PIL.Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)
+    row = {"image_url": (tmp_path / "a.jpg").as_uri(), "points": {"x": [30], "y": [45]}, "label": "dot"}
+    (example,) = convert(tmp_path, "demo-count", [row], "eval")
+    (annotation,) = example.annotations
+    assert isinstance(annotation, Points) and annotation.groups[0].points == ((0.75, 0.75),)
+
+
+@pytest.mark.parametrize("scale", ["percent", "unit", "thousand", "pixel"])
+def test_points_outside_are_rejected(tmp_path: Path, scale: str) -> None:
+    width, height = {"percent": (100, 100), "unit": (1, 1), "thousand": (1000, 1000), "pixel": (60, 40)}[scale]
+
+    def points(x: float, y: float) -> Any:
+        row = {"image_url": picture(tmp_path), "points": {"x": [x * width], "y": [y * height]}, "label": "dot"}
+        (example,) = convert(tmp_path, "demo-count", [row], "eval", scale=scale)
+        return example.annotations[0].groups[0].points[0]
+
+    assert points(1.009, -0.009) == (1.0, 0.0) and points(0.5, 0.25) == (0.5, 0.25)
+    for x, y in [(1.02, 0.5), (0.5, 1.02), (-0.02, 0.5), (0.5, -0.02), (float("inf"), 0.5)]:
+        with pytest.raises(RejectedError, match=r"points: .* lies outside of .*; correct it, or the row's `scale`"):
+            points(x, y)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(3.0, "3"), (-0.0, "0"), (2.5, "2.5"), (3, "3"), (None, ""), (" a ", "a"), (1e300, "1e+300"), (True, "True")],
+)
+def test_values_as_text(value: Any, text: str) -> None:
+    assert text_of(value) == text
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, b"a"])
+def test_a_value_that_is_no_text_is_rejected(value: Any) -> None:
+    with pytest.raises(RejectedError, match="expected text, found"):
+        text_of(value)
+
+
+def test_missing_answers_and_options_are_left_out(tmp_path: Path) -> None:
+    """NaN and null count as missing: the commonest of the other answers is used, and empty options are dropped."""
+    nan = float("nan")
+    row = {"image": {"bytes": b"x"}, "question": "How many?", "answer": [nan, None, 3.0, 3, 2.0]}
+    (annotation,) = question_of("image_qa", row, {"style": "user_qa"})
+    assert annotation.answer == "3"
+    row = {"image": {"bytes": b"x"}, "question": "Which?", "options": ["a", None, "b", nan], "answer": 2}
+    (annotation,) = question_of("image_choice", row, {"style": "a_okvqa_mc", "answer": "index"})
+    assert annotation.options == ("a", "b") and annotation.answer == 1
+    with pytest.raises(RejectedError, match="no question with a right option"):
+        question_of("image_choice", {**row, "answer": 1}, {"style": "a_okvqa_mc", "answer": "index"})
+
+
+def test_marks_in_questions(tmp_path: Path) -> None:
+    def asked(question: str, *images: Any) -> str:
+        row = {"image": list(images), "question": question, "answer": "Red."}
+        (annotation,) = question_of("image_qa", row, {"style": "user_qa"})
+        return annotation.question
+
+    one = {"bytes": b"x"}
+    assert asked("<image>\nWhat colour?", one) == "What colour?"
+    assert asked("<image> <image> Which differs from <image>?", one, one, one) == "Which differs from Image 3?"
+    assert asked("Is <image 2> red?", one, one) == "Is Image 2 red?"
+    for question in ("<image>\n<image>", "<video>\nWhat?", "<image>", "<image 2>?"):
+        with pytest.raises(RejectedError):
+            asked(question, one)
+
+
+def question_of(converter: str, values: dict[str, Any], options: dict[str, Any]) -> Any:
+    row = Row(
+        name="mine",
+        stages=("sft",),
+        files={"train": "*"},
+        converter=converter,
+        columns={name: name for name in values},
+        options=options,
+    )
+    source, media = Source(file="f", row=0), MediaFiles(root=Path("."))
+    group = Group(row=row, stage="sft", media=media, key="mine-0", sources=(source,), values=(values,))
+    return next(item for item in convert_group(group) if isinstance(item, Example)).annotations
 
 
 def test_questions_on_one_and_several_images(tmp_path: Path) -> None:
@@ -317,7 +416,7 @@ def test_points_in_all_their_shapes() -> None:
     assert xy_pairs({"x": [1, 2], "y": [3, 4]}) == xy_pairs([{"x": 1, "y": 3}, {"x": 2, "y": 4}]) == [(1, 3), (2, 4)]
     assert xy_pairs([[1, 3]]) == [(1, 3)]
     assert xy_pairs(None) == []
-    assert to_fractions([(5, 20)], (10, 10)) == ((0.5, 1.0),)
+    assert to_fractions([(5, 10.1)], (10, 10)) == ((0.5, 1.0),)
 
 
 def test_catalog_errors_are_told(tmp_path: Path) -> None:

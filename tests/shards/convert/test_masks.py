@@ -33,6 +33,15 @@ def test_nested_masks_are_packed_and_all_else_stays() -> None:
         packed([[True, False], [True]])
 
 
+def test_objects_beyond_255_have_masks_of_sixteen_bits(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 300], [300, 44]], np.uint16)).save(tmp_path / "1.png")
+    row = Masks(files="1.png", objects="ids")
+    assert masks_of(row, tmp_path, {"ids": [300, 44]}) == [
+        {"size": [2, 2], "counts": [1, 2, 1]},
+        {"size": [2, 2], "counts": [3, 1]},
+    ]
+
+
 def save(path: Path, pixels: list[list[int]], mode: str = "L") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(np.array(pixels, np.uint8))
