@@ -20,6 +20,8 @@ from shards.sources.parquet import MissingSourceError, SourceError
 from shards.sources.paths import at
 from shards.sources.tables import Table, open_table
 
+READ_BYTES = 256 << 20  # bytes of rows that a shard's build holds in memory at a time, unless one row is larger
+
 
 def open_rows(row: Row, stage: Stage, raw: Path) -> Table:
     """Open the files of a dataset's split as a table.
@@ -53,13 +55,28 @@ def open_rows(row: Row, stage: Stage, raw: Path) -> Table:
 
 def read_groups(row: Row, stage: Stage, raw: Path, table: Table, groups: Sequence[Sequence[int]]) -> Iterator[Group]:
     """Yield the groups with these row numbers; `raw` as in `open_rows`."""
-    rows = iter(table.read([number for numbers in groups for number in numbers], row.used_columns(stage)))
+    columns = row.used_columns(stage)
     others = tuple(raw.parent / name for name in row.media_from)
     media = MediaFiles(root=raw, templates=row.media, others=others)
+    most = max(1, READ_BYTES // max(table.row_bytes(columns), 1))
+    for some in _runs(groups, most):
+        rows = iter(table.read([number for numbers in some for number in numbers], columns))
+        for numbers in some:
+            sources, values = zip(*(next(rows) for _ in numbers), strict=True)
+            key = f"{row.name}-{numbers[0]:08d}"
+            yield Group(row=row, stage=stage, media=media, key=key, sources=sources, values=values)
+
+
+def _runs(groups: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
+    """Groups in order, in runs of at most `most` rows; a larger group is a run of its own."""
+    run: list[Sequence[int]] = []
     for numbers in groups:
-        sources, values = zip(*(next(rows) for _ in numbers), strict=True)
-        key = f"{row.name}-{numbers[0]:08d}"
-        yield Group(row=row, stage=stage, media=media, key=key, sources=sources, values=values)
+        if run and sum(map(len, run)) + len(numbers) > most:
+            yield run
+            run = []
+        run.append(numbers)
+    if run:
+        yield run
 
 
 def convert(group: Group) -> Iterator[Example | Omitted]:

@@ -1,9 +1,20 @@
-"""Dotted paths into the values of a row: "meta.id", and through lists: "answers.text" is the texts of all answers."""
+"""Names of files that no dataset means, and dotted paths into the values of a row.
+
+A path "meta.id" also goes through lists: "answers.text" is the texts of all answers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+SYSTEM_NAMES = frozenset({".DS_Store", "__MACOSX", "Thumbs.db", "desktop.ini"})
+
+
+def is_system_file(path: Path) -> bool:
+    """Whether an operating system made a file or its folder, such as macOS's `._1.jpg`; no dataset means such files."""
+    return any(part in SYSTEM_NAMES or part.startswith("._") for part in path.parts)
 
 
 def at(values: Any, path: str) -> Any:
