@@ -19,6 +19,10 @@ class RejectedError(ValueError):
     """An example cannot become a sample. The builder counts it and records it in `rejects.jsonl`."""
 
 
+class MissingMediaError(RejectedError):
+    """A media file that a download has on record as failed: the row is left out, and does not count as a fault."""
+
+
 class OverlongError(RejectedError):
     """A message tree has too many annotations for one sample; a part of the tree may fit."""
 

@@ -53,11 +53,21 @@ def open_rows(row: Row, stage: Stage, raw: Path) -> Table:
     return table
 
 
-def read_groups(row: Row, stage: Stage, raw: Path, table: Table, groups: Sequence[Sequence[int]]) -> Iterator[Group]:
-    """Yield the groups with these row numbers; `raw` as in `open_rows`."""
+def read_groups(
+    row: Row,
+    stage: Stage,
+    raw: Path,
+    table: Table,
+    groups: Sequence[Sequence[int]],
+    used: set[Path] | None = None,
+) -> Iterator[Group]:
+    """Yield the groups with these row numbers; `raw` as in `open_rows`. `used` receives the media files they name."""
     columns = row.used_columns(stage)
     others = tuple(raw.parent / name for name in row.media_from)
-    media = MediaFiles(root=raw, templates=row.media, others=others)
+    outside = tuple(map(Path, row.media_roots))
+    media = MediaFiles(
+        root=raw, templates=row.media, others=others, outside=outside, used=set() if used is None else used
+    )
     most = max(1, READ_BYTES // max(table.row_bytes(columns), 1))
     for some in _runs(groups, most):
         rows = iter(table.read([number for numbers in some for number in numbers], columns))
