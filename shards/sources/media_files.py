@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -208,12 +209,23 @@ class MediaFiles:
         for root in (self.root, *self.others):
             if (failure := _failures(root).get(url)) is not None:
                 raise MissingMediaError(f"media: not downloaded, {failure.reason}: {url}")
+            if limit := _image_limit(root):
+                raise MissingMediaError(f"media: not downloaded, the download was limited to {limit} images: {url}")
         if any((root / MANIFEST).exists() for root in (self.root, *self.others)):
             raise RejectedError(f"media: not downloaded, {self.root / FAILURES} says why: {url}")
 
 
 def _is_url(value: Any) -> bool:
     return isinstance(value, str) and _URL.match(value) is not None
+
+
+def _image_limit(root: Path) -> int | None:
+    """The `--max-images` of a finished download; None if there was none."""
+    try:
+        limit: int | None = json.loads((root / MANIFEST).read_bytes())["media"]["limit"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return limit
 
 
 def _failures(root: Path) -> dict[str, FetchFailure]:
