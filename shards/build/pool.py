@@ -91,14 +91,19 @@ def build_all(
                     future.cancel()
                     interrupted.append(task)
                 running.clear()
-                pool.renew()
-                for task in interrupted:
-                    _remove_temporary_tar(task)
-                for task in sorted(interrupted, key=lambda task: task.name):
-                    yield task, _build_alone(task, pool)
+                yield from _retry_alone(interrupted, pool)
     finally:
         for future in running:
             future.cancel()  # after an error no further shard is started; running ones finish
+
+
+def _retry_alone(tasks: list[Task], pool: WorkerPool) -> Iterator[tuple[Task, Result]]:
+    """Build the tasks of a broken pool one after the other in a new one."""
+    pool.renew()
+    for task in tasks:
+        _remove_temporary_tar(task)
+    for task in sorted(tasks, key=lambda task: task.name):
+        yield task, _build_alone(task, pool)
 
 
 def _build_alone(task: Task, pool: WorkerPool) -> Result:

@@ -32,4 +32,5 @@ def test_nothing_to_do_is_an_error(tmp_path: Path, tool: str, names: list[str], 
     )
     assert run.returncode == 1
     assert "Traceback" not in run.stderr
-    assert (match or "not in stage long: a") in run.stderr
+    message = "not in stage long: a" if names else "no dataset of the catalog has stage long; it has sft"
+    assert message in run.stderr
