@@ -38,6 +38,10 @@ def as_reject(error: Exception, doing: str) -> RejectedError:
     return RejectedError(f"{doing}: {type(error).__name__}: {error}")
 
 
+class MissingMediaError(RejectedError):
+    """A media file that a download has on record as failed: the row is left out, and does not count as a fault."""
+
+
 class OverlongError(RejectedError):
     """A message tree has too many annotations for one sample; a part of the tree may fit."""
 

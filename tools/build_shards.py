@@ -17,7 +17,6 @@ import os
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,11 +26,14 @@ from molmo2.processing.processor import build_processor
 from shards.build.builder import REJECT_BUDGET, Built, build_dataset
 from shards.build.claim import BuildError
 from shards.build.pool import worker_pool
+from shards.build.rejects import kinds
 from shards.catalog import STAGES, load_catalog
 from shards.command import run
 from shards.download.manifest import unfinished_folders
 from shards.format import REJECTS_NAME
+from shards.machine import usable_cores
 from shards.sources.parquet import MissingSourceError, SourceError
+from shards.storage.base import Storage
 from shards.storage.open import open_storage
 
 REPORT_NAME = "report.json"
@@ -47,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help="only these (all of the stage)")
     parser.add_argument("--raw", type=Path, default=data_path("raw"), help="raw data (%(default)s)")
     parser.add_argument("--out", default=str(data_path("shards")), help="shards, a folder or s3://… (%(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (%(default)s)")
     parser.add_argument(
         "--task",
         type=task_of,
@@ -59,7 +61,15 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="delete shards that were built with other settings")
     parser.add_argument(
-        "--reject-budget", type=float, default=REJECT_BUDGET, help="most rejects per group of rows (%(default)s)"
+        "--reject-budget",
+        type=float,
+        default=REJECT_BUDGET,
+        help="most rejects of one cause (media, values) per group of rows (%(default)s)",
+    )
+    parser.add_argument(
+        "--verify-media",
+        action="store_true",
+        help="record the sha256 of media files, and find changed files by it and not by size and time",
     )
     return parser.parse_args()
 
@@ -99,6 +109,7 @@ def main() -> None:
     args = parse_args()
     task = args.task or task_from(os.environ)
     catalog = load_catalog(args.catalog)
+    rows, failed = catalog.require(args.stage, args.datasets), list[str]()
     settings = catalog.stages[args.stage]
     make_processor = functools.partial(
         build_processor,
@@ -109,7 +120,6 @@ def main() -> None:
             num_variants=settings.num_variants,
         ),
     )
-    rows, failed = catalog.select(args.stage, args.datasets), []
     with worker_pool(make_processor, args.workers) as pool:
         for row in rows:
             out, since = f"{args.out.rstrip('/')}/{args.stage}/{row.name}", time.perf_counter()
@@ -128,8 +138,9 @@ def main() -> None:
                     overwrite=args.overwrite,
                     retry_failed=args.retry_failed,
                     reject_budget=args.reject_budget,
+                    verify_media=args.verify_media,
                 )
-            except (SourceError, BuildError) as error:  # the other datasets are still built
+            except (SourceError, BuildError, OSError) as error:  # the other datasets are still built
                 hint = f"\n  {catalog.how_to_get(row)}" if isinstance(error, MissingSourceError) else ""
                 print(f"build_shards: {error}{hint}", file=sys.stderr)
                 failed.append(row.name)
@@ -152,11 +163,16 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
         print(f"{label}: {line}; the dataset is incomplete until a run without --task writes its index")
         return
     totals, storage = built.index.totals, open_storage(out)
-    rejects = storage.read(REJECTS_NAME).splitlines()
-    reasons = Counter(json.loads(line)["reason"].split(":")[0] for line in rejects)
-    made = {"shards": built.num_made, "seconds": seconds, "samples_per_second": built.made["samples"] / seconds}
+    reasons = kinds(json.loads(line) for line in storage.read(REJECTS_NAME).splitlines())
+    made: dict[str, float] | None = {
+        "shards": built.num_made,
+        "seconds": seconds,
+        "samples_per_second": built.made["samples"] / seconds,
+    }
+    if not built.num_made:  # the figures of the run that made the shards stay
+        made = earlier_figures(storage) or made
     summary = {**totals.model_dump(), **built.fitted, "shards": len(built.index.shards)}
-    summary |= {"left_out": dict(reasons), "made": made}
+    summary |= {"left_out": {kind.reason: kind.number for kind in reasons}, "made": made}
     storage.write(REPORT_NAME, (json.dumps(summary, indent=1) + "\n").encode())
     print(
         f"{label}: {totals.samples} samples (message trees) of {totals.annotations} annotations, "
@@ -166,8 +182,17 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
     if any(built.fitted.values()):
         shrunk, parts = built.fitted["shrunk"], built.fitted["parts"]
         print(f"  to fit the limits: {shrunk} samples have fewer crops or frames, {parts} are parts of a larger tree")
-    for reason, count in reasons.most_common(5):
-        print(f"  left out: {count} x {reason}")
+    for kind in reasons[:5]:
+        print(f"  left out: {kind.number} x {kind.reason}\n    first: {kind.example}")
+
+
+def earlier_figures(storage: Storage) -> dict[str, float] | None:
+    """The section `made` of the report of an earlier run; None if there is none."""
+    try:
+        figures: dict[str, float] | None = json.loads(storage.read(REPORT_NAME)).get("made")
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None
+    return figures
 
 
 if __name__ == "__main__":

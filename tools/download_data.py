@@ -66,7 +66,12 @@ def selected(catalog: Catalog, stage: str, names: list[str] | None, include_eval
     if unknown := [name for name in names or [] if name not in rows]:
         raise CatalogError(f"not in the catalog: {', '.join(unknown)}; known: {', '.join(rows)}")
     rows = rows if names is None else {name: rows[name] for name in names}
-    return [row for row in rows.values() if stages & set(row.stages) or stage == "all"]
+    if names is not None and stage != "all" and (others := [n for n in rows if not stages & set(rows[n].stages)]):
+        raise CatalogError(f"not in stage {stage}: {', '.join(others)}")
+    if not rows:
+        known = ", ".join(other for other in STAGES if any(other in row.stages for row in catalog.rows))
+        raise CatalogError(f"no dataset of the catalog has stage {stage}; it has {known or 'no rows'}")
+    return list(rows.values())
 
 
 def show_manual(catalog: Catalog, rows: list[Row], raw: Path) -> None:

@@ -79,6 +79,9 @@ def stage_table(stage: str, entries: Sequence[Entry]) -> Table:
 def show_inventory(args: argparse.Namespace, catalog: Catalog) -> None:
     """Print the tables and the commands for what is missing."""
     stages: list[Stage] = [s for s in get_args(Stage) if args.stage == s or (args.stage == "all" and catalog.select(s))]
+    if not any(catalog.select(stage) for stage in stages):
+        known = ", ".join(stage for stage in STAGES if any(stage in row.stages for row in catalog.rows))
+        raise CatalogError(f"no dataset of the catalog has stage {args.stage}; it has {known or 'no rows'}")
     entries = list(inventory(catalog, stages, args.raw, args.shards))
     console = Console(width=None if sys.stdout.isatty() else WIDE)
     for stage in stages:

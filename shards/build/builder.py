@@ -11,19 +11,20 @@ order, and repeated; a run of the whole dataset, (0, 1), finds their shards fini
 from __future__ import annotations
 
 import errno
+import re
 from collections import Counter
 from collections.abc import Generator, Iterator
-from concurrent.futures import Executor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from tqdm import tqdm
 
 from shards.build.claim import BuildError, check_mark, claim, join, locked
-from shards.build.pool import build_all
+from shards.build.pool import WorkerPool, build_all
+from shards.build.rejects import kinds, over_budget
 from shards.build.task import FITTED, Part, ProcessorFactory, SampleProcessor, ShardFailure, Task, failed, finished
 from shards.catalog import Row, Stage, StageSettings
 from shards.catalog.converters import converter_problems
@@ -38,11 +39,14 @@ from shards.format import (
     canonical_json,
     digest,
 )
+from shards.machine import memory_text
+from shards.sources.parquet import SourceError
 from shards.storage.base import Storage
 from shards.storage.open import open_storage
 
 REJECT_BUDGET = 0.05  # largest ratio of rejects to groups of rows
 MAX_FAILED = 5  # a run stops after more failed shards than this: the cause is systematic
+FETCHED = re.compile(r"(^|/)media/[0-9a-f]{2}/[0-9a-f]{64}$")  # where the file of a URL is stored
 BUILD_VERSION = 4  # increment it when decoding, converters or writer make other samples from the same settings
 
 
@@ -73,11 +77,12 @@ def build_dataset(
     *,
     raw: Path,
     out: str | Path,
-    pool: Executor | None = None,
+    pool: WorkerPool | None = None,
     task_of: tuple[int, int] = (0, 1),
     overwrite: bool = False,
     retry_failed: bool = False,
     reject_budget: float = REJECT_BUDGET,
+    verify_media: bool = False,
 ) -> Built:
     """Build one dataset of the catalog, or every n-th shard of it, into a folder or a bucket; resumes an earlier run.
 
@@ -92,19 +97,21 @@ def build_dataset(
         task_of: (r, n) of task r/n; only a run of the whole dataset, (0, 1), writes the index.
         overwrite: delete the shards of another build; only with (0, 1).
         retry_failed: build only those missing shards that failed before.
-        reject_budget: largest ratio of rejects to the groups of rows of this run.
+        reject_budget: largest ratio of rejects of one cause (media, values) to the groups of rows of this run.
+        verify_media: compare media files by sha256 with those that a shard was built from, not by size and time.
 
     Raises:
         SourceError: raw files are missing or damaged, or lack columns.
-        BuildError: `out` holds another build, there are too many rejects or failed shards, the disk is full, or a
-            worker was killed.
+        BuildError: `out` holds another build, there are too many rejects or failed shards, or the disk is full.
     """
     label = f"{stage}/{row.name}"
     (rank, number), whole = task_of, task_of == (0, 1)
     if not 0 <= rank < number or (overwrite and not whole):
         raise BuildError(f"{label}: task {rank}/{number}: r must be in 0..N-1, and only 0/1 may overwrite")
     processor = make_processor()
-    build, tasks = _plan(row, stage, settings, processor, raw, str(out))
+    with _table_errors(label):
+        build, tasks = _plan(row, stage, settings, processor, raw, str(out))
+    tasks = [replace(task, verify_media=verify_media) for task in tasks]
     mine, storage = tasks[rank::number], open_storage(out)
     with _os_errors(label), locked(storage, shared=not whole):
         if whole:
@@ -172,14 +179,23 @@ def _plan(
 
 
 @contextmanager
-def _os_errors(label: str) -> Iterator[None]:
-    """Turn errors of the operating system and killed workers into a `BuildError` with a remedy."""
+def _table_errors(label: str) -> Iterator[None]:
+    """Turn any error of reading a dataset's tables into a `SourceError`, so that the other datasets are still built."""
     try:
         yield
-    except BrokenProcessPool:
-        raise BuildError(
-            f"{label}: a worker was killed (out of memory?); start again with fewer --workers: finished shards are kept"
-        ) from None
+    except (SourceError, BuildError):
+        raise
+    except (OSError, MemoryError, pa.ArrowException, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise SourceError(f"{label}: its tables cannot be read ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def _os_errors(label: str) -> Iterator[None]:
+    """Turn errors of the operating system into a `BuildError` with a remedy."""
+    try:
+        yield
+    except MemoryError as error:
+        raise BuildError(f"{label}: out of memory, {memory_text()}; start again with fewer --workers") from error
     except OSError as error:
         why = "the disk is full; make room" if error.errno in {errno.ENOSPC, errno.EDQUOT} else str(error)
         raise BuildError(f"{label}: {why}; the same command continues: finished shards are kept") from error
@@ -190,7 +206,7 @@ def _run(
     mine: list[Task],
     kept: dict[str, Part],
     processor: SampleProcessor,
-    pool: Executor | None,
+    pool: WorkerPool | None,
     label: str,
 ) -> Generator[dict[str, Part | ShardFailure]]:
     """Build the waiting tasks. Yield all results so far, also after each task; stop after `MAX_FAILED` failures."""
@@ -254,22 +270,24 @@ def _write_rejects(storage: Storage, parts: list[Part]) -> None:
 def _check_budget(storage: Storage, tasks: list[Task], results: dict[str, Part | ShardFailure], budget: float) -> None:
     """Raise a `BuildError` as soon as there are more rejects than the budget allows.
 
-    The parts of shards with rejects are deleted, so that the next run builds them again from the corrected source.
+    Finished shards are kept: those that depend on a changed table or media file are made again. A shard with rejects
+    that lacks the file of a URL is made again in any case, because the network may have been the reason.
     """
     parts = {name: part for name, part in sorted(results.items()) if isinstance(part, Part)}
-    faulty = {name: part for name, part in parts.items() if any(not r["omitted"] for r in part.rejects)}
-    rejects = [reject for part in faulty.values() for reject in part.rejects if not reject["omitted"]]
     num_groups = sum(len(task.groups) for task in tasks)
-    if len(rejects) <= budget * num_groups:
+    over = over_budget((reject for part in parts.values() for reject in part.rejects), budget * num_groups)
+    if over is None:
         return
+    cause, rejects = over
     _write_rejects(storage, list(parts.values()))
-    for name in faulty:
-        storage.remove(f"{name}.part.json")
-    reasons = Counter(reject["reason"].split(":")[0] for reject in rejects).most_common(5)
-    listed = "".join(f"\n  {count} x {reason}" for reason, count in reasons)
-    first = rejects[0]
+    for name, part in parts.items():
+        unfetched = any(state is None and FETCHED.search(path) for path, state in part.media.items())
+        if unfetched and not all(reject["omitted"] for reject in part.rejects):
+            storage.remove(f"{name}.part.json")
+    listed = "".join(f"\n  {kind.number} x {kind.reason}\n    {kind.example}" for kind in kinds(rejects)[:5])
     raise BuildError(
-        f"{first['dataset']}: {len(rejects)} rejects in {num_groups} groups of rows, {budget:.1%} allowed:{listed}\n"
-        f"first: {first['file']} row {first['row']}: {first['reason']}\n"
-        f"all so far: {storage.root}/{REJECTS_NAME}; correct the source, or raise --reject-budget"
+        f"{rejects[0]['dataset']}: {len(rejects)} rejects in {num_groups} groups of rows, "
+        f"{budget:.1%} allowed because of {cause}:{listed}\n"
+        f"all so far: {storage.root}/{REJECTS_NAME}; correct the source, or raise --reject-budget; "
+        "finished shards are kept"
     )

@@ -13,10 +13,11 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from shards.build.media_used import MediaRecord, media_changed, record_media
 from shards.build.writer import npy_bytes, write_shard
 from shards.catalog import Row, Stage, StageSettings
 from shards.convert.reading import convert_or_reject, open_rows, read_groups
@@ -55,16 +56,18 @@ class Task:
     out: str
     settings: StageSettings
     build_digest: str
+    verify_media: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """The contribution of a finished shard to the index."""
+    """The contribution of a finished shard to the index, and the media files that it was built from."""
 
     build_digest: str
     shard: dict[str, Any]
     totals: dict[str, int]
     rejects: list[dict[str, Any]]
+    media: MediaRecord = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +80,7 @@ class ShardFailure:
 
 
 def finished(task: Task, storage: Storage) -> Part | None:
-    """The part of a shard that an earlier run of the same build finished; None if its files do not match the part."""
+    """The part of a shard that an earlier run of the same build finished; None if its files or media do not match."""
     try:
         part = Part(**json.loads(storage.read(f"{task.name}.part.json")))
         shard = ShardInfo(**part.shard)
@@ -85,7 +88,9 @@ def finished(task: Task, storage: Storage) -> Part | None:
     except (FileNotFoundError, ValueError, TypeError):
         return None
     same = part.build_digest == task.build_digest and storage.size(f"{task.name}.tar") == shard.bytes
-    return part if same and hashlib.sha256(sidecar).hexdigest() == shard.index_sha256 else None
+    if not same or hashlib.sha256(sidecar).hexdigest() != shard.index_sha256:
+        return None
+    return None if media_changed(part.media, task.raw, task.verify_media) else part
 
 
 def failed(task: Task, storage: Storage) -> ShardFailure | None:
@@ -103,6 +108,11 @@ def try_shard(task: Task, processor: SampleProcessor) -> Part | ShardFailure:
         return build_shard(task, processor)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
+    return record_failure(task, reason)
+
+
+def record_failure(task: Task, reason: str) -> ShardFailure:
+    """Write the failure record of a shard."""
     failure = ShardFailure(build_digest=task.build_digest, shard=task.name, reason=reason)
     open_storage(task.out).write(f"{task.name}.failed.json", canonical_json(asdict(failure)))
     return failure
@@ -111,10 +121,11 @@ def try_shard(task: Task, processor: SampleProcessor) -> Part | ShardFailure:
 def build_shard(task: Task, processor: SampleProcessor) -> Part:
     """Convert, process and write one shard; its part is written last."""
     storage, totals, rejects = open_storage(task.out), Counter[str](), list[dict[str, Any]]()
+    used: set[Path] = set()
     # The temporary tar is beside its target in a local folder; for a bucket it is in the temporary directory.
     folder = Path(storage.root) if isinstance(storage, LocalStorage) else Path(tempfile.gettempdir())
     temporary = folder / f".{task.name}.tar.{uuid.uuid4().hex[:8]}.tmp"
-    samples = _samples(task, processor, totals, rejects)
+    samples = _samples(task, processor, totals, rejects, used)
     try:
         shard, rows = write_shard(temporary, task.name, samples, processor.layout, task.settings.num_variants)
         storage.publish(temporary, f"{task.name}.tar")
@@ -129,18 +140,24 @@ def build_shard(task: Task, processor: SampleProcessor) -> Part:
         bytes=shard.bytes,
         rejects=len(rejects),
     )
-    part = Part(build_digest=task.build_digest, shard=shard.model_dump(), totals=dict(totals), rejects=rejects)
+    part = Part(
+        build_digest=task.build_digest,
+        shard=shard.model_dump(),
+        totals=dict(totals),
+        rejects=rejects,
+        media=record_media(used, task.raw, task.verify_media),
+    )
     storage.remove(f"{task.name}.failed.json")
     storage.write(f"{task.name}.part.json", canonical_json(asdict(part)))
     return part
 
 
 def _samples(
-    task: Task, processor: SampleProcessor, totals: Counter[str], rejects: list[dict[str, Any]]
+    task: Task, processor: SampleProcessor, totals: Counter[str], rejects: list[dict[str, Any]], used: set[Path]
 ) -> Iterator[Sample]:
-    """Yield the samples of a shard; counts are added to `totals`, rows without a sample to `rejects`."""
+    """Yield the samples of a shard; adds counts to `totals`, rows without a sample to `rejects`, media to `used`."""
     row, stage, raw = task.row, task.stage, task.raw
-    for group in read_groups(row, stage, raw, open_rows(row, stage, raw), task.groups):
+    for group in read_groups(row, stage, raw, open_rows(row, stage, raw), task.groups, used):
         for item in convert_or_reject(group):
             if isinstance(item, Example):
                 for result in _process(processor, item, task.settings.limits):

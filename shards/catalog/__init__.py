@@ -130,6 +130,20 @@ class Catalog(Strict):
             raise CatalogError(f"not in stage {stage}: {', '.join(unknown)}; known: {', '.join(rows)}")
         return [row for name, row in rows.items() if names is None or name in names]
 
+    def require(self, stage: Stage, names: list[str] | None = None) -> list[Row]:
+        """`select`, for a command that has nothing to do without rows.
+
+        Raises:
+            CatalogError: no row has this stage, or the catalog has no build settings for it; see also `select`.
+        """
+        if not (rows := self.select(stage, names)):
+            stages = ", ".join(other for other in STAGES if any(other in row.stages for row in self.rows))
+            raise CatalogError(f"no dataset of the catalog has stage {stage}; it has {stages or 'no rows'}")
+        if stage not in self.stages:
+            known = ", ".join(self.stages) or "none"
+            raise CatalogError(f"the catalog has no settings for stage {stage} in `stages`; it has {known}")
+        return rows
+
 
 def load_catalog(name: str) -> Catalog:
     """Load a catalog of this folder by its name, or a YAML file or a folder of YAML files by its path.

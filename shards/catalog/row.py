@@ -298,6 +298,8 @@ class Row(Strict):
             "*/" (any folder) and may end with ".*" (any video suffix). For a video stored as images it names their
             folder.
         media_from: raw folders that are searched for media after the row's own.
+        media_roots: absolute paths of folders outside of the raw data that links, absolute paths and file URLs of media
+            may lead to; everything else outside is rejected.
         benchmark: how answers are scored in stage "eval"; a list if the row's questions are scored in several ways.
         notes: remarks for readers.
     """
@@ -325,6 +327,7 @@ class Row(Strict):
     loss_weight: dict[Stage, float] = {}
     media: typing.Annotated[tuple[str, ...], pydantic.BeforeValidator(_as_tuple)] = ()
     media_from: tuple[str, ...] = ()
+    media_roots: typing.Annotated[tuple[str, ...], pydantic.BeforeValidator(_as_tuple)] = ()
     benchmark: typing.Annotated[tuple[BenchmarkSpec, ...], pydantic.BeforeValidator(_as_tuple)] = ()
     notes: tuple[str, ...] = ()
 
@@ -351,6 +354,13 @@ class Row(Strict):
         """The settings that the samples depend on: all fields except those that only describe the row."""
         descriptive = {"layout_of", "raw", "source", "size", "paper", "download", "stages", "benchmark", "notes"}
         return self.model_dump(mode="json", exclude=descriptive, exclude_defaults=True)
+
+    @pydantic.field_validator("media_roots")
+    @classmethod
+    def _absolute(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [path for path in value if not path.startswith("/") or not path.strip("/")]:
+            raise ValueError(f"{wrong[0]!r} is not the absolute path of a folder")
+        return value
 
     @pydantic.model_validator(mode="after")
     def _splits(self) -> Self:

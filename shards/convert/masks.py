@@ -16,7 +16,7 @@ import PIL.Image
 
 from shards.catalog import Masks
 from shards.schema import RejectedError
-from shards.sources.paths import at
+from shards.sources.paths import at, is_system_file
 
 
 def run_lengths(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
@@ -61,7 +61,8 @@ def _files(masks: Masks, root: Path, values: Mapping[str, Any]) -> list[Path]:
     escaped = {name: glob.escape(str(value)) for name, value in values.items()}
     try:
         pattern = masks.files.format(**escaped)
-        files = sorted(path.resolve() for path in root.glob(pattern))
+        matches = (path for path in root.glob(pattern) if not is_system_file(path.relative_to(root)))
+        files = sorted(path.resolve() for path in matches)
     except (KeyError, IndexError, ValueError, NotImplementedError) as error:
         raise RejectedError(f"media: masks {masks.files}: {error!r}") from None
     if not files:

@@ -15,13 +15,15 @@ from shards.convert import CONVERTERS
 from shards.convert.common import Group, Omitted
 from shards.convert.marks import without_marks
 from shards.convert.masks import masks_of, packed
-from shards.schema import Example, RejectedError, as_reject
+from shards.schema import Example, MissingMediaError, RejectedError, as_reject
 from shards.sources.joined import open_joined
 from shards.sources.json_text import DuplicateKey
 from shards.sources.media_files import MediaFiles
 from shards.sources.parquet import MissingSourceError, SourceError
 from shards.sources.paths import at
 from shards.sources.tables import Table, open_table
+
+READ_BYTES = 256 << 20  # bytes of rows that a shard's build holds in memory at a time, unless one row is larger
 
 
 def open_rows(row: Row, stage: Stage, raw: Path) -> Table:
@@ -54,15 +56,40 @@ def open_rows(row: Row, stage: Stage, raw: Path) -> Table:
     return table
 
 
-def read_groups(row: Row, stage: Stage, raw: Path, table: Table, groups: Sequence[Sequence[int]]) -> Iterator[Group]:
-    """Yield the groups with these row numbers; `raw` as in `open_rows`."""
-    rows = iter(table.read([number for numbers in groups for number in numbers], row.used_columns(stage)))
+def read_groups(
+    row: Row,
+    stage: Stage,
+    raw: Path,
+    table: Table,
+    groups: Sequence[Sequence[int]],
+    used: set[Path] | None = None,
+) -> Iterator[Group]:
+    """Yield the groups with these row numbers; `raw` as in `open_rows`. `used` receives the media files they name."""
+    columns = row.used_columns(stage)
     others = tuple(raw.parent / name for name in row.media_from)
-    media = MediaFiles(root=raw, templates=row.media, others=others)
+    outside = tuple(map(Path, row.media_roots))
+    media = MediaFiles(
+        root=raw, templates=row.media, others=others, outside=outside, used=set() if used is None else used
+    )
+    most = max(1, READ_BYTES // max(table.row_bytes(columns), 1))
+    for some in _runs(groups, most):
+        rows = iter(table.read([number for numbers in some for number in numbers], columns))
+        for numbers in some:
+            sources, values = zip(*(next(rows) for _ in numbers), strict=True)
+            key = f"{row.name}-{numbers[0]:08d}"
+            yield Group(row=row, stage=stage, media=media, key=key, sources=sources, values=values)
+
+
+def _runs(groups: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
+    """Groups in order, in runs of at most `most` rows; a larger group is a run of its own."""
+    run: list[Sequence[int]] = []
     for numbers in groups:
-        sources, values = zip(*(next(rows) for _ in numbers), strict=True)
-        key = f"{row.name}-{numbers[0]:08d}"
-        yield Group(row=row, stage=stage, media=media, key=key, sources=sources, values=values)
+        if run and sum(map(len, run)) + len(numbers) > most:
+            yield run
+            run = []
+        run.append(numbers)
+    if run:
+        yield run
 
 
 def convert(group: Group) -> Iterator[Example | Omitted]:
@@ -105,9 +132,14 @@ def convert_or_reject(group: Group) -> list[Example | Omitted]:
     alone = [_try(group.part([index]))[1] for index in rows] if len(rows) > 1 else [error]
     faulty = {index: reject for index, reject in enumerate(alone) if reject is not None}
     if not 0 < len(faulty) < len(rows):  # the fault is in what all rows share, such as the image
-        return [*items, group.reject(str(error))]
+        return [*items, _left_out_by(error, group)]
     rest = group.part([index for index in rows if index not in faulty])
-    return [*(group.reject(str(reject), index) for index, reject in faulty.items()), *convert_or_reject(rest)]
+    return [*(_left_out_by(reject, group, index) for index, reject in faulty.items()), *convert_or_reject(rest)]
+
+
+def _left_out_by(error: RejectedError, group: Group, index: int = 0) -> Omitted:
+    """The record of a row that an error leaves out; media that a download has on record as failed are no fault."""
+    return (group.omit if isinstance(error, MissingMediaError) else group.reject)(str(error), index)
 
 
 def _try(group: Group) -> tuple[list[Example | Omitted], RejectedError | None]:

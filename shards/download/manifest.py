@@ -12,6 +12,7 @@ import pydantic
 
 from shards.atomic import write_atomic
 from shards.catalog import Catalog, Download, Row, split_of
+from shards.sources.paths import is_system_file
 
 MANIFEST = "manifest.json"
 STATE = ".download"
@@ -110,4 +111,4 @@ def fetches(download: Download) -> bool:
 
 
 def _any(folder: Path, pattern: str) -> bool:
-    return any(path.name != STATE for path in folder.glob(pattern))
+    return any(path.name != STATE and not is_system_file(path) for path in folder.glob(pattern))

@@ -31,6 +31,7 @@ from shards.download.manifest import (
     write_json,
 )
 from shards.download.urls import DEFAULT_POLICY, FetchPolicy, fetch_media, read_wanted
+from shards.sources.paths import is_system_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +204,7 @@ def _extract(download: Download, folder: Path) -> dict[str, int]:
     """Unpack every archive that is not unpacked yet; returns archive -> number of its files."""
     num_files = {}
     for pattern, target in download.extract.items():
-        matches = sorted(path for path in folder.glob(pattern) if path.is_file())
+        matches = sorted(path for path in folder.glob(pattern) if path.is_file() and not is_system_file(path))
         if not matches:
             steps = f"; {download.instructions}" if download.instructions else ""
             raise DownloadError(f"{folder / pattern}: no such archive{steps}")

@@ -65,7 +65,8 @@ def _clip(ref: VideoRef, whole: float) -> float:
 
 def _frame_files(ref: VideoRef) -> list[Path]:
     """The images of a folder in natural order of their names: 2.jpg comes before 10.jpg."""
-    files = [path for path in Path(ref.path).iterdir() if path.suffix.lower() in FRAME_SUFFIXES]
+    paths = (path for path in Path(ref.path).iterdir() if not path.name.startswith("._"))  # files of macOS
+    files = [path for path in paths if path.suffix.lower() in FRAME_SUFFIXES]
     if not files:
         raise MediaError(f"{ref.path}: no frames ({', '.join(FRAME_SUFFIXES)}) in the folder")
     return sorted(files, key=lambda path: [int(part) if part.isdigit() else part for part in DIGITS.split(path.name)])

@@ -44,6 +44,10 @@ class JoinedTable:
         """Row numbers with equal values in a column of the main table."""
         return self.main.groups(column)
 
+    def row_bytes(self, columns: Iterable[str]) -> int:
+        """Mean size of these columns of a row of the main table, in bytes."""
+        return self.main.row_bytes(_own(columns, [lookup for lookup, _, _ in self.others]))
+
     def read(self, rows: Sequence[int], columns: Iterable[str]) -> list[tuple[Source, dict[str, Any]]]:
         """Read rows in the given order, each with the matching rows of the lookups or None."""
         names = list(columns)

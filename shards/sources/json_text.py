@@ -30,3 +30,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             if value != values[key]:
                 values[key] = DuplicateKey(key)
     return values
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)  # for texts of several documents

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ import pyarrow.parquet as pq
 from shards.format import canonical_json
 from shards.schema import Source
 from shards.sources.paths import at
+
+MAX_BATCH = 1024  # rows that are read at a time
+BATCH_BYTES = 64 << 20  # bytes that are read at a time, unless one row is larger
 
 
 class SourceError(ValueError):
@@ -51,8 +56,15 @@ class ParquetTable:
         if column is None:
             return [(number,) for number in range(len(self))]
         root = column.partition(".")[0]
-        rows = (row for file in self.files for row in pq.read_table(file, columns=[root]).to_pylist())
-        return numbers_by_value(at(row, column) for row in rows)
+        try:
+            return numbers_by_value(at(row, column) for file in self.files for row in _all_rows(file, root))
+        except (pa.ArrowException, OSError) as error:
+            raise SourceError(f"{self.root}: column {column} cannot be read ({error}); fetch the files again") from None
+
+    def row_bytes(self, columns: Iterable[str]) -> int:
+        """Mean size of these columns of a row, in bytes, in the row group where it is largest."""
+        roots = {path.partition(".")[0] for path in columns}
+        return max((_row_bytes(pq.read_metadata(file), roots) for file in self.files), default=0)
 
     def read(self, rows: Sequence[int], columns: Iterable[str]) -> list[tuple[Source, dict[str, Any]]]:
         """Read rows in the given order, each with its source.
@@ -124,22 +136,87 @@ def _footer(path: Path) -> bytes:
         return file.read(length)
 
 
+def _all_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
+    with pq.ParquetFile(file) as reader:
+        for batch in reader.iter_batches(MAX_BATCH, columns=[column]):
+            yield from batch.to_pylist()
+
+
+def _row_bytes(metadata: Any, roots: set[str]) -> int:
+    sizes = [0]
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunks = [group.column(place) for place in range(group.num_columns)]
+        total = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in roots)
+        sizes.append(total // max(group.num_rows, 1))
+    return max(sizes)
+
+
+class _RowGroup:
+    """One row group, read in batches. Ascending calls of `read` continue where the last one ended."""
+
+    def __init__(self, file: Path, number: int, columns: tuple[str, ...]) -> None:
+        self.reader, self.number, self.columns = pq.ParquetFile(file), number, list(columns)
+        size = _row_bytes(self.reader.metadata, set(columns))
+        self.batch_size = max(1, min(MAX_BATCH, BATCH_BYTES // max(size, 1)))
+        self._restart()
+
+    def _restart(self) -> None:
+        self.batches = self.reader.iter_batches(self.batch_size, row_groups=[self.number], columns=self.columns)
+        self.start, self.batch = 0, None
+
+    def read(self, rows: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield ascending rows, counted from the start of the row group, each with its number."""
+        place = 0
+        while place < len(rows):
+            try:
+                batch = self._batch_with(rows[place])
+            except pa.ArrowException:
+                if self.batch_size == 1:
+                    raise
+                # A dictionary makes a batch larger than the file says; a single row fits.
+                self.batch_size = 1
+                self._restart()
+                continue
+            ends = bisect.bisect_left(rows, self.start + batch.num_rows, place)
+            here = rows[place:ends]
+            yield from zip(here, batch.take([row - self.start for row in here]).to_pylist(), strict=True)
+            place = ends
+
+    def _batch_with(self, row: int) -> pa.RecordBatch:
+        if row < self.start:
+            self._restart()
+        while self.batch is None or row >= self.start + self.batch.num_rows:
+            self.start += 0 if self.batch is None else self.batch.num_rows
+            self.batch = None  # its memory is freed before the next one is read
+            self.batch = next(self.batches)
+        return self.batch
+
+
+@functools.lru_cache(maxsize=1)
+def _row_group(file: Path, version: tuple[int, int], number: int, columns: tuple[str, ...]) -> _RowGroup:
+    """The row group that was read last, so that the next shard of the same process continues there."""
+    return _RowGroup(file, number, columns)
+
+
 def _read_rows(file: Path, rows: list[int], columns: list[str]) -> Iterable[tuple[int, dict[str, Any]]]:
-    """Read ascending rows of one file; only the row groups that hold them are read."""
+    """Read ascending rows of one file; only the row groups that hold them are read, in batches of bounded memory."""
     if not rows:
         return
-    reader = pq.ParquetFile(file)
+    status, metadata = file.stat(), pq.read_metadata(file)
     start, place = 0, 0
-    for number in range(reader.num_row_groups):
-        end = start + reader.metadata.row_group(number).num_rows
+    for number in range(metadata.num_row_groups):
+        end = start + metadata.row_group(number).num_rows
         here = []
         while place < len(rows) and rows[place] < end:
             here.append(rows[place])
             place += 1
         if here:
             try:
-                taken = reader.read_row_group(number, columns).take([row - start for row in here]).to_pylist()
-            except (pa.ArrowException, OSError) as error:
+                group = _row_group(file, (status.st_size, status.st_mtime_ns), number, tuple(columns))
+                for row, values in group.read([row - start for row in here]):
+                    yield row + start, values
+            except (pa.ArrowException, OSError, StopIteration) as error:
+                _row_group.cache_clear()
                 raise SourceError(f"{file}: row group {number} is damaged ({error}); fetch the file again") from None
-            yield from zip(here, taken, strict=True)
         start = end

@@ -1,9 +1,50 @@
-"""Dotted paths into the values of a row: "meta.id", and through lists: "answers.text" is the texts of all answers."""
+"""Spellings of the names of files, names that no dataset means, and dotted paths into the values of a row.
+
+A path "meta.id" also goes through lists: "answers.text" is the texts of all answers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
+
+SYSTEM_NAMES = frozenset({".DS_Store", "__MACOSX", "Thumbs.db", "desktop.ini"})
+
+
+def is_system_file(path: Path) -> bool:
+    """Whether an operating system made a file or its folder, such as macOS's `._1.jpg`; no dataset means such files."""
+    return any(part in SYSTEM_NAMES or part.startswith("._") for part in path.parts)
+
+
+def spellings(folder: Path, name: str) -> Iterator[Path]:
+    """Yield the path of a name below `folder`, as is or as other systems write it (backslashes, percent-encoding).
+
+    A table may have been written on another system than its files. Only the first path that exists is yielded.
+    """
+    names = dict.fromkeys([name, name.replace("\\", "/"), unquote(name), unquote(name).replace("\\", "/")])
+    for spelled in names:
+        if "\0" not in spelled and (path := _existing(folder, spelled)) is not None:
+            yield path
+            return
+
+
+def _existing(folder: Path, name: str) -> Path | None:
+    """The path of a name below `folder` if it exists; each of its parts may be in another Unicode form on the disk."""
+    if (path := folder / name).exists():
+        return path
+    if name.isascii():
+        return None
+    path = folder
+    for part in Path(name).parts:
+        forms = dict.fromkeys([part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))])
+        existing = next((path / form for form in forms if (path / form).exists()), None)
+        if existing is None:
+            return None
+        path = existing
+    return path
 
 
 def at(values: Any, path: str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from molmo2.processing.tokenizer import train_demo_tokenizer
 from shards.build.builder import Built, build_dataset
 from shards.build.pool import worker_pool
 from shards.build.task import ProcessorFactory
-from shards.catalog import Catalog, Stage, load_catalog
+from shards.catalog import Catalog, Stage, StageSettings, load_catalog
 from shards.format import DatasetIndex
+from shards.schema import Example, Limits, Sample
 
 
 def quiet(made: Iterable[Any], _: int) -> Iterator[Any]:
@@ -60,5 +63,24 @@ def build_part(raw: Path, out: str | Path, name: str, stage: Stage = "sft", **op
         return build_dataset(row, stage, settings, make, raw=raw / name, out=f"{out}/{name}", pool=pool, **options)
 
 
+def small_shards() -> StageSettings:
+    """Settings of stage "sft" with shards of two groups of rows."""
+    return catalog("sft", examples_per_shard=2).stages["sft"]
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class KillingProcessor:
+    """A processor that kills its process at one example, as often as the folder `marks` has files."""
+
+    def __init__(self, make: ProcessorFactory, key: str, marks: Path) -> None:
+        self.processor, self.key, self.marks = make(), key, marks
+        self.layout, self.settings = self.processor.layout, self.processor.settings
+
+    def __call__(self, example: Example, limits: Limits) -> Sample:
+        if example.key.startswith(self.key) and (left := sorted(self.marks.iterdir())):
+            left[0].unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.processor(example, limits)
