@@ -22,6 +22,7 @@ from shards.storage.local import LocalStorage
 from shards.storage.open import open_storage
 
 Result = Part | ShardFailure
+START_METHOD = "spawn"  # fork would copy locks that threads of decoders and arrow hold
 
 
 class WorkerPool:
@@ -32,7 +33,7 @@ class WorkerPool:
         self.executor = self._start()
 
     def _start(self) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")  # fork would copy held locks of threads in decoders and arrow
+        context = multiprocessing.get_context(START_METHOD)
         return ProcessPoolExecutor(self.workers, context, _start_worker, (self.make_processor,))
 
     def submit(self, task: Task) -> Future[Result]:

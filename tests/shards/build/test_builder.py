@@ -32,6 +32,7 @@ from shards.sources.tables import open_table
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_workers")
 def test_one_and_three_workers_give_equal_bytes(raw: Path, tmp_path: Path) -> None:
     index = build(raw, tmp_path / "one", "demo-points")
     build(raw, tmp_path / "three", "demo-points", workers=3)
@@ -194,6 +195,7 @@ def test_a_dataset_without_samples_is_an_error(raw: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_workers")
 def test_a_build_that_cannot_stay_in_budget_stops_early(raw: Path, tmp_path: Path) -> None:
     """The URLs of a copied folder lead out of it, so every row is wrong: the build ends before its last shard."""
     broken = tmp_path / "raw"

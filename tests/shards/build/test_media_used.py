@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from build_cases import build, build_task, small_shards, tree
+from build_cases import build, build_part, small_shards, tree
 
 from shards.build.media_used import media_changed, record_media
 
@@ -23,16 +23,16 @@ def test_changed_media_rebuild_their_shards_alone(raw: Path, tmp_path: Path) -> 
     before, samples = stamps(out / name), tree(out / name)
     assert len(before) >= 2
     whole = videos[0].read_bytes()
-    assert build_task(mine, out, name, settings=small_shards()).num_made == 0
+    assert build_part(mine, out, name, settings=small_shards()).num_made == 0
     videos[0].write_bytes(b"not a video")
-    built = build_task(mine, out, name, settings=small_shards(), reject_budget=1.0)
+    built = build_part(mine, out, name, settings=small_shards(), reject_budget=1.0)
     assert (built.num_made, built.num_kept) == (1, len(before) - 1)
     changed = {shard for shard, stamp in stamps(out / name).items() if stamp != before[shard]}
     assert len(changed) == 1
     videos[0].unlink()  # the broken video is now missing
-    assert build_task(mine, out, name, settings=small_shards(), reject_budget=1.0).num_made == 1
+    assert build_part(mine, out, name, settings=small_shards(), reject_budget=1.0).num_made == 1
     videos[0].write_bytes(whole)  # and now mended
-    assert build_task(mine, out, name, settings=small_shards()).num_made == 1
+    assert build_part(mine, out, name, settings=small_shards()).num_made == 1
     tars = {file: data for file, data in tree(out / name).items() if file.endswith((".tar", ".npy"))}
     assert tars == {file: data for file, data in samples.items() if file in tars}
 
@@ -43,8 +43,8 @@ def test_with_verify_the_sha256_decides(raw: Path, tmp_path: Path) -> None:
     video = sorted((mine / name / "videos").iterdir())[0]
     build(mine, out, name, verify_media=True)
     os.utime(video, ns=(1, 1))  # copied without its times
-    assert build_task(mine, out, name, verify_media=True).num_made == 0
-    assert build_task(mine, out, name).num_made == 1
+    assert build_part(mine, out, name, verify_media=True).num_made == 0
+    assert build_part(mine, out, name).num_made == 1
 
 
 def test_states_of_files_and_folders(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from shards.convert.reading import open_rows
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("kills", [1, 2])
 def test_a_killed_worker_costs_no_other_shard(raw: Path, tmp_path: Path, kills: int) -> None:
     """Killed once, the shard is built alone; killed twice, it is recorded as failed. The next dataset is built."""
@@ -51,6 +53,7 @@ def test_a_killed_worker_costs_no_other_shard(raw: Path, tmp_path: Path, kills: 
             assert tree(out) == tree(tmp_path / "whole" / name)
 
 
+@pytest.mark.slow
 def test_a_broken_table_ends_no_other_dataset(raw: Path, tmp_path: Path) -> None:
     """A file that is a folder raises an OSError, and columns of several types an Arrow error."""
     mine = tmp_path / "raw"

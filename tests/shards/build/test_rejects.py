@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from build_cases import build, build_task, small_shards
+from build_cases import build, build_part, small_shards
 
 from shards.build.claim import BuildError
 from shards.build.rejects import kind_of, kinds, over_budget
@@ -81,7 +81,7 @@ def test_failed_downloads_are_left_out_and_no_fault(raw: Path, tmp_path: Path) -
     url = failures[0].url
     (mine / name / media_path(url)).parent.mkdir(parents=True, exist_ok=True)
     (mine / name / media_path(url)).write_bytes(images[url])
-    again = build_task(mine, tmp_path / "out", name)
+    again = build_part(mine, tmp_path / "out", name)
     assert again.num_made == 1
     assert again.index is not None
     assert again.index.totals.rejects == len(failures) - 1
@@ -110,5 +110,5 @@ def test_a_stop_for_the_budget_keeps_whole_shards(raw: Path, tmp_path: Path) -> 
     kept = {path: path.stat().st_ino for path in (tmp_path / "out" / name).glob("*.part.json")}
     assert len(kept) >= 2
     videos[-1].write_bytes(last)
-    built = build_task(mine, tmp_path / "out", name, reject_budget=0.0, settings=small_shards())
+    built = build_part(mine, tmp_path / "out", name, reject_budget=0.0, settings=small_shards())
     assert (built.num_made, built.num_kept) == (1, len(kept) - 1)

@@ -54,7 +54,7 @@ def qa(**changes: Any) -> str:
         ),
         (qa(answer=float("nan")), "no question with an answer"),
         (qa(question={"text": "What?"}), "no question with an answer"),
-        (qa(image={"bytes": 3, "path": None}), "media: embedded image: not a readable image (TypeError: "),
+        (qa(image={"bytes": 3, "path": None}), "media: no image in the row (int)"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_one_reject(raw: Path, tmp_path: Path, line: str, reason: str) -> None:
