@@ -41,6 +41,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="print files and GB, and exit")
     parser.add_argument("--retry-failed", action="store_true", help="retry only the images that failed before")
+    parser.add_argument("--update", action="store_true", help="move to the newest commit of each repository")
     parser.add_argument("--max-images", type=int, metavar="N", help="only the images of each folder's first N URLs")
     parser.add_argument("--raw", type=Path, default=data_path("raw"), help="folder of the raw data (%(default)s)")
     parser.add_argument("--workers", type=int, default=DEFAULT_POLICY.workers, help="URLs at a time (%(default)s)")
@@ -134,7 +135,7 @@ def main() -> None:
     policy = dataclasses.replace(
         DEFAULT_POLICY, workers=args.workers, per_host=args.per_host, budget=args.failure_budget
     )
-    options = FillOptions(retry_failed=args.retry_failed, max_images=args.max_images, policy=policy)
+    options = FillOptions(retry_failed=args.retry_failed, update=args.update, max_images=args.max_images, policy=policy)
     for name, download in catalog.downloads(rows).items():
         if not fetches(download):
             continue

@@ -40,6 +40,7 @@ class FillOptions:
 
     Attributes:
         retry_failed: retry the images that failed before, and fetch no others.
+        update: move to the repository's newest commit; otherwise a folder keeps the commit of its first download.
         max_images: fetch only the images of the first `max_images` distinct URLs of a folder; None fetches all.
         images: limits of the download of an image.
         archives: limits of the download of an archive.
@@ -47,6 +48,7 @@ class FillOptions:
     """
 
     retry_failed: bool = False
+    update: bool = False
     max_images: int | None = None
     images: FetchLimits = IMAGE_LIMITS
     archives: FetchLimits = ARCHIVE_LIMITS
@@ -99,7 +101,12 @@ def fill(name: str, download: Download, folder: Path, options: FillOptions) -> M
         DownloadError: something cannot be fetched now; files that were fetched stay.
     """
     known = read_manifest(folder, download)
-    if known is not None and not options.retry_failed and _is_whole(known, folder, options.max_images):
+    if (
+        known is not None
+        and not options.update
+        and not options.retry_failed
+        and _is_whole(known, folder, options.max_images)
+    ):
         return known
     try:
         with file_lock(folder / STATE / "lock"):
@@ -110,6 +117,8 @@ def fill(name: str, download: Download, folder: Path, options: FillOptions) -> M
 
 def _fill(name: str, download: Download, folder: Path, options: FillOptions) -> Manifest:
     """`fill` without the check of an earlier manifest."""
+    if options.update:
+        _forget_commit(download, folder)
     listing = _listing(download, folder)
     if listing is not None:
         _check_space(name, folder, listing)
@@ -151,6 +160,20 @@ def _listing(download: Download, folder: Path) -> Listing | None:
     if cached is not None and cached.asked == download_settings(download):
         return cached.listing
     return list_files(download.repo, download.revision, download.include)
+
+
+def _forget_commit(download: Download, folder: Path) -> None:
+    """Make the folder incomplete at an old commit: what changed is fetched again, and what is gone is removed."""
+    old = _listing(download, folder) if (folder / STATE / "listing.json").exists() else None
+    if old is None or download.repo is None:
+        return
+    new = list_files(download.repo, download.revision, download.include)
+    if new.commit == old.commit:
+        return
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for file in {file.path for file in old.files} - {file.path for file in new.files}:
+        (folder / file).unlink(missing_ok=True)
+    write_json(folder / STATE / "listing.json", _CachedListing(asked=download_settings(download), listing=new))
 
 
 def _is_whole(manifest: Manifest, folder: Path, max_images: int | None) -> bool:

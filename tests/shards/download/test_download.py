@@ -1,5 +1,6 @@
 """Raw folders from nothing to their manifest: a fake Hub, a faulty web server, kills, and the command line."""
 
+import contextlib
 import fcntl
 import hashlib
 import io
@@ -109,6 +110,27 @@ def test_a_repository_is_fetched_at_one_commit_and_never_asked_again(hub: Hub, t
     assert forecast(wanted, folder).missing == 0
     assert len(hub.log) == asked
     assert read_manifest(folder, wanted.model_copy(update={"include": ("x/*",)})) is None
+
+
+def test_an_update_moves_to_the_newest_commit(hub: Hub, tmp_path: Path) -> None:
+    """Killed in its middle, it goes on with the new commit, and never mixes two."""
+    publish(hub, "owner/set", {"data/a.parquet": b"old a", "data/b.parquet": b"old b", "data/c.parquet": b"c"})
+    wanted, folder = Download(kind="hub", repo="owner/set", include=("data/*",)), tmp_path / "raw"
+    update = replace(LOCAL, update=True)
+    first = fill("set", wanted, folder, LOCAL)
+    asked = len(downloads(hub))
+    assert fill("set", wanted, folder, update) == first and len(downloads(hub)) == asked  # there is nothing newer
+    (hub.root / "datasets/owner/set/data/c.parquet").unlink()
+    publish(hub, "owner/set", {"data/a.parquet": b"new a", "data/d.parquet": b"d"})
+    assert fill("set", wanted, folder, LOCAL) == first
+    hub.cuts.append("data/d.parquet")
+    with contextlib.suppress(DownloadError):
+        fill("set", wanted, folder, update)
+    second = fill("set", wanted, folder, LOCAL)
+    assert second.listing is not None and first.listing is not None
+    assert second.listing.commit != first.listing.commit
+    found = {name: data for name, data in tree(folder).items() if name.startswith("data/")}
+    assert found == {"data/a.parquet": b"new a", "data/b.parquet": b"old b", "data/d.parquet": b"d"}
 
 
 def test_a_cut_and_a_lost_file_are_made_good(hub: Hub, tmp_path: Path) -> None:
