@@ -43,6 +43,7 @@ def image_points(group: Group, options: ImagePointsOptions) -> Iterator[Example 
     are no points.
     """
     most, image = options.max_points, group.image()
+    counted = bool({"points", "number"} & set(group.row.columns))  # else an image is only asked about, as in evaluation
     scale = _pixel_scale(image) if options.scale == "pixel" else SCALES[options.scale]
     labels = []
     for index in range(len(group.values)):
@@ -50,7 +51,7 @@ def image_points(group: Group, options: ImagePointsOptions) -> Iterator[Example 
             points = to_fractions(xy_pairs(value), scale)
             if label and len(points) <= most:
                 groups = (PointGroup(at=1, points=points),) if points else ()
-                number = None if points else _number(group.get("number", index), value)
+                number = None if points else _number(group.get("number", index), value, counted)
                 labels.append(Points(style="", label=label, question=question, groups=groups, number=number))
             else:
                 yield group.omit(f"more than {most} points: {len(points)}" if label else "no label", index)
@@ -61,13 +62,13 @@ def image_points(group: Group, options: ImagePointsOptions) -> Iterator[Example 
             )
 
 
-def _number(number: Any, points: Any) -> int | None:
+def _number(number: Any, points: Any, counted: bool) -> int | None:
     """The count of a label without points; None if an empty list of points is the count.
 
     Raises:
-        RejectedError: there are neither points nor a whole number.
+        RejectedError: the row's columns hold points or counts (`counted`), and there are neither points nor a number.
     """
-    if number is None and points is None:
+    if counted and number is None and points is None:
         raise RejectedError("points: null, and no number; an empty list means that there are none")
     if number is None:
         return None
