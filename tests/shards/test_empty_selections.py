@@ -11,6 +11,7 @@ from fork_server import python
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["build_shards", "download_data", "inspect_data"])
 @pytest.mark.parametrize(
     ("names", "match"), [([], "no dataset of the catalog has stage long; it has sft"), (["a"], "")]

@@ -30,6 +30,7 @@ from molmo2.processing.tokenizer import train_demo_tokenizer
 from shards.catalog import load_catalog
 from shards.stream.dataset import Dataset, open_dataset
 
+pytestmark = pytest.mark.slow  # the shards that all of it looks at
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = ("demo-points", "demo-video-cap", "demo-video-track", "demo-chat")
 HOSTILE = '<script>alert("pwned")</script><img src=x onerror=alert(1)>'
@@ -221,7 +222,6 @@ def test_without_a_recipe_there_is_no_mixture(data: Path, tmp_path: Path) -> Non
     assert f"{facts_of(opened(data, 'demo-points')).index.totals.tokens:,}" in run.stdout
 
 
-@pytest.mark.slow
 def test_each_stage_gets_its_page_and_a_build_under_way_is_named(data: Path, tmp_path: Path) -> None:
     for stage in ("sft", "long"):
         folder = tmp_path / "shards" / stage / "demo-chat"
@@ -239,7 +239,6 @@ def test_each_stage_gets_its_page_and_a_build_under_way_is_named(data: Path, tmp
     assert (tmp_path / "all-long.html").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.server
 def test_a_bucket_is_shown_like_a_folder(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with s3_server(tmp_path) as endpoint:
@@ -315,7 +314,6 @@ def test_states_of_raw_folders_and_shards(tmp_path: Path) -> None:
     assert "doc-qa" in by_hand.split()
 
 
-@pytest.mark.slow
 def test_samples_of_a_source_are_told_as_text(data: Path) -> None:
     options = ("--catalog", "demo", "--stage", "sft", "--num-samples", "3")
     run = tool("inspect_data", *options, "demo-points", "demo-video-track", data=data)
@@ -326,7 +324,6 @@ def test_samples_of_a_source_are_told_as_text(data: Path) -> None:
     assert "frames/s, h264" in run.stdout
 
 
-@pytest.mark.slow
 def test_a_dataset_that_is_missing_does_not_stop_the_others(data: Path, tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/demo-points").symlink_to(data / "raw/demo-points")

@@ -112,6 +112,7 @@ def test_a_repository_is_fetched_at_one_commit_and_never_asked_again(hub: Hub, t
     assert read_manifest(folder, wanted.model_copy(update={"include": ("x/*",)})) is None
 
 
+@pytest.mark.slow
 def test_an_update_moves_to_the_newest_commit(hub: Hub, tmp_path: Path) -> None:
     """Killed in its middle, it goes on with the new commit, and never mixes two."""
     publish(hub, "owner/set", {"data/a.parquet": b"old a", "data/b.parquet": b"old b", "data/c.parquet": b"c"})
@@ -344,6 +345,7 @@ def run(hub: Hub, tmp_path: Path, *arguments: str) -> subprocess.CompletedProces
     return subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_command_line(hub: Hub, catalog: Catalog, tmp_path: Path) -> None:
     publish(hub, "owner/easy", {"data/a.parquet": b"a" * 2_000_000})
     dry = run(hub, tmp_path, "--dry-run")
