@@ -48,3 +48,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Note for tests/guard.py which test this process runs."""
     if folder := os.environ.get("MOLMO2_TEST_RUN"):
         Path(folder, f"running-{os.getpid()}").write_text(item.nodeid)
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Name parameters of bytes by their argument: gzip writes the time, and both processes must find equal names."""
+    return argname if isinstance(val, bytes) else None
