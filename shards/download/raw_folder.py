@@ -153,18 +153,21 @@ class _CachedListing(pydantic.BaseModel):
 def _listing(download: Download, folder: Path) -> Listing | None:
     if download.repo is None:
         return None
+    return _stored_listing(download, folder) or list_files(download.repo, download.revision, download.include)
+
+
+def _stored_listing(download: Download, folder: Path) -> Listing | None:
+    """The listing of an earlier download; None if there is none, or if the catalog's `download` has changed since."""
     try:
         cached = _CachedListing.model_validate_json((folder / STATE / "listing.json").read_bytes())
     except (FileNotFoundError, pydantic.ValidationError):
-        cached = None
-    if cached is not None and cached.asked == download_settings(download):
-        return cached.listing
-    return list_files(download.repo, download.revision, download.include)
+        return None
+    return cached.listing if cached.asked == download_settings(download) else None
 
 
 def _forget_commit(download: Download, folder: Path) -> None:
     """Make the folder incomplete at an old commit: what changed is fetched again, and what is gone is removed."""
-    old = _listing(download, folder) if (folder / STATE / "listing.json").exists() else None
+    old = _stored_listing(download, folder)
     if old is None or download.repo is None:
         return
     new = list_files(download.repo, download.revision, download.include)

@@ -67,7 +67,7 @@ class ShardCache:
             return False
         except UnavailableError:
             raise
-        except OSError as error:  # of the cache's disk; one of the storage is met again by the read that follows
+        except OSError as error:  # the cache's disk failed; if it was the storage, the read that follows fails alike
             LOG.warning("%s: not cached: %s", path, error)
             cached = False
         if not cached:

@@ -285,7 +285,7 @@ def answer(status: int, code: str, only: str = "") -> Fault:
         (403, "AccessDenied"),
         (403, "RequestTimeTooSkewed"),
         (301, "PermanentRedirect"),
-        (404, "NoSuchBucket"),  # of all objects, the index as well
+        (404, "NoSuchBucket"),  # the whole bucket is gone, so the index is, too
     ],
 )
 def test_a_store_that_refuses_is_an_error_and_no_damage(
