@@ -1,13 +1,14 @@
 """What the builder costs beside bare decoding and encoding of the same frames.
 
-    python benchmarks/bench_build.py                     a minute and a half
+    python benchmarks/bench_build.py                     three minutes
     python benchmarks/bench_build.py --videos 2 --images 8
 
-Two sources are made in a temporary folder, moving pictures with a grain as a camera has it: H.264 videos (640 x 360
-pixels, 30 frames a second, 20 seconds, about the median of Molmo2's video sets) and JPEG images in a parquet file
-(1024 x 768), with one question each. The builder makes shards of them with Molmo2's geometry, four text variants and a
-small tokenizer. "Bare" is a loop over the same files: decode the same frames or the image, resize as the builder does,
-encode JPEG with the same library and quality, write nothing; videos with decord and with PyAV, a thread each.
+Three sources are made in a temporary folder, moving pictures with a grain as a camera has it: H.264 videos (640 x 360
+pixels, 30 frames a second) of 20 seconds, about the median of Molmo2's video sets, and of 10 seconds, and JPEG images
+in a parquet file (1024 x 768), with one question each. The builder makes shards of them with Molmo2's geometry, four
+text variants and a small tokenizer. "Bare" is a loop over the same files: decode the same frames or the image, resize
+as the builder does, encode JPEG with the same library and quality, write nothing; videos with decord, PyAV and, where
+it is installed, torchcodec, a thread each. "Unresized" decodes with decord or Pillow and encodes at the source's size.
 
 The main figure is CPU time, of the process and all that it started, since other work shares the cores: start-up is
 left out by a round that does not count; of the others, all kinds in turn, the median does. Builder and bare loop both
@@ -19,15 +20,15 @@ throughput with the decoder that the builder takes for these files, decord. The 
 from __future__ import annotations
 
 import argparse
-import functools
+import importlib.util
 import io
 import json
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -49,7 +50,7 @@ from molmo2.processing.processor import Processor
 from molmo2.processing.tiling import canvas, choose_tiling, view
 from molmo2.processing.tokenizer import Tokenizer, train_demo_tokenizer
 from shards.build.builder import build_dataset
-from shards.build.pool import worker_pool
+from shards.build.pool import WorkerPool, worker_pool
 from shards.build.task import ProcessorFactory
 from shards.catalog import load_catalog
 from shards.layout import VisualLayout, VisualTokens
@@ -61,12 +62,13 @@ LAYOUT = VisualLayout(
 )
 DEMO, MOLMO2 = load_catalog("demo"), load_catalog("molmo2")
 VIDEO, IMAGE = "demo-video-qa", "demo-image-qa"
-RATE, SECONDS = 30, 20
+RATE, SECONDS = 30, (20, 10)
 QUESTION, ANSWER = "Which way does it move, and how fast?", "Slowly to the right, and then out of the picture."
 
 
 ONE, TWO = "one worker", "two workers"
 Bare = Callable[[Path, int], tuple[int, int]]  # a raw folder and which half of it -> samples and frames
+Read = Callable[[Path], Iterator[np.ndarray]]  # a video -> the frames that the builder takes of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +101,10 @@ def grained(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
     return np.clip(picture + noise, 0, 255).astype(np.uint8)
 
 
-def write_video(path: Path, number: int, height: int, width: int) -> None:
+def write_video(path: Path, number: int, seconds: int, height: int, width: int) -> None:
     """A camera that moves over a scene."""
     rng = np.random.Generator(np.random.Philox(number))
-    steps = RATE * SECONDS
+    steps = RATE * seconds
     scene = scenery(rng, height + steps, width + 2 * steps)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=RATE, options={"preset": "veryfast"})
@@ -113,13 +115,13 @@ def write_video(path: Path, number: int, height: int, width: int) -> None:
         container.mux(stream.encode())
 
 
-def write_videos(raw: Path, count: int, height: int, width: int) -> Path:
+def write_videos(raw: Path, count: int, seconds: int, height: int, width: int) -> Path:
     """A raw folder in the layout of `demo-video-qa`."""
     (raw / "videos").mkdir(parents=True)
     (raw / "data").mkdir()
     rows = []
     for number in range(count):
-        write_video(raw / "videos" / f"{number}.mp4", number, height, width)
+        write_video(raw / "videos" / f"{number}.mp4", number, seconds, height, width)
         rows.append(
             {
                 "video_id": str(number),
@@ -166,7 +168,7 @@ def make_processor(tokenizer: Path) -> Processor:
     return Processor(LAYOUT, Tokenizer(tokenizer, BASE_VOCAB), STAGE_MODES["sft"], 4)
 
 
-def build(name: str, raw: Path, make: ProcessorFactory, pool: Executor | None, per_shard: int) -> tuple[int, int]:
+def build(name: str, raw: Path, make: ProcessorFactory, pool: WorkerPool | None, per_shard: int) -> tuple[int, int]:
     """One build from nothing, into a folder beside `raw`; samples and frames."""
     (row,) = DEMO.select("sft", [name])
     settings = MOLMO2.stages["sft"].model_copy(update={"examples_per_shard": per_shard})
@@ -182,31 +184,53 @@ def bare_decord(raw: Path, half: int) -> tuple[int, int]:
     return _bare_videos(raw, half, decord_frames)
 
 
+def unresized_decord(raw: Path, half: int) -> tuple[int, int]:
+    """The same without the resize."""
+    return _bare_videos(raw, half, decord_frames, resized=False)
+
+
 def bare_pyav(raw: Path, half: int) -> tuple[int, int]:
     """PyAV alone, from start to end, of every other video."""
     return _bare_videos(raw, half, pyav_frames)
 
 
-def _bare_videos(raw: Path, half: int, read: Callable[[Path, np.ndarray], Iterator[np.ndarray]]) -> tuple[int, int]:
-    times, frames = np.array(frame_times(SECONDS, 2.0, 128)), 0
+def bare_torchcodec(raw: Path, half: int) -> tuple[int, int]:
+    """torchcodec alone, frames by number, of every other video."""
+    return _bare_videos(raw, half, torchcodec_frames)
+
+
+def _bare_videos(raw: Path, half: int, read: Read, resized: bool = True) -> tuple[int, int]:
+    frames = 0
     paths = sorted((raw / "videos").iterdir())[half::2]
     for path in paths:
-        for frame in read(path, times):
-            encode_jpeg(view(LAYOUT, frame), JPEG_QUALITY)
+        for frame in read(path):
+            encode_jpeg(view(LAYOUT, frame) if resized else frame, JPEG_QUALITY)
             frames += 1
     return len(paths), frames
 
 
-def decord_frames(path: Path, times: np.ndarray) -> Iterator[np.ndarray]:
+def frame_numbers(count: int) -> np.ndarray:
+    """The frames that Molmo2's rule takes of a video of `count` frames."""
+    return np.minimum((np.array(frame_times(count / RATE, 2.0, 128)) * RATE).astype(int), count - 1)
+
+
+def decord_frames(path: Path) -> Iterator[np.ndarray]:
     reader = decord.VideoReader(str(path), num_threads=1)
-    yield from reader.get_batch(np.minimum((times * RATE).astype(int), len(reader) - 1)).asnumpy()
+    yield from reader.get_batch(frame_numbers(len(reader))).asnumpy()
 
 
-def pyav_frames(path: Path, times: np.ndarray) -> Iterator[np.ndarray]:
-    wanted = set(np.minimum((times * RATE).astype(int), RATE * SECONDS - 1).tolist())
+def torchcodec_frames(path: Path) -> Iterator[np.ndarray]:
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
+    yield from decoder.get_frames_at(frame_numbers(len(decoder)).tolist()).data.numpy()
+
+
+def pyav_frames(path: Path) -> Iterator[np.ndarray]:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
+        wanted = set(frame_numbers(stream.frames).tolist())
         for number, frame in enumerate(container.decode(stream)):
             if number in wanted:
                 yield frame.to_ndarray(format="rgb24")
@@ -215,19 +239,30 @@ def pyav_frames(path: Path, times: np.ndarray) -> Iterator[np.ndarray]:
 def bare_images(raw: Path, half: int) -> tuple[int, int]:
     """The view and the canvas of every other image."""
     limits = MOLMO2.stages["sft"].limits
-    rows = pq.read_table(raw / "data" / "train-0.parquet").column("image").to_pylist()[half::2]
-    for row in rows:
-        with PIL.Image.open(io.BytesIO(row["bytes"])) as image:
-            pixels = np.asarray(image.convert("RGB"))
+    images = _decoded(raw, half)
+    for pixels in images:
         tiling = choose_tiling(LAYOUT, *pixels.shape[:2], limits.image_crops)
         for made in (view(LAYOUT, pixels), canvas(LAYOUT, pixels, tiling)):
             encode_jpeg(made, JPEG_QUALITY)
-    return len(rows), len(rows)
+    return len(images), len(images)
 
 
-def in_both(pool: Executor, bare: Bare, raw: Path) -> tuple[int, int]:
+def unresized_images(raw: Path, half: int) -> tuple[int, int]:
+    """Every other image, decoded and encoded once at its own size."""
+    images = _decoded(raw, half)
+    for pixels in images:
+        encode_jpeg(pixels, JPEG_QUALITY)
+    return len(images), len(images)
+
+
+def _decoded(raw: Path, half: int) -> list[np.ndarray]:
+    rows = pq.read_table(raw / "data" / "train-0.parquet").column("image").to_pylist()[half::2]
+    return [np.asarray(PIL.Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in rows]
+
+
+def in_both(pool: WorkerPool, bare: Bare, raw: Path) -> tuple[int, int]:
     """A half in each worker."""
-    halves = [future.result() for future in [pool.submit(bare, raw, half) for half in (0, 1)]]
+    halves = [future.result() for future in [pool.executor.submit(bare, raw, half) for half in (0, 1)]]
     return sum(samples for samples, _ in halves), sum(frames for _, frames in halves)
 
 
@@ -237,9 +272,9 @@ def measure(name: str, raw: Path, bares: list[Bare], make: ProcessorFactory, rou
     costs: dict[str, list[Cost]] = {}
     with worker_pool(make, 2) as pool:
         assert pool is not None
-        runs = {bare.__name__: functools.partial(in_both, pool, bare, raw) for bare in bares}
-        runs[TWO] = functools.partial(build, name, raw, make, pool, per_shard)
-        runs[ONE] = functools.partial(build, name, raw, make, None, per_shard)
+        runs = {bare.__name__: partial(in_both, pool, bare, raw) for bare in bares}
+        runs[TWO] = partial(build, name, raw, make, pool, per_shard)
+        runs[ONE] = partial(build, name, raw, make, None, per_shard)
         for number in range(rounds + 1):
             for label, run in runs.items():
                 cost = timed(run)
@@ -282,26 +317,29 @@ def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="bench-build-"))
     try:
         train_demo_tokenizer([QUESTION, ANSWER], root / "tokenizer", BASE_VOCAB)
-        make = functools.partial(make_processor, root / "tokenizer")
-        videos = write_videos(root / "raw-videos", arguments.videos, 360, 640)
-        pictures = write_images(root / "raw-images", arguments.images)
-        results = {
-            "video": measure(VIDEO, videos, [bare_decord, bare_pyav], make, arguments.rounds),
-            "image": measure(IMAGE, pictures, [bare_images], make, arguments.rounds),
-        }
+        make = partial(make_processor, root / "tokenizer")
+        bares = [bare_decord, unresized_decord, bare_pyav]
+        bares += [bare_torchcodec] if importlib.util.find_spec("torchcodec") else []
+        results = {}
+        for seconds in SECONDS:
+            count = arguments.videos * SECONDS[0] // seconds  # as much footage in each: a dataset has costs of its own
+            videos = write_videos(root / f"raw-{seconds}" / "raw", count, seconds, 360, 640)
+            results[f"video_{seconds}s"] = measure(VIDEO, videos, bares, make, arguments.rounds)
+        pictures = write_images(root / "raw-images" / "raw", arguments.images)
+        results["image"] = measure(IMAGE, pictures, [bare_images, unresized_images], make, arguments.rounds)
     finally:
         shutil.rmtree(root)
-    print(f"{'source':8s}{'run':14s}{'CPU ms a frame':>16s}{'CPU ms a sample':>17s}{'seconds':>9s}")
+    print(f"{'source':12s}{'run':18s}{'CPU ms a frame':>16s}{'CPU ms a sample':>17s}{'seconds':>9s}")
     for source, costs in results.items():
         for label, found in costs.items():
             cost = typical(found)
             print(
-                f"{source:8s}{label:14s}{cost.cpu / cost.frames * 1e3:16.2f}{cost.cpu / cost.samples * 1e3:17.1f}"
+                f"{source:12s}{label:18s}{cost.cpu / cost.frames * 1e3:16.2f}{cost.cpu / cost.samples * 1e3:17.1f}"
                 f"{cost.wall:9.2f}"
             )
     figures = {source: summary(costs) for source, costs in results.items()}
-    share = figures["video"]["of_bare_decord"]
-    bars = {"video_of_bare_decord": {"value": share, "bar": 0.9, "ok": share >= 0.9}}
+    shares = {f"{source}_of_bare_decord": of["of_bare_decord"] for source, of in figures.items() if source != "image"}
+    bars = {name: {"value": share, "bar": 0.9, "ok": share >= 0.9} for name, share in shares.items()}
     print(json.dumps({"bench": "build", "hardware": cpu_name(), "figures": figures, "bars": bars}))
 
 

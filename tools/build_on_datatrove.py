@@ -1,4 +1,4 @@
-"""Build shards with datatrove's executors: processes of this machine, a Slurm job array, or Ray.
+"""Build shards with datatrove's executors: processes of this machine or a Slurm job array.
 
     python tools/build_on_datatrove.py --engine local --tasks 4 -- --stage sft --catalog demo --workers 1
     python tools/build_on_datatrove.py --engine slurm --tasks 64 --partition cpu --cpus 16 -- --stage sft --workers 16
@@ -21,7 +21,7 @@ from molmo2.config import data_path
 from shards.command import run
 
 TOOL = Path(__file__).resolve().with_name("build_shards.py")
-ENGINES = ("local", "slurm", "ray")
+ENGINES = ("local", "slurm")
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--logs", default=str(data_path("logs/datatrove")), help="the engine's folder (%(default)s)")
     parser.add_argument("--partition", help="Slurm partition")
     parser.add_argument("--time", default="24:00:00", help="time limit of a Slurm job (%(default)s)")
-    parser.add_argument("--cpus", type=int, default=1, help="CPUs of a task, for Slurm and Ray (%(default)s)")
+    parser.add_argument("--cpus", type=int, default=1, help="CPUs of a task, for Slurm (%(default)s)")
     parser.add_argument("--gb", type=int, default=4, help="memory per CPU in GB (%(default)s)")
     parser.add_argument("--sbatch", nargs="*", default=[], metavar="KEY=VALUE", help="Slurm options: account=lab …")
     parser.add_argument("build", nargs="+", metavar="-- …", help="arguments of build_shards.py")
@@ -68,13 +68,9 @@ def executor(args: argparse.Namespace, name: str, tasks: int, depends: Any = Non
         from datatrove.executor import LocalPipelineExecutor
 
         return LocalPipelineExecutor([step], tasks=tasks, workers=tasks, **common)
-    common |= {"cpus_per_task": args.cpus, "mem_per_cpu_gb": args.gb}
-    if args.engine == "ray":
-        from datatrove.executor.ray import RayPipelineExecutor
-
-        return RayPipelineExecutor([step], tasks=tasks, **common)
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
+    common |= {"cpus_per_task": args.cpus, "mem_per_cpu_gb": args.gb}
     site: dict[str, Any] = {"partition": args.partition, "time": args.time, "qos": ""}
     site["sbatch_args"] = dict(pair.split("=", 1) for pair in args.sbatch)
     # PATH must hold this environment's commands, which the engine's job script calls.
@@ -85,10 +81,8 @@ def executor(args: argparse.Namespace, name: str, tasks: int, depends: Any = Non
 def main() -> None:
     """Run all tasks, then one run of the whole dataset that writes the indexes."""
     args = parse_args()
-    needed = {"datatrove": "-e '.[datatrove]'"} | ({"ray": "ray"} if args.engine == "ray" else {})
-    for name, package in needed.items():
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(f"{name} is not installed: pip install {package}")
+    if importlib.util.find_spec("datatrove") is None:
+        raise ValueError("datatrove is not installed: pip install -e '.[datatrove]'")
     tasks = executor(args, "tasks", args.tasks)
     executor(args, "index", 1, depends=tasks).run()
 

@@ -162,4 +162,7 @@ def test_the_report_says_what_was_made_and_left_out(
     assert told["made"] == {"shards": built.num_made, "seconds": 2.0, "samples_per_second": told["samples"] / 2}
     assert sum(told["left_out"].values()) == built.index.totals.rejects
     assert f"{told['samples']} samples" in capsys.readouterr().out
-    assert build_part(raw, tmp_path / "out", "demo-cap").num_made == 0, "the report is no part of the build"
+    again = build_part(raw, tmp_path / "out", "demo-cap")
+    assert again.num_made == 0, "the report is no part of the build"
+    write_report_json("sft/demo-cap", again, (0, 1), str(tmp_path / "out/demo-cap"), 9.0)
+    assert json.loads((tmp_path / "out/demo-cap/report.json").read_text()) == told, "the figures of the first run stay"
