@@ -318,7 +318,7 @@ def main() -> None:
     try:
         train_demo_tokenizer([QUESTION, ANSWER], root / "tokenizer", BASE_VOCAB)
         make = partial(make_processor, root / "tokenizer")
-        bares = [bare_decord, unresized_decord, bare_pyav]
+        bares: list[Bare] = [bare_decord, unresized_decord, bare_pyav]
         bares += [bare_torchcodec] if importlib.util.find_spec("torchcodec") else []
         results = {}
         for seconds in SECONDS:

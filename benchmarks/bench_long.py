@@ -135,7 +135,7 @@ def whole_pack(rank: int, world: int, folder: str, answers: Any) -> None:
     rows = split_loss_rows(hidden, ids.clamp(max=511), weights, torch.zeros_like(ids), mesh)
     loss = sum(weighted_loss(*rows[:3], model.lm_head, 1e-4, 4096)[:2]) / weights.sum()
     loss.backward()
-    norm = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None)
+    norm = torch.stack([p.grad.square().sum() for p in model.parameters() if p.grad is not None]).sum()
     total = torch.stack([loss.detach(), norm])
     dist.all_reduce(total)
     answers[rank] = {

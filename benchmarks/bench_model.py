@@ -139,7 +139,8 @@ def make_batch(case: Case, device: torch.device) -> Batch:
         trunks.append(torch.zeros(length - length // 2, dtype=torch.int64))
         branches.append([length // 2])
         left -= length
-    ids, segments, positions, labelled = [], [], [], []
+    positions: list[int] = []
+    ids, segments, labelled = [], [], []
     for member, (trunk, lengths) in enumerate(zip(trunks, branches, strict=True)):
         ids += [trunk, torch.zeros(sum(lengths), dtype=torch.int64)]
         for branch, length in ((TRUNK, len(trunk)), *enumerate(lengths, 1)):
@@ -411,6 +412,7 @@ def gpu_ratio(model: Molmo2, batch: Batch, attention: str, num_rounds: int) -> f
         reference.gradient_checkpointing_enable({"use_reentrant": False})
         loss_of = their_loss(reference, model.config, batch)
         times: dict[str, list[float]] = {"ours": [], "theirs": []}
+        steps: dict[str, tuple[torch.nn.Module, Callable[[], torch.Tensor]]]
         steps = {"ours": (model, functools.partial(trained_loss, model, batch)), "theirs": (reference, loss_of)}
         for _ in range(num_rounds + 1):
             for name, (module, step) in steps.items():

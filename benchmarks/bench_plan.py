@@ -308,7 +308,8 @@ def least_packs(lengths: np.ndarray, limits: Setting) -> float:
 def pool_knapsack(lengths: np.ndarray, limits: Setting, slots: int = 48) -> tuple[float, float]:
     """Fill of packs taken from a pool that is topped up from the stream, and microseconds a sample."""
     unit = max(1, limits.tokens // 512)
-    stream, pool, filled, packs, taken = iter(lengths.tolist()), [], 0, 0, 0
+    pool: list[tuple[int, int]] = []
+    stream, filled, packs, taken = iter(lengths.tolist()), 0, 0, 0
     since = time.process_time()
     while True:
         while len(pool) < slots and (sample := next(stream, None)):
@@ -327,7 +328,7 @@ def pool_knapsack(lengths: np.ndarray, limits: Setting, slots: int = 48) -> tupl
 
 def first_steps(plan: Plan, num_samples: int) -> tuple[list[StepSpec], float]:
     """Steps with at least so many samples, and the CPU seconds that they took to plan."""
-    steps, found = [], 0
+    steps, found = list[StepSpec](), 0
     since = time.process_time()
     while found < num_samples:
         steps.append(plan.step(steps[-1].cursor if steps else Cursor()))

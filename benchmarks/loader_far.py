@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from loader_peers import Stream
 
@@ -31,7 +32,7 @@ LATENCY = 0.05  # seconds
 VALID = 3600  # seconds of a presigned URL
 FORMATS = {"ours": "ours", "mds": "mds", "litdata": "litdata"}
 # name in the table: (workers, what make_loader is told)
-OURS: dict[str, tuple[int, dict[str, int]]] = {
+OURS: dict[str, tuple[int, dict[str, Any]]] = {
     "ours": (0, {}),
     "ours, nothing ahead": (0, {"read_ahead": 0}),
     "ours, shards kept": (0, {"cache": 1 << 30}),

@@ -40,7 +40,8 @@ def stored_samples(folder: Path) -> Iterator[dict[str, bytes]]:
     for path in tars(folder):
         with tarfile.open(path) as tar:
             for _, members in itertools.groupby(tar, lambda member: member.name.split(".", 1)[0]):
-                yield {member.name.split(".", 1)[1]: tar.extractfile(member).read() for member in members}
+                opened = {member.name.split(".", 1)[1]: tar.extractfile(member) for member in members}
+                yield {name: file.read() for name, file in opened.items() if file is not None}
 
 
 def forever(make: Callable[[], Any]) -> Stream:
