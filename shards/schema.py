@@ -160,19 +160,27 @@ class Points(Annotated):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackGroup:
-    """Visible objects of one frame: `time` in seconds, `objects` as (object id, x, y), x and y as fractions."""
+    """Objects of one frame: `time` in seconds, `objects` as (object id, x, y), x and y as fractions.
+
+    `occluded`: ids of objects that are annotated in this frame, but cannot be seen.
+    """
 
     time: float
     objects: tuple[tuple[int, float, float], ...]
+    occluded: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tracks(Annotated):
-    """Objects named by `label`, followed through a video at `fps` answers per second."""
+    """Objects named by `label`, followed through a video; a question asks for `fps` answers per second.
+
+    `groups` are all annotated frames. `video_fps` is the rate of the video in their time base; None is its own rate.
+    """
 
     label: str
     fps: float
     groups: tuple[TrackGroup, ...]
+    video_fps: float | None = None
 
 
 Annotation = Text | Choice | Chat | Points | Tracks

@@ -180,8 +180,10 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
         f"{len(built.index.shards)} shards, {totals.rejects} left out; made {speed}"
     )
     if any(built.fitted.values()):
-        shrunk, parts = built.fitted["shrunk"], built.fitted["parts"]
-        print(f"  to fit the limits: {shrunk} samples have fewer crops or frames, {parts} are parts of a larger tree")
+        print(
+            "  to fit the limits: {shrunk} samples have fewer crops or frames, {parts} are parts of a larger tree, "
+            "{clips} show a part of their video, {lost_points} lost points with it".format(**built.fitted)
+        )
     for kind in reasons[:5]:
         print(f"  left out: {kind.number} x {kind.reason}\n    first: {kind.example}")
 

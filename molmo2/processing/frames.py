@@ -12,6 +12,8 @@ import numpy as np
 
 from shards.schema import Cue
 
+FRAME_REACH = 0.01  # seconds; an annotation this close to a frame is on it, as in Molmo2
+MAX_TRACK_RATE = 10  # frames per second
 SUBTITLE_REACH = 1.0  # seconds; a line is included if it overlaps the time from this long before to after a frame
 
 
@@ -29,9 +31,16 @@ def frame_times(duration: float, fps: float, max_frames: int) -> tuple[float, ..
     return (*_grid(duration, fps), duration)
 
 
-def grid_times(duration: float, fps: float, max_frames: int) -> tuple[float, ...]:
-    """The first `max_frames` times at `fps`, so that tracks annotated at `fps` stay on their frames."""
-    return _grid(duration, fps)[:max_frames] or (0.0,)
+def track_times(duration: float, video_fps: int, max_frames: int) -> tuple[float, ...]:
+    """Molmo2's times of a video with tracks: a constant rate from the start, and no frame for the end.
+
+    The rate is the largest of 1 to 10 per second that divides the video's own and with which `max_frames` reach the
+    end; a clip that is too long for 1 per second is cut. Tracks are annotated on frames of the video, so that each
+    sampled frame is one of them. The rule is that of the released code; the paper says 2 per second.
+    """
+    rates = [rate for rate in range(1, MAX_TRACK_RATE + 1) if video_fps % rate == 0]
+    rate = max((rate for rate in rates if max_frames / rate >= duration), default=1)
+    return _grid(duration, rate)[:max_frames] or (0.0,)
 
 
 def _grid(duration: float, fps: float) -> tuple[float, ...]:

@@ -1,7 +1,9 @@
 """The processor: it converts an `Example` to a `Sample` for the shards, or to a `Prompt` for generation.
 
 It renders K text variants, chooses tilings and frames, computes loss weights and fits everything into `Limits`. Visuals
-are shrunk for this, at most to a quarter. If a tree of annotations still does not fit, the builder splits the tree.
+are shrunk for this, at most to a quarter. If a tree of annotations still does not fit, the builder splits the tree; for
+a single annotation a video may have fewer frames. Of a video with points a part is taken where points would lose their
+frame.
 Files are read and shards written elsewhere (`shards.media.video`, `shards.build.builder`).
 """
 
@@ -15,11 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from molmo2.processing import clips, visuals
 from molmo2.processing import prompts as text
-from molmo2.processing import visuals
 from molmo2.processing.chat_format import Branch, assemble, encode_messages
 from molmo2.processing.contract import Contract, ProcessorSettings, read_contract
-from molmo2.processing.frames import subtitle_text, timestamp
+from molmo2.processing.frames import FRAME_REACH, subtitle_text, timestamp
 from molmo2.processing.tiling import Pixels
 from molmo2.processing.tokenizer import Tokenizer
 from molmo2.processing.visuals import Opened, ProbedVideo, VisualPlan
@@ -29,6 +31,7 @@ from shards.schema import Annotation, Example, Limits, OverlongError, Points, Re
 
 HIGH_RESOLUTION_SHARE = 0.3  # probability that a variant with points in images gets `Limits.pointing_crops` tiles
 SHRINK_AT_MOST = 4  # visuals are shrunk at most by this factor to make room for text
+FEWEST_FRAMES = 8  # a video with a single annotation, which cannot be split, is shrunk to this
 ALTERNATIVES = frozenset({"transcript"})  # a tree holds one annotation of each of these styles, drawn per variant
 
 
@@ -101,6 +104,7 @@ class Processor:
         if not example.annotations:
             raise RejectedError("no annotations")
         opened = visuals.open_media(example, limits)
+        example, opened, notes = self._around_points(example, opened, limits)
         groups: dict[int, list[int]] = {}  # tiles per image -> variants
         for variant in range(self.num_variants):
             groups.setdefault(self._image_tiles(example, limits, variant), []).append(variant)
@@ -123,7 +127,7 @@ class Processor:
         }
         if example.subtitles:
             record["subtitles"] = _subtitles(example, parts[0].plan)
-        if notes := [note for part in parts for note in part.notes]:
+        if notes := notes + [note for part in parts for note in part.notes]:
             record["fitted"] = notes
         variants = tuple(tokens[variant] for variant in range(self.num_variants))
         asked = tuple(_tree(example.annotations, None)) if self.mode == "eval" else ()
@@ -162,6 +166,29 @@ class Processor:
             text="\n".join(f"{message.role}: {message.content}" for message in turns),
         )
 
+    def _around_points(
+        self, example: Example, opened: Opened, limits: Limits
+    ) -> tuple[Example, Opened, list[dict[str, Any]]]:
+        """The part of a video with points to take, if fewer frames of all would leave points without one."""
+        points = clips.points_of(example)
+        if not isinstance(opened, ProbedVideo) or not points or self.mode == "eval":  # "eval" ignores where points are
+            return example, opened, []
+        duration, last = opened.info.duration, max(group.at for group in points)
+        if last > duration + 0.5 / limits.fps:
+            raise RejectedError(f"a point at {last:.1f} s of a video of {duration:.1f} s")
+        plan = self._fit(example, opened, limits, limits.image_crops, range(self.num_variants)).plan
+        if not clips.without_frame(example, plan.times, limits.fps):
+            return example, opened, []
+        seconds = max(1, len(plan.visuals) - 2) / limits.fps  # a frame less than fits: the question may change
+        rng = draws(example.dataset, f"{example.key}\0part", 0)
+        start, end = clips.richest_part(points, duration, seconds, limits.fps, rng)
+        part = clips.cut(example, start, end)
+        wanted, kept = (sum(len(group.points) for group in found) for found in (points, clips.points_of(part)))
+        notes: list[dict[str, Any]] = [{"clip": {"wanted": [0.0, duration], "kept": [start, end]}}]
+        if kept < wanted:
+            notes.append({"points": {"wanted": wanted, "kept": kept}})
+        return part, visuals.open_media(part, limits), notes
+
     def _image_tiles(self, example: Example, limits: Limits, variant: int | None) -> int:
         """Maximum tiles per image; some variants with points in images get a higher resolution."""
         points = example.images and any(isinstance(a, Points) for a in example.annotations)
@@ -189,11 +216,9 @@ class Processor:
     def _fit(self, example: Example, opened: Opened, limits: Limits, tiles: int, members: Sequence[int]) -> _Fitted:
         """Find a plan for the variants `members` such that the branches of each variant fit beside it."""
         full = plan = visuals.full_plan(self.layout, opened, limits, tiles)
-        if (
-            isinstance(opened, ProbedVideo) and opened.pointed and self.mode != "eval"
-        ):  # "eval" ignores where the points are
-            visuals.check_points(example, plan, limits.fps)
         floor = max(1, full.budget // SHRINK_AT_MOST)
+        if isinstance(opened, ProbedVideo) and len(example.annotations) == 1:
+            floor = min(floor, FEWEST_FRAMES)
         while True:
             trunk = self._trunk(example, plan)
             room = limits.sequence_length - self._length(trunk, plan)
@@ -218,7 +243,7 @@ class Processor:
 
     def _shrink(self, opened: Opened, limits: Limits, plan: VisualPlan, excess: int, floor: int) -> VisualPlan | None:
         """A smaller plan that saves about `excess` tokens, or None if nothing may be shrunk further."""
-        if not opened or plan.budget <= floor or (isinstance(opened, ProbedVideo) and opened.pointed):
+        if not opened or plan.budget <= floor:
             return None
         step = 1
         if isinstance(opened, ProbedVideo):
@@ -230,9 +255,9 @@ class Processor:
         rng = None if self.mode == "eval" else draws(example.dataset, example.key, variant)
         out = []
         for annotation in _tree(example.annotations, rng):
-            if isinstance(annotation, Tracks) and plan.end is not None:
-                last = plan.end + 0.5 / limits.fps
-                annotation = replace(annotation, groups=tuple(g for g in annotation.groups if g.time <= last))
+            if isinstance(annotation, Tracks):
+                groups = tuple(group for group in annotation.groups if plan.has_frame(group.time, FRAME_REACH))
+                annotation = replace(annotation, groups=groups)
             messages = text.render_messages(annotation, self.mode, rng, video=example.video is not None)
             if messages[-1].role != "assistant":
                 raise RejectedError("a conversation must end with the assistant")

@@ -15,6 +15,7 @@ import numpy as np
 
 from molmo2.processing.choice import render_choice
 from molmo2.processing.contract import TEMPLATES_PATH, templates
+from molmo2.processing.frames import FRAME_REACH
 from molmo2.processing.points import SEPARATORS, format_points, format_tracks
 from shards.schema import Annotation, Chat, Choice, PointGroup, Points, RejectedError, TrackGroup, Tracks
 
@@ -142,37 +143,43 @@ def _points(points: Points, mode: str, rng: np.random.Generator | None, video: b
 def _tracks(tracks: Tracks, mode: str, rng: np.random.Generator | None) -> tuple[str, str]:
     groups, separator = tracks.groups, _separator(mode)
     values = {"label": tracks.label}
-    if tracks.style.startswith("video_single_point_track"):
-        groups = _from_visible_frame(tracks, rng)
-        start = PointGroup(at=groups[0].time, points=tuple((x, y) for _, x, y in groups[0].objects))
+    single, ends = tracks.style.startswith("video_single_point_track"), tracks.style.endswith("start_end")
+    if not ends:
+        groups = tuple(group for group in groups if _is_answered(group.time, tracks.fps))
+    if single:
+        start = _question_point(tracks, rng)
+        groups = tuple(group for group in groups if group.time > start.at)
         values = {"point": format_points([start], tracks.label, seconds=True, separator=separator)}
-    if tracks.style.endswith("start_end"):
+    if ends:
         groups = _ends(groups)
     question = _template(tracks.style, rng, **values)
     if mode == "pretraining":
         question = " ".join(values.values())
-    elif not tracks.style.endswith("start_end") and (
-        tracks.fps != _PLAIN_FPS or (rng is not None and rng.random() < 0.5)
-    ):
+    elif single or (not ends and (tracks.fps != _PLAIN_FPS or (rng is not None and rng.random() < 0.5))):
         question += " " + _template("track_fps", rng, fps=f"{tracks.fps:g}")
     return question, format_tracks(groups, tracks.label, separator=separator)
 
 
-def _from_visible_frame(tracks: Tracks, rng: np.random.Generator | None) -> tuple[TrackGroup, ...]:
-    """The groups from the frame on whose point the question is based."""
-    visible = [i for i, group in enumerate(tracks.groups) if group.objects]
+def _is_answered(time: float, fps: float) -> bool:
+    """Whether a frame stands on the grid of `fps` answers per second."""
+    return abs(time - round(time * fps) / fps) <= FRAME_REACH
+
+
+def _question_point(tracks: Tracks, rng: np.random.Generator | None) -> PointGroup:
+    """The point that a question about a single object gives: its first, or in some draws that of any frame."""
+    visible = [group for group in tracks.groups if group.objects]
     if not visible:
         raise RejectedError(f"style {tracks.style!r}: the object is visible in no frame")
     later = rng is not None and rng.random() < _LATER_START_SHARE
     start = visible[int(rng.integers(len(visible)))] if later and rng is not None else visible[0]
-    return tracks.groups[start:]
+    return PointGroup(at=start.time, points=tuple((x, y) for _, x, y in start.objects))
 
 
 def _ends(groups: tuple[TrackGroup, ...]) -> tuple[TrackGroup, ...]:
-    """The groups with only the first and the last frame of each object."""
+    """The groups with only the first and the last frame of each object; where it is occluded there, it is missing."""
     frames: dict[int, list[int]] = {}
     for i, group in enumerate(groups):
-        for obj, _, _ in group.objects:
+        for obj in (*(obj for obj, _, _ in group.objects), *group.occluded):
             frames.setdefault(obj, []).append(i)
     ends = {(frame, obj) for obj, seen in frames.items() for frame in (seen[0], seen[-1])}
     return tuple(

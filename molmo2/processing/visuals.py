@@ -17,14 +17,14 @@ import numpy.typing as npt
 
 from molmo2.processing import tiling as images
 from molmo2.processing.contract import JPEG_QUALITY
-from molmo2.processing.frames import frame_times, grid_times
+from molmo2.processing.frames import frame_times, track_times
 from molmo2.processing.tiling import Pixels
 from shards import layout as geometry
 from shards.layout import VisualLayout
 from shards.media.images import encode_jpeg, load_image
 from shards.media.types import Frames, Make, MediaError, VideoInfo
 from shards.media.video import probe_video, read_frames
-from shards.schema import Example, Limits, Points, RejectedError, Tracks, VideoRef
+from shards.schema import Example, Limits, RejectedError, Tracks, VideoRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,7 @@ class ProbedVideo:
 
     ref: VideoRef
     info: VideoInfo
-    tracked: bool  # it has tracks: frames have a fixed rate, and a long clip is cut at the end
-    pointed: bool  # it has points: no frame may be left out
+    track_fps: int | None  # rate of the annotated frames of a video with tracks: sampled frames are among them
 
 
 Opened = tuple[Pixels, ...] | ProbedVideo
@@ -53,9 +52,13 @@ class VisualPlan:
         return sum(geometry.visual_crops(visual) for visual in self.visuals)
 
     @property
-    def end(self) -> float | None:
-        """Time of the last frame; None without a video."""
-        return self.visuals[-1].get("time") if self.visuals else None
+    def times(self) -> tuple[float, ...]:
+        """Times of a video's frames; () without a video."""
+        return tuple(visual["time"] for visual in self.visuals if "time" in visual)
+
+    def has_frame(self, time: float, reach: float) -> bool:
+        """Whether a frame is at most `reach` seconds from `time`."""
+        return any(abs(frame - time) <= reach for frame in self.times)
 
 
 def open_media(example: Example, limits: Limits) -> Opened:
@@ -74,15 +77,18 @@ def open_media(example: Example, limits: Limits) -> Opened:
         info = probe_video(example.video)
     except MediaError as error:
         raise RejectedError(f"media: {error}") from error
-    kinds = {type(annotation) for annotation in example.annotations}
-    return ProbedVideo(example.video, info, tracked=Tracks in kinds, pointed=Points in kinds)
+    rates = [annotation.video_fps or info.fps for annotation in example.annotations if isinstance(annotation, Tracks)]
+    return ProbedVideo(example.video, info, track_fps=max(1, round(rates[0])) if rates else None)
 
 
 def make_plan(layout: VisualLayout, opened: Opened, limits: Limits, budget: int) -> VisualPlan:
     """Plan the visuals with at most `budget` tiles per image, or at most `budget` frames."""
     if isinstance(opened, ProbedVideo):
-        rule = grid_times if opened.tracked else frame_times
-        times = rule(opened.info.duration, limits.fps, budget)
+        duration = opened.info.duration
+        if opened.track_fps is not None:
+            times = track_times(duration, opened.track_fps, budget)
+        else:
+            times = frame_times(duration, limits.fps, budget)
         return VisualPlan(budget, tuple({"kind": "frame", "time": time} for time in times))
     visuals = []
     for number, rgb in enumerate(opened):
@@ -105,21 +111,6 @@ def full_plan(layout: VisualLayout, opened: Opened, limits: Limits, image_tiles:
         if plan.num_crops <= limits.max_crops:
             return plan
     raise RejectedError(f"{len(opened)} images need {2 * len(opened)} crops, the limit is {limits.max_crops}")
-
-
-def check_points(example: Example, plan: VisualPlan, fps: float) -> None:
-    """Check that every point of a video is on a planned frame.
-
-    Raises:
-        RejectedError: a point further than half a sampling interval from the nearest frame.
-    """
-    times = np.array([visual["time"] for visual in plan.visuals])
-    for annotation in example.annotations:
-        for group in annotation.groups if isinstance(annotation, Points) else ():
-            if np.abs(times - group.at).min() > 0.5 / fps + 1e-6:
-                raise RejectedError(
-                    f"a point at {group.at:.1f} s has no frame near it ({len(times)} frames up to {times[-1]:.1f} s)"
-                )
 
 
 def _read(clip: ProbedVideo, plan: VisualPlan, make: Make) -> Frames:

@@ -47,7 +47,7 @@ from shards.storage.open import open_storage
 REJECT_BUDGET = 0.05  # largest ratio of rejects to groups of rows
 MAX_FAILED = 5  # a run stops after more failed shards than this: the cause is systematic
 FETCHED = re.compile(r"(^|/)media/[0-9a-f]{2}/[0-9a-f]{64}$")  # where the file of a URL is stored
-BUILD_VERSION = 4  # increment it when decoding, converters or writer make other samples from the same settings
+BUILD_VERSION = 5  # increment it when decoding, converters or writer make other samples from the same settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,8 @@ class Built:
         made: totals of the shards that this run built, by the names of `Totals`.
         num_made: number of shards that this run built.
         num_kept: number of its shards that earlier runs had finished.
-        fitted: number of samples that were "shrunk", and that are "parts" of a tree, to fit the limits of the stage.
+        fitted: number of samples that were "shrunk", are "parts" of a tree or "clips" of a video, and that have
+            "lost_points", to fit the limits of the stage.
     """
 
     index: DatasetIndex | None

@@ -39,7 +39,8 @@ class SampleProcessor(Protocol):
         """Make the sample of an example; raises `RejectedError`."""
 
 
-FITTED = {"shrunk": "crops", "parts": "annotations"}  # count in a part -> the counted note of a record
+# count in a part -> the counted note of a record
+FITTED = {"shrunk": "crops", "parts": "annotations", "clips": "clip", "lost_points": "points"}
 MAX_REASON = 1000  # characters; an error may quote a whole value, such as an image as text
 ProcessorFactory = Callable[[], SampleProcessor]  # picklable: every worker makes its own
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,6 @@ from shards.convert.common import (
     SCALES,
     Group,
     Omitted,
-    packed_points,
     require_annotations,
     rng_of,
     text_of,
@@ -27,7 +27,7 @@ from shards.schema import (
     Tracks,
 )
 
-GRID_REACH = 0.01  # seconds; a frame this close to the grid of answer times counts as on it
+POINT_GRID = 0.5  # seconds; points are annotated on frames at this distance, also where a clip starts between two
 
 
 def video_caption(group: Group, options: VideoCaptionOptions) -> Iterator[Example | Omitted]:
@@ -45,23 +45,24 @@ def video_caption(group: Group, options: VideoCaptionOptions) -> Iterator[Exampl
 
 
 def video_points(group: Group, options: VideoPointsOptions) -> Iterator[Example | Omitted]:
-    """Convert one video with points per label in some of its frames; a label's style is drawn from `options.styles`.
+    """Convert videos with points per label in some of their frames; every row makes an example.
 
-    The rows of each clip of the video make one example. A clip (or a whole video with a field `duration`) longer than
-    `options.max_seconds` is left out, because all its frames must fit a sample.
+    Molmo2's rules: a video of at most `options.max_seconds` is shown whole, of a longer one the clip that its row
+    names; a clip that is too long, or that some of its points lie outside of, is left out. A row without points
+    says that there are none anywhere, so that its clip must begin with the video and be as long as allowed.
     """
-    most, styles, longest = options.max_points, options.styles, options.max_seconds
-    clips: dict[tuple[float | None, float | None], list[Points]] = {}
     for index in range(len(group.values)):
         if group.get("unsure", index):
             yield group.omit("the annotator was unsure", index)
             continue
-        start, end = group.get("start", index), group.get("end", index)
-        whole = end if end is not None else group.get("duration", index)
-        if whole is not None and whole - (start or 0.0) > longest:
-            yield group.omit(f"{whole - (start or 0.0):.1f} s, at most {longest:g} s", index)
+        clip = _clip(group, options, index)
+        if isinstance(clip, str):
+            yield group.omit(clip, index)
             continue
-        style = styles[int(rng_of(f"{group.row.name}/{group.key}/{index}", "style").integers(len(styles)))]
+        start, end = clip
+        style = options.styles[
+            int(rng_of(f"{group.row.name}/{group.key}/{index}", "style").integers(len(options.styles)))
+        ]
         label = group.text("label", index)
         points = Points(
             style=style,
@@ -69,14 +70,30 @@ def video_points(group: Group, options: VideoPointsOptions) -> Iterator[Example 
             groups=_point_groups(group, options, index, start or 0.0),
             question=text_of(group.get("question", index)) if style == "video_point_count" else "",
         )
-        if points.label and points.count <= most:
-            clips.setdefault((start, end), []).append(points)
+        if not points.label:
+            yield group.omit("no label", index)
+        elif points.count > options.max_points:
+            yield group.omit(f"more than {options.max_points} points: {points.count}", index)
         else:
-            yield group.omit(f"more than {most} points: {points.count}" if points.label else "no label", index)
-    for number, ((start, end), labels) in enumerate(clips.items()):
-        video = group.media.video(group.text("video"), start, end, group.values[0])
-        for part, run in enumerate(packed_points(labels, most)):
-            yield group.example(run, video=video, suffix=f"-{number}-{part}")
+            video = group.media.video(group.text("video", index), start, end, group.values[index])
+            yield group.example([points], video=video, suffix=f"-{index}")
+
+
+def _clip(group: Group, options: VideoPointsOptions, index: int) -> tuple[float | None, float | None] | str:
+    """Start and end of a row's clip in its video (None: those of the video), or why the row is left out."""
+    start, end, whole = (group.get(field, index) for field in ("start", "end", "duration"))
+    longest = options.max_seconds
+    if whole is not None and whole <= longest:
+        start = end = None
+    first, last = start or 0.0, whole if end is None else end
+    if last is not None and last - first > longest:
+        return f"{last - first:.1f} s, at most {longest:g} s"
+    times = [float(time) for time in group.get("times", index) or ()]
+    if not times and whole is not None and last is not None and (first > 0 or last < min(whole, longest)):
+        return "no such object, but a clip that is not the beginning of its video"
+    if times and (min(times) < first or (last is not None and max(times) > last)):
+        return f"points from {min(times):g} to {max(times):g} s in a clip from {first:g} s to {last or math.inf:g} s"
+    return start, end
 
 
 def _point_groups(group: Group, options: VideoPointsOptions, index: int, start: float) -> tuple[PointGroup, ...]:
@@ -86,7 +103,7 @@ def _point_groups(group: Group, options: VideoPointsOptions, index: int, start: 
     scale = _frame_size(group, index) if options.scale == "pixel" else SCALES[options.scale]
     by_time: dict[float, tuple[tuple[float, float], ...]] = {}
     for time, points in zip(times, frames, strict=True):  # a time may occur several times, with one point each
-        at = float(time) - start
+        at = math.floor((float(time) - start) / POINT_GRID) * POINT_GRID
         by_time[at] = by_time.get(at, ()) + to_fractions(xy_pairs(points), scale)
     return tuple(PointGroup(at=at, points=by_time[at]) for at in sorted(by_time) if by_time[at])
 
@@ -96,11 +113,11 @@ def _frame_size(group: Group, index: int = 0) -> tuple[float, float]:
 
 
 def video_track(group: Group, options: VideoTrackOptions) -> Iterator[Example | Omitted]:
-    """Convert one video with tracked objects, in pixels of `width` x `height`; occluded points are left out.
+    """Convert one video with tracked objects, in pixels of `width` x `height`.
 
     The field `frames` has the points frame by frame; the field `objects` has them object by object, with a point or
-    null for each frame. Answers are given at `sampling_fps` (or `options.sampling_fps`) per second, and only for frames
-    within 0.01 s of that grid, as in Molmo2. For a video stored as images see `_image_rate`.
+    null for each frame. The question asks for `sampling_fps` (or `options.sampling_fps`) answers per second; the
+    processor thins the answer to these and to the frames it samples. For a video stored as images see `_image_rate`.
     """
     scale = _frame_size(group)
     rate = float(options.sampling_fps or group.get("sampling_fps"))
@@ -109,29 +126,28 @@ def video_track(group: Group, options: VideoTrackOptions) -> Iterator[Example | 
         return
     frames = []
     for time, points in _frames(group):
-        if abs(time * rate - round(time * rate)) > GRID_REACH * rate:
-            continue
-        objects = [(number, *to_fractions(xy_pairs([point]), scale)[0]) for number, point in points]
-        if objects:
-            frames.append(TrackGroup(time=time, objects=tuple(objects)))
+        visible = [(number, *to_fractions(xy_pairs([point]), scale)[0]) for number, point in points if point]
+        occluded = tuple(number for number, point in points if not point)
+        frames.append(TrackGroup(time=time, objects=tuple(visible), occluded=occluded))
     tracks = Tracks(
         style=options.style,
         label=text_of(group.get("label")),
         fps=rate,
         groups=tuple(sorted(frames, key=lambda g: g.time)),
+        video_fps=float(fps) if fps else None,
     )
-    if not tracks.groups:
-        yield group.omit("no object is visible in a frame of the answer")
+    if not any(frame.objects for frame in tracks.groups):
+        yield group.omit("no object is visible in any frame")
         return
     video = group.media.video(group.text("video"), row=group.values[0], fps=_image_rate(group))
     yield group.example([tracks], video=video)
 
 
 def _frames(group: Group) -> Iterator[tuple[float, list[tuple[int, Any]]]]:
-    """Yield the time of each frame in seconds, and the visible objects in it: number and point (pixels)."""
+    """Yield the time of each frame in seconds, and its objects: number, and point (pixels), None if it is occluded."""
     for frame in group.get("frames") or ():
-        points = [point for point in frame["points"] or () if point["point"] and not point["occluded"]]
-        yield float(frame["time"]), [(int(point["id"]), point["point"]) for point in points]
+        points = [(int(point["id"]), None if point["occluded"] else point["point"]) for point in frame["points"] or ()]
+        yield float(frame["time"]), points
     objects = [track["points"] or () for track in group.get("objects") or ()]
     for number in range(max(map(len, objects), default=0)):
         visible = [(place, points[number]) for place, points in enumerate(objects) if number < len(points)]

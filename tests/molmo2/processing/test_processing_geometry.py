@@ -5,7 +5,7 @@ import pytest
 from processing_cases import REAL, noise, tiny_tokenizer
 
 from molmo2.processing import tiling as images
-from molmo2.processing.frames import frame_times, grid_times, timestamp
+from molmo2.processing.frames import frame_times, timestamp, track_times
 from shards.layout import split_crops, visual_crops, visual_pooling, visual_tokens
 
 TABLE = [  # height, width, most tiles, tiling, crops, im_patch tokens, all tokens
@@ -159,10 +159,29 @@ def test_frame_rule_at_its_borders() -> None:
         frame_times(1.0, 2.0, 0)
 
 
-def test_tracking_keeps_the_grid_and_cuts_the_end() -> None:
-    assert grid_times(1.2, 2.0, 8) == (0.0, 0.5, 1.0)
-    assert grid_times(100.0, 2.0, 4) == (0.0, 0.5, 1.0, 1.5)
-    assert grid_times(0.0, 2.0, 4) == (0.0,)
+@pytest.mark.parametrize(
+    ("seconds", "video_fps", "most", "rate", "count"),
+    [
+        (20.0, 6, 128, 6, 120),
+        (21.5, 6, 128, 3, 65),  # 128 frames at 6 per second end at 21.3 s
+        (40.0, 6, 128, 3, 120),
+        (63.0, 6, 128, 2, 126),
+        (100.0, 6, 128, 1, 100),
+        (128.0, 6, 128, 1, 128),
+        (300.0, 6, 128, 1, 128),  # the end is cut off
+        (300.0, 6, 384, 1, 300),
+        (40.0, 6, 384, 6, 240),
+        (12.0, 30, 128, 10, 120),
+        (13.0, 30, 128, 6, 78),
+        (10.0, 24, 128, 8, 80),
+        (10.0, 25, 128, 5, 50),
+        (10.0, 29, 128, 1, 10),
+        (0.2, 6, 128, 6, 2),
+        (0.0, 6, 128, 6, 1),
+    ],
+)
+def test_tracks_take_the_largest_rate_of_their_video_that_spans_it(seconds, video_fps, most, rate, count) -> None:
+    assert track_times(seconds, video_fps, most) == tuple(i / rate for i in range(count))
 
 
 def stamp_tokens(index: int, time: float) -> int:

@@ -1,6 +1,7 @@
 import io
 import json
 import pickle
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -349,34 +350,95 @@ def test_too_long_text_is_rejected() -> None:
         tiny_processor()(example(qa("q", "long " * 30)), limits(sequence_length=64))
 
 
-def tracks(times: list[float]) -> Tracks:
+def tracks(times: list[float], **fields: float) -> Tracks:
     groups = tuple(TrackGroup(time=time, objects=((0, 0.5, 0.5),)) for time in times)
-    return Tracks(style="video_point_track_per_frame", label="x", fps=2.0, groups=groups)
+    return Tracks(style="video_point_track_per_frame", label="x", fps=2.0, groups=groups, **fields)
 
 
-def test_tracks_are_cut_with_their_frames(tmp_path) -> None:
+def times_of(sample) -> list[float]:
+    return [visual["time"] for visual in sample.record["visuals"]]
+
+
+def test_tracks_are_thinned_and_cut_with_their_frames(tmp_path) -> None:
     ref = write_video(tmp_path / "v.mp4", 100, 10)
-    case = example(tracks([i / 2 for i in range(20)]), video=ref)
+    case = example(tracks([i / 10 for i in range(100)]), video=ref)
     processor = tiny_processor()
-    assert [v["time"] for v in processor(case, LIMITS).record["visuals"]] == [i / 2 for i in range(20)]
-    sample = processor(case, limits(max_frames=6))
-    assert [v["time"] for v in sample.record["visuals"]] == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
-    answer = sample.record["variants"][0]["messages"][1]["content"]
-    assert answer.count(";") == 5 and "2.5 1 500 500" in answer
+    assert times_of(processor(case, LIMITS)) == [i / 5 for i in range(50)], "64 frames at 10 per second are too few"
+    for most, rate in ((20, 2), (12, 1), (6, 1)):
+        sample = processor(case, limits(max_frames=most))
+        assert times_of(sample) == [i / rate for i in range(min(most, 10 * rate))]
+        answer = sample.record["variants"][0]["messages"][1]["content"]
+        assert answer.count(";") == len(times_of(sample)) - 1 and f"{times_of(sample)[-1]:.1f} 1 500 500" in answer
+    annotated = example(tracks([i / 6 for i in range(60)], video_fps=6.0), video=ref)
+    assert times_of(processor(annotated, LIMITS)) == [i / 6 for i in range(60)], "the rate of the annotations counts"
+    assert times_of(processor(annotated, limits(max_frames=40))) == [i / 3 for i in range(30)]
 
 
-def test_video_points_keep_every_frame(tmp_path) -> None:
+def pointed(*times: float, style: str = "video_point") -> Points:
+    return Points(style=style, label="x", groups=tuple(PointGroup(at=time, points=((0.5, 0.5),)) for time in times))
+
+
+def read_points(sample, variant: int = 0) -> list[str]:
+    """The answer of a variant as its times, or as it is."""
+    answer = sample.record["variants"][variant]["messages"][1]["content"]
+    coords = re.search(r'coords="([^"]*)"', answer)
+    return [group.split()[0] for group in coords[1].split(";")] if coords else [answer]
+
+
+def test_points_keep_all_frames_where_they_fit(tmp_path) -> None:
     ref = write_video(tmp_path / "v.mp4", 100, 10)
-    points = Points(style="video_point", label="x", groups=(PointGroup(at=9.5, points=((0.5, 0.5),)),))
+    sample = tiny_processor()(example(pointed(9.5), video=ref), LIMITS)
+    assert len(sample.images) == 21 and "fitted" not in sample.record
+    with pytest.raises(RejectedError, match=r"a point at 12\.0 s of a video of 10\.0 s"):
+        tiny_processor()(example(pointed(12.0), video=ref), LIMITS)
+
+
+@pytest.mark.parametrize("limit", [{"sequence_length": 240}, {"max_frames": 11}])
+def test_a_video_with_points_is_cut_around_them(tmp_path, limit) -> None:
+    """Where its frames do not fit: the part has the frames and the points of the whole, at the same rate."""
+    ref = write_video(tmp_path / "v.mp4", 100, 10)
     processor = tiny_processor()
-    assert len(processor(example(points, video=ref), LIMITS).images) == 21
-    with pytest.raises(RejectedError, match=r"1 annotations of .* 21 crops"):
-        processor(example(points, video=ref), limits(sequence_length=200))
-    with pytest.raises(RejectedError, match=r"a point at 9\.5 s has no frame near it \(4 frames up to 10\.0 s\)"):
-        processor(example(points, video=ref), limits(max_frames=4))
-    late = Points(style="video_point", label="x", groups=(PointGroup(at=12.0, points=((0.5, 0.5),)),))
-    with pytest.raises(RejectedError, match=r"a point at 12\.0 s"):
-        processor(example(late, video=ref), LIMITS)
+    sample = processor(example(pointed(6.5, 8.5), video=ref), limits(**limit))
+    (note,) = [note for note in sample.record["fitted"] if "clip" in note]
+    start, end = note["clip"]["kept"]
+    assert note["clip"]["wanted"] == [0.0, 10.0] and start <= 6.5 and 8.5 <= end <= 10 and start % 0.5 == 0
+    count = len(sample.images)
+    assert 5 < count < 12 and times_of(sample) == [i / 2 for i in range(count)]
+    assert read_points(sample) == [f"{6.5 - start:.1f}", f"{8.5 - start:.1f}"]
+    pixels = np.asarray(Image.open(io.BytesIO(sample.images[0]))).mean()
+    assert pixels == pytest.approx(25.5 * start, abs=6), "frames are those of the part: they grow brighter"
+
+
+def test_points_outside_of_the_part_are_lost_on_record_and_not_counted(tmp_path) -> None:
+    ref = write_video(tmp_path / "v.mp4", 100, 10)
+    case = example(pointed(0.5, 7.5, 8.0, 9.5, style="video_point_count"), video=ref)
+    whole = tiny_processor()(case, LIMITS)
+    assert "shows a total of 4" in whole.record["variants"][0]["messages"][1]["content"]
+    sample = tiny_processor()(case, limits(max_frames=11))
+    assert {"points": {"wanted": 4, "kept": 3}} in sample.record["fitted"]
+    assert len(read_points(sample)) == 3
+    assert "total" not in sample.record["variants"][0]["messages"][1]["content"]
+
+
+def test_a_question_without_points_has_fewer_frames_of_the_whole(tmp_path) -> None:
+    ref = write_video(tmp_path / "v.mp4", 100, 10)
+    sample = tiny_processor()(example(pointed(), video=ref), limits(max_frames=11))
+    assert times_of(sample) == list(range(11)) and read_points(sample) == ["There are none."]
+    eighth = replace(pointed(2.0, 4.0), style="video_point")
+    sample = tiny_processor()(example(eighth, video=ref), limits(max_frames=6))
+    assert times_of(sample) == [0, 2, 4, 6, 8, 10], "each point has a frame"
+    assert read_points(sample) == ["2.0", "4.0"] and "fitted" not in sample.record
+
+
+def test_a_single_caption_may_shrink_a_video_further_than_a_tree_of_several(tmp_path) -> None:
+    ref = write_video(tmp_path / "v.mp4", 200, 10)
+    tight = limits(sequence_length=470)
+    text = "word " * 70
+    sample = tiny_processor()(example(qa("q", text), video=ref), tight)
+    assert 8 <= len(sample.images) < 41 // 4
+    assert sample.record["fitted"][0]["crops"] == {"wanted": 41, "kept": len(sample.images)}
+    with pytest.raises(OverlongError):
+        tiny_processor()(example(qa("q", text[:175]), qa("r", text[:175]), video=ref), tight)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 from processing_cases import tiny_tokenizer
@@ -99,16 +101,31 @@ def test_tracks() -> None:
     assert question == f"{templates()['video_point_track_per_frame'][0].format(label='ball')} Answer at 1 FPS."
     assert answer == '<tracks coords="1.0 1 100 200;2.0 1 200 200;3.0 1 300 200">ball</tracks>'
     assert "FPS" not in ask(Tracks(style=TRACK.style, label="ball", fps=2.0, groups=TRACK.groups))[0]
+    single = Tracks(style="video_single_point_track_per_frame", label="ball", fps=2.0, groups=TRACK.groups)
+    for rng in rngs(20):  # a question about a single object always tells the rate
+        assert re.search(r"\b2\b", ask(single, "sft", rng)[0].split("</points>")[1])
     ends = ask(with_style(TRACK, "video_point_ground_start_end"))[1]
     assert ends == '<tracks coords="1.0 1 100 200;3.0 1 300 200">ball</tracks>'
+
+
+def test_answers_stand_on_the_grid_of_their_rate_but_for_first_and_last_frames() -> None:
+    """Thirds of a second were sampled and half seconds are asked for: whole seconds are both."""
+    groups = tuple(TrackGroup(time=i / 3, objects=((0, i / 10, 0.5),)) for i in range(7))
+    tracks = Tracks(style=TRACK.style, label="ball", fps=2.0, groups=groups)
+    assert ask(tracks)[1] == '<tracks coords="0.0 1 000 500;1.0 1 300 500;2.0 1 600 500">ball</tracks>'
+    ends = (TrackGroup(time=0, objects=(), occluded=(0,)), *groups[1:5], TrackGroup(time=5 / 3, objects=((7, 0, 0),)))
+    answer = ask(Tracks(style="video_point_ground_start_end", label="ball", fps=2.0, groups=ends))[1]
+    assert answer == '<tracks coords="1.3 1 400 500;1.7 2 000 000">ball</tracks>', "occluded in its first frame"
+    gone = ask(Tracks(style=TRACK.style, label="ball", fps=2.0, groups=groups[1:3]))[1]
+    assert gone == "No tracks available."
 
 
 def test_single_track_starts_where_the_question_points() -> None:
     single = with_style(TRACK, "video_single_point_track_per_frame")
     question, answer = ask(single)
     assert '<points coords="1.0 1 100 200">ball</points>' in question
-    assert answer == ask(TRACK)[1]
-    starts = [answer.split('"')[1].split()[0] for rng in rngs(300) for _, answer in [ask(single, "sft", rng)]]
+    assert answer == '<tracks coords="2.0 1 200 200;3.0 1 300 200">ball</tracks>', "frames after the point"
+    starts = [question.split('"')[1].split()[0] for rng in rngs(300) for question, _ in [ask(single, "sft", rng)]]
     assert {"1.0", "2.0", "3.0"} == set(starts)
     assert 0.06 < np.mean([start != "1.0" for start in starts]) < 0.21  # 20 % drawn, a third of them draws the first
     with pytest.raises(RejectedError, match="visible in no frame"):

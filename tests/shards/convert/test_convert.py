@@ -273,8 +273,57 @@ def test_video_points_are_relative_to_the_clip(tmp_path: Path) -> None:
     assert (example.video.start, example.video.end) == (10.0, 20.0)
     with pytest.raises(RejectedError, match="1 timestamps and 2 frames"):
         convert(tmp_path, "demo-video-point", [{**row, "two_fps_timestamps": [11.0]}])
-    other = {**row, "clip_start": 30.0, "clip_end": 40.0}
-    assert [e.key[-3:] for e in convert(tmp_path, "demo-video-point", [row, other, row])] == ["0-0", "1-0"]
+    assert [e.key[-2:] for e in convert(tmp_path, "demo-video-point", [row, row])] == ["-0", "-1"], "a row an example"
+    between = {**row, "clip_start": 10.2, "clip_end": 20.0}
+    assert [g.at for g in convert(tmp_path, "demo-video-point", [between])[0].annotations[0].groups] == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "clip"),
+    [
+        ({}, (10.0, 20.0)),
+        ({"video_duration": 40.0}, (None, None)),  # short enough to be shown whole
+        ({"video_duration": 63.5}, (10.0, 20.0)),
+        ({"video_duration": 63.5, "clip_start": None, "clip_end": None}, "63.5 s, at most 63 s"),
+        ({"clip_end": 73.5}, "63.5 s, at most 63 s"),
+        ({"clip_start": 11.5}, "points from 11 to 12.5 s in a clip from 11.5 s to 20 s"),
+        ({"clip_end": 12.0}, "points from 11 to 12.5 s in a clip from 10 s to 12 s"),
+        ({"video_duration": 12.0}, "points from 11 to 12.5 s in a clip from 0 s to 12 s"),
+        ({"two_fps_timestamps": [], "points": [], "video_duration": 30.0}, (None, None)),
+        (
+            {"two_fps_timestamps": [], "points": [], "video_duration": 90.0, "clip_start": 0.0, "clip_end": 63.0},
+            (0.0, 63.0),
+        ),
+        (
+            {"two_fps_timestamps": [], "points": [], "video_duration": 90.0},
+            "no such object, but a clip that is not the beginning of its video",
+        ),
+        (
+            {"two_fps_timestamps": [], "points": [], "video_duration": 90.0, "clip_start": 0.0},
+            "no such object, but a clip that is not the beginning of its video",
+        ),
+    ],
+)
+def test_clips_of_points(
+    tmp_path: Path, changes: dict[str, Any], clip: str | tuple[float | None, float | None]
+) -> None:
+    row = {
+        "video_id": video(tmp_path),
+        "label": "digits",
+        "two_fps_timestamps": [12.5, 11.0],
+        "points": [[{"x": 50, "y": 25}], [{"x": 50, "y": 25}]],
+        "clip_start": 10.0,
+        "clip_end": 20.0,
+    }
+    (row_of,) = [row for row in load_catalog("molmo2").rows if row.name == "molmo2-video-point-few"]
+    media = MediaFiles(root=tmp_path, templates=("videos/{value}.mp4",))
+    source = (Source(file="train.parquet", row=0),)
+    group = Group(row=row_of, stage="sft", media=media, key="k", sources=source, values=({**row, **changes},))
+    (found,) = convert_group(group)
+    if isinstance(found, Omitted):
+        assert found.reason == clip and not found.fault
+    else:
+        assert found.video is not None and (found.video.start, found.video.end) == clip
 
 
 def test_tracks_leave_out_occluded_objects(tmp_path: Path) -> None:
@@ -291,7 +340,10 @@ def test_tracks_leave_out_occluded_objects(tmp_path: Path) -> None:
     (example,) = convert(tmp_path, "demo-video-track", [row])
     (tracks,) = example.annotations
     assert isinstance(tracks, Tracks)
-    assert [(g.time, g.objects) for g in tracks.groups] == [(0.5, ((0, 0.25, 0.75),))]
+    found = [(g.time, g.objects, g.occluded) for g in tracks.groups]
+    assert found == [(0.5, ((0, 0.25, 0.75),), (1,)), (1.0, (), (1,))]
+    hidden = {**row, "frame_trajectories": frames[1:]}
+    assert omitted(tmp_path, "demo-video-track", [hidden]) == [(0, "no object is visible in any frame")]
 
 
 @pytest.mark.parametrize(("native", "rate"), [(30, 30.0), (29.97, 30.0), (25, 24.0), (10, 12.0), (2, 6.0)])

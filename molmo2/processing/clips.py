@@ -1,0 +1,65 @@
+"""Points in a video of which not all frames fit: which points have a frame, and which part of the video to take.
+
+A point is true of one moment, so it is not moved to another frame. A part of the video that all its frames fit keeps
+points where they are. Which frames fit is decided by the processor, and times are those of `molmo2.processing.frames`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from shards.schema import Example, PointGroup, Points, VideoRef
+
+POINT_ONLY = "video_point"  # style of points that are no longer all points of the object, so that none are counted
+
+
+def points_of(example: Example) -> list[PointGroup]:
+    """The points of all annotations."""
+    return [
+        group for annotation in example.annotations if isinstance(annotation, Points) for group in annotation.groups
+    ]
+
+
+def without_frame(example: Example, times: tuple[float, ...], fps: float) -> list[float]:
+    """Times of the points that are further than half an interval of `fps` from each of the frames at `times`."""
+    frames = np.array(times)
+    return [group.at for group in points_of(example) if np.abs(frames - group.at).min() > 0.5 / fps + 1e-6]
+
+
+def richest_part(
+    points: list[PointGroup], duration: float, length: float, fps: float, rng: np.random.Generator
+) -> tuple[float, float]:
+    """Start and end of a part of `length` seconds with the most points; a random one of those, on the grid of `fps`."""
+    at = np.array([group.at for group in points])
+    weight = np.array([len(group.points) for group in points])
+    starts = np.arange(0, max(0.0, duration - length) * fps + 1e-6) / fps
+    inside = (at >= starts[:, None] - 1e-6) & (at <= starts[:, None] + length + 1e-6)
+    found = inside @ weight
+    start = float(rng.choice(starts[found == found.max()]))
+    return start, min(start + length, duration)
+
+
+def cut(example: Example, start: float, end: float) -> Example:
+    """The example with its video, points and subtitles from `start` to `end` (seconds of its clip).
+
+    A question whose points do not all lie in the part no longer asks for their number.
+    """
+    assert example.video is not None
+    first = (example.video.start or 0.0) + start
+    annotations = []
+    for annotation in example.annotations:
+        if isinstance(annotation, Points):
+            kept = [group for group in annotation.groups if start - 1e-6 <= group.at <= end + 1e-6]
+            moved = tuple(replace(group, at=group.at - start) for group in kept)
+            whole = len(kept) == len(annotation.groups)
+            style, question = (annotation.style, annotation.question) if whole else (POINT_ONLY, "")
+            annotation = replace(annotation, style=style, question=question, groups=moved)
+        annotations.append(annotation)
+    cues = tuple(
+        cue if cue.start is None or cue.end is None else replace(cue, start=cue.start - start, end=cue.end - start)
+        for cue in example.subtitles
+    )
+    video: VideoRef = replace(example.video, start=first, end=first + end - start)
+    return replace(example, video=video, annotations=tuple(annotations), subtitles=cues)
