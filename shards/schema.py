@@ -89,11 +89,13 @@ class Annotated:
     """Base class of all annotations.
 
     `facts`: values that a metric reads beside the answer, by the names in the catalog row's `facts`. They are kept
-    in stage "eval" only.
+    in stage "eval" only. `other_variants`: what takes the place of this annotation in the text variants 1, 2, ... of
+    the sample, if a converter draws anew for each; empty if all variants have this annotation.
     """
 
     style: str
     facts: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    other_variants: tuple[Annotation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +178,12 @@ class Tracks(Annotated):
 
 
 Annotation = Text | Choice | Chat | Points | Tracks
+
+
+def in_variant(annotation: Annotation, variant: int) -> Annotation:
+    """The annotation as text variant `variant` has it; variants beyond those that were drawn begin again."""
+    drawn = (annotation, *annotation.other_variants)
+    return drawn[variant % len(drawn)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

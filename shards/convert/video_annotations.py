@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from shards.catalog.converters import VideoCaptionOptions, VideoPointsOptions, VideoTrackOptions
@@ -10,9 +11,10 @@ from shards.convert.common import (
     SCALES,
     Group,
     Omitted,
+    of_variants,
     packed_points,
+    pick,
     require_annotations,
-    rng_of,
     text_of,
     to_fractions,
     xy_pairs,
@@ -45,7 +47,7 @@ def video_caption(group: Group, options: VideoCaptionOptions) -> Iterator[Exampl
 
 
 def video_points(group: Group, options: VideoPointsOptions) -> Iterator[Example | Omitted]:
-    """Convert one video with points per label in some of its frames; a label's style is drawn from `options.styles`.
+    """Convert one video with points per label in some of its frames; a label's style is drawn for each text variant.
 
     The rows of each clip of the video make one example. A clip (or a whole video with a field `duration`) longer than
     `options.max_seconds` is left out, because all its frames must fit a sample.
@@ -61,14 +63,17 @@ def video_points(group: Group, options: VideoPointsOptions) -> Iterator[Example 
         if whole is not None and whole - (start or 0.0) > longest:
             yield group.omit(f"{whole - (start or 0.0):.1f} s, at most {longest:g} s", index)
             continue
-        style = styles[int(rng_of(f"{group.row.name}/{group.key}/{index}", "style").integers(len(styles)))]
         label = group.text("label", index)
-        points = Points(
-            style=style,
+        plain = Points(
+            style="",
             label=label.lower() if options.lower_labels else label,
             groups=_point_groups(group, options, index, start or 0.0),
-            question=text_of(group.get("question", index)) if style == "video_point_count" else "",
         )
+        drawn = []
+        for style in (pick(styles, rng) for rng in group.generators(str(index))):
+            question = text_of(group.get("question", index)) if style == "video_point_count" else ""
+            drawn.append(replace(plain, style=style, question=question))
+        points = of_variants(drawn)
         if points.label and points.count <= most:
             clips.setdefault((start, end), []).append(points)
         else:

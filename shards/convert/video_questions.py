@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from shards.catalog.converters import (
     VideoConversationOptions,
     VideoQaOptions,
@@ -18,7 +20,16 @@ from shards.catalog.converters import (
     VideoSpansOptions,
 )
 from shards.convert.answer_options import ParsedQuestion, right_option, split_question
-from shards.convert.common import Group, Omitted, most_common, parse_items, require_annotations, rng_of, text_of
+from shards.convert.common import (
+    Group,
+    Omitted,
+    most_common,
+    of_variants,
+    parse_items,
+    pick,
+    require_annotations,
+    text_of,
+)
 from shards.schema import Annotation, Choice, Cue, Example, RejectedError, Text
 
 Clip = tuple[float | None, float | None]
@@ -53,11 +64,12 @@ def video_qa(group: Group, options: VideoQaOptions) -> Iterator[Example | Omitte
             continue
         for number, values in enumerate(questions):
             try:
-                asked = _asked(options, values, f"{group.row.name}/{group.key}/{index}/{number}")
+                drawn = [_asked(options, values, rng) for rng in group.generators(f"{index}/{number}")]
             except RejectedError as error:
                 yield group.omit(str(error), index)
                 left_out += 1
                 continue
+            asked = drawn[0]
             identity = (clip, text_of(values.get("label")), asked.answer)
             if not group.maps("question") and identity in seen:
                 yield group.omit(f"the same answer twice for one clip: {asked.answer!r}", index)
@@ -65,9 +77,9 @@ def video_qa(group: Group, options: VideoQaOptions) -> Iterator[Example | Omitte
             seen.add(identity)
             style = text_of(values.get("style")) or options.open_style or ""
             if with_choice and asked.right is not None:
-                clips.setdefault(clip, []).append(asked.as_choice(CHOICE_STYLE))
+                clips.setdefault(clip, []).append(of_variants([asked.as_choice(CHOICE_STYLE) for asked in drawn]))
             if with_open or asked.right is None:
-                clips.setdefault(clip, []).append(asked.as_text(style))
+                clips.setdefault(clip, []).append(of_variants([asked.as_text(style) for asked in drawn]))
     if clips or not left_out:  # otherwise every row was reported as omitted
         yield from examples_of(group, options, clips)
 
@@ -75,14 +87,13 @@ def video_qa(group: Group, options: VideoQaOptions) -> Iterator[Example | Omitte
 def video_spans(group: Group, options: VideoSpansOptions) -> Iterator[Example | Omitted]:
     """Convert a video with captions of its parts."""
 
-    def parse(index: int, draw: str, span: Any, text: Any) -> Text:
+    def parse(index: int, span: Any, text: Any, rng: np.random.Generator) -> Text:
         start, end = map(float, span)
         if not start < end or not text_of(text):
             raise RejectedError(f"a part from {start} to {end} s, or one without text")
-        question = options.questions[int(rng_of(draw, "question").integers(len(options.questions)))]
         return Text(
             style=options.style,
-            question=question.format(start=f"{start:.1f}", end=f"{end:.1f}"),
+            question=pick(options.questions, rng).format(start=f"{start:.1f}", end=f"{end:.1f}"),
             answer=_with_full_stop(text_of(text)) if options.full_stop else text_of(text),
         )
 
@@ -108,7 +119,7 @@ def video_conversation(group: Group, options: VideoConversationOptions) -> Itera
 def video_embedded_choice(group: Group, options: VideoQuestionOptions) -> Iterator[Example | Omitted]:
     """Convert multiple choice with "The Options are: [...]" at the end of the question; the answer counts from 1."""
 
-    def parse(index: int, draw: str, question: Any, answer: Any) -> Choice:
+    def parse(index: int, question: Any, answer: Any, rng: np.random.Generator) -> Choice:
         match, number = _EMBEDDED.fullmatch(text_of(question)), int(text_of(answer))
         texts = tuple(text_of(option) for option in ast.literal_eval(match["options"])) if match else ()
         if not match or not 1 <= number <= len(texts):
@@ -178,7 +189,7 @@ def _questions(group: Group, options: VideoQaOptions, index: int) -> Iterator[di
         yield item
 
 
-def _asked(options: VideoQaOptions, values: Mapping[str, Any], draw: str) -> ParsedQuestion:
+def _asked(options: VideoQaOptions, values: Mapping[str, Any], rng: np.random.Generator) -> ParsedQuestion:
     """A question of a row.
 
     Raises:
@@ -186,7 +197,7 @@ def _asked(options: VideoQaOptions, values: Mapping[str, Any], draw: str) -> Par
     """
     question, pool = text_of(values.get("question")), values["pool"]
     if not question and pool:
-        question = text_of(pool[int(rng_of(draw, "question").integers(len(pool)))])
+        question = text_of(pick(pool, rng))
         label = text_of(values.get("label"))
         question = question.replace("{label}", label).replace("{label_lower}", label.lower())
     question, texts = split_question(question, values.get("options"), options.cut, options.embedded)
@@ -194,7 +205,7 @@ def _asked(options: VideoQaOptions, values: Mapping[str, Any], draw: str) -> Par
     if negatives := [text for value in values.get("negatives") or () if (text := _clean(options, value))]:
         answer = _clean(options, values.get("answer"))
         others = (*(text for text in negatives if text != answer), *options.also)
-        asked = ParsedQuestion(question, answer, (answer, *others), 0).shuffled(draw)
+        asked = ParsedQuestion(question, answer, (answer, *others), 0).shuffled(rng)
     elif any(texts):
         named = values.get("marks" if options.answer == "marks" else "answer")
         right = right_option(options.answer, named, texts, options.first)
@@ -205,7 +216,7 @@ def _asked(options: VideoQaOptions, values: Mapping[str, Any], draw: str) -> Par
     elif windows := values["windows"]:
         asked = ParsedQuestion(question, "Segments: " + ", ".join(f"[{start:g}-{end:g}]" for start, end in windows))
     else:
-        answer = _clean(options, most_common(values.get("answer"), draw))
+        answer = _clean(options, most_common(values.get("answer"), rng))
         asked = ParsedQuestion(question, _with_full_stop(answer) if options.full_stop else answer)
     if not asked.question or not asked.answer:
         raise RejectedError("an empty question or answer")
