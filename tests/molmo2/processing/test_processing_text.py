@@ -136,6 +136,22 @@ def test_choice_forms_in_training() -> None:
     assert all(answer.strip() not in ("", "one") for rng in rngs(60) for answer in [render_choice(blank, rng)[1]])
 
 
+def test_a_choice_prompt_has_one_right_answer() -> None:
+    families = {form: templates()[f"choice_{form}"] for form in ("label", "option", "text")}
+    assert len({text for family in families.values() for text in family} | {INSTRUCTION}) == 1 + 36
+    seen: dict[str, str] = {}
+    forms = set()
+    for rng in rngs(1500):
+        question, answer = render_choice(MC, rng)
+        assert seen.setdefault(question, answer) == answer
+        instruction = question.splitlines()[1]
+        if INSTRUCTION not in question:
+            form = "text" if answer == "two" else "option" if answer.endswith("two") else "label"
+            assert any(instruction.startswith(text) for text in families[form]), question
+            forms.add(form)
+    assert forms == set(families)
+
+
 def test_choice_needs_its_answer() -> None:
     with pytest.raises(RejectedError, match="answer 2 of 2 options"):
         ask(Choice(style="s", question="q", options=("a", "b"), answer=2))
