@@ -191,7 +191,8 @@ class Example:
     """One visual input (nothing, images, or one video) and its annotations: a message tree.
 
     `key` is unique in its dataset and matches `format.KEY_PATTERN`. `loss_weight` is the dataset's flat weight of a
-    loss token; None means the processor's length rule. `loss_scale` multiplies either.
+    loss token; None means the processor's length rule. `loss_scale` multiplies either. `subtitles` is None for a
+    dataset without subtitles, and empty if nothing is said in the clip.
     """
 
     key: str
@@ -200,7 +201,7 @@ class Example:
     annotations: tuple[Annotation, ...]
     images: tuple[ImageRef, ...] = ()
     video: VideoRef | None = None
-    subtitles: tuple[Cue, ...] = ()
+    subtitles: tuple[Cue, ...] | None = None
     loss_weight: float | None = None
     loss_scale: float = 1.0
 

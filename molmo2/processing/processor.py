@@ -130,7 +130,7 @@ class Processor:
             "visuals": stored.visuals,
             "variants": [readable[variant] for variant in range(self.num_variants)],
         }
-        if example.subtitles:
+        if example.subtitles is not None:
             record["subtitles"] = _subtitles(example, parts[0].plan)
         if notes := [note for part in parts for note in part.notes]:
             record["fitted"] = notes
@@ -250,6 +250,8 @@ class Processor:
 
 
 def _subtitles(example: Example, plan: VisualPlan) -> str:
+    if example.subtitles is None:
+        return ""
     return subtitle_text(example.subtitles, [visual["time"] for visual in plan.visuals if "time" in visual])
 
 

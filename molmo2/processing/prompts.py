@@ -3,8 +3,8 @@
 There are two ways to condition on the kind of answer. In pretraining ("style_and_length_v2") the user's message has the
 style and a noisy hint of the answer's length: "long_caption 52:". Later ("demo_or_style_v2") questions are in natural
 language, and only academic styles keep their name: "vqa2: What colour is the car?". The wording of questions that the
-data does not have is in the folder `templates`, and so are forms that wrap a question of the data, such as a request for
-a short answer. Every draw comes from the given generator; without one, everything has its evaluation form.
+data does not have is in the folder `templates`, and so are forms that wrap a question of the data, such as a request
+for a short answer. Every draw comes from the given generator; without one, everything has its evaluation form.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def _chat(chat: Chat, mode: str, rng: np.random.Generator | None) -> tuple[Messa
     roles = [turn.role for turn in chat.turns]
     if not roles or roles != ["user" if i % 2 == 0 else "assistant" for i in range(len(roles))]:
         raise RejectedError(f"turns must alternate user, assistant, ...; found {roles}")
-    first_answer = chat.turns[1].text if len(roles) > 1 else ""
-    prefix = _prefix(chat, first_answer, mode, rng)
+    answers = [turn.text for turn in chat.turns if turn.role == "assistant"]
+    prefix = _prefix(chat, answers[-1] if answers else "", mode, rng)  # as in Molmo2, the hint is of the last answer
     first = " ".join(filter(None, [prefix, chat.turns[0].text]))
     return Message("user", first), *(Message(turn.role, turn.text) for turn in chat.turns[1:])
 

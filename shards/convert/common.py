@@ -13,7 +13,7 @@ import numpy as np
 
 from shards.catalog import Row, Stage
 from shards.catalog.converters import CONVERTER_OPTIONS
-from shards.schema import Annotation, Cue, Example, ImageRef, Points, RejectedError, Source, VideoRef
+from shards.schema import Annotation, Cue, Example, ImageRef, Points, RejectedError, Source, VideoRef, as_reject
 from shards.sources.media_files import MediaFiles
 from shards.sources.paths import at
 
@@ -156,7 +156,7 @@ class Group:
         *,
         images: Sequence[ImageRef] = (),
         video: VideoRef | None = None,
-        subtitles: Sequence[Cue] = (),
+        subtitles: Sequence[Cue] | None = None,
         suffix: str = "",
         loss_scale: float = 1.0,
     ) -> Example:
@@ -168,7 +168,7 @@ class Group:
             annotations=tuple(annotations),
             images=tuple(images),
             video=video,
-            subtitles=tuple(subtitles),
+            subtitles=None if subtitles is None else tuple(subtitles),
             loss_weight=self.row.loss_weight.get(self.stage),
             loss_scale=loss_scale,
         )
@@ -182,7 +182,7 @@ def parse_items(
     Args:
         group: the rows.
         parse: gets the number of the row, the values of `fields`, and the generator of a text variant; it is called
-            for each variant, and raises a `RejectedError` for a faulty item.
+            for each variant, and raises an error for a faulty item, which does not affect the others.
         fields: a single value or a list in each row, as in `Group.aligned`.
     """
     annotations = []
@@ -191,8 +191,8 @@ def parse_items(
             try:
                 generators = group.generators(f"{index}/{number}")
                 annotations.append(of_variants([parse(index, *values, rng) for rng in generators]))
-            except RejectedError as error:
-                yield group.omit(str(error), index)
+            except Exception as error:
+                yield group.omit(str(as_reject(error, f"item {number} cannot be used")), index)
     return annotations
 
 

@@ -27,7 +27,8 @@ from shards.convert.common import (
 from shards.schema import Annotation, Chat, Choice, Example, ImageRef, RejectedError, Text, Turn
 
 COUNTING = re.compile(
-    r"\s*(how many|count (the|all|every|each)|what (is the|number|'s the) (number|of))\b", re.IGNORECASE
+    r"\b(how many|count (the|all|every|each|how many|up)|(the|what|total|exact) (number|count) of)\b",
+    re.IGNORECASE,
 )
 
 
@@ -140,7 +141,7 @@ def _with_hint(group: Group, index: int, question: str) -> str:
 
 
 def _with_count_prefix(prefixes: Sequence[str], question: str, rng: np.random.Generator) -> str:
-    if not prefixes or not COUNTING.match(question):
+    if not prefixes or not COUNTING.search(question):
         return question
     return f"{pick(prefixes, rng)} {question}"
 

@@ -244,6 +244,9 @@ def test_subtitles_follow_the_frames(tmp_path) -> None:
     assert stored_text(processor, sample, 0, 0).endswith("2.0 <|video|>" + said)
     prompt = processor.prompt(case, LIMITS)
     assert said + "<|im_start|>user" in processor.tokenizer.decode(prompt.input_ids.tolist(), skip_special_tokens=False)
+    silent = processor(replace(case, subtitles=cues[:1]), LIMITS)  # nothing is said near a frame: the heading remains
+    assert silent.record["subtitles"] == "subtitle\n"
+    assert stored_text(processor, silent, 0, 0).endswith("2.0 <|video|>subtitle\n")
 
 
 def test_text_alone_has_no_media() -> None:

@@ -212,6 +212,9 @@ def test_conversation() -> None:
         render_messages(Chat(style="text_sft", turns=turns), "pretraining", None, video=False)[0].content
         == "text_sft 65: a"
     )
+    longer = Chat(style="text_sft", turns=(*turns, turns[0], Turn(role="assistant", text="b" * 1500)))
+    asked = render_messages(longer, "pretraining", np.random.default_rng(0), video=False)[0].content
+    assert 90 < int(asked.removeprefix("text_sft ").removesuffix(": a")) < 110  # the hint is of the last answer
     with pytest.raises(RejectedError, match="alternate"):
         render_messages(Chat(style="text_sft", turns=turns[1:]), "sft", None, video=False)
 
