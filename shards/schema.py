@@ -89,11 +89,13 @@ class Annotated:
     """Base class of all annotations.
 
     `facts`: values that a metric reads beside the answer, by the names in the catalog row's `facts`. They are kept
-    in stage "eval" only.
+    in stage "eval" only. `other_variants`: what takes the place of this annotation in the text variants 1, 2, ... of
+    the sample, if a converter draws anew for each; empty if all variants have this annotation.
     """
 
     style: str
     facts: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    other_variants: tuple[Annotation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,12 +188,19 @@ class Tracks(Annotated):
 Annotation = Text | Choice | Chat | Points | Tracks
 
 
+def in_variant(annotation: Annotation, variant: int) -> Annotation:
+    """The annotation as text variant `variant` has it; variants beyond those that were drawn begin again."""
+    drawn = (annotation, *annotation.other_variants)
+    return drawn[variant % len(drawn)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
     """One visual input (nothing, images, or one video) and its annotations: a message tree.
 
     `key` is unique in its dataset and matches `format.KEY_PATTERN`. `loss_weight` is the dataset's flat weight of a
-    loss token; None means the processor's length rule. `loss_scale` multiplies either.
+    loss token; None means the processor's length rule. `loss_scale` multiplies either. `subtitles` is None for a
+    dataset without subtitles, and empty if nothing is said in the clip.
     """
 
     key: str
@@ -200,7 +209,7 @@ class Example:
     annotations: tuple[Annotation, ...]
     images: tuple[ImageRef, ...] = ()
     video: VideoRef | None = None
-    subtitles: tuple[Cue, ...] = ()
+    subtitles: tuple[Cue, ...] | None = None
     loss_weight: float | None = None
     loss_scale: float = 1.0
 

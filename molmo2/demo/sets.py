@@ -185,8 +185,9 @@ def texts(raw: Path) -> Iterator[str]:
     have them. Without tokens of their own they would be most of an answer's tokens.
     """
     for style in ("pointing", "point_count", "video_point", "video_point_count"):
-        for template in templates()[style]:
-            yield from [template.format(label="digits")] * 500
+        forms = templates()[style]
+        for template in forms:
+            yield from [template.format(label="digits")] * (2000 // len(forms))
     point = PointGroup(at=1, points=((0.5, 0.5),))
     yield from [format_points([point], "digits", seconds=False, separator=SEPARATORS["html-v2"])] * 5000
     yield from ["Counting the shows a total of"] * 1000

@@ -1,12 +1,15 @@
 """Multiple choice: a question with its options, and the answer, as text.
 
-Evaluation and 10 % of training use one fixed form; the rest of training draws the labels and layout of the options.
+Evaluation and 10 % of training use one fixed form; the rest of training draws the labels and layout of the options and
+the form of the answer: the label, the label and the text, or the text. The instruction asks for that form, so that a
+prompt has one right answer.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from molmo2.processing.contract import templates
 from shards.schema import Choice, RejectedError
 
 FIXED_SHARE = 0.1  # probability of the fixed form in training
@@ -17,13 +20,6 @@ INSTRUCTION = "Only return the correct answer option."
 
 _MAX_OPTIONS = 26  # number of letters for labels
 _MARKERS = ("{}.", "{})", "({})", "{}:", "[{}]")
-_INSTRUCTIONS = (
-    "",
-    "Choose one of the options.",
-    "Pick the option that answers the question.",
-    "Which option is right?",
-    "Reply with one option.",
-)
 _ROMAN = ((10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I"))
 
 
@@ -52,13 +48,14 @@ def render_choice(choice: Choice, rng: np.random.Generator | None) -> tuple[str,
         lines = [f"{_label(0, i)}. {option}" for i, option in enumerate(choice.options)]
         return "\n".join([choice.question, INSTRUCTION, *lines]), lines[choice.answer]
     kind, marker = int(rng.integers(4)), _MARKERS[rng.integers(len(_MARKERS))]
-    instruction = _INSTRUCTIONS[rng.integers(len(_INSTRUCTIONS))]
     labelled, label_only, inline = rng.random(3) < (LABELS_SHOWN_SHARE, LABEL_ONLY_SHARE, INLINE_SHARE)
     blank = not choice.options[choice.answer].strip()  # then only a label can be the answer
     labels = [_label(kind, i) for i in range(len(choice.options))]
     lines = list(choice.options)
     if labelled or blank:
         lines = [f"{marker.format(label)} {line}".strip() for label, line in zip(labels, lines, strict=True)]
-    answer = labels[choice.answer] if blank or (labelled and label_only) else lines[choice.answer]
-    head = "\n".join(filter(None, [choice.question, instruction]))
+    form = "label" if blank or (labelled and label_only) else "option" if labelled else "text"
+    answer = labels[choice.answer] if form == "label" else lines[choice.answer]
+    instructions = templates()[f"choice_{form}"]
+    head = "\n".join([choice.question, instructions[rng.integers(len(instructions))]])
     return (f"{head} {'; '.join(lines)}" if inline else "\n".join([head, *lines])), answer

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from shards.schema import Example, PointGroup, Points, VideoRef
+from shards.schema import Annotation, Example, PointGroup, Points, VideoRef
 
 POINT_ONLY = "video_point"  # style of points that are no longer all points of the object, so that none are counted
 
@@ -48,18 +48,25 @@ def cut(example: Example, start: float, end: float) -> Example:
     """
     assert example.video is not None
     first = (example.video.start or 0.0) + start
-    annotations = []
-    for annotation in example.annotations:
-        if isinstance(annotation, Points):
-            kept = [group for group in annotation.groups if start - 1e-6 <= group.at <= end + 1e-6]
-            moved = tuple(replace(group, at=group.at - start) for group in kept)
-            whole = len(kept) == len(annotation.groups)
-            style, question = (annotation.style, annotation.question) if whole else (POINT_ONLY, "")
-            annotation = replace(annotation, style=style, question=question, groups=moved)
-        annotations.append(annotation)
+    annotations = tuple(_cut_annotation(annotation, start, end) for annotation in example.annotations)
     cues = tuple(
         cue if cue.start is None or cue.end is None else replace(cue, start=cue.start - start, end=cue.end - start)
-        for cue in example.subtitles
+        for cue in example.subtitles or ()
     )
     video: VideoRef = replace(example.video, start=first, end=first + end - start)
-    return replace(example, video=video, annotations=tuple(annotations), subtitles=cues)
+    subtitles = None if example.subtitles is None else cues
+    return replace(example, video=video, annotations=annotations, subtitles=subtitles)
+
+
+def _cut_annotation(annotation: Annotation, start: float, end: float) -> Annotation:
+    if not isinstance(annotation, Points):
+        return annotation
+    kept = [group for group in annotation.groups if start - 1e-6 <= group.at <= end + 1e-6]
+    whole = len(kept) == len(annotation.groups)
+    return replace(
+        annotation,
+        style=annotation.style if whole else POINT_ONLY,
+        question=annotation.question if whole else "",
+        groups=tuple(replace(group, at=group.at - start) for group in kept),
+        other_variants=tuple(_cut_annotation(other, start, end) for other in annotation.other_variants),
+    )

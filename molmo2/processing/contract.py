@@ -20,7 +20,7 @@ from shards.layout import VisualLayout, VisualTokens
 
 CHAT_FORMAT_VERSION = 1  # part of the fingerprint; increase it when `chat_format` encodes messages differently
 JPEG_QUALITY = 95  # quality of stored views, canvases and frames, 0 to 100
-TEMPLATES_PATH = Path(__file__).with_name("templates.yaml")
+TEMPLATES_FOLDER = Path(__file__).with_name("templates")
 STAGE_MODES = {"pretraining": "pretraining", "sft": "sft", "long": "sft", "eval": "eval"}
 
 
@@ -86,6 +86,11 @@ def visual_layout(config: ModelConfig) -> VisualLayout:
 
 @functools.cache
 def templates() -> dict[str, list[str]]:
-    """The question templates by style."""
-    loaded: dict[str, list[str]] = yaml.safe_load(TEMPLATES_PATH.read_text(encoding="utf-8"))
-    return loaded
+    """The question templates by style, of all files in `TEMPLATES_FOLDER`; no style is in two of them.
+
+    Their order matters: evaluation always uses the first of a style.
+    """
+    by_style: dict[str, list[str]] = {}
+    for path in sorted(TEMPLATES_FOLDER.glob("*.yaml")):
+        by_style |= yaml.safe_load(path.read_text(encoding="utf-8"))
+    return by_style

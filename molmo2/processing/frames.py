@@ -54,11 +54,11 @@ def timestamp(index: int, time: float) -> str:
 
 
 def subtitle_text(cues: Sequence[Cue], times: Sequence[float]) -> str:
-    """The subtitles around the frames at `times`, one line per cue, to follow all frames; "" if there are none."""
+    """The heading of subtitles and those around the frames at `times`, one line per cue, to follow all frames."""
     lines = []
     for cue in cues:
         if cue.start is None or cue.end is None:
             lines.append(f"{cue.text}\n")
         elif any(cue.start <= time + SUBTITLE_REACH and cue.end >= time - SUBTITLE_REACH for time in times):
             lines.append(f"{cue.start:.1f} - {cue.end:.1f} {cue.text}\n")
-    return "subtitle\n" + "".join(lines) if lines else ""
+    return "subtitle\n" + "".join(lines)

@@ -27,12 +27,21 @@ from molmo2.processing.tokenizer import Tokenizer
 from molmo2.processing.visuals import Opened, ProbedVideo, VisualPlan
 from shards import layout as geometry
 from shards.layout import VisualLayout
-from shards.schema import Annotation, Example, Limits, OverlongError, Points, RejectedError, Sample, Tracks
+from shards.schema import (
+    Annotation,
+    Example,
+    Limits,
+    OverlongError,
+    Points,
+    RejectedError,
+    Sample,
+    Tracks,
+    in_variant,
+)
 
 HIGH_RESOLUTION_SHARE = 0.3  # probability that a variant with points in images gets `Limits.pointing_crops` tiles
 SHRINK_AT_MOST = 4  # visuals are shrunk at most by this factor to make room for text
 FEWEST_FRAMES = 8  # a video with a single annotation, which cannot be split, is shrunk to this
-ALTERNATIVES = frozenset({"transcript"})  # a tree holds one annotation of each of these styles, drawn per variant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,12 +134,12 @@ class Processor:
             "visuals": stored.visuals,
             "variants": [readable[variant] for variant in range(self.num_variants)],
         }
-        if example.subtitles:
+        if example.subtitles is not None:
             record["subtitles"] = _subtitles(example, parts[0].plan)
         if notes := notes + [note for part in parts for note in part.notes]:
             record["fitted"] = notes
         variants = tuple(tokens[variant] for variant in range(self.num_variants))
-        asked = tuple(_tree(example.annotations, None)) if self.mode == "eval" else ()
+        asked = tuple(_tree(example.annotations, 0, None)) if self.mode == "eval" else ()
         return Sample(key=example.key, record=record, variants=variants, images=tuple(stored.files), asked=asked)
 
     def prompt(self, example: Example, limits: Limits, annotation: int = 0) -> Prompt:
@@ -254,7 +263,7 @@ class Processor:
     def _branches(self, example: Example, plan: VisualPlan, limits: Limits, variant: int) -> list[Branch]:
         rng = None if self.mode == "eval" else draws(example.dataset, example.key, variant)
         out = []
-        for annotation in _tree(example.annotations, rng):
+        for annotation in _tree(example.annotations, 0 if rng is None else variant, rng):
             if isinstance(annotation, Tracks):
                 groups = tuple(group for group in annotation.groups if plan.has_frame(group.time, FRAME_REACH))
                 annotation = replace(annotation, groups=groups)
@@ -266,6 +275,8 @@ class Processor:
 
 
 def _subtitles(example: Example, plan: VisualPlan) -> str:
+    if example.subtitles is None:
+        return ""
     return subtitle_text(example.subtitles, [visual["time"] for visual in plan.visuals if "time" in visual])
 
 
@@ -274,13 +285,9 @@ def _length(branches: Sequence[Branch]) -> int:
     return sum(len(branch.ids) - 1 for branch in branches)
 
 
-def _tree(annotations: tuple[Annotation, ...], rng: np.random.Generator | None) -> list[Annotation]:
-    """The annotations of one variant in random order, with one of each style in `ALTERNATIVES`."""
-    chosen: list[Annotation] = [a for a in annotations if a.style not in ALTERNATIVES]
-    for style in sorted(ALTERNATIVES):
-        options = [a for a in annotations if a.style == style]
-        if options:
-            chosen.append(options[0 if rng is None else int(rng.integers(len(options)))])
+def _tree(annotations: tuple[Annotation, ...], variant: int, rng: np.random.Generator | None) -> list[Annotation]:
+    """The annotations of one variant, in random order if there is a generator."""
+    chosen = [in_variant(annotation, variant) for annotation in annotations]
     return chosen if rng is None else [chosen[i] for i in rng.permutation(len(chosen))]
 
 

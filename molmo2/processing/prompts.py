@@ -3,8 +3,8 @@
 There are two ways to condition on the kind of answer. In pretraining ("style_and_length_v2") the user's message has the
 style and a noisy hint of the answer's length: "long_caption 52:". Later ("demo_or_style_v2") questions are in natural
 language, and only academic styles keep their name: "vqa2: What colour is the car?". The wording of questions that the
-data does not have is in `templates.yaml`. Every draw comes from the given generator; without one, everything has its
-evaluation form.
+data does not have is in the folder `templates`, and so are forms that wrap a question of the data, such as a request
+for a short answer. Every draw comes from the given generator; without one, everything has its evaluation form.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from molmo2.processing.choice import render_choice
-from molmo2.processing.contract import TEMPLATES_PATH, templates
+from molmo2.processing.contract import TEMPLATES_FOLDER, templates
 from molmo2.processing.frames import FRAME_REACH
 from molmo2.processing.points import SEPARATORS, format_points, format_tracks
-from shards.schema import Annotation, Chat, Choice, PointGroup, Points, RejectedError, TrackGroup, Tracks
+from shards.schema import Annotation, Chat, Choice, PointGroup, Points, RejectedError, Text, TrackGroup, Tracks
 
 # Styles whose questions are in natural language after pretraining; all others begin with the style's name.
 _DEMO = frozenset(
@@ -72,8 +72,8 @@ def render_messages(
         question, answer = _tracks(annotation, mode, rng)
     else:
         question, answer = annotation.question, annotation.answer
-        if not question and mode != "pretraining":
-            question = _template(annotation.style, rng)
+        if mode != "pretraining":
+            question = _open_question(annotation, rng)
     prefix = _prefix(annotation, answer, mode, rng)
     return Message("user", " ".join(filter(None, [prefix, question]))), Message("assistant", answer)
 
@@ -87,7 +87,7 @@ def _prefix(annotation: Annotation, answer: str, mode: str, rng: np.random.Gener
         return f"{style}:"
     if rng is None:
         return f"{style} {_HINT_DEFAULT}:"
-    noisy = len(answer) + int(rng.normal(0, _HINT_NOISE))
+    noisy = max(0, len(answer) + int(rng.normal(0, _HINT_NOISE)))  # the noise may be larger than the length
     return f"{style} {noisy // _HINT_UNIT}:" if rng.random() < _HINT_SHARE else f"{style}:"
 
 
@@ -100,7 +100,7 @@ def _template(style: str, rng: np.random.Generator | None, **values: str) -> str
     options = templates().get(style)
     if options is None:
         if style in _DEMO or values:
-            raise RejectedError(f"style {style!r} has neither a question nor a template in {TEMPLATES_PATH.name}")
+            raise RejectedError(f"style {style!r} has neither a question nor a template in {TEMPLATES_FOLDER.name}/")
         return ""
     text = _pick(options, rng)
     for name, value in values.items():
@@ -108,12 +108,22 @@ def _template(style: str, rng: np.random.Generator | None, **values: str) -> str
     return text
 
 
+def _open_question(text: Text, rng: np.random.Generator | None) -> str:
+    """The question of the data in one of the style's forms if they have a place for it; else it, or a template."""
+    wrapped = any("{question}" in form for form in templates().get(text.style, ()))
+    if not wrapped:
+        return text.question or _template(text.style, rng)
+    if not text.question:
+        raise RejectedError(f"style {text.style!r} needs a question")
+    return _template(text.style, rng, question=text.question)
+
+
 def _chat(chat: Chat, mode: str, rng: np.random.Generator | None) -> tuple[Message, ...]:
     roles = [turn.role for turn in chat.turns]
     if not roles or roles != ["user" if i % 2 == 0 else "assistant" for i in range(len(roles))]:
         raise RejectedError(f"turns must alternate user, assistant, ...; found {roles}")
-    first_answer = chat.turns[1].text if len(roles) > 1 else ""
-    prefix = _prefix(chat, first_answer, mode, rng)
+    answers = [turn.text for turn in chat.turns if turn.role == "assistant"]
+    prefix = _prefix(chat, answers[-1] if answers else "", mode, rng)  # as in Molmo2, the hint is of the last answer
     first = " ".join(filter(None, [prefix, chat.turns[0].text]))
     return Message("user", first), *(Message(turn.role, turn.text) for turn in chat.turns[1:])
 

@@ -158,7 +158,8 @@ def _samples(
 ) -> Iterator[Sample]:
     """Yield the samples of a shard; adds counts to `totals`, rows without a sample to `rejects`, media to `used`."""
     row, stage, raw = task.row, task.stage, task.raw
-    for group in read_groups(row, stage, raw, open_rows(row, stage, raw), task.groups, used):
+    table, variants = open_rows(row, stage, raw), task.settings.num_variants
+    for group in read_groups(row, stage, raw, table, task.groups, used, variants):
         for item in convert_or_reject(group):
             if isinstance(item, Example):
                 for result in _process(processor, item, task.settings.limits):

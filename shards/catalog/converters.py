@@ -271,7 +271,8 @@ class VideoQaOptions(VideoQuestionOptions):
         ask: forms of a question with options; stage "eval" asks it only openly if "open" is among them.
         open_style: style of an open question without a field `style`; None leaves out a question without options.
         answer: form of the answer: "index" (counted from `first`), "letter", "text" (equal to an option), or "marks"
-            (the field `marks` has one for each option; "correct" is the right one).
+            (the field `marks` has one for each option; "correct" is the right one). If a text is none of the options
+            and `ask` has "open", the question is an open one.
         first: number of the first option.
         embedded: the options are the last lines of the question.
         cut: regular expression of what is removed from the question, before its options are split off.
@@ -280,6 +281,7 @@ class VideoQaOptions(VideoQuestionOptions):
         replace: text -> text that replaces it in answers and options.
         drop: regular expression of what is removed at the start of answers and options.
         full_stop: a full stop is added to an open answer without a final mark.
+        question_mark: a question mark is added to a question without a final mark.
     """
 
     required = ("video", "answer|windows")
@@ -299,6 +301,7 @@ class VideoQaOptions(VideoQuestionOptions):
     replace: dict[str, str] = pydantic.Field(default_factory=dict)
     drop: str | None = None
     full_stop: bool = False
+    question_mark: bool = False
 
 
 CONVERTER_OPTIONS: dict[str, type[ConverterOptions]] = {

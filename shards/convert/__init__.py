@@ -3,7 +3,8 @@
 A converter gets the rows of one group (one row, if the catalog row has no `group_by`) and its options; these and
 the fields that it may read are declared in `shards.catalog.converters`. It yields examples, and an `Omitted` for
 everything that is left out by the catalog's rules; it raises a `RejectedError` for a faulty group. It reads no files
-except headers of images and annotations of AI2D, and draws only from `rng_of(key)`.
+except headers of images and annotations of AI2D, and draws only from
+`Group.generators`, anew for each text variant of a sample.
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from shards.convert.common import rng_of, text_of
+import numpy as np
+
+from shards.convert.common import text_of
 from shards.schema import Choice, RejectedError, Text
 
 _LABEL = r"\(?(?:[A-Z][a-z]+ )?(?P<mark>[A-Z]|[1-9])"  # A, (A, Caption A, Option 1
@@ -25,10 +27,10 @@ class ParsedQuestion(NamedTuple):
     options: tuple[str, ...] = ()
     right: int | None = None
 
-    def shuffled(self, draw: str) -> ParsedQuestion:
+    def shuffled(self, rng: np.random.Generator) -> ParsedQuestion:
         """The question with its options in a drawn order."""
         assert self.right is not None
-        order = [int(number) for number in rng_of(draw, "option").permutation(len(self.options))]
+        order = [int(number) for number in rng.permutation(len(self.options))]
         return self._replace(options=tuple(self.options[number] for number in order), right=order.index(self.right))
 
     def as_choice(self, style: str) -> Choice:

@@ -7,15 +7,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from shards.catalog import Row, Stage
 from shards.catalog.converters import CONVERTER_OPTIONS
-from shards.schema import Annotation, Cue, Example, ImageRef, Points, RejectedError, Source, VideoRef
+from shards.schema import Annotation, Cue, Example, ImageRef, Points, RejectedError, Source, VideoRef, as_reject
 from shards.sources.media_files import MediaFiles
 from shards.sources.paths import at
+
+Kind = TypeVar("Kind", bound=Annotation)
 
 OUTSIDE = 0.01  # fraction of a side; a point at most this far outside counts as on the edge
 MAX_WHOLE = 2**53  # floats below this hold every whole number
@@ -38,7 +40,10 @@ class Omitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """The rows of one image or video (or a single row), their sources, and the catalog row of the dataset."""
+    """The rows of one image or video (or a single row), their sources, and the catalog row of the dataset.
+
+    `num_variants` is the number of text variants of a sample: what is drawn is drawn for each of them.
+    """
 
     row: Row
     stage: Stage
@@ -46,6 +51,7 @@ class Group:
     key: str
     sources: tuple[Source, ...]
     values: tuple[dict[str, Any], ...]
+    num_variants: int = 1
 
     def get(self, field: str, index: int = 0) -> Any:
         """The value of a field in row `index` of the group; None if the catalog row maps no column to the field.
@@ -123,6 +129,14 @@ class Group:
         """The image of row `index`; its hash is checked if the catalog row maps `sha256` to a column."""
         return self.media.image(self.get(field, index), self.get(sha256, index), self.values[index])
 
+    def generators(self, draw: str) -> list[np.random.Generator]:
+        """A generator for each text variant, seeded by the group, the name `draw` of the draw and the variant.
+
+        In stage "eval" all variants are equal, so there is only one.
+        """
+        seed = f"{self.row.name}/{self.key}/{draw}"
+        return [rng_of(seed, f"variant {n}") for n in range(1 if self.stage == "eval" else self.num_variants)]
+
     def omit(self, reason: str, index: int = 0) -> Omitted:
         """Record that row `index`, or a part of it, is left out for `reason`."""
         return Omitted(source=self.sources[index], reason=reason)
@@ -142,7 +156,7 @@ class Group:
         *,
         images: Sequence[ImageRef] = (),
         video: VideoRef | None = None,
-        subtitles: Sequence[Cue] = (),
+        subtitles: Sequence[Cue] | None = None,
         suffix: str = "",
         loss_scale: float = 1.0,
     ) -> Example:
@@ -154,7 +168,7 @@ class Group:
             annotations=tuple(annotations),
             images=tuple(images),
             video=video,
-            subtitles=tuple(subtitles),
+            subtitles=None if subtitles is None else tuple(subtitles),
             loss_weight=self.row.loss_weight.get(self.stage),
             loss_scale=loss_scale,
         )
@@ -167,18 +181,30 @@ def parse_items(
 
     Args:
         group: the rows.
-        parse: gets the number of the row, the seed of the item's draws, and the values of `fields`; raises a
-            `RejectedError` for a faulty item.
+        parse: gets the number of the row, the values of `fields`, and the generator of a text variant; it is called
+            for each variant, and raises an error for a faulty item, which does not affect the others.
         fields: a single value or a list in each row, as in `Group.aligned`.
     """
     annotations = []
     for index in range(len(group.values)):
         for number, values in enumerate(group.aligned(index, *fields)):
             try:
-                annotations.append(parse(index, f"{group.row.name}/{group.key}/{index}/{number}", *values))
-            except RejectedError as error:
-                yield group.omit(str(error), index)
+                generators = group.generators(f"{index}/{number}")
+                annotations.append(of_variants([parse(index, *values, rng) for rng in generators]))
+            except Exception as error:
+                yield group.omit(str(as_reject(error, f"item {number} cannot be used")), index)
     return annotations
+
+
+def of_variants(drawn: Sequence[Kind]) -> Kind:
+    """One annotation of those that were drawn for the text variants; the plain one if all are equal."""
+    first, *others = drawn
+    return replace(first, other_variants=tuple(others)) if any(other != first for other in others) else first
+
+
+def pick(options: Sequence[str], rng: np.random.Generator) -> str:
+    """One of several texts."""
+    return options[int(rng.integers(len(options)))]
 
 
 def rng_of(key: str, purpose: str) -> np.random.Generator:
@@ -202,13 +228,13 @@ def text_of(value: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
-def most_common(answer: Any, draw: str) -> str:
-    """The most frequent of several annotators' answers; ties are drawn by `draw`. A single answer is returned as is."""
+def most_common(answer: Any, rng: np.random.Generator) -> str:
+    """The most frequent of several annotators' answers; ties are drawn. A single answer is returned as is."""
     if not isinstance(answer, list):
         return text_of(answer)
     counts = Counter(text for value in answer if (text := text_of(value)))
     best = sorted(text for text, count in counts.items() if count == max(counts.values()))
-    return best[int(rng_of(draw, "answer").integers(len(best)))] if best else ""
+    return pick(best, rng) if best else ""
 
 
 def xy_pairs(points: Any) -> list[tuple[float, float]]:

@@ -20,13 +20,15 @@ from shards.media.types import MediaError
 from shards.schema import Choice, Example, ImageRef, RejectedError
 
 NO_OPTION = "{}"  # the dataset's placeholder for a missing option
+_Boxes = tuple[tuple[str, tuple[int, ...]], ...]  # the letter of each text, and its box: left, top, right, bottom
 
 
 def diagram_choice(group: Group, options: DiagramChoiceOptions) -> Iterator[Example | Omitted]:
     """Convert one question; a question about letters gives one example for each of the two ways to draw them.
 
     The boxes of the texts are read from `options.annotations`, a path template of a JSON file with the image's name as
-    `{value}`. A letter is drawn inside an opaque box, and to the left of a transparent one.
+    `{value}`. A letter is drawn inside an opaque cyan box, and to the left of a transparent one. A question is about
+    the letters if they are its options, with at most one other; these are in upper case, as they are drawn.
     """
     texts = [text_of(option) for option in group.items("options")]
     answer = group.get("answer")
@@ -36,35 +38,42 @@ def diagram_choice(group: Group, options: DiagramChoiceOptions) -> Iterator[Exam
     present = list(dict.fromkeys(option for option in texts if option != NO_OPTION))
     if right not in present:
         raise RejectedError("the right option is the one that is not there")
-    image, drawn = group.image(), bool(group.get("letters"))
-    letters = sum(len(option) == 1 for option in present) >= len(present) - 1
+    image, boxes = group.image(), _Boxes()
+    if drawn := bool(group.get("letters")):
+        boxes = _boxes(group.media.root / options.annotations.format(value=group.get("image")))
+    letters = {letter for letter, _ in boxes}
+    about_letters = drawn and sum(option.upper() in letters for option in present) >= len(present) - 1
+    if about_letters:
+        written = {option: option.upper() if option.upper() in letters else option for option in present}
+        present, right = list(dict.fromkeys(written.values())), written[right]
     choice = Choice(
-        style="ai2_diagram_no_letter" if drawn and letters else "ai2_diagram",
+        style="ai2_diagram_no_letter" if about_letters else "ai2_diagram",
         question=group.text("question"),
         options=tuple(present),
         answer=present.index(right),
-        labelled=not (drawn and letters),
+        labelled=not about_letters,
     )
     if not drawn:
         yield group.example([choice], images=[image])
         return
-    boxes = _boxes(group.media.root / options.annotations.format(value=group.get("image")))
     for name, opaque in (("opaque", True), ("transparent", False)):
         yield group.example([choice], images=[_draw_letters(image, boxes, opaque)], suffix=f"-{name}")
 
 
 @functools.lru_cache(maxsize=16)
-def _boxes(path: Path) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Letter and box (left, top, right, bottom; pixels) of every text that has a letter."""
+def _boxes(path: Path) -> _Boxes:
+    """Upper-case letter and box (left, top, right, bottom; pixels) of every text that has a letter."""
     try:
         texts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["text"]
         named = [(text_of(text.get("replacementText")), text["rectangle"]) for text in texts.values()]
-        return tuple((letter, tuple(int(v) for corner in box for v in corner)) for letter, box in named if letter)
+        return tuple(
+            (letter.upper(), tuple(int(v) for corner in box for v in corner)) for letter, box in named if letter
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RejectedError(f"media: {path}: no boxes for the letters ({type(error).__name__}: {error})") from None
 
 
-def _draw_letters(image: ImageRef, boxes: tuple[tuple[str, tuple[int, ...]], ...], opaque: bool) -> ImageRef:
+def _draw_letters(image: ImageRef, boxes: _Boxes, opaque: bool) -> ImageRef:
     try:
         picture = PIL.Image.fromarray(load_image(image))
     except MediaError as error:
@@ -74,7 +83,7 @@ def _draw_letters(image: ImageRef, boxes: tuple[tuple[str, tuple[int, ...]], ...
         height = max(8, bottom - top)
         font = PIL.ImageFont.load_default(size=height)
         if opaque:
-            draw.rectangle((left, top, right, bottom), fill="white", outline="black")
+            draw.rectangle((left, top, right, bottom), fill="cyan", outline="black")
             draw.text(((left + right) / 2, (top + bottom) / 2), letter, fill="black", font=font, anchor="mm")
         else:
             draw.rectangle((left, top, right, bottom), outline="black")

@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from shards.catalog.converters import ImageCaptionOptions, ImagePointsOptions, MultiImagePointsOptions
 from shards.convert.common import (
     SCALES,
     Group,
     Omitted,
+    of_variants,
     packed_points,
+    pick,
     require_annotations,
-    rng_of,
     text_of,
     to_fractions,
     xy_pairs,
@@ -25,13 +28,18 @@ from shards.schema import Annotation, Example, ImageRef, PointGroup, Points, Rej
 
 
 def image_caption(group: Group, options: ImageCaptionOptions) -> Iterator[Example | Omitted]:
-    """Convert an image with a long caption and, in `options.transcript_stages`, transcripts of spoken descriptions."""
+    """Convert an image with a long caption and, in `options.transcript_stages`, a transcript of a spoken description.
+
+    Of several transcripts, one is drawn for each text variant.
+    """
     annotations: list[Annotation] = []
     if caption := group.text("caption"):
         annotations.append(Text(style="long_caption", answer=caption))
     if group.stage in options.transcript_stages:
         spoken = [text_of(transcript) for transcript in group.items("transcripts")]
-        annotations += [Text(style="transcript", answer=transcript) for transcript in spoken if transcript]
+        if spoken := [transcript for transcript in spoken if transcript]:
+            drawn = [pick(spoken, rng) for rng in group.generators("transcript")]
+            annotations.append(of_variants([Text(style="transcript", answer=transcript) for transcript in drawn]))
     require_annotations(annotations, "no caption and no transcript")
     yield group.example(annotations, images=[group.image()])
 
@@ -92,22 +100,36 @@ def _labelled(group: Group, index: int) -> Iterator[tuple[str, str, Any]]:
 def multi_image_points(group: Group, options: MultiImagePointsOptions) -> Iterator[Example | Omitted]:
     """Convert several images, each with a label and points: one label is drawn, and asked about in all or some images.
 
-    With probability 1/2 the question is about all images, else about a random subset; {images} in its text becomes
-    "image_1, image_3".
+    All draws are made for each text variant; one with more than `options.max_points` points is replaced by another
+    variant's. With probability 1/2 the question is about all images, else about a random subset; {images} in its text
+    becomes "image_1, image_3".
     """
     labels, points = group.items("labels"), group.items("points")
     images = images_of(group)
     if not len(images) == len(labels) == len(points):
         raise RejectedError(f"{len(images)} images, {len(labels)} labels and {len(points)} lists of points")
-    draw = rng_of(f"{group.row.name}/{group.key}", "multi-image points")
+    drawn = [_about_images(options, labels, points, rng) for rng in group.generators("images")]
+    if few := [annotation for annotation in drawn if annotation.count <= options.max_points]:
+        yield group.example([of_variants(few)], images=images)
+    else:
+        yield group.omit(f"more than {options.max_points} points: {drawn[0].count}")
+
+
+def _about_images(
+    options: MultiImagePointsOptions, labels: list[Any], points: list[Any], rng: np.random.Generator
+) -> Points:
+    """A question about one of the labels in all images, or in a random subset.
+
+    Raises:
+        RejectedError: no image has a label.
+    """
     names = sorted({text for label in labels if (text := text_of(label))})
     if not names:
         raise RejectedError("no label")
-    label = names[int(draw.integers(len(names)))]
-    style = options.styles[int(draw.integers(len(options.styles)))]
-    everywhere, places = draw.random() < 0.5, list(range(len(images)))
+    label, style = pick(names, rng), pick(options.styles, rng)
+    everywhere, places = rng.random() < 0.5, list(range(len(labels)))
     if not everywhere:
-        places = sorted(int(i) for i in draw.permutation(len(images))[: draw.integers(1, len(images) + 1)])
+        places = sorted(int(i) for i in rng.permutation(len(labels))[: rng.integers(1, len(labels) + 1)])
     groups = [
         PointGroup(at=place + 1, points=to_fractions(xy_pairs(points[place]), SCALES[options.scale]))
         for place in places
@@ -115,14 +137,9 @@ def multi_image_points(group: Group, options: MultiImagePointsOptions) -> Iterat
     ]
     question = ""
     if not everywhere:
-        texts = options.ask_some[style]
         named = ", ".join(f"image_{place + 1}" for place in places)
-        question = texts[int(draw.integers(len(texts)))].format(label=label, images=named)
-    annotation = Points(style=style, label=label, question=question, groups=tuple(groups))
-    if annotation.count > options.max_points:
-        yield group.omit(f"more than {options.max_points} points: {annotation.count}")
-    else:
-        yield group.example([annotation], images=images)
+        question = pick(options.ask_some[style], rng).format(label=label, images=named)
+    return Points(style=style, label=label, question=question, groups=tuple(groups))
 
 
 def _pixel_scale(image: ImageRef) -> tuple[float, float]:

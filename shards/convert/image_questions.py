@@ -10,13 +10,25 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from shards.catalog.converters import IdentityQaOptions, ImageChatOptions, ImageChoiceOptions, ImageQaOptions
 from shards.convert.answer_options import ParsedQuestion, listed, named_images, right_option, split_question
-from shards.convert.common import Group, Omitted, most_common, parse_items, require_annotations, rng_of, text_of
+from shards.convert.common import (
+    Group,
+    Omitted,
+    most_common,
+    of_variants,
+    parse_items,
+    pick,
+    require_annotations,
+    text_of,
+)
 from shards.schema import Annotation, Chat, Choice, Example, ImageRef, RejectedError, Text, Turn
 
 COUNTING = re.compile(
-    r"\s*(how many|count (the|all|every|each)|what (is the|number|'s the) (number|of))\b", re.IGNORECASE
+    r"\b(how many|count (the|all|every|each|how many|up)|(the|what|total|exact) (number|count) of)\b",
+    re.IGNORECASE,
 )
 
 
@@ -27,9 +39,9 @@ def image_qa(group: Group, options: ImageQaOptions) -> Iterator[Example | Omitte
     before its answer, a hint before its question.
     """
 
-    def parse(index: int, draw: str, question: Any, answer: Any, explanation: Any) -> Text:
-        text, reason = most_common(answer, draw), text_of(explanation)
-        question = _with_count_prefix(options.count_prefixes, _with_hint(group, index, text_of(question)), draw)
+    def parse(index: int, question: Any, answer: Any, explanation: Any, rng: np.random.Generator) -> Text:
+        text, reason = most_common(answer, rng), text_of(explanation)
+        question = _with_count_prefix(options.count_prefixes, _with_hint(group, index, text_of(question)), rng)
         if not question or not text:
             raise RejectedError("an empty question or answer")
         return Text(style=options.style, question=question, answer=f"{reason} Answer: {text}" if reason else text)
@@ -50,7 +62,7 @@ def image_choice(group: Group, options: ImageChoiceOptions) -> Iterator[Example 
     Answer options are a list, a Python list as text, or the lines "A. ..." of a text.
     """
 
-    def parse(index: int, draw: str, question: Any, given: Any, answer: Any) -> Choice | Text:
+    def parse(index: int, question: Any, given: Any, answer: Any, rng: np.random.Generator) -> Choice | Text:
         question = _with_hint(group, index, text_of(question))
         question, texts = split_question(question, given, options.cut, options.embedded)
         if options.named_images:
@@ -67,7 +79,7 @@ def image_choice(group: Group, options: ImageChoiceOptions) -> Iterator[Example 
             raise RejectedError("the right option is missing")
         present = [number for number, text in enumerate(texts) if text]
         asked = ParsedQuestion(question, texts[right], tuple(texts[n] for n in present), present.index(right))
-        return (asked.shuffled(draw) if options.shuffle else asked).as_choice(options.style)
+        return (asked.shuffled(rng) if options.shuffle else asked).as_choice(options.style)
 
     annotations = yield from parse_items(group, parse, "question", "options", "answer")
     yield group.example(require_annotations(annotations, "no question with a right option"), images=images_of(group))
@@ -88,11 +100,15 @@ def image_chat(group: Group, options: ImageChatOptions) -> Iterator[Example | Om
         if (spoken[0].strip() and len(spoken) > 1) or not alternate or not all(texts):
             yield group.omit(f"turns that do not alternate, or an empty one: {roles}", index)
             continue
-        draw = f"{group.row.name}/{group.key}/{index}"
-        for place in range(0, len(texts), 2):  # the turns of the user
-            texts[place] = _with_count_prefix(options.count_prefixes, texts[place], f"{draw}/{place}")
-        turns = tuple(Turn(role=role, text=text) for role, text in zip(roles, texts, strict=True))
-        annotations.append(Chat(style=options.style, turns=turns))
+        drawn = []
+        for rng in group.generators(str(index)):
+            prefixed = [
+                _with_count_prefix(options.count_prefixes, text, rng) if role == "user" else text
+                for role, text in zip(roles, texts, strict=True)
+            ]
+            turns = tuple(Turn(role=role, text=text) for role, text in zip(roles, prefixed, strict=True))
+            drawn.append(Chat(style=options.style, turns=turns))
+        annotations.append(of_variants(drawn))
     yield group.example(require_annotations(annotations, "no conversation"), images=images_of(group))
 
 
@@ -124,10 +140,10 @@ def _with_hint(group: Group, index: int, question: str) -> str:
     return f"{hint}\n{question}" if hint and question else question
 
 
-def _with_count_prefix(prefixes: Sequence[str], question: str, draw: str) -> str:
-    if not prefixes or not COUNTING.match(question):
+def _with_count_prefix(prefixes: Sequence[str], question: str, rng: np.random.Generator) -> str:
+    if not prefixes or not COUNTING.search(question):
         return question
-    return f"{prefixes[int(rng_of(draw, 'count prefix').integers(len(prefixes)))]} {question}"
+    return f"{pick(prefixes, rng)} {question}"
 
 
 def _loss_scale(group: Group, weights: Mapping[str, float] | None) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from shards.convert.answer_options import named_images
+from shards.convert.common import of_variants
 from shards.schema import Annotation, Chat, Choice, Example, Points, RejectedError, Text, Turn
 
 _MARK = re.compile(r"<(?:image|video)>")
@@ -56,6 +57,9 @@ def texts_without_marks(texts: Sequence[str], num_images: int, video: bool) -> l
 
 
 def _without_marks(annotation: Annotation, num_images: int, video: bool) -> Annotation:
+    if annotation.other_variants:
+        drawn = [replace(annotation, other_variants=()), *annotation.other_variants]
+        return of_variants([_without_marks(variant, num_images, video) for variant in drawn])
     texts = _texts(annotation)
     if not any("<image" in text or "<video" in text for text in texts):
         return annotation

@@ -63,8 +63,19 @@ def read_groups(
     table: Table,
     groups: Sequence[Sequence[int]],
     used: set[Path] | None = None,
+    num_variants: int = 1,
 ) -> Iterator[Group]:
-    """Yield the groups with these row numbers; `raw` as in `open_rows`. `used` receives the media files they name."""
+    """Yield the groups with these row numbers.
+
+    Args:
+        row: the dataset.
+        stage: the stage.
+        raw: as in `open_rows`.
+        table: as `open_rows` returns it.
+        groups: the row numbers of each group.
+        used: a set that receives the media files that the rows name.
+        num_variants: number of text variants for which converters draw.
+    """
     columns = row.used_columns(stage)
     others = tuple(raw.parent / name for name in row.media_from)
     outside = tuple(map(Path, row.media_roots))
@@ -77,7 +88,15 @@ def read_groups(
         for numbers in some:
             sources, values = zip(*(next(rows) for _ in numbers), strict=True)
             key = f"{row.name}-{numbers[0]:08d}"
-            yield Group(row=row, stage=stage, media=media, key=key, sources=sources, values=values)
+            yield Group(
+                row=row,
+                stage=stage,
+                media=media,
+                key=key,
+                sources=sources,
+                values=values,
+                num_variants=num_variants,
+            )
 
 
 def _runs(groups: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:

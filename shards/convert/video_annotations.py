@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from shards.catalog.converters import VideoCaptionOptions, VideoPointsOptions, VideoTrackOptions
@@ -11,8 +12,9 @@ from shards.convert.common import (
     SCALES,
     Group,
     Omitted,
+    of_variants,
+    pick,
     require_annotations,
-    rng_of,
     text_of,
     to_fractions,
     xy_pairs,
@@ -60,16 +62,17 @@ def video_points(group: Group, options: VideoPointsOptions) -> Iterator[Example 
             yield group.omit(clip, index)
             continue
         start, end = clip
-        style = options.styles[
-            int(rng_of(f"{group.row.name}/{group.key}/{index}", "style").integers(len(options.styles)))
-        ]
         label = group.text("label", index)
-        points = Points(
-            style=style,
+        plain = Points(
+            style="",
             label=label.lower() if options.lower_labels else label,
             groups=_point_groups(group, options, index, start or 0.0),
-            question=text_of(group.get("question", index)) if style == "video_point_count" else "",
         )
+        drawn = []
+        for style in (pick(options.styles, rng) for rng in group.generators(str(index))):
+            question = text_of(group.get("question", index)) if style == "video_point_count" else ""
+            drawn.append(replace(plain, style=style, question=question))
+        points = of_variants(drawn)
         if not points.label:
             yield group.omit("no label", index)
         elif points.count > options.max_points:

@@ -7,9 +7,13 @@ of the video. Times in the rows are relative to the video, and times of an examp
 from __future__ import annotations
 
 import ast
+import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from shards.catalog.converters import (
     VideoConversationOptions,
@@ -18,16 +22,27 @@ from shards.catalog.converters import (
     VideoSpansOptions,
 )
 from shards.convert.answer_options import ParsedQuestion, right_option, split_question
-from shards.convert.common import Group, Omitted, most_common, parse_items, require_annotations, rng_of, text_of
+from shards.convert.common import (
+    Group,
+    Omitted,
+    most_common,
+    of_variants,
+    parse_items,
+    pick,
+    require_annotations,
+    text_of,
+)
 from shards.schema import Annotation, Choice, Cue, Example, RejectedError, Text
 
 Clip = tuple[float | None, float | None]
 WHOLE: Clip = (None, None)
+CLOCK_SHARE = 0.5  # probability that the times in a question are HH:MM:SS.s instead of seconds, in training
 CHOICE_STYLE = "video_multiple_choice"
 
 _NUMBER = r"\d+(?:\.\d+)?"
 _CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 _SPAN = re.compile(rf"\s*\[?\s*({_NUMBER})\s*[-:]\s*({_NUMBER})\s*\]?\s*")
+_OPTION_NAME = re.compile(r"\s*Options?\s*\d+\s*[:.)]\s*", re.IGNORECASE)
 _EMBEDDED = re.compile(r"(?P<question>.*)\n\s*The Options are:\s*(?P<options>\[.*\])\s*", re.DOTALL | re.IGNORECASE)
 
 
@@ -53,11 +68,12 @@ def video_qa(group: Group, options: VideoQaOptions) -> Iterator[Example | Omitte
             continue
         for number, values in enumerate(questions):
             try:
-                asked = _asked(options, values, f"{group.row.name}/{group.key}/{index}/{number}")
+                drawn = [_asked(options, values, rng) for rng in group.generators(f"{index}/{number}")]
             except RejectedError as error:
                 yield group.omit(str(error), index)
                 left_out += 1
                 continue
+            asked = drawn[0]
             identity = (clip, text_of(values.get("label")), asked.answer)
             if not group.maps("question") and identity in seen:
                 yield group.omit(f"the same answer twice for one clip: {asked.answer!r}", index)
@@ -65,24 +81,25 @@ def video_qa(group: Group, options: VideoQaOptions) -> Iterator[Example | Omitte
             seen.add(identity)
             style = text_of(values.get("style")) or options.open_style or ""
             if with_choice and asked.right is not None:
-                clips.setdefault(clip, []).append(asked.as_choice(CHOICE_STYLE))
+                clips.setdefault(clip, []).append(of_variants([asked.as_choice(CHOICE_STYLE) for asked in drawn]))
             if with_open or asked.right is None:
-                clips.setdefault(clip, []).append(asked.as_text(style))
+                clips.setdefault(clip, []).append(of_variants([asked.as_text(style) for asked in drawn]))
     if clips or not left_out:  # otherwise every row was reported as omitted
         yield from examples_of(group, options, clips)
 
 
 def video_spans(group: Group, options: VideoSpansOptions) -> Iterator[Example | Omitted]:
-    """Convert a video with captions of its parts."""
+    """Convert a video with captions of its parts; times in a question are in seconds, or half the time HH:MM:SS.s."""
 
-    def parse(index: int, draw: str, span: Any, text: Any) -> Text:
+    def parse(index: int, span: Any, text: Any, rng: np.random.Generator) -> Text:
         start, end = map(float, span)
         if not start < end or not text_of(text):
             raise RejectedError(f"a part from {start} to {end} s, or one without text")
-        question = options.questions[int(rng_of(draw, "question").integers(len(options.questions)))]
+        clock = group.stage != "eval" and rng.random() < CLOCK_SHARE
+        first, last = (clock_time(time) if clock else f"{time:.1f}" for time in (start, end))
         return Text(
             style=options.style,
-            question=question.format(start=f"{start:.1f}", end=f"{end:.1f}"),
+            question=pick(options.questions, rng).format(start=first, end=last),
             answer=_with_full_stop(text_of(text)) if options.full_stop else text_of(text),
         )
 
@@ -106,15 +123,20 @@ def video_conversation(group: Group, options: VideoConversationOptions) -> Itera
 
 
 def video_embedded_choice(group: Group, options: VideoQuestionOptions) -> Iterator[Example | Omitted]:
-    """Convert multiple choice with "The Options are: [...]" at the end of the question; the answer counts from 1."""
+    """Convert multiple choice with "The Options are: [...]" at the end of the question; the answer counts from 1.
 
-    def parse(index: int, draw: str, question: Any, answer: Any) -> Choice:
-        match, number = _EMBEDDED.fullmatch(text_of(question)), int(text_of(answer))
-        texts = tuple(text_of(option) for option in ast.literal_eval(match["options"])) if match else ()
-        if not match or not 1 <= number <= len(texts):
-            raise RejectedError(f"no options in the question, or answer {number} of {len(texts)}")
+    The options lose their names "Option 1:" and so on, because the processor gives them labels.
+    """
+
+    def parse(index: int, question: Any, answer: Any, rng: np.random.Generator) -> Choice:
+        match = _EMBEDDED.fullmatch(text_of(question))
+        given = ast.literal_eval(match["options"]) if match else ()
+        texts = tuple(_OPTION_NAME.sub("", text_of(option), count=1) for option in given)
+        if not match:
+            raise RejectedError("no options in the question")
+        right = right_option("index", answer, texts, first=1)
         text = re.sub(r"\bThe Question is:\s*", "", match["question"], flags=re.IGNORECASE).strip()
-        return Choice(style=CHOICE_STYLE, question=text, options=texts, answer=number - 1)
+        return Choice(style=CHOICE_STYLE, question=text, options=texts, answer=right)
 
     annotations = yield from parse_items(group, parse, "question", "answer")
     yield from examples_of(group, options, {WHOLE: annotations})
@@ -127,16 +149,23 @@ def examples_of(group: Group, options: VideoQuestionOptions, clips: dict[Clip, l
         RejectedError: there is no annotation.
     """
     require_annotations([item for annotations in clips.values() for item in annotations], "no question with an answer")
-    most = options.max_per_example
     runs = [
-        (clip, number, annotations[first : first + (most or len(annotations))])
+        (clip, number, run)
         for number, (clip, annotations) in enumerate(clips.items())
-        for first in range(0, len(annotations), most or len(annotations) or 1)
+        for run in _balanced(annotations, options.max_per_example)
     ]
     for place, ((start, end), number, run) in enumerate(runs):
         video = group.media.video(group.text("video"), start, end, group.values[0], options.image_fps)
         suffix = f"-{number}-{place}" if len(runs) > 1 else ""
-        yield group.example(run, video=video, subtitles=list(_cues(group, start or 0.0, end)), suffix=suffix)
+        subtitles = list(_cues(group, start or 0.0, end)) if group.maps("subtitles") else None
+        yield group.example(run, video=video, subtitles=subtitles, suffix=suffix)
+
+
+def _balanced(annotations: list[Annotation], most: int | None) -> list[list[Annotation]]:
+    """As few runs of at most `most` annotations as possible, whose lengths differ by at most one."""
+    number = math.ceil(len(annotations) / (most or max(1, len(annotations))))
+    bounds = [len(annotations) * place // number for place in range(number + 1)] if number else []
+    return [annotations[first:last] for first, last in itertools.pairwise(bounds)]
 
 
 def _clip(group: Group, index: int) -> Clip:
@@ -155,6 +184,12 @@ def _clip(group: Group, index: int) -> Clip:
     if start is not None and end is not None and not start < end:
         raise RejectedError(f"a clip from {start} to {end} s")
     return start, end
+
+
+def clock_time(seconds: float) -> str:
+    """A time as HH:MM:SS.s."""
+    tenths = round(10 * seconds)
+    return f"{tenths // 36000:02d}:{tenths // 600 % 60:02d}:{tenths // 10 % 60:02d}.{tenths % 10}"
 
 
 def _seconds(value: Any) -> float | None:
@@ -178,7 +213,7 @@ def _questions(group: Group, options: VideoQaOptions, index: int) -> Iterator[di
         yield item
 
 
-def _asked(options: VideoQaOptions, values: Mapping[str, Any], draw: str) -> ParsedQuestion:
+def _asked(options: VideoQaOptions, values: Mapping[str, Any], rng: np.random.Generator) -> ParsedQuestion:
     """A question of a row.
 
     Raises:
@@ -186,32 +221,48 @@ def _asked(options: VideoQaOptions, values: Mapping[str, Any], draw: str) -> Par
     """
     question, pool = text_of(values.get("question")), values["pool"]
     if not question and pool:
-        question = text_of(pool[int(rng_of(draw, "question").integers(len(pool)))])
+        question = text_of(pick(pool, rng))
         label = text_of(values.get("label"))
         question = question.replace("{label}", label).replace("{label_lower}", label.lower())
     question, texts = split_question(question, values.get("options"), options.cut, options.embedded)
+    if options.question_mark and question and question[-1] not in ".!?":
+        question += "?"
     texts = [_clean(options, text) for text in texts]
     if negatives := [text for value in values.get("negatives") or () if (text := _clean(options, value))]:
         answer = _clean(options, values.get("answer"))
         others = (*(text for text in negatives if text != answer), *options.also)
-        asked = ParsedQuestion(question, answer, (answer, *others), 0).shuffled(draw)
+        asked = ParsedQuestion(question, answer, (answer, *others), 0).shuffled(rng)
     elif any(texts):
-        named = values.get("marks" if options.answer == "marks" else "answer")
-        right = right_option(options.answer, named, texts, options.first)
-        present = [number for number, text in enumerate(texts) if text]
-        if right not in present:
-            raise RejectedError("an empty question or answer")
-        asked = ParsedQuestion(question, texts[right], tuple(texts[number] for number in present), present.index(right))
+        asked = _with_options(options, question, texts, values)
     elif windows := values["windows"]:
         asked = ParsedQuestion(question, "Segments: " + ", ".join(f"[{start:g}-{end:g}]" for start, end in windows))
     else:
-        answer = _clean(options, most_common(values.get("answer"), draw))
+        answer = _clean(options, most_common(values.get("answer"), rng))
         asked = ParsedQuestion(question, _with_full_stop(answer) if options.full_stop else answer)
     if not asked.question or not asked.answer:
         raise RejectedError("an empty question or answer")
     if asked.right is None and options.open_style is None and not values.get("style"):
         raise RejectedError("no options to choose from")
     return asked
+
+
+def _with_options(
+    options: VideoQaOptions, question: str, texts: list[str], values: Mapping[str, Any]
+) -> ParsedQuestion:
+    """A question with the options `texts`; an open one if its answer is a text that is none of them, and may be open.
+
+    Raises:
+        RejectedError: the answer is empty, or names no option.
+    """
+    answer = _clean(options, values.get("answer"))
+    if options.answer == "text" and "open" in options.ask and answer not in texts:
+        return ParsedQuestion(question, answer)
+    named = values.get("marks" if options.answer == "marks" else "answer")
+    right = right_option(options.answer, named, texts, options.first)
+    present = [number for number, text in enumerate(texts) if text]
+    if right not in present:
+        raise RejectedError("an empty question or answer")
+    return ParsedQuestion(question, texts[right], tuple(texts[number] for number in present), present.index(right))
 
 
 def _clean(options: VideoQaOptions, value: Any) -> str:
@@ -234,7 +285,8 @@ def _cues(group: Group, start: float, end: float | None) -> Iterator[Cue]:
     """Yield the lines of the field `subtitles` within the clip, or its whole text if it has no times."""
     subtitles = group.get("subtitles")
     if isinstance(subtitles, str):
-        if text := " ".join(subtitles.replace("<subtitle>", " ").split()):
+        lines = (" ".join(line.split()) for line in subtitles.replace("<subtitle>", " ").splitlines())
+        if text := "\n".join(filter(None, lines)):
             yield Cue(text=text)
         return
     for line in subtitles or ():

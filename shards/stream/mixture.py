@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import pydantic
@@ -21,10 +22,15 @@ class MixtureError(ValueError):
 
 
 class Member(pydantic.BaseModel, extra="forbid", frozen=True):
-    """Weight of a dataset in its group: sqrt(size) * factor. `size` defaults to its number of samples."""
+    """Weight of a dataset in its group: sqrt(size) * factor. `size` defaults to its number of samples.
+
+    Datasets with one name in `part_of` are the parts of a whole: its weight sqrt(size) * factor, with the size of all
+    parts together, is divided among them by their numbers of samples.
+    """
 
     size: int | None = pydantic.Field(default=None, gt=0)
     factor: float = pydantic.Field(default=1.0, gt=0)
+    part_of: str | None = None
 
 
 class MixtureGroup(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -82,10 +88,14 @@ def shares(spec: MixtureSpec, sizes: Mapping[str, int]) -> dict[str, float]:
     total_rate = math.fsum(group.rate for group in spec.groups.values())
     result = {}
     for group in spec.groups.values():
+        members = {name: member or Member() for name, member in group.datasets.items()}
+        wholes: Counter[str] = Counter()  # the number of samples by whole; a dataset that is no part is one by itself
+        for name, member in members.items():
+            wholes[member.part_of or name] += sizes[name]
         roots = {}
-        for name, member in group.datasets.items():
-            settings = member or Member()
-            roots[name] = math.sqrt(settings.size or sizes[name]) * settings.factor
+        for name, member in members.items():
+            whole = wholes[member.part_of or name]
+            roots[name] = math.sqrt(member.size or whole) * member.factor * sizes[name] / whole
         total = math.fsum(roots.values())
         result.update({name: group.rate / total_rate * root / total for name, root in roots.items()})
     return result

@@ -245,6 +245,9 @@ def test_subtitles_follow_the_frames(tmp_path) -> None:
     assert stored_text(processor, sample, 0, 0).endswith("2.0 <|video|>" + said)
     prompt = processor.prompt(case, LIMITS)
     assert said + "<|im_start|>user" in processor.tokenizer.decode(prompt.input_ids.tolist(), skip_special_tokens=False)
+    silent = processor(replace(case, subtitles=cues[:1]), LIMITS)  # nothing is said near a frame: the heading remains
+    assert silent.record["subtitles"] == "subtitle\n"
+    assert stored_text(processor, silent, 0, 0).endswith("2.0 <|video|>subtitle\n")
 
 
 def test_text_alone_has_no_media() -> None:
@@ -265,9 +268,10 @@ def test_special_strings_never_become_special_ids() -> None:
 
 
 def captions() -> tuple[Text, ...]:
+    spoken = tuple(Text(style="transcript", answer=f"spoken {i}") for i in range(3))
     return (
         Text(style="long_caption", answer="caption"),
-        *(Text(style="transcript", answer=f"spoken {i}") for i in range(3)),
+        replace(spoken[0], other_variants=spoken[1:]),
         *(qa(f"q{i}", f"a{i}") for i in range(3)),
     )
 
@@ -283,12 +287,10 @@ def test_variants_differ_and_repeat() -> None:
     assert other.variants[0].tobytes() != first.variants[0].tobytes()
 
 
-def test_one_transcript_per_tree() -> None:
-    sample = tiny_processor("pretraining", num_variants=16)(example(*captions()), LIMITS)
+def test_each_variant_has_what_was_drawn_for_it() -> None:
+    sample = tiny_processor("pretraining", num_variants=6)(example(*captions()), LIMITS)
     spoken = [[m["content"] for m in v["messages"] if "spoken" in m["content"]] for v in sample.record["variants"]]
-    assert all(len(found) == 1 for found in spoken) and {found[0] for found in spoken} == {
-        f"spoken {i}" for i in range(3)
-    }
+    assert spoken == [[f"spoken {i}"] for i in (0, 1, 2, 0, 1, 2)]
     assert all(set(variant["weight"].tolist()) == {0.0, 1.0} for variant in sample.variants)
 
 

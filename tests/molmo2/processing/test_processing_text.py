@@ -37,6 +37,8 @@ def test_pretraining_names_the_style_and_the_length() -> None:
     assert 20 < bare < 60  # 10 %
     assert abs(hints.mean() - 39.5) < 0.5 and 1 < hints.std() < 2.5  # (600 + Normal(0, 25)) // 15
     assert ask(Text(style="text_sft", question="Why?", answer="So."), "pretraining")[0] == "text_sft 65: Why?"
+    brief = {ask(Text(style="transcript", answer="x"), "pretraining", rng)[0] for rng in rngs(200)}
+    assert "transcript 0:" in brief and not any("-" in hint for hint in brief)
 
 
 def test_pretraining_points_have_no_hint_and_a_tab() -> None:
@@ -55,7 +57,7 @@ def test_after_pretraining_only_academic_styles_are_named() -> None:
     assert ask(Text(style="user_qa", question="What?", answer="a"))[0] == "What?"
     assert ask(Text(style="long_caption", answer="a"))[0] == templates()["long_caption"][0]
     assert ask(Text(style="video_merged_caption", answer="a"))[0] == "video_merged_caption:"
-    drawn = {ask(Text(style="long_caption", answer="a"), "sft", rng)[0] for rng in rngs(60)}
+    drawn = {ask(Text(style="long_caption", answer="a"), "sft", rng)[0] for rng in rngs(400)}
     assert drawn == set(templates()["long_caption"])
     with pytest.raises(RejectedError, match="'user_qa' has neither a question nor a template"):
         ask(Text(style="user_qa", answer="a"))
@@ -79,8 +81,51 @@ def test_point_modes(style, answer, none) -> None:
 def test_every_template_is_complete() -> None:
     for style, options in templates().items():
         assert len(set(options)) == len(options) >= 2, style
-        placeholders = {name for name in ("{label}", "{point}", "{fps}") if name in "".join(options)}
-        assert len(placeholders) <= 1 and all(name in option for name in placeholders for option in options), style
+        placeholders = {name for name in ("{label}", "{point}", "{fps}", "{question}") if name in "".join(options)}
+        assert len(placeholders) <= 1 and all(option.count(name) == 1 for name in placeholders for option in options)
+        assert all(option.count("{") == len(placeholders) for option in options), style
+        for option in options:  # a label may be singular or plural
+            assert not re.search(
+                r"\b(an?|one|each|every|is|are|this|these) {label}|(?<!many ){label} (is|are)\b", option
+            )
+
+
+@pytest.mark.parametrize(
+    ("style", "number"),
+    [
+        ("long_caption", 23),
+        ("short_caption", 11),
+        ("transcript", 5),
+        ("pointing", 43),
+        ("point_count", 60),
+        ("count_then_point", 6),
+        ("count", 6),
+        ("multi_image_pointing", 11),
+        ("multi_image_point_then_count", 14),
+        ("multi_image_counting", 9),
+        ("video_point_track_per_frame", 8),
+        ("video_short_answer", 15),
+        ("video_motion_caption", 10),
+    ],
+)
+def test_a_style_has_as_many_forms_as_in_molmo2(style: str, number: int) -> None:
+    assert len(templates()[style]) >= number
+
+
+@pytest.mark.parametrize("style", ["video_short_answer", "cosyn_chart_exp", "cosyn_doc_exp"])
+def test_a_question_is_asked_in_one_of_the_forms_of_its_style(style: str) -> None:
+    text = Text(style=style, question="Why {so}?", answer="So.")
+    forms = [form.replace("{question}", "Why {so}?") for form in templates()[style]]
+    assert ask(text)[0] == f"{style}: {forms[0]}"
+    assert {ask(text, "sft", rng)[0] for rng in rngs(200)} == {f"{style}: {form}" for form in forms}
+    assert ask(text, "pretraining", np.random.default_rng(0))[0].endswith(": Why {so}?")
+    with pytest.raises(RejectedError, match=f"style '{style}' needs a question"):
+        ask(Text(style=style, answer="So."))
+
+
+def test_a_caption_of_motion_is_asked_for() -> None:
+    caption = Text(style="video_motion_caption", answer="It turns.")
+    assert ask(caption)[0] == f"video_motion_caption: {templates()['video_motion_caption'][0]}"
 
 
 TRACK = Tracks(
@@ -153,6 +198,22 @@ def test_choice_forms_in_training() -> None:
     assert all(answer.strip() not in ("", "one") for rng in rngs(60) for answer in [render_choice(blank, rng)[1]])
 
 
+def test_a_choice_prompt_has_one_right_answer() -> None:
+    families = {form: templates()[f"choice_{form}"] for form in ("label", "option", "text")}
+    assert len({text for family in families.values() for text in family} | {INSTRUCTION}) == 1 + 36
+    seen: dict[str, str] = {}
+    forms = set()
+    for rng in rngs(1500):
+        question, answer = render_choice(MC, rng)
+        assert seen.setdefault(question, answer) == answer
+        instruction = question.splitlines()[1]
+        if INSTRUCTION not in question:
+            form = "text" if answer == "two" else "option" if answer.endswith("two") else "label"
+            assert any(instruction.startswith(text) for text in families[form]), question
+            forms.add(form)
+    assert forms == set(families)
+
+
 def test_choice_needs_its_answer() -> None:
     with pytest.raises(RejectedError, match="answer 2 of 2 options"):
         ask(Choice(style="s", question="q", options=("a", "b"), answer=2))
@@ -166,6 +227,9 @@ def test_conversation() -> None:
         render_messages(Chat(style="text_sft", turns=turns), "pretraining", None, video=False)[0].content
         == "text_sft 65: a"
     )
+    longer = Chat(style="text_sft", turns=(*turns, turns[0], Turn(role="assistant", text="b" * 1500)))
+    asked = render_messages(longer, "pretraining", np.random.default_rng(0), video=False)[0].content
+    assert 90 < int(asked.removeprefix("text_sft ").removesuffix(": a")) < 110  # the hint is of the last answer
     with pytest.raises(RejectedError, match="alternate"):
         render_messages(Chat(style="text_sft", turns=turns[1:]), "sft", None, video=False)
 

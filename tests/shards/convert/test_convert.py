@@ -19,7 +19,7 @@ from shards.convert import CONVERTERS
 from shards.convert.common import Group, Omitted, packed_points, text_of, to_fractions, xy_pairs
 from shards.convert.reading import convert as convert_group
 from shards.download.connect import FetchLimits
-from shards.schema import Chat, Choice, Example, Points, RejectedError, Source, Text, Tracks
+from shards.schema import Chat, Choice, Example, Points, RejectedError, Source, Text, Tracks, in_variant
 from shards.sources.media_files import MediaFiles
 
 
@@ -59,7 +59,8 @@ def test_caption_and_transcripts(tmp_path: Path) -> None:
     row = {"image_url": picture(tmp_path), "caption": " Two digits. ", "transcripts": ["I see", "", "two"]}
     (example,) = convert(tmp_path, "demo-cap", [row], "pretraining")
     styles = [(a.style, a.answer) for a in example.annotations if isinstance(a, Text)]
-    assert styles == [("long_caption", "Two digits."), ("transcript", "I see"), ("transcript", "two")]
+    assert styles[0] == ("long_caption", "Two digits.")
+    assert styles[1:] in ([("transcript", "I see")], [("transcript", "two")])  # one of them, drawn for each variant
     (example,) = convert(tmp_path, "demo-cap", [row], "sft")
     assert [a.style for a in example.annotations] == ["long_caption"]
     assert example.loss_weight is None
@@ -200,17 +201,27 @@ def test_marks_in_questions(tmp_path: Path) -> None:
             asked(question, one)
 
 
-def question_of(converter: str, values: dict[str, Any], options: dict[str, Any]) -> Any:
+def question_of(
+    converter: str, values: dict[str, Any], options: dict[str, Any], stage: Stage = "sft", num_variants: int = 1
+) -> Any:
     row = Row(
         name="mine",
-        stages=("sft",),
-        files={"train": "*"},
+        stages=(stage,),
+        files={"validation" if stage == "eval" else "train": "*"},
         converter=converter,
         columns={name: name for name in values},
         options=options,
     )
     source, media = Source(file="f", row=0), MediaFiles(root=Path("."))
-    group = Group(row=row, stage="sft", media=media, key="mine-0", sources=(source,), values=(values,))
+    group = Group(
+        row=row,
+        stage=stage,
+        media=media,
+        key="mine-0",
+        sources=(source,),
+        values=(values,),
+        num_variants=num_variants,
+    )
     return next(item for item in convert_group(group) if isinstance(item, Example)).annotations
 
 
@@ -228,6 +239,57 @@ def test_questions_on_one_and_several_images(tmp_path: Path) -> None:
     with pytest.raises(RejectedError, match=r"qa_pairs.answer: expected a list of 2, found 1"):
         bad = {"question": ["a", "b"], "answer": ["c"]}
         convert(tmp_path, "demo-image-qa", [{"image": embedded, "qa_pairs": bad}])
+
+
+IMAGE: dict[str, Any] = {"image": {"bytes": b"x"}}
+VIDEO: dict[str, Any] = {"video": "v.mp4"}
+COUNT: dict[str, Any] = {"style": "user_qa", "count_prefixes": ["In words:", "No points."]}
+DRAWN = {
+    "transcript": ("image_caption", {**IMAGE, "transcripts": ["a", "b"]}, {"transcript_stages": ["sft", "eval"]}),
+    "most frequent answer": ("image_qa", {**IMAGE, "question": "q", "answer": ["a", "b"]}, {"style": "vqa2"}),
+    "count prefix": ("image_qa", {**IMAGE, "question": "How many?", "answer": "2"}, COUNT),
+    "count prefix of a conversation": ("image_chat", {**IMAGE, "question": "How many?", "answer": "2"}, COUNT),
+    "order": (
+        "image_choice",
+        {**IMAGE, "question": "q", "options": ["a", "b"], "answer": 1},
+        {"style": "mc", "shuffle": True},
+    ),
+    "label and images": (
+        "multi_image_points",
+        {"image": [{"bytes": b"x"}] * 2, "labels": ["a", "b"], "points": [[{"x": 4, "y": 2}], []]},
+        {"scale": "percent", "styles": ["p", "c"], "max_points": 9, "ask_some": {"p": ["{images}"], "c": ["{images}"]}},
+    ),
+    "style of points": (
+        "video_points",
+        {**VIDEO, "label": "a", "times": [0], "points": [[{"x": 4, "y": 2}]]},
+        {"styles": ["video_point", "video_point_count"], "max_points": 9},
+    ),
+    "place of the answer": (
+        "video_qa",
+        {**VIDEO, "question": "q", "answer": "a", "negatives": ["b", "c"]},
+        {"ask": ["choice"]},
+    ),
+    "question": ("video_qa", {**VIDEO, "answer": "a"}, {"open_style": "label", "questions": ["What?", "Which?"]}),
+    "question about a part": (
+        "video_spans",
+        {**VIDEO, "spans": [[0, 1]], "text": ["a"]},
+        {"style": "part", "questions": ["{start}", "{end}"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_every_draw_is_made_for_each_text_variant(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("v.mp4").touch()
+    converter, values, options = DRAWN[name]
+    (few,) = question_of(converter, values, options, num_variants=8)
+    (many,) = question_of(converter, values, options, num_variants=12)
+    assert len(set(map(str, few.other_variants))) > 1
+    assert few.other_variants == many.other_variants[:7] and in_variant(few, 0) == few  # as many as there are variants
+    assert in_variant(few, 3) == few.other_variants[2]
+    (evaluated,) = question_of(converter, values, options, "eval", num_variants=8)
+    assert not evaluated.other_variants
 
 
 def test_choices_put_the_answer_at_a_seeded_place(tmp_path: Path) -> None:

@@ -38,6 +38,15 @@ def test_shares_follow_the_published_rule() -> None:
     assert math.isclose(sum(found.values()), 1)
 
 
+def test_parts_share_the_root_of_their_whole_by_size() -> None:
+    sizes = {"label": 89, "spans": 11, "big": 300, "small": 100, "other": 100}
+    joint = {name: {"part_of": "a"} for name in ("label", "spans")}
+    fixed = {name: {"part_of": "b", "size": 400, "factor": 0.5} for name in ("big", "small")}
+    found = shares(spec(g=(1, {**joint, **fixed, "other": None})), sizes)  # roots 10, 20 / 2 and 10
+    expected = {"label": 0.89, "spans": 0.11, "big": 0.75, "small": 0.25, "other": 1}
+    assert found == pytest.approx({name: value / 3 for name, value in expected.items()})
+
+
 @given(
     sizes=st.lists(st.integers(1, 10**7), min_size=1, max_size=40),
     rates=st.lists(st.floats(0.001, 100), min_size=3, max_size=3),
