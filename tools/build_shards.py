@@ -182,7 +182,8 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
     if any(built.fitted.values()):
         print(
             "  to fit the limits: {shrunk} samples have fewer crops or frames, {parts} are parts of a larger tree, "
-            "{clips} show a part of their video, {lost_points} lost points with it".format(**built.fitted)
+            "{fewer_images} have the first of more images, {clips} show a part of their video, "
+            "{lost_points} lost points with it".format(**built.fitted)
         )
     for kind in reasons[:5]:
         print(f"  left out: {kind.number} x {kind.reason}\n    first: {kind.example}")

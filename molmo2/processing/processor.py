@@ -112,8 +112,13 @@ class Processor:
         """
         if not example.annotations:
             raise RejectedError("no annotations")
+        notes: list[dict[str, Any]] = []
+        if len(example.images) > limits.max_images and self.mode != "eval":
+            notes.append({"images": {"wanted": len(example.images), "kept": limits.max_images}})
+            example = _first_images(example, limits.max_images)
         opened = visuals.open_media(example, limits)
-        example, opened, notes = self._around_points(example, opened, limits)
+        example, opened, clip_notes = self._around_points(example, opened, limits)
+        notes += clip_notes
         groups: dict[int, list[int]] = {}  # tiles per image -> variants
         for variant in range(self.num_variants):
             groups.setdefault(self._image_tiles(example, limits, variant), []).append(variant)
@@ -200,7 +205,7 @@ class Processor:
 
     def _image_tiles(self, example: Example, limits: Limits, variant: int | None) -> int:
         """Maximum tiles per image; some variants with points in images get a higher resolution."""
-        points = example.images and any(isinstance(a, Points) for a in example.annotations)
+        points = len(example.images) == 1 and any(isinstance(a, Points) for a in example.annotations)
         if self.mode != "sft" or variant is None or not points or limits.pointing_crops is None:
             return limits.image_crops
         # This draw has its own generator, so that changed limits do not change any other draw.
@@ -272,6 +277,19 @@ class Processor:
                 raise RejectedError("a conversation must end with the assistant")
             out.append(encode_messages(self.tokenizer, messages))
         return out
+
+
+def _first_images(example: Example, most: int) -> Example:
+    """The example with its first `most` images, and the points in them."""
+    annotations = []
+    for annotation in example.annotations:
+        kept = [
+            replace(drawn, groups=tuple(group for group in drawn.groups if group.at <= most))
+            for drawn in (annotation, *annotation.other_variants)
+            if isinstance(drawn, Points)
+        ]
+        annotations.append(replace(kept[0], other_variants=tuple(kept[1:])) if kept else annotation)
+    return replace(example, images=example.images[:most], annotations=tuple(annotations))
 
 
 def _subtitles(example: Example, plan: VisualPlan) -> str:

@@ -32,6 +32,8 @@ _DEMO = frozenset(
 _COUNT_FIRST = frozenset({"count_then_point", "video_count_point", "multi_image_count_then_point"})
 _COUNT_ONLY = frozenset({"count", "video_count", "multi_image_counting"})
 _POINT_FIRST = frozenset({"point_count", "point_then_count", "video_point_count", "multi_image_point_then_count"})
+# A question about all images is often asked like one about a single image.
+_PLAIN_FORMS, _PLAIN_SHARE = {"multi_image_pointing": "pointing"}, 0.5
 
 # The length hint: its probability, the standard deviation of its noise and its unit (characters), and the fixed hint
 # without a generator (units).
@@ -133,11 +135,15 @@ def _separator(mode: str) -> str:
 
 
 def _points(points: Points, mode: str, rng: np.random.Generator | None, video: bool) -> tuple[str, str]:
-    label = points.label if video else points.label.lower()
+    multi = points.style.startswith("multi_image")
+    label = points.label if video or multi else points.label.lower()
     if mode == "pretraining":
-        question = label
+        question = points.question or label
+    elif points.question:
+        question = points.question
     else:
-        question = points.question or _template(points.style, rng, label=label)
+        plain = multi and rng is not None and points.style in _PLAIN_FORMS and rng.random() < _PLAIN_SHARE
+        question = _template(_PLAIN_FORMS[points.style] if plain else points.style, rng, label=label)
     text = format_points(points.groups, label, seconds=video, separator=_separator(mode))
     if points.style in _COUNT_ONLY or points.number is not None:
         return question, str(points.count)

@@ -59,8 +59,7 @@ class Built:
         made: totals of the shards that this run built, by the names of `Totals`.
         num_made: number of shards that this run built.
         num_kept: number of its shards that earlier runs had finished.
-        fitted: number of samples that were "shrunk", are "parts" of a tree or "clips" of a video, and that have
-            "lost_points", to fit the limits of the stage.
+        fitted: number of samples that were changed to fit the limits of the stage: the keys of `task.FITTED`.
     """
 
     index: DatasetIndex | None

@@ -40,7 +40,13 @@ class SampleProcessor(Protocol):
 
 
 # count in a part -> the counted note of a record
-FITTED = {"shrunk": "crops", "parts": "annotations", "clips": "clip", "lost_points": "points"}
+FITTED = {
+    "shrunk": "crops",
+    "parts": "annotations",
+    "fewer_images": "images",
+    "clips": "clip",
+    "lost_points": "points",
+}
 MAX_REASON = 1000  # characters; an error may quote a whole value, such as an image as text
 ProcessorFactory = Callable[[], SampleProcessor]  # picklable: every worker makes its own
 

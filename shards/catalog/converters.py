@@ -161,7 +161,7 @@ class MultiImagePointsOptions(ConverterOptions):
     """
 
     required = ("image|image_#", "labels", "points")
-    optional = ("sha256",)
+    optional = ("sha256", "normalized")
     scale: Literal["percent", "unit", "thousand"]
     styles: tuple[str, ...] = pydantic.Field(min_length=1)
     max_points: int = pydantic.Field(gt=0)

@@ -102,13 +102,15 @@ def multi_image_points(group: Group, options: MultiImagePointsOptions) -> Iterat
 
     All draws are made for each text variant; one with more than `options.max_points` points is replaced by another
     variant's. With probability 1/2 the question is about all images, else about a random subset; {images} in its text
-    becomes "image_1, image_3".
+    becomes "image_3, image_1". Labels whose `normalized` names are equal are one; the question has one of them.
     """
     labels, points = group.items("labels"), group.items("points")
+    normalized = group.items("normalized") if group.maps("normalized") else labels
     images = images_of(group)
-    if not len(images) == len(labels) == len(points):
+    if not len(images) == len(labels) == len(normalized) == len(points):
         raise RejectedError(f"{len(images)} images, {len(labels)} labels and {len(points)} lists of points")
-    drawn = [_about_images(options, labels, points, rng) for rng in group.generators("images")]
+    names = [(text_of(name), text_of(label)) for name, label in zip(normalized, labels, strict=True)]
+    drawn = [_about_images(options, names, points, rng) for rng in group.generators("images")]
     if few := [annotation for annotation in drawn if annotation.count <= options.max_points]:
         yield group.example([of_variants(few)], images=images)
     else:
@@ -116,24 +118,27 @@ def multi_image_points(group: Group, options: MultiImagePointsOptions) -> Iterat
 
 
 def _about_images(
-    options: MultiImagePointsOptions, labels: list[Any], points: list[Any], rng: np.random.Generator
+    options: MultiImagePointsOptions, names: list[tuple[str, str]], points: list[Any], rng: np.random.Generator
 ) -> Points:
-    """A question about one of the labels in all images, or in a random subset.
+    """A question about one of the labels in all images, or in a random subset in random order.
+
+    `names` has the normalized name and the label of every image.
 
     Raises:
         RejectedError: no image has a label.
     """
-    names = sorted({text for label in labels if (text := text_of(label))})
-    if not names:
+    different = sorted({name for name, label in names if name and label})
+    if not different:
         raise RejectedError("no label")
-    label, style = pick(names, rng), pick(options.styles, rng)
-    everywhere, places = rng.random() < 0.5, list(range(len(labels)))
+    asked, style = pick(different, rng), pick(options.styles, rng)
+    label = pick([label for name, label in names if name == asked and label], rng)
+    everywhere, places = len(names) == 1 or rng.random() < 0.5, list(range(len(names)))
     if not everywhere:
-        places = sorted(int(i) for i in rng.permutation(len(labels))[: rng.integers(1, len(labels) + 1)])
+        places = [int(i) for i in rng.permutation(len(names))[: rng.integers(1, len(names) + 1)]]
     groups = [
         PointGroup(at=place + 1, points=to_fractions(xy_pairs(points[place]), SCALES[options.scale]))
         for place in places
-        if text_of(labels[place]) == label and points[place]
+        if names[place][0] == asked and points[place]
     ]
     question = ""
     if not everywhere:

@@ -211,6 +211,27 @@ def test_one_tile_is_stored_once() -> None:
     assert len(sample.images) == 1
 
 
+def test_of_too_many_images_the_first_are_kept_on_record() -> None:
+    images = tuple(image_ref(noise(50, 60, seed)) for seed in range(3))
+    groups = tuple(PointGroup(at=place, points=((0.5, 0.5),)) for place in (1, 3))
+    case = example(Points(style="multi_image_pointing", label="x", groups=groups), images=images)
+    sample = tiny_processor()(case, limits(max_images=2))
+    assert sample.record["fitted"] == [{"images": {"wanted": 3, "kept": 2}}]
+    assert len(sample.record["visuals"]) == 2
+    assert '"1 1 500 500"' in sample.record["variants"][0]["messages"][1]["content"]
+    with pytest.raises(RejectedError, match="3 images, the limit is 2"):
+        tiny_processor("eval")(case, limits(max_images=2))
+
+
+def test_only_a_single_image_with_points_may_have_more_tiles() -> None:
+    images = tuple(image_ref(noise(300, 300, seed)) for seed in range(2))
+    points = Points(style="pointing", label="x", groups=(PointGroup(at=1, points=((0.5, 0.5),)),))
+    tight = limits(image_crops=1, pointing_crops=4)
+    one, two = (tiny_processor(num_variants=12)(example(points, images=images[:n]), tight) for n in (1, 2))
+    assert {tuple(visual["tiling"]) for visual in one.record["visuals"]} == {(1, 1), (2, 2)}
+    assert {tuple(visual["tiling"]) for visual in two.record["visuals"]} == {(1, 1)}
+
+
 def test_several_images_are_numbered() -> None:
     processor = tiny_processor()
     images = tuple(image_ref(noise(50, 60, seed)) for seed in range(3))
@@ -218,8 +239,6 @@ def test_several_images_are_numbered() -> None:
     trunk = "<|im_end|>Image 1<|image|>Image 2<|image|>Image 3<|image|>"
     assert stored_text(processor, sample, 0, branch=0) == trunk
     assert [visual["view"] for visual in sample.record["visuals"]] == [0, 1, 2]
-    with pytest.raises(RejectedError, match="3 images, the limit is 2"):
-        processor(example(qa(), images=images), limits(max_images=2))
     with pytest.raises(RejectedError, match="3 images need 6 crops, the limit is 5"):
         processor(example(qa(), images=images), limits(max_crops=5))
 

@@ -128,6 +128,21 @@ def test_a_caption_of_motion_is_asked_for() -> None:
     assert ask(caption)[0] == f"video_motion_caption: {templates()['video_motion_caption'][0]}"
 
 
+def test_points_in_all_of_several_images_are_asked_for_in_two_ways() -> None:
+    points = Points(style="multi_image_pointing", label="My Cat", groups=CAT.groups)
+    asked = [ask(points, "sft", rng) for rng in rngs(200)]
+    single = [question in {text.format(label="My Cat") for text in templates()["pointing"]} for question, _ in asked]
+    assert 0.4 < np.mean(single) < 0.6
+    assert asked[0][1] == '<points coords="1 1 500 250">My Cat</points>', "labels of several images stay as they are"
+    assert ask(points)[0] == templates()["multi_image_pointing"][0].format(label="My Cat")
+
+
+def test_a_question_of_the_data_is_asked_in_pretraining_too() -> None:
+    asked = Points(style="cosyn_point", label="bar", question="Where is the left bar?", groups=CAT.groups)
+    assert ask(asked, "pretraining")[0] == "cosyn_point: Where is the left bar?"
+    assert ask(with_style(CAT, "cosyn_point"), "pretraining")[0] == "cosyn_point: black cat"
+
+
 TRACK = Tracks(
     style="video_point_track_per_frame",
     label="ball",

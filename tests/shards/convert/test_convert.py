@@ -292,6 +292,27 @@ def test_every_draw_is_made_for_each_text_variant(name: str, tmp_path: Path, mon
     assert not evaluated.other_variants
 
 
+def test_labels_with_one_normalized_name_are_one(tmp_path: Path) -> None:
+    """The question has one of the written labels, and images in the order in which they were drawn."""
+    values = {
+        "image": [{"bytes": b"x"}] * 3,
+        "labels": ["A Cat", "dog", "cats"],
+        "normalized": ["cat", "dog", "cat"],
+        "points": [[{"x": 50, "y": 25}], [{"x": 1, "y": 2}], [{"x": 9, "y": 9}, {"x": 5, "y": 5}]],
+    }
+    options = {"scale": "percent", "styles": ["p"], "max_points": 9, "ask_some": {"p": ["{label}: {images}"]}}
+    (first,) = question_of("multi_image_points", values, options, num_variants=60)
+    drawn = [in_variant(first, number) for number in range(60)]
+    assert {points.label for points in drawn} == {"A Cat", "dog", "cats"}
+    everywhere = [points for points in drawn if not points.question]
+    assert {points.count for points in everywhere if points.label != "dog"} == {3}
+    assert 0.3 < len(everywhere) / len(drawn) < 0.7
+    named = [points.question.split(": ")[1].split(", ") for points in drawn if points.question]
+    assert any(names != sorted(names) for names in named), "in the order of the draw"
+    for points, names in zip([points for points in drawn if points.question], named, strict=True):
+        assert {f"image_{group.at}" for group in points.groups} <= set(names)
+
+
 def test_choices_put_the_answer_at_a_seeded_place(tmp_path: Path) -> None:
     row = {"video_id": video(tmp_path), "Answer": "3", "NegativeAnswers": ["1", "3", "7"]}
     rows = [{**row, "Question": f"Which {i}?"} for i in range(12)]
