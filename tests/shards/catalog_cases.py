@@ -81,12 +81,14 @@ def fixtures() -> dict[str, dict[str, Any]]:
 
 
 def cases() -> list[tuple[str, Stage]]:
-    """Every row whose raw folder has a fixture, in every stage that trains."""
+    """Every row whose raw folder has a fixture, in every stage that trains; in "long" a row of each converter."""
+    rows = [row for row in catalog().rows if row.folder in fixtures()]
+    long = {row.converter: row.name for row in reversed(rows) if "long" in row.stages}
     return [
         (row.name, stage)
-        for row in catalog().rows
+        for row in rows
         for stage in row.stages
-        if row.folder in fixtures() and stage in {"pretraining", "sft"}
+        if stage in {"pretraining", "sft"} or (stage == "long" and long[row.converter] == row.name)
     ]
 
 
