@@ -200,7 +200,8 @@ class Example:
 
     `key` is unique in its dataset and matches `format.KEY_PATTERN`. `loss_weight` is the dataset's flat weight of a
     loss token; None means the processor's length rule. `loss_scale` multiplies either. `subtitles` is None for a
-    dataset without subtitles, and empty if nothing is said in the clip.
+    dataset without subtitles, and empty if nothing is said in the clip. `multi_turn` is the share of text variants in
+    which the annotations are turns of one conversation and no branches of a tree.
     """
 
     key: str
@@ -212,6 +213,7 @@ class Example:
     subtitles: tuple[Cue, ...] | None = None
     loss_weight: float | None = None
     loss_scale: float = 1.0
+    multi_turn: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

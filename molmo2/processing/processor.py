@@ -191,8 +191,11 @@ class Processor:
         if last > duration + 0.5 / limits.fps:
             raise RejectedError(f"a point at {last:.1f} s of a video of {duration:.1f} s")
         plan = self._fit(example, opened, limits, limits.image_crops, range(self.num_variants)).plan
-        if not clips.without_frame(example, plan.times, limits.fps):
+        lost = clips.without_frame(example, plan.times, limits.fps)
+        if not lost:
             return example, opened, []
+        if len(example.annotations) > 1:
+            raise OverlongError(f"points at {lost[0]:.1f} s and elsewhere have no frame in any part of the video")
         seconds = max(1, len(plan.visuals) - 2) / limits.fps  # a frame less than fits: the question may change
         rng = draws(example.dataset, f"{example.key}\0part", 0)
         start, end = clips.richest_part(points, duration, seconds, limits.fps, rng)
@@ -267,7 +270,7 @@ class Processor:
 
     def _branches(self, example: Example, plan: VisualPlan, limits: Limits, variant: int) -> list[Branch]:
         rng = None if self.mode == "eval" else draws(example.dataset, example.key, variant)
-        out = []
+        conversations = []
         for annotation in _tree(example.annotations, 0 if rng is None else variant, rng):
             if isinstance(annotation, Tracks):
                 groups = tuple(group for group in annotation.groups if plan.has_frame(group.time, FRAME_REACH))
@@ -275,8 +278,12 @@ class Processor:
             messages = text.render_messages(annotation, self.mode, rng, video=example.video is not None)
             if messages[-1].role != "assistant":
                 raise RejectedError("a conversation must end with the assistant")
-            out.append(encode_messages(self.tokenizer, messages))
-        return out
+            conversations.append(messages)
+        # Each of these draws has its own generator, so that a changed share does not change any other draw.
+        share = draws(example.dataset, f"{example.key}\0conversation", variant).random()
+        if rng is not None and share < example.multi_turn:
+            conversations = [tuple(message for messages in conversations for message in messages)]
+        return [encode_messages(self.tokenizer, messages) for messages in conversations]
 
 
 def _first_images(example: Example, most: int) -> Example:

@@ -200,9 +200,10 @@ class VideoPointsOptions(ConverterOptions):
     Attributes:
         scale: unit of the coordinates; "pixel" refers to the fields `width` and `height`.
         styles: one is drawn for each label.
-        max_points: labels with more points are left out; an example has at most as many in total.
-        max_seconds: a longer clip is left out.
+        max_points: labels with more points are left out.
+        max_seconds: a longer video is shown in part, and a longer clip is left out.
         lower_labels: labels are written in small letters.
+        multi_turn: share of text variants in which the questions about a whole video are one conversation.
     """
 
     required = ("video", "label", "times", "points")
@@ -212,6 +213,7 @@ class VideoPointsOptions(ConverterOptions):
     max_points: int = pydantic.Field(gt=0)
     max_seconds: float = math.inf
     lower_labels: bool = False
+    multi_turn: float = pydantic.Field(default=0.0, ge=0, le=1)
 
 
 class VideoTrackOptions(ConverterOptions):

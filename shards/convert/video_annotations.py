@@ -47,12 +47,14 @@ def video_caption(group: Group, options: VideoCaptionOptions) -> Iterator[Exampl
 
 
 def video_points(group: Group, options: VideoPointsOptions) -> Iterator[Example | Omitted]:
-    """Convert videos with points per label in some of their frames; every row makes an example.
+    """Convert videos with points per label in some of their frames; a label's style is drawn for each text variant.
 
-    Molmo2's rules: a video of at most `options.max_seconds` is shown whole, of a longer one the clip that its row
-    names; a clip that is too long, or that some of its points lie outside of, is left out. A row without points
-    says that there are none anywhere, so that its clip must begin with the video and be as long as allowed.
+    Molmo2's rules: a video of at most `options.max_seconds` is shown whole, and all its rows make one example; of a
+    longer one the clip that its row names is shown, and each row makes an example. A clip that is too long, or that
+    some of its points lie outside of, is left out. A row without points says that there are none anywhere, so that its
+    clip must begin with the video and be as long as allowed.
     """
+    together: list[Points] = []
     for index in range(len(group.values)):
         if group.get("unsure", index):
             yield group.omit("the annotator was unsure", index)
@@ -77,9 +79,14 @@ def video_points(group: Group, options: VideoPointsOptions) -> Iterator[Example 
             yield group.omit("no label", index)
         elif points.count > options.max_points:
             yield group.omit(f"more than {options.max_points} points: {points.count}", index)
+        elif start is None and end is None:
+            together.append(points)
         else:
             video = group.media.video(group.text("video", index), start, end, group.values[index])
             yield group.example([points], video=video, suffix=f"-{index}")
+    if together:
+        video = group.media.video(group.text("video"), row=group.values[0])
+        yield replace(group.example(together, video=video), multi_turn=options.multi_turn)
 
 
 def _clip(group: Group, options: VideoPointsOptions, index: int) -> tuple[float | None, float | None] | str:

@@ -441,6 +441,26 @@ def test_points_outside_of_the_part_are_lost_on_record_and_not_counted(tmp_path)
     assert "total" not in sample.record["variants"][0]["messages"][1]["content"]
 
 
+def test_questions_about_a_video_are_branches_or_in_some_variants_one_conversation(tmp_path) -> None:
+    ref = write_video(tmp_path / "v.mp4", 100, 10)
+    case = replace(example(pointed(1.0), pointed(2.0), pointed(3.0), video=ref), multi_turn=0.25)
+    sample = tiny_processor(num_variants=64)(case, LIMITS)
+    last = [int(tokens["branch"][-1]) for tokens in sample.variants]
+    assert set(last) == {1, 3} and 6 <= last.count(1) <= 26
+    for tokens, variant in zip(sample.variants, sample.record["variants"], strict=True):
+        assert len(variant["messages"]) == 6
+        assert (tokens["weight"] > 0).sum() == sum(len(m["content"]) + 1 for m in variant["messages"][1::2])
+    plain = tiny_processor(num_variants=8)(replace(case, multi_turn=0.0), LIMITS)
+    assert {int(tokens["branch"][-1]) for tokens in plain.variants} == {3}
+
+
+def test_of_several_questions_each_has_its_own_part(tmp_path) -> None:
+    """Where no part holds all points, the tree is split; the builder halves it."""
+    ref = write_video(tmp_path / "v.mp4", 100, 10)
+    with pytest.raises(OverlongError, match="have no frame"):
+        tiny_processor()(example(pointed(0.5), pointed(9.5), video=ref), limits(max_frames=8))
+
+
 def test_a_question_without_points_has_fewer_frames_of_the_whole(tmp_path) -> None:
     ref = write_video(tmp_path / "v.mp4", 100, 10)
     sample = tiny_processor()(example(pointed(), video=ref), limits(max_frames=11))

@@ -357,6 +357,10 @@ def test_video_points_are_relative_to_the_clip(tmp_path: Path) -> None:
     with pytest.raises(RejectedError, match="1 timestamps and 2 frames"):
         convert(tmp_path, "demo-video-point", [{**row, "two_fps_timestamps": [11.0]}])
     assert [e.key[-2:] for e in convert(tmp_path, "demo-video-point", [row, row])] == ["-0", "-1"], "a row an example"
+    whole = {**row, "clip_start": None, "clip_end": None}
+    (tree,) = convert(tmp_path, "demo-video-point", [whole, {**whole, "label": "letters"}])
+    assert [points.label for points in tree.annotations] == ["digits", "letters"]
+    assert [group.at for points in tree.annotations for group in points.groups] == [12.5, 12.5]
     between = {**row, "clip_start": 10.2, "clip_end": 20.0}
     assert [g.at for g in convert(tmp_path, "demo-video-point", [between])[0].annotations[0].groups] == [2.0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from shards.catalog import Row, Stage
+from shards.catalog import Row, Stage, load_catalog
 from shards.convert.common import Group, Omitted
-from shards.convert.image_questions import COUNTING
 from shards.convert.reading import convert
 from shards.convert.video_questions import clock_time
 from shards.media.images import load_image
-from shards.schema import Choice, Example, Source, Text, in_variant
+from shards.schema import Chat, Choice, Example, Source, Text, in_variant
 from shards.sources.media_files import MediaFiles
 
 
@@ -62,15 +62,31 @@ def examples(*arguments: Any, **options: Any) -> list[Example]:
         ("How much does it cost on account the back?", False),
     ],
 )
-def test_counting_questions_are_found_anywhere(question: str, counting: bool) -> None:
-    assert bool(COUNTING.search(question)) == counting
+def test_counting_questions_are_found_anywhere(tmp_path: Path, question: str, counting: bool) -> None:
+    row, options = {"image": {"bytes": b"x"}, "question": question, "answer": "2"}, {"count_prefixes": ["In words:"]}
+    for converter in ("image_qa", "image_chat"):
+        (example,) = examples(tmp_path, converter, [row], {**options, "style": "user_qa"})
+        (annotation,) = example.annotations
+        asked = annotation.turns[0].text if isinstance(annotation, Chat) else getattr(annotation, "question", "")
+        assert asked == ("In words: " if counting else "") + question
+
+
+def test_marks_are_removed_in_every_text_variant(tmp_path: Path) -> None:
+    row = {"image": {"bytes": b"x"}, "question": "<image>\nWhat?", "answer": ["a", "b"]}
+    (example,) = examples(tmp_path, "image_qa", [row], {"style": "vqa2"})
+    variants = [in_variant(example.annotations[0], variant) for variant in range(32)]
+    found = {(text.question, text.answer) for text in variants if isinstance(text, Text)}
+    assert found == {("What?", "a"), ("What?", "b")}
 
 
 def test_embedded_options_lose_their_names_and_a_bad_answer_costs_one_question(tmp_path: Path) -> None:
     asked = "The Question is: Why?\n The Options are: ['Option 1: It glows.', 'Options 2. It stops.']"
-    rows = {"video": "v.mp4", "question": [asked] * 4, "answer": ["2", "x", None, "3"]}
+    broken = "Why?\nThe Options are: [1 +]"
+    rows = {"video": "v.mp4", "question": [asked, asked, broken, asked], "answer": ["2", "x", "1", "3"]}
     *left_out, example = converted(tmp_path, "video_embedded_choice", [rows], {})
-    assert isinstance(example, Example) and all(isinstance(item, Omitted) for item in left_out) and len(left_out) == 3
+    reasons = [item.reason for item in left_out if isinstance(item, Omitted)]
+    assert len(reasons) == len(left_out) == 3 and reasons[1].startswith("item 2 cannot be used: SyntaxError")
+    assert isinstance(example, Example)
     (choice,) = example.annotations
     assert isinstance(choice, Choice)
     assert (choice.question, choice.options, choice.answer) == ("Why?", ("It glows.", "It stops."), 1)
@@ -155,3 +171,9 @@ def test_half_of_the_questions_about_times_have_clock_times(tmp_path: Path) -> N
     (example,) = examples(tmp_path, "video_spans", [row], options, stage="eval")
     assert example.annotations[0] == Text(style="part", question="from 75.2 to 3726.0", answer="a")
     assert clock_time(59.96) == "00:01:00.0"
+
+
+@pytest.mark.parametrize("name", ["demo", "molmo2"])
+def test_no_row_assumes_that_a_label_is_singular(name: str) -> None:
+    for row in load_catalog(name).rows:
+        assert not re.search(r"\b(an?|one|each|every|is|are) {label", json.dumps(row.options)), row.name
