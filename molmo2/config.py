@@ -78,6 +78,7 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     checkpoint_every: PositiveInt = 1000  # optimizer steps
     keep_last: PositiveInt = 2  # number of checkpoints to keep
     mirror: str | None = None  # a bucket, s3://…, to which checkpoints are copied, and from which a run can resume
+    mirror_deadline: PositiveFloat = 3600.0  # seconds that the end of a run waits for its last copy to the mirror
     on_full_disk: Literal["stop", "warn"] = "stop"  # when a checkpoint cannot be written; older ones stay
     phase_deadline: PositiveFloat = 1800.0  # seconds without progress after which the watchdog ends a rank
     log_every: PositiveInt = 1  # steps between updates of the progress bar and of TensorBoard

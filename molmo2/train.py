@@ -5,9 +5,9 @@
     torchrun --nproc_per_node 8 molmo2/train.py --recipe recipes/demo/stage2.yaml --set train.steps=100
     python molmo2/train.py --recipe recipes/demo/stage1.yaml
 
-The last line trains on one rank. A run resumes from its newest whole checkpoint by itself. SIGTERM, SIGUSR1 or a file
-`runs/<name>/stop` makes it save a checkpoint and exit with 0. It writes to `runs/<name>/`: log.jsonl, data.jsonl,
-quarantine.jsonl, summary.json, checkpoints and TensorBoard.
+The last line trains on one rank. A run resumes from its newest whole checkpoint by itself. SIGTERM or SIGUSR1 makes it
+save a checkpoint and exit with 75: start it again. A file `runs/<name>/stop` makes it save and exit with 0. It writes
+to `runs/<name>/`: log.jsonl, data.jsonl, quarantine.jsonl, summary.json, checkpoints and TensorBoard.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import argparse
 import gc
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from molmo2.parallel.mesh import SINGLE, Mesh, MeshError, check_mesh, make_mesh
 from molmo2.processing.contract import ProcessorSettings, read_contract
 from molmo2.training.anomalies import LossHistory
 from molmo2.training.engine import read_engine_keys, start_distributed, start_engine
-from molmo2.training.loop import Progress, StopSignal, run_steps
+from molmo2.training.loop import Ending, Progress, StopSignal, run_steps
 from molmo2.training.metrics import cut_log, read_log, summarize_run
 from molmo2.training.run import (
     ANOMALIES_NAME,
@@ -49,12 +51,13 @@ from molmo2.training.run import (
     SUMMARY_NAME,
     Run,
     TrainingError,
+    lock_run,
 )
 from shards.atomic import write_atomic
-from shards.storage.base import UnavailableError
 from shards.stream.loader import QuarantineError
 from shards.stream.plan import Cursor, PlanError, open_plan
 
+STOPPED = os.EX_TEMPFAIL  # 75: a signal stopped the run before its end; whoever sent it should start the run again
 PACKS_SHOWN = 3  # packs of a step that --inspect prints
 
 
@@ -181,8 +184,8 @@ def take_over(run: Run, state: dict[str, Any]) -> Cursor:
     return cursor
 
 
-def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, arguments: argparse.Namespace) -> bool:
-    """Train one stage; return False if a stop signal ended it before its last step."""
+def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, arguments: argparse.Namespace) -> Ending:
+    """Train one stage, and return why it ended."""
     with all_ranks_ok():
         mesh = form_mesh(recipe)
         added = read_engine_keys(arguments.deepspeed_config)
@@ -193,7 +196,7 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, argument
         say(f"{recipe.name}: finished at step {done}; nothing to do")
         if not (recipe.run_dir / SUMMARY_NAME).exists():
             on_rank_zero(finish, recipe)
-        return True
+        return "finished"
     on_rank_zero(cut_run_after, recipe, done)
     train = recipe.train
     say(
@@ -218,16 +221,16 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, argument
         progress = resume(run, engine, checkpoint, universal, arguments.change_data)
     if universal:
         on_rank_zero(shutil.rmtree, universal)
-    run_steps(run, engine, optimizer, names, progress, stop)
+    ending = run_steps(run, engine, optimizer, names, progress, stop)
     engine.destroy()
-    if progress.step < recipe.train.steps:
+    if ending == "finished":
+        on_rank_zero(finish, recipe)
+    else:
         say(
-            f"{recipe.name}: stopped on request after step {progress.step} of {recipe.train.steps}; "
+            f"{recipe.name}: stopped on request ({ending}) after step {progress.step} of {recipe.train.steps}; "
             "start again to continue"
         )
-        return False
-    on_rank_zero(finish, recipe)
-    return True
+    return ending
 
 
 def cut_run_after(recipe: Recipe, step: int) -> None:
@@ -281,16 +284,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return look(arguments)
     device = start_distributed()
     stop = StopSignal()
+    ending: Ending = "finished"
     try:
         with all_ranks_ok():
             recipes = read_recipes(arguments)
         for recipe in recipes:
-            if not train_stage(recipe, device, stop, arguments):
+            with ExitStack() as lock:
+                on_rank_zero(lock.enter_context, lock_run(recipe.run_dir))
+                ending = train_stage(recipe, device, stop, arguments)
+            if ending != "finished":
                 break
             gc.collect()
     except AgreedError:
         return 1
-    except (TrainingError, CheckpointError, QuarantineError, UnavailableError, PlanError, MeshError) as error:
+    except (TrainingError, CheckpointError, QuarantineError, PlanError, MeshError, OSError) as error:
         write_line(f"train.py: rank {dist.get_rank()}: {error}", sys.stderr)
         return 1
     except RuntimeError as error:
@@ -298,8 +305,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         write_line(f"train.py: rank {dist.get_rank()}: stopped, because another rank has ended", sys.stderr)
         return 1
+    dist.barrier()  # a launcher kills the other ranks when the first has exited with another code than 0
     dist.destroy_process_group()
-    return 0
+    return STOPPED if ending == "signal" else 0
 
 
 if __name__ == "__main__":

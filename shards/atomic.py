@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 class LockHeldError(Exception):
@@ -71,8 +72,10 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def file_lock(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+def file_lock(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[BinaryIO]:
     """Hold a lock on a file: an exclusive one, or one that is `shared`. The file is made, and never removed.
+
+    It yields the open file, to which the holder may write. A forked child shares the lock until it closes the file.
 
     It is flock, which the kernel releases when a process is killed. The library `filelock` has flock for exclusive
     locks only: its shared lock is an SQLite database. Where a file system has no flock, the library falls back to a
@@ -87,7 +90,7 @@ def file_lock(path: Path, *, shared: bool = False, wait: bool = False) -> Iterat
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise LockHeldError(f"{path}: another process holds this lock") from None
-        yield
+        yield file
 
 
 def _beside(path: Path) -> Path:

@@ -24,17 +24,41 @@ def test_scripts_parse_and_want_their_argument(name: str, tmp_path: Path) -> Non
 
 def test_the_training_script_gives_each_task_its_rank(tmp_path: Path) -> None:
     """With stand-ins for Slurm's commands and for python that say what they were given."""
-    for name, text in {
-        "scontrol": "echo node1; echo node2",
-        "srun": 'shift; export SLURM_PROCID=3 SLURM_NTASKS=16 SLURM_LOCALID=3; "$@"',
-        "python": 'echo "$RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $*"',
-    }.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[1-2]"}
-    command = ["bash", LAUNCH / "train.slurm", "recipes/stage2.yaml", "--set", "train.sp=8"]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    run = run_on_stand_ins(tmp_path, rank=3, python='echo "$RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $*"')
     assert run.stdout == "3 16 3 node1 molmo2/train.py --recipe recipes/stage2.yaml --set train.sp=8\n"
+
+
+def run_on_stand_ins(folder: Path, rank: int, python: str) -> subprocess.CompletedProcess[str]:
+    """train.slurm with stand-ins for Slurm's commands, which run one rank of 16, and for python."""
+    for name, text in {
+        "scontrol": '[ "$1" = requeue ] && echo "requeue $2" || { echo node1; echo node2; }',
+        "srun": f'shift; export SLURM_PROCID={rank} SLURM_NTASKS=16 SLURM_LOCALID={rank}; "$@"',
+        "python": python,
+    }.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7", "TMPDIR": str(folder)}
+    environment = {**os.environ, **slurm, "PATH": f"{folder}:{os.environ['PATH']}"}
+    command = ["bash", LAUNCH / "train.slurm", "recipes/stage2.yaml", "--set", "train.sp=8"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("python", "code", "requeued"),
+    [
+        ("exit 0", 0, False),
+        ("exit 1", 1, False),
+        ("exit 75", 0, True),
+        ("trap 'exit 75' USR1; kill -USR1 $PPID $$", 0, True),  # Slurm signals the shell of a task as well
+    ],
+)
+def test_the_training_script_goes_back_into_the_queue_when_it_was_stopped(
+    tmp_path: Path, python: str, code: int, requeued: bool
+) -> None:
+    run = run_on_stand_ins(tmp_path, rank=0, python=python)
+    assert run.returncode == code, run.stderr
+    assert ("requeue 7\n" in run.stdout) == requeued
+    assert not list(tmp_path.glob("molmo2-stopped-*"))
 
 
 def test_yaml_files_name_what_exists() -> None:
@@ -46,6 +70,8 @@ def test_yaml_files_name_what_exists() -> None:
         assert (ROOT / re.findall(r"recipes/\S+\.yaml", text)[0]).exists()
     assert job["spec"]["completions"] == job["spec"]["parallelism"]
     assert f"--nnodes {job['spec']['completions']}" in container["args"][0]
+    grace = int(re.findall(r"--shutdown_timeout (\d+)", container["args"][0])[0])
+    assert grace < job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
 
 
 def test_the_hostfile_is_one_for_deepspeed() -> None:

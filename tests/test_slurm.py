@@ -66,16 +66,25 @@ def test_two_nodes_train_like_one_machine(nodes: dict[str, str], root: Path) -> 
     assert losses[0] == losses[1] and len(losses[1]) == 4
 
 
-def test_a_job_that_is_told_so_saves_and_ends_well(nodes: dict[str, str], root: Path) -> None:
+def test_a_signalled_job_saves_goes_back_into_the_queue_and_finishes(nodes: dict[str, str], root: Path) -> None:
     script = str(ROOT / "recipes/launch/train.slurm")
     recipe = toy_run.write_recipe(root / "told.yaml", "told", steps=5000, checkpoint_every=5000)
     job = submit(nodes, root, "--ntasks-per-node=1", *SMALL, script, str(recipe))
-    wait_for(lambda: len(log(root, "told")) >= 2, lambda: (root / f"molmo2-{job}.log").read_text())
+
+    def output() -> str:
+        return (root / f"molmo2-{job}.log").read_text()
+
+    wait_for(lambda: len(log(root, "told")) >= 2, output)
     slurm(nodes, "scancel", "--signal=USR1", job)
-    finished(nodes, root, job)
+    wait_for(lambda: "Restarts=1" in slurm(nodes, "scontrol", "show", "job", job), output)
     steps = len(log(root, "told"))
     assert 2 <= steps < 5000
     assert [path.name for path in (root / "runs/told/checkpoints").iterdir()] == [f"step-{steps:08d}"]
+    toy_run.write_recipe(recipe, "told", steps=steps + 2, checkpoint_every=5000)
+    slurm(nodes, "scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm holds a job back for two minutes
+    finished(nodes, root, job)
+    assert [line["step"] for line in log(root, "told")] == list(range(1, steps + 3))
+    assert (root / "runs/told/summary.json").exists()
 
 
 def test_an_array_builds_the_bytes_of_one_job(nodes: dict[str, str], tmp_path: Path) -> None:

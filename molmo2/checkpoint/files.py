@@ -14,13 +14,14 @@ checkpoint, which is skipped with a message. Resuming on another number of ranks
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,32 +90,27 @@ def save(
     *,
     sp: int,
     losses: Sequence[float] = (),
+    in_use: Collection[Path] = (),
 ) -> Path:
     """Write a checkpoint and delete the oldest ones beyond `train.keep_last`; every rank must call it.
 
-    `losses`: the last losses, with which a resumed run detects loss spikes.
+    `losses`: the last losses, with which a resumed run detects loss spikes. `in_use`: checkpoints that stay for now.
 
     Raises:
-        CheckpointError: it could not be written, for example because the disk is full; earlier checkpoints stay.
+        CheckpointError: on every rank, if any could not write, for example because its disk is full; earlier
+            checkpoints stay.
     """
     directory = checkpoints_dir(recipe.run_dir)
     final = directory / f"step-{step:08d}"
     temporary = directory / f".tmp-{final.name}"
-    failure = _attempt(lambda: _write_states(engine, temporary))
-    if dist.get_rank() == 0 and failure is None:
-        meta = _meta(recipe, step, sp) | {"losses": list(losses)}
-        failure = _attempt(lambda: _finish(temporary, final, recipe, model_config, plan_state, meta))
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    reasons = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]
-    if reasons:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"{final}: cannot be written ({'; '.join(reasons)}); free some space or lower train.keep_last, and start "
-            "again: the run continues from its last whole checkpoint"
-        )
-    if dist.get_rank() == 0:
-        _rotate(directory, recipe.train.keep_last)
+    first = dist.get_rank() == 0
+    _agree(final, temporary, _attempt(lambda: _make_empty(temporary)) if first else None)
+    _agree(final, temporary, _write_states(engine, temporary))
+    meta = _meta(recipe, step, sp) | {"losses": list(losses)}
+    finish = functools.partial(_finish, temporary, final, recipe, model_config, plan_state, meta)
+    _agree(final, temporary, _attempt(finish) if first else None)
+    if first:
+        _rotate(directory, recipe.train.keep_last, in_use)
     return final
 
 
@@ -126,12 +122,56 @@ def _attempt(action: Callable[[], None]) -> str | None:
     return None
 
 
-def _write_states(engine: Any, temporary: Path) -> None:
-    if dist.get_rank() == 0:
+def _agree(final: Path, temporary: Path, failure: str | None) -> None:
+    """Raise a CheckpointError on every rank if there is a failure on any; collective."""
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    reasons = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]
+    if reasons:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(temporary), tag=STATES, client_state=dict(CLIENT_STATE), save_latest=False)
+        raise CheckpointError(
+            f"{final}: cannot be written ({'; '.join(reasons)}); free some space or lower train.keep_last, and start "
+            "again: the run continues from its last whole checkpoint"
+        )
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+class _Writer:
+    """DeepSpeed's writer of checkpoint files, except that a failed write is noted and not raised.
+
+    DeepSpeed has barriers after its writes. A rank that left by an exception would leave the others waiting there.
+    """
+
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+        self.failure: str | None = None  # the first one
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.writer, name)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write a file; nothing after the first failure."""
+        self.failure = self.failure or _attempt(lambda: self.writer.save(state_dict, path))
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a folder; nothing after the first failure."""
+        self.failure = self.failure or _attempt(lambda: self.writer.makedirs(path, exist_ok=exist_ok))
+
+
+def _write_states(engine: Any, temporary: Path) -> str | None:
+    """Have DeepSpeed write this rank's files, and return why it could not; collective."""
+    writer = engine.checkpoint_engine
+    engine.checkpoint_engine = noting = _Writer(writer)
+    engine._copy_recovery_script = lambda _: None  # a script for conversion, which `load_weights` makes unnecessary
+    try:
+        engine.save_checkpoint(str(temporary), tag=STATES, client_state=dict(CLIENT_STATE), save_latest=False)
+    finally:
+        engine.checkpoint_engine = writer
+    return noting.failure
 
 
 def _finish(
@@ -145,8 +185,6 @@ def _finish(
     documents = {PLAN: plan_state, RECIPE: recipe.model_dump(mode="json"), MODEL: model_config.to_json()}
     for name, value in documents.items():
         _write_json(temporary / name, value)
-    for script in temporary.glob("zero_to_fp32.py"):
-        script.unlink()  # DeepSpeed adds its conversion script, which `load_weights` makes unnecessary
     if meta["finished"]:
         save_file(consolidate(temporary), str(temporary / WEIGHTS))
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
@@ -205,8 +243,10 @@ def file_hash(path: Path) -> str:
     return state.hexdigest()
 
 
-def _rotate(directory: Path, keep: int) -> None:
+def _rotate(directory: Path, keep: int, in_use: Collection[Path]) -> None:
     for path in sorted(directory.glob("step-*"))[:-keep]:
+        if path in in_use:
+            continue
         doomed = path.with_name(f".old-{path.name}")
         os.replace(path, doomed)  # renamed first, so that a half-deleted checkpoint is never read
         shutil.rmtree(doomed, ignore_errors=True)

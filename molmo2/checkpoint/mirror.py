@@ -1,11 +1,13 @@
 """The mirror of a run: copies of checkpoints in a bucket, uploaded in the background and downloaded for a resume.
 
     <train.mirror>/<run>/step-00001000/...     as on the disk; meta.json is uploaded last and marks a copy as whole
+                                      /sending.json   sizes and digests of the files that were uploaded or will be
 
     python -m molmo2.checkpoint.mirror runs/NAME/checkpoints/step-00001000 s3://bucket/runs/NAME 2   (the trainer does)
 
 A separate process uploads, so that it takes no time from the ranks and shares no lock with them. Only one upload runs
-at a time: the next checkpoint waits for it. The mirror can be any storage that `shards.storage.open` opens.
+at a time; training never waits for it, and only the newest checkpoint is next. The mirror can be any storage that
+`shards.storage.open` opens.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from molmo2.checkpoint.files import META, Checkpoint, CheckpointError, checkpoints_dir, find_damage, find_newest
 from molmo2.config import Recipe
@@ -28,6 +32,7 @@ from shards.stream.cache import cache_dir
 
 CHUNK = 64 << 20  # bytes of a file that are read at once
 LOG_NAME = "mirror.log"
+MANIFEST = "sending.json"  # its digests are those of the files beside it, as far as they are there
 
 
 def mirror_url(recipe: Recipe) -> str | None:
@@ -36,25 +41,43 @@ def mirror_url(recipe: Recipe) -> str | None:
 
 
 def send(checkpoint: Path, url: str, keep: int) -> None:
-    """Upload a whole checkpoint, then delete older copies beyond the newest `keep`; uploaded files are not sent again.
+    """Upload a whole checkpoint, then delete older copies beyond the newest `keep`.
+
+    Files of an earlier attempt are sent again unless the manifest has the same digest for them. Nothing older is
+    deleted before `meta.json` was read back.
 
     Raises:
-        OSError: the storage does not answer or refuses to write.
+        OSError: the storage does not answer, refuses to write, or returns something else than was written.
     """
-    store = open_storage(url)
-    files = json.loads((checkpoint / META).read_text())["files"]
+    store, meta = open_storage(url), (checkpoint / META).read_bytes()
+    files = json.loads(meta)["files"]
+    _remove_others(store, checkpoint.name, meta, files)
+    store.write(f"{checkpoint.name}/{MANIFEST}", json.dumps(files).encode())
     for name, (size, _) in files.items():
         target = f"{checkpoint.name}/{name}"
         if store.size(target) != size:
             _put(store, checkpoint / name, target)
             if (stored := store.size(target)) != size:
                 raise OSError(f"{url}/{target}: the copy has {stored} bytes, the file has {size}")
-    store.write(f"{checkpoint.name}/{META}", (checkpoint / META).read_bytes())
+    store.write(f"{checkpoint.name}/{META}", meta)
+    if store.read(f"{checkpoint.name}/{META}") != meta:
+        raise OSError(f"{url}/{checkpoint.name}/{META}: it was written and reads differently; older copies stay")
     for step in steps(store)[keep:]:
         store.remove(f"{step}/{META}")  # deleted first, so that a half-deleted copy is never taken for whole
         for name in store.list():
             if name.startswith(f"{step}/"):
                 store.remove(name)
+
+
+def _remove_others(store: Storage, step: str, meta: bytes, files: dict[str, Any]) -> None:
+    """Remove what an earlier attempt left of a step, except files with the same digests."""
+    left = [name.removeprefix(f"{step}/") for name in store.list() if name.startswith(f"{step}/")]
+    if META in left and store.read(f"{step}/{META}") != meta:
+        store.remove(f"{step}/{META}")  # first, since the files beside it will change
+    sent = json.loads(store.read(f"{step}/{MANIFEST}")) if MANIFEST in left else {}
+    for name in left:
+        if name not in (META, MANIFEST) and (name not in files or sent.get(name) != files[name]):
+            store.remove(f"{step}/{name}")
 
 
 def steps(store: Storage) -> list[str]:
@@ -131,34 +154,72 @@ def cached(url: str, say: Callable[[str], None]) -> Path:
 
 
 class Sender:
-    """The background process that uploads the last checkpoint; rank 0 has it."""
+    """The background process that uploads checkpoints one after another; rank 0 has it. No method waits."""
 
     def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
         self.url, self.keep, self.say = mirror_url(recipe), recipe.train.keep_last, say
         self.log = recipe.run_dir / LOG_NAME
         self.process: subprocess.Popen[bytes] | None = None
+        self.current: Path | None = None  # the checkpoint that is being uploaded
+        self.next: Path | None = None  # the one after it
+
+    @property
+    def in_use(self) -> set[Path]:
+        """Checkpoints that must stay on the disk."""
+        return {path for path in (self.current, self.next) if path is not None}
 
     def start(self, checkpoint: Path) -> None:
-        """Start the upload of a checkpoint; nothing happens without a mirror."""
+        """Upload a checkpoint as soon as the upload before it is done; nothing happens without a mirror."""
         if self.url is None:
             return
-        command = [sys.executable, "-m", "molmo2.checkpoint.mirror", str(checkpoint), self.url, str(self.keep)]
-        with open(self.log, "ab") as log:
-            # It runs in a session of its own, so that a signal to the ranks does not end it.
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        if self.next is not None:
+            self._warn(self.next, "it was passed over, since the mirror is slower than train.checkpoint_every")
+        self.next = checkpoint
+        self.advance()
 
-    def wait(self) -> None:
-        """Wait until the upload is done. A failure is only reported, since the checkpoint is still on the disk."""
-        if self.process is not None and self.process.wait():
-            self.say(f"WARNING: a checkpoint could not be copied to {self.url}: see {self.log}")
-        self.process = None
+    def advance(self) -> bool:
+        """Report an upload that has failed, start the next one, and return whether one is running."""
+        if self.process is not None and self.process.poll() is not None:
+            if self.process.returncode:
+                self._warn(self.current, f"see {self.log}")
+            self.process = self.current = None
+        if self.process is None and self.next is not None:
+            self.current, self.next = self.next, None
+            command = [
+                sys.executable,
+                "-m",
+                "molmo2.checkpoint.mirror",
+                str(self.current),
+                str(self.url),
+                str(self.keep),
+            ]
+            with open(self.log, "ab") as log:
+                # It runs in a session of its own, so that a signal to the ranks does not end it.
+                self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        return self.process is not None
+
+    def give_up(self) -> None:
+        """End an upload that is still running; half a copy is never taken for a whole one."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            for path in sorted(self.in_use):
+                self._warn(path, "the run ended before the copy did; it is on the disk; see train.mirror_deadline")
+        self.process = self.current = self.next = None
+
+    def _warn(self, checkpoint: Path | None, reason: str) -> None:
+        """Report a missing copy. It is no error, since the checkpoint is on the disk."""
+        self.say(f"WARNING: {checkpoint} could not be copied to {self.url}: {reason}")
 
 
 def main() -> int:
-    """Upload one checkpoint."""
+    """Upload one checkpoint, after an upload that a killed run of this machine has left behind."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # deepspeed's launcher signals every process below a rank
     checkpoint, url, keep = sys.argv[1:]
     try:
-        send(Path(checkpoint), url, int(keep))
+        with file_lock(Path(checkpoint).parent / ".mirror.lock", wait=True):
+            send(Path(checkpoint), url, int(keep))
     except (OSError, ValueError) as error:
         sys.stderr.write(f"{checkpoint}: {error}\n")
         return 1

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,9 +39,12 @@ from shards.stream.collate import PAD_SEGMENT, Batch
 from shards.stream.loader import make_loader, micro_steps
 from shards.stream.plan import Cursor
 
+SIGNAL_WAIT = 120.0  # seconds that a run waits for its mirror after a signal, at most: its time is short
+MIRROR_TURN = 0.2  # seconds between looks at an upload that the end of a run waits for
+
 
 class StopSignal:
-    """Records that SIGTERM or SIGUSR1 arrived; the run finishes the current step and then stops."""
+    """Records that SIGTERM or SIGUSR1 arrived on this rank; the run finishes the current step and then stops."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -51,12 +54,16 @@ class StopSignal:
     def _note(self, number: int, frame: Any) -> None:
         self.seen = True
 
-    def asked(self, run: Run) -> bool:
-        """Whether this rank should stop: it got a signal or, on rank 0, there is a `stop` file in the run's folder.
 
-        Only rank 0 looks, since a shared file system may show a new file to some machines a step later than to others.
-        """
-        return self.seen or (run.mesh.rank == 0 and (run.recipe.run_dir / STOP_NAME).exists())
+def sees_stop_file(run: Run) -> bool:
+    """Whether this is rank 0 and there is a `stop` file in the run's folder.
+
+    Only rank 0 looks, since a shared file system may show a new file to some machines a step later than to others.
+    """
+    return run.mesh.rank == 0 and (run.recipe.run_dir / STOP_NAME).exists()
+
+
+Ending = Literal["finished", "signal", "stop file"]  # why a run ended
 
 
 @dataclass(slots=True)
@@ -76,7 +83,8 @@ class StepSums(NamedTuple):
 
     loss: Tensor
     z_loss: Tensor
-    stopping: Tensor  # 1 if the rank got a signal to stop
+    signalled: Tensor  # 1 if the rank got a signal to stop
+    stop_file: Tensor  # 1 if the rank has seen the `stop` file
     masked: Tensor  # number of quarantined samples
     crops: Tensor
     retries: Tensor  # reads from storage that were repeated after an error
@@ -94,7 +102,8 @@ class StepTotals:
 
     loss: float
     z_loss: float
-    stopping: float
+    signalled: float
+    stop_file: float
     masked: float
     crops: float
     retries: float
@@ -116,7 +125,13 @@ def record_masked(batch: Batch, run: Run) -> None:
 
 
 def compute(
-    run: Run, engine: Any, batches: Iterator[Batch], clock: StepClock, watchdog: Watchdog, cursor: Cursor, stop: bool
+    run: Run,
+    engine: Any,
+    batches: Iterator[Batch],
+    clock: StepClock,
+    watchdog: Watchdog,
+    cursor: Cursor,
+    stop: StopSignal,
 ) -> tuple[StepTotals, Cursor]:
     """Accumulate the gradients of one step in the engine: forward and backward over all its micro-batches.
 
@@ -140,8 +155,10 @@ def compute(
         own = local_sums(batch, logged, run.mesh.sp)
         sums = own if sums is None else StepSums(*map(torch.add, sums, own))
     assert sums is not None, "a step has a micro-step at least"
-    stopping = torch.full_like(sums.loss, stop)
-    return totals_of(sum_over_ranks(sums._replace(stopping=stopping)), names), batch.cursor
+    sums = sums._replace(
+        signalled=torch.full_like(sums.loss, stop.seen), stop_file=torch.full_like(sums.loss, sees_stop_file(run))
+    )
+    return totals_of(sum_over_ranks(sums), names), batch.cursor
 
 
 def local_sums(batch: Batch, logged: LossSums, sp: int) -> StepSums:
@@ -165,7 +182,8 @@ def local_sums(batch: Batch, logged: LossSums, sp: int) -> StepSums:
     return StepSums(
         loss=logged.cross_entropy.double(),
         z_loss=logged.z.double(),
-        stopping=torch.zeros_like(masked),  # known once a step, see `compute`
+        signalled=torch.zeros_like(masked),  # known once a step, see `compute`
+        stop_file=torch.zeros_like(masked),
         masked=masked,
         crops=crops,
         retries=retries,
@@ -200,7 +218,7 @@ def update(run: Run, engine: Any, optimizer: ComponentAdamW, progress: Progress,
     kind = history.judge(totals.loss, settings)
     action = action_for(kind, history, settings)
     if action != "stop":
-        optimizer.skip = action == "skip"
+        optimizer.begin(skip=action == "skip")
         engine.step()
         if kind is None and (optimizer.refused or not engine.was_step_applied()):
             kind = "nonfinite"  # the loss was finite and a gradient was not
@@ -270,13 +288,12 @@ def record_data(run: Run, progress: Progress) -> None:
 def save_checkpoint(run: Run, engine: Any, progress: Progress, sender: Sender | None) -> None:
     """Write a checkpoint and begin to copy it to the mirror; when writing fails, `train.on_full_disk` decides."""
     recipe, state = run.recipe, run.plan.state(progress.cursor)
-    if sender is not None:
-        sender.wait()  # saving may delete the checkpoint that is being copied
-    if run.mesh.rank == 0:
-        record_data(run, progress)
     losses = tuple(progress.history.losses)
+    in_use = sender.in_use if sender is not None else ()
     try:
-        path = checkpoints.save(engine, recipe, run.model_config, progress.step, state, sp=run.mesh.sp, losses=losses)
+        path = checkpoints.save(
+            engine, recipe, run.model_config, progress.step, state, sp=run.mesh.sp, losses=losses, in_use=in_use
+        )
     except CheckpointError as error:  # raised by all ranks together
         if recipe.train.on_full_disk == "stop":
             raise
@@ -288,9 +305,10 @@ def save_checkpoint(run: Run, engine: Any, progress: Progress, sender: Sender | 
         from molmo2.training.report import write_report
 
         try:
+            record_data(run, progress)
             write_report(recipe)
         except OSError as error:  # a missing report is no reason to stop a run
-            write_line(f"{recipe.name}: WARNING: no {REPORT_NAME}: {error}", sys.stderr)
+            write_line(f"{recipe.name}: WARNING: no {DATA_NAME} or {REPORT_NAME}: {error}", sys.stderr)
 
 
 def judge(run: Run, engine: Any, step: int, monitor: Monitor | None) -> None:
@@ -310,10 +328,33 @@ def judge(run: Run, engine: Any, step: int, monitor: Monitor | None) -> None:
     write_line(f"{run.recipe.name}: step {step}, held-out loss {values['loss']:.4f}")
 
 
+def ending_of(step: int, steps: int, totals: StepTotals) -> Ending | None:
+    """Why the run ends after this step of `steps`; None if it goes on."""
+    if step == steps:
+        return "finished"
+    if totals.signalled:
+        return "signal"
+    return "stop file" if totals.stop_file else None
+
+
+def wait_for_mirror(sender: Sender | None, watchdog: Watchdog, step: int, seconds: float) -> None:
+    """Wait until the copies of rank 0 are done, or give them up after a time; collective.
+
+    All ranks wait together, in short turns: a single collective that waits for an upload could run into a timeout.
+    """
+    end, waiting = time.monotonic() + seconds, True
+    while waiting:
+        watchdog.enter("mirror", step)
+        waiting = on_rank_zero(lambda: sender is not None and sender.advance() and time.monotonic() < end)
+        time.sleep(MIRROR_TURN if waiting else 0)
+    if sender is not None:
+        sender.give_up()
+
+
 def run_steps(
     run: Run, engine: Any, optimizer: ComponentAdamW, names: list[str], progress: Progress, stop: StopSignal
-) -> None:
-    """Train until the last step or a stop signal, and save checkpoints; `progress` is updated after every step."""
+) -> Ending:
+    """Train until the last step or a request to stop, and save checkpoints; `progress` is updated after every step."""
     recipe, steps = run.recipe, run.recipe.train.steps
     monitor = Monitor(recipe, progress.step) if run.mesh.rank == 0 else None
     sender = Sender(recipe, say) if run.mesh.rank == 0 else None
@@ -335,27 +376,31 @@ def run_steps(
     try:
         for step in range(progress.step + 1, steps + 1):
             rates = set_learning_rates(optimizer, names, recipe.optim, step, steps)
-            totals, cursor = compute(run, engine, batches, clock, watchdog, progress.cursor, stop.asked(run))
+            totals, cursor = compute(run, engine, batches, clock, watchdog, progress.cursor, stop)
             watchdog.enter("update", step)
             updated = update(run, engine, optimizer, progress, totals)
             progress.step, progress.cursor = step, cursor
             if monitor is not None:
                 line = measurements(run, step, totals, rates, optimizer, clock)
                 monitor.step(line if updated else line | {"skipped": 1})
-            stopping = totals.stopping > 0
-            if recipe.eval is not None and (step == steps or step % recipe.eval.every == 0):
+            ending = ending_of(step, steps, totals)
+            evaluate = recipe.eval is not None and (step == steps or step % recipe.eval.every == 0)
+            if evaluate and ending != "signal":  # a launcher kills the ranks a while after its signal
                 watchdog.enter("evaluation", step)
                 judge(run, engine, step, monitor)
                 clock.lap()  # validation counts towards no step's time
-            if stopping or step == steps or step % recipe.train.checkpoint_every == 0:
+            if sender is not None:
+                sender.advance()
+            if ending or step % recipe.train.checkpoint_every == 0:
                 watchdog.enter("checkpoint", step)
                 save_checkpoint(run, engine, progress, sender)
-            if stopping:
+            if ending:
                 on_rank_zero((recipe.run_dir / STOP_NAME).unlink, missing_ok=True)
+                limit = recipe.train.mirror_deadline
+                wait_for_mirror(sender, watchdog, step, min(limit, SIGNAL_WAIT) if ending == "signal" else limit)
                 break
+        return ending or "finished"
     finally:
         watchdog.stop()
-        if sender is not None:
-            sender.wait()
         if monitor is not None:
             monitor.close()

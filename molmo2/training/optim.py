@@ -34,14 +34,19 @@ class ComponentAdamW(torch.optim.AdamW):
         super().__init__(groups, **options)
         self.partitioned = partitioned
         self.norms: dict[str, Tensor] = {}  # gradient norm of each component before clipping, fp32, last step
-        self.skip = False  # set by the caller to skip the next update: weights and moments do not change
-        self.refused = False  # whether the last step had a gradient that is not finite, and changed nothing
+        self.skip = False  # whether the update is skipped: weights and moments do not change
+        self.refused = False  # whether a component of the update had a gradient that is not finite; see `step`
+
+    def begin(self, skip: bool = False) -> None:
+        """Begin an update: one call of `step` or, under ZeRO-3, one for each component. `skip`: it changes nothing."""
+        self.skip, self.refused = skip, False
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Clip each component, then update, unless a gradient is not finite. All ranks must call it together.
 
-        ZeRO-3 calls it for one component at a time, so components before the faulty one are still updated.
+        ZeRO-3 calls it for one component at a time: components before the faulty one are still updated, those after it
+        are not.
         """
         scales = {}
         for group in self.param_groups:
@@ -56,7 +61,7 @@ class ComponentAdamW(torch.optim.AdamW):
             norm = square.sqrt()
             self.norms[group["name"]] = norm
             scales[group["name"]] = (gradients, torch.clamp(group["max_norm"] / (norm + 1e-6), max=1.0))
-        self.refused = not all(bool(self.norms[name].isfinite()) for name in scales)
+        self.refused = self.refused or not all(bool(self.norms[name].isfinite()) for name in scales)
         if self.skip or self.refused:
             return None
         for gradients, scale in scales.values():

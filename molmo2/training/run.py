@@ -1,8 +1,13 @@
-"""A checked recipe on its ranks, and the agreement of ranks that share a pack on the samples to mask in it."""
+"""A checked recipe on its ranks, the lock of its folder, and the agreement of ranks on the samples to mask."""
 
 from __future__ import annotations
 
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,6 +16,7 @@ from molmo2.config import Recipe
 from molmo2.model.presets import ModelConfig
 from molmo2.parallel.mesh import Mesh
 from molmo2.processing.tokenizer import Tokenizer
+from shards.atomic import LockHeldError, file_lock
 from shards.layout import VisualLayout
 from shards.stream.collate import Batch
 from shards.stream.loader import pack_reader
@@ -29,6 +35,7 @@ SAMPLES_NAME = "samples"  # folder of generated answers
 SUMMARY_NAME = "summary.json"  # written at the end
 REPORT_NAME = "report.html"
 STOP_NAME = "stop"  # a user creates it to stop the run
+LOCK_NAME = "lock"  # locked by the process that trains the run; holds its process number and machine
 
 
 class TrainingError(ValueError):
@@ -50,6 +57,30 @@ class Run:
     layout: VisualLayout
     tokenizer: Tokenizer
     held_out: Plan | None = None
+
+
+@contextmanager
+def lock_run(run_dir: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder, which is made: one process trains a run. The kernel frees it when that one ends.
+
+    Raises:
+        TrainingError: another live process holds the lock.
+        OSError: the file system has no locks.
+    """
+    path = run_dir / LOCK_NAME
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(file_lock(path))
+        except LockHeldError:
+            raise TrainingError(
+                f"{run_dir}: {path.read_text().strip() or 'another process'} trains this run; wait for its end, stop "
+                f"it (touch {run_dir / STOP_NAME}), or give this run another name"
+            ) from None
+        os.register_at_fork(after_in_child=file.close)  # a loader worker that outlives this process holds no lock
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        file.flush()
+        yield
 
 
 def same_on_peers(batch: Batch, mesh: Mesh) -> bool:

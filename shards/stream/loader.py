@@ -10,6 +10,8 @@ The sampler fixes the order, so the number of workers and their prefetch never c
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import signal
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -194,8 +196,15 @@ class Quarantine:
                 )
 
 
-def _quiet_worker(_: int) -> None:
+def _start_worker(_: int) -> None:
+    """Set up a worker: one thread, and deaf to the signals that stop a run.
+
+    Launchers signal the process group or every process below a rank. The rank finishes its step and saves, for which it
+    needs its workers; it ends them itself.
+    """
     torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_loader(
@@ -246,20 +255,26 @@ def make_loader(
         sampler=PlanSampler(plan, cursor, dp_rank, dp_size, micro_batch, max(1, workers), ahead),
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # seeds of workers; else they are drawn from torch's global generator
     )
     quarantine = Quarantine({dataset.name: len(dataset) for dataset in plan.datasets}, strict)
 
     def batches() -> Generator[Batch, None, None]:
+        others = set(multiprocessing.active_children())
+        iterator = iter(loader)
+        started = set(multiprocessing.active_children()) - others
         try:
-            for batch in loader:
+            for batch in iterator:
                 if isinstance(batch, UnavailableError):
                     raise batch
                 quarantine.add(batch.masked)
                 yield batch
         finally:
             reader.ahead.close()
+            del iterator  # asks the workers to end, and waits for each for five seconds
+            for worker in started:
+                worker.kill()  # one that is stuck in a read; it ignores SIGTERM
 
     return batches()

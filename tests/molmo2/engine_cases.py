@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -130,30 +130,40 @@ def gradients(how: tuple[bool, tuple[int, int], float]) -> list[tuple[Tensor, di
     return results  # type: ignore[return-value]
 
 
-def train(settings: list[tuple[Any, ...]]) -> list[list[dict[str, float]]]:
-    """For each (precision, ZeRO stage, sp, base embedding frozen, offload …): the gradient norms of two steps."""
+class Step(NamedTuple):
+    """The loss of a step over all ranks, and the gradient norm of each component."""
+
+    loss: float
+    norms: dict[str, float]
+
+
+def train(settings: list[tuple[Any, ...]]) -> list[list[Step]]:
+    """For each (precision, ZeRO stage, sp, base embedding frozen, offload …): two steps."""
     results = []
     for precision, stage, sp, frozen, *offload in settings:
         name = "-".join(map(str, (precision, stage, sp, frozen, *offload)))
         run = recipe(name, frozen, precision=precision, zero_stage=stage, sp=sp, steps=2, offload=offload)
         mesh = make_mesh(sp)
         engine, optimizer, names = start_engine(model(), run, mesh)
-        norms = []
+        steps = []
         for step in range(1, 3):
             set_learning_rates(optimizer, names, run.optim, step, 2)
+            total = torch.zeros(1, dtype=torch.float64)
             for number in range(mesh.dp_rank, len(BATCHES), mesh.dp):
                 loss, _ = engine(own_crops(make(BATCHES[number]), mesh.sp_rank, mesh.sp))
                 engine.backward(loss, scale_wrt_gas=False)
+                total += loss.item() / mesh.world
             engine.step()
             assert engine.was_step_applied()
-            norms.append({name: norm.item() for name, norm in optimizer.norms.items()})
+            dist.all_reduce(total)
+            steps.append(Step(total.item(), {name: norm.item() for name, norm in optimizer.norms.items()}))
         save(engine, run, CONFIG, 2, {}, sp=sp)
-        results.append(norms)
+        results.append(steps)
         engine.destroy()
     return results
 
 
-def train_alone() -> tuple[Molmo2, list[dict[str, float]]]:
+def train_alone() -> tuple[Molmo2, list[Step]]:
     """The same two steps in one process, without DeepSpeed."""
     from molmo2.training.optim import ComponentAdamW, parameter_groups
 
@@ -162,15 +172,18 @@ def train_alone() -> tuple[Molmo2, list[dict[str, float]]]:
     options = {"betas": run.optim.betas, "eps": run.optim.eps, "weight_decay": run.optim.weight_decay}
     groups = parameter_groups(module.model.parameter_groups(), run.optim)
     optimizer = ComponentAdamW(groups, partitioned=False, **options)
-    norms = []
+    steps = []
     for step in range(1, 3):
+        total = 0.0
         set_learning_rates(optimizer, [group["name"] for group in groups], run.optim, step, 2)
         optimizer.zero_grad()
         for case in BATCHES:
-            module(make(case))[0].backward()
+            loss = module(make(case))[0]
+            loss.backward()
+            total += loss.item()
         optimizer.step()
-        norms.append({name: norm.item() for name, norm in optimizer.norms.items()})
-    return module.model, norms
+        steps.append(Step(total, {name: norm.item() for name, norm in optimizer.norms.items()}))
+    return module.model, steps
 
 
 def start(argument: tuple[str, Any]) -> Any:

@@ -71,22 +71,22 @@ def free_port() -> int:
 class Launch:
     """molmo2/train.py on several ranks, each a process of its own below one that watches them.
 
-    As under torchrun, the first rank that fails has the others terminated, and the exit code is then 1.
+    As under deepspeed, the first rank that fails has the others terminated, and its exit code is that of the whole.
 
     Args:
         arguments: the command line after the script's name.
         ranks: number of ranks; 1 sets no variables of a launcher, as plain `python` does.
         variables: environment of the ranks, whole.
         output: file that takes what the ranks print.
-        file_limit: most bytes of a file that they can write, as on a full disk.
+        file_limits: for some ranks the most bytes of a file that they can write, as on a full disk.
     """
 
     def __init__(
-        self, arguments: list[str], ranks: int, variables: Mapping[str, str], output: Path, file_limit: int | None
+        self, arguments: list[str], ranks: int, variables: Mapping[str, str], output: Path, file_limits: dict[int, int]
     ) -> None:
         self.output = output
         self.process = fork_server().Process(
-            target=_watch, args=(arguments, ranks, dict(variables), str(output), file_limit)
+            target=_watch, args=(arguments, ranks, dict(variables), str(output), file_limits)
         )
         self.process.start()
 
@@ -124,14 +124,14 @@ class Launch:
         self.process.join()
 
 
-def _watch(arguments: list[str], ranks: int, variables: dict[str, str], output: str, file_limit: int | None) -> None:
-    """Start the ranks, and end them all when one has failed; leaves with 0 or 1."""
+def _watch(
+    arguments: list[str], ranks: int, variables: dict[str, str], output: str, file_limits: dict[int, int]
+) -> None:
+    """Start the ranks, and end them all when one has failed; leaves with the code of the first that failed, or 0."""
     target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(target, stream)
     become(str(ROOT), variables)
-    if file_limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if ranks > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     started = []
@@ -139,22 +139,24 @@ def _watch(arguments: list[str], ranks: int, variables: dict[str, str], output: 
         if ranks > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         if (pid := os.fork()) == 0:
+            if rank in file_limits:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_limits[rank],) * 2)
             finish(lambda: run_script(SCRIPT, arguments))
         started.append(pid)
-    os._exit(int(_wait_for_all(started)))
+    os._exit(_wait_for_all(started))
 
 
-def _wait_for_all(pids: list[int]) -> bool:
-    """Whether any of these children failed; the others are then terminated, and killed after a while."""
-    running, failed, deadline = set(pids), False, float("inf")
+def _wait_for_all(pids: list[int]) -> int:
+    """The exit code of the first child that failed, 1 for a signal; the others are then terminated, later killed."""
+    running, failed, deadline = set(pids), 0, float("inf")
     while running:
         for pid in list(running):
             found, status = os.waitpid(pid, os.WNOHANG)
             if not found:
                 continue
             running.remove(pid)
-            if os.waitstatus_to_exitcode(status) and not failed:
-                failed, deadline = True, time.monotonic() + GRACE
+            if (code := os.waitstatus_to_exitcode(status)) and not failed:
+                failed, deadline = max(code, 1), time.monotonic() + GRACE
                 for other in running:
                     os.kill(other, signal.SIGTERM)
         if time.monotonic() > deadline:

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -26,10 +27,12 @@ def variables(root: Path) -> dict[str, str]:
     return own | CPU | {"MOLMO2_DATA": str(root)}
 
 
-def start(root: Path, recipe: Path, *options: str, ranks: int = 2, file_limit: int | None = None) -> Launch:
+def start(
+    root: Path, recipe: Path, *options: str, ranks: int = 2, file_limits: Mapping[int, int] = MappingProxyType({})
+) -> Launch:
     """Start the trainer on forked ranks; what it prints goes to a file, since nobody empties a pipe."""
     output = Path(tempfile.gettempdir(), f"train-{os.getpid()}-{next(NUMBERS)}.txt")
-    return Launch(["--recipe", str(recipe), *options], ranks, variables(root), output, file_limit)
+    return Launch(["--recipe", str(recipe), *options], ranks, variables(root), output, dict(file_limits))
 
 
 def train(root: Path, recipe: Path, *options: str, code: int = 0, **more: Any) -> str:
@@ -54,7 +57,7 @@ def launch(launcher: str, root: Path, recipe: Path, *options: str) -> subprocess
     """Start the trainer as a user does, with a real launcher, on two ranks."""
     arguments = [*command(launcher), "--recipe", str(recipe), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(arguments, cwd=ROOT, env=variables(root), **pipes)
+    return subprocess.Popen(arguments, cwd=ROOT, env=variables(root), start_new_session=True, **pipes)
 
 
 def log(root: Path, name: str) -> list[dict[str, Any]]:

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import toy_run
 from s3_server import BUCKET, environment, s3_server
-from train_runs import curve, train
+from train_runs import curve, log, train
 
 import shards.storage.s3
 from molmo2.checkpoint import mirror
 from molmo2.checkpoint.files import META, CheckpointError, file_hash, find_damage
 from molmo2.checkpoint.mirror import fetch, send, steps
 from molmo2.weights.load import open_model
+from shards.atomic import file_lock
+from shards.storage.base import Storage
+from shards.storage.local import LocalStorage
 from shards.storage.open import open_storage
 
 
@@ -33,12 +36,12 @@ def bucket(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         cached.cache_clear()
 
 
-def checkpoint(folder: Path, step: int) -> Path:
-    """Files and a meta.json that knows them."""
+def checkpoint(folder: Path, step: int, content: int = 0) -> Path:
+    """Files and a meta.json that knows them; those of another `content` have the same sizes."""
     path = folder / f"step-{step:08d}"
     (path / "deepspeed").mkdir(parents=True)
-    (path / "plan.json").write_text(json.dumps({"step": step}))
-    (path / "deepspeed/states.pt").write_bytes(bytes([step]) * (9 << 20))  # goes up in parts
+    (path / "plan.json").write_text(json.dumps({"step": step, "content": content}))
+    (path / "deepspeed/states.pt").write_bytes(bytes([step + content]) * (9 << 20))  # goes up in parts
     names = ("plan.json", "deepspeed/states.pt")
     files = {name: [(path / name).stat().st_size, file_hash(path / name)] for name in names}
     (path / META).write_text(json.dumps({"format": 1, "step": step, "files": files}))
@@ -68,7 +71,7 @@ def test_newest_whole_copy_comes_back(tmp_path: Path, where: str) -> None:
 
 
 def test_half_a_copy_is_none(tmp_path: Path) -> None:
-    """Killed while sending: no mark. Sent again, only what is missing goes."""
+    """Killed while sending: no mark."""
     url = f"s3://{BUCKET}/runs/half"
     store, path = open_storage(url), checkpoint(tmp_path / "local", 5)
     store.write("step-00000005/plan.json", (path / "plan.json").read_bytes())
@@ -78,6 +81,58 @@ def test_half_a_copy_is_none(tmp_path: Path) -> None:
     assert not list((tmp_path / "new").iterdir())
     send(path, url, keep=1)
     assert steps(store) == ["step-00000005"]
+
+
+def test_a_half_sent_step_that_was_written_again_replaces_every_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, sent = str(tmp_path / "far"), list[str]()
+    put = mirror._put
+
+    def failing_put(store: Storage, path: Path, target: str) -> None:
+        if sent:
+            raise OSError("killed")
+        sent.append(path.name)
+        put(store, path, target)
+
+    send(checkpoint(tmp_path / "local", 1), url, keep=1)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+        patch.setattr(mirror, "_put", failing_put)
+        send(checkpoint(tmp_path / "first", 2, content=1), url, keep=1)
+    assert sent == ["plan.json"] and steps(open_storage(url)) == ["step-00000001"]
+    again = checkpoint(tmp_path / "again", 2, content=2)
+    send(again, url, keep=1)
+    assert find_damage(tmp_path / "far/step-00000002") is None and steps(open_storage(url)) == ["step-00000002"]
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "_put", failing_put)  # raises: nothing is left to send
+        send(again, url, keep=1)
+    send(checkpoint(tmp_path / "third", 2, content=3), url, keep=1)  # over a whole copy
+    assert find_damage(tmp_path / "far/step-00000002") is None
+
+
+def test_older_copies_stay_when_the_new_mark_reads_differently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = str(tmp_path / "far")
+    send(checkpoint(tmp_path / "local", 1), url, keep=1)
+    monkeypatch.setattr(LocalStorage, "read", lambda *_: b"{}")
+    with pytest.raises(OSError, match=r"step-00000002/meta\.json: it was written and reads differently"):
+        send(checkpoint(tmp_path / "local", 2), url, keep=1)
+    assert "step-00000001" in steps(open_storage(url))
+
+
+@pytest.mark.dist
+def test_training_goes_on_beside_a_slow_mirror(tmp_path: Path) -> None:
+    toy_run.build_toy(tmp_path)
+    settings = {"steps": 5, "checkpoint_every": 1, "keep_last": 1, "phase_deadline": 20, "mirror_deadline": 0.5}
+    recipe = toy_run.write_recipe(tmp_path / "run.yaml", "run", mirror=str(tmp_path / "far"), **settings)
+    checkpoints = tmp_path / "runs/run/checkpoints"
+    with file_lock(checkpoints / ".mirror.lock"):  # every upload waits for it
+        output = train(tmp_path, recipe, ranks=1)
+    assert len(log(tmp_path, "run")) == 5 and "run: 5 steps" in output
+    assert output.count("it was passed over, since the mirror is slower") == 3  # steps 2 to 4
+    assert output.count("the run ended before the copy did") == 2  # steps 1 and 5
+    # The checkpoints in use were kept: the one that was being sent, and those that were next.
+    assert {"step-00000001", "step-00000005"} <= {path.name for path in checkpoints.iterdir()}
+    assert not steps(open_storage(tmp_path / "far"))
 
 
 def test_a_file_outside_of_the_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -59,6 +59,27 @@ def test_clips_each_component_to_its_own_norm() -> None:
                 torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("faulty", ["vit", "connector", "llm"])
+def test_a_faulty_component_is_reported_whichever_comes_last(faulty: str) -> None:
+    """As under ZeRO-3: one call of `step` for each component, with the gradients of that component alone."""
+    parts = components()
+    optimizer = ComponentAdamW(parameter_groups(parts, OPTIM), partitioned=False, lr=1e-2)
+    before = {name: [p.clone() for p in parts[name]] for name in parts}
+    for scale in (float("nan"), 1.0):
+        optimizer.begin()
+        for name in parts:
+            for parameter in parts[name]:
+                parameter.grad = torch.full_like(parameter, scale if name == faulty else 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2
+            optimizer.step()
+            for parameter in parts[name]:
+                parameter.grad = None
+        assert optimizer.refused == (scale != 1.0)
+        changed = {name for name in parts if not torch.equal(parts[name][0], before[name][0])}
+        assert changed == (set(list(parts)[: list(parts).index(faulty)]) if optimizer.refused else set(parts))
+
+
 def test_frozen_parameters_and_components_are_left_out() -> None:
     parts = components()
     parts["llm"][0].requires_grad_(False)

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from train_runs import assert_same_curve, branch_off, curve, launch, log, ranks_of, start, train, wait_for
 
 from molmo2.checkpoint.lookup import load_weights
+from molmo2.training.run import lock_run
 
 pytestmark = pytest.mark.dist
 
@@ -98,17 +100,41 @@ def test_damaged_checkpoint_is_passed_over(root: Path) -> None:
     assert names == ["damaged-step-00000006", "damaged-step-00000099", "step-00000004", "step-00000006"]
 
 
-def test_sigterm_on_one_rank_saves_and_exits_with_zero(root: Path) -> None:
+def saved_at_the_last_step(root: Path, name: str) -> bool:
+    steps = len(log(root, name))
+    return steps < 6 and (root / f"runs/{name}/checkpoints/step-{steps:08d}/meta.json").exists()
+
+
+def test_sigterm_to_a_rank_and_all_workers_saves_and_asks_for_a_new_start(root: Path) -> None:
     recipe = toy_run.write_recipe(root / "stopped.yaml", "stopped", steps=6, checkpoint_every=100)
-    process = launch("torchrun", root, recipe)
+    process = start(root, recipe)
     wait_for(process, lambda: len(log(root, "stopped")) >= 2)
-    next(rank for rank in ranks_of(process) if rank.environ()["RANK"] == "1").send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert "stopped on request after step" in output
-    assert len(log(root, "stopped")) < 6
+    ranks = process.ranks()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for worker in [worker for rank in ranks for worker in rank.children()]:
+            worker.send_signal(number)
+    ranks[1].send_signal(signal.SIGTERM)
+    assert process.wait(120) == os.EX_TEMPFAIL, process.output.read_text()
+    assert "stopped on request (signal) after step" in process.output.read_text()
+    assert saved_at_the_last_step(root, "stopped")
     train(root, recipe)
     assert curve(root, "stopped") == curve(root, "whole")
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_sigterm_to_a_launcher_saves(root: Path, launcher: str) -> None:
+    """To torchrun itself; to the process group of deepspeed, whose first process passes no signal on."""
+    recipe = toy_run.write_recipe(root / f"{launcher}.yaml", launcher, steps=6, checkpoint_every=100)
+    process = launch(launcher, root, recipe)
+    wait_for(process, lambda: len(log(root, launcher)) >= 2)
+    if launcher == "torchrun":
+        process.terminate()
+    else:
+        os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "stopped on request (signal) after step" in output, output
+    assert saved_at_the_last_step(root, launcher)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -143,7 +169,7 @@ def test_a_stop_file_saves_exits_with_zero_and_is_taken_away(root: Path) -> None
     file = root / "runs/filed/stop"
     file.parent.mkdir(parents=True)
     file.touch()
-    assert "filed: stopped on request after step 1 of 6" in train(root, recipe)
+    assert "filed: stopped on request (stop file) after step 1 of 6" in train(root, recipe)
     assert not file.exists()
     assert [path.name for path in (root / "runs/filed/checkpoints").iterdir()] == ["step-00000001"]
 
@@ -210,6 +236,15 @@ def test_another_precision_is_refused(root: Path) -> None:
     output = train(root, root / "whole.yaml", "--set", *changed, code=1)
     assert "cannot continue: zero_stage was 1, is 2, precision was fp32, is bf16" in output
     assert "Traceback" not in output
+
+
+def test_a_second_start_of_a_live_run_is_refused(root: Path) -> None:
+    recipe = toy_run.write_recipe(root / "alive.yaml", "alive", steps=1)
+    with lock_run(root / "runs/alive"):
+        output = train(root, recipe, code=1)
+    assert f"runs/alive: process {os.getpid()} on {socket.gethostname()} trains this run; wait for its end" in output
+    assert "Traceback" not in output and not (root / "runs/alive/checkpoints").exists()
+    train(root, recipe)
 
 
 def copied(root: Path, tmp_path: Path) -> Path:
@@ -283,11 +318,23 @@ def test_a_full_disk_is_told_and_nothing_is_taken_for_whole(root: Path, tmp_path
     data = copied(root, tmp_path)
     limit = 1_000_000  # bytes of a file; the states of the tiny model are larger
     recipe = toy_run.write_recipe(tmp_path / "r.yaml", "r")
-    output = train(data, recipe, ranks=1, code=1, file_limit=limit)
+    output = train(data, recipe, ranks=1, code=1, file_limits={0: limit})
     assert "step-00000002: cannot be written" in output
     assert list((data / "runs/r/checkpoints").iterdir()) == []
     train(data, recipe, ranks=1)
     assert len(log(data, "r")) == 6
+
+
+@pytest.mark.parametrize("choice", ["stop", "warn"])
+def test_a_disk_that_is_full_on_one_rank_hangs_no_other(root: Path, choice: str) -> None:
+    name = f"full-{choice}"
+    settings = {"steps": 3, "checkpoint_every": 2, "phase_deadline": 20, "on_full_disk": choice}
+    recipe = toy_run.write_recipe(root / f"{name}.yaml", name, **settings)
+    output = train(root, recipe, code=int(choice == "stop"), file_limits={1: 100_000})
+    assert "step-00000002: cannot be written (rank 1: " in output
+    assert "has been in phase" not in output and "Traceback" not in output
+    assert len(log(root, name)) == (2 if choice == "stop" else 3)
+    assert list((root / f"runs/{name}/checkpoints").iterdir()) == []
 
 
 def test_every_error_of_a_recipe_in_one_message(root: Path) -> None:
