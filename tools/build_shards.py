@@ -124,7 +124,7 @@ def main() -> None:
         for row in rows:
             out, since = f"{args.out.rstrip('/')}/{args.stage}/{row.name}", time.perf_counter()
             try:
-                if unfinished := unfinished_folders(row, args.raw):
+                if unfinished := unfinished_folders(catalog, row, args.raw):
                     raise MissingSourceError(f"{row.name}: the download of {', '.join(unfinished)} has not finished")
                 built = build_dataset(
                     row,
