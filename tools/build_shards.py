@@ -173,6 +173,7 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
         made = earlier_figures(storage) or made
     summary = {**totals.model_dump(), **built.fitted, "shards": len(built.index.shards)}
     summary |= {"left_out": {kind.reason: kind.number for kind in reasons}, "made": made}
+    summary |= {"unmatched_skips": list(built.unmatched_skips)}
     storage.write(REPORT_NAME, (json.dumps(summary, indent=1) + "\n").encode())
     print(
         f"{label}: {totals.samples} samples (message trees) of {totals.annotations} annotations, "
@@ -184,6 +185,8 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
         print(f"  to fit the limits: {shrunk} samples have fewer crops or frames, {parts} are parts of a larger tree")
     for kind in reasons[:5]:
         print(f"  left out: {kind.number} x {kind.reason}\n    first: {kind.example}")
+    if unmatched := built.unmatched_skips:
+        print(f"  {len(unmatched)} items of `skip` match no row; first: {unmatched[0].removeprefix('skipped: ')}")
 
 
 def earlier_figures(storage: Storage) -> dict[str, float] | None:

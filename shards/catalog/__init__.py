@@ -25,6 +25,7 @@ from shards.catalog.row import (
     Masks,
     Row,
     Size,
+    Skip,
     Stage,
     Strict,
     TableFormat,
@@ -46,6 +47,7 @@ __all__ = [
     "Masks",
     "Row",
     "Size",
+    "Skip",
     "Stage",
     "StageSettings",
     "TableFormat",
@@ -208,6 +210,8 @@ def load_catalog(name: str) -> Catalog:
         content = {**_merge_files(here / base), **content}
     if evaluation := content.pop("evaluation", None):
         joined = load_catalog(str(path.parent / evaluation) if evaluation.endswith(".yaml") else evaluation)
+        if "eval" not in joined.stages:
+            raise CatalogError(f"{path}: the catalog {evaluation!r}, its `evaluation`, has no settings for stage eval")
         content["stages"] = {"eval": joined.stages["eval"], **(content.get("stages") or {})}
         if "rows" not in own or "evaluation" in own:
             content["evaluation"] = joined

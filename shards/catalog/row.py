@@ -244,6 +244,47 @@ class Exclusion(Strict):
     template: str = "{value}"
 
 
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+class Skip(Strict):
+    """Known bad items of the published data: their rows are left out, and recorded with the source.
+
+    Attributes:
+        columns: names or dotted paths of the columns that identify an item.
+        rows: the items, each with the values of `columns` in their order; an item of one column needs no list.
+        files: glob of files that list further items, relative to the raw folder; "" if there are none.
+        table: format of those files.
+        values: columns of those files, in the order of `columns`; several columns in place of one give a list, such as
+            the start and the end of a span.
+        source: who says that the items are bad.
+    """
+
+    columns: tuple[str, ...] = pydantic.Field(min_length=1)
+    rows: typing.Annotated[tuple[Any, ...], pydantic.BeforeValidator(_frozen)] = ()
+    files: str = ""
+    table: TableFormat = TableFormat()
+    values: tuple[str | tuple[str, ...], ...] = ()
+    source: str = pydantic.Field(min_length=1)
+
+    @property
+    def items(self) -> tuple[tuple[Any, ...], ...]:
+        """The items of `rows`, each as a tuple with a value for each column."""
+        return tuple(row if isinstance(row, tuple) else (row,) for row in self.rows)
+
+    @pydantic.model_validator(mode="after")
+    def _complete(self) -> Self:
+        if not self.rows and not self.files:
+            raise ValueError(f"skip on {', '.join(self.columns)}: give the items in `rows` or `files`")
+        if bool(self.files) != bool(self.values):
+            raise ValueError("skip: `files` and `values` belong together")
+        for item in (*self.items, *([self.values] if self.values else [])):
+            if len(item) != len(self.columns):
+                raise ValueError(f"skip: {list(item)} does not have one value for each of {', '.join(self.columns)}")
+        return self
+
+
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str | dict) else value
 
@@ -339,6 +380,7 @@ class Row(Strict):
         optional: columns that some of the files lack; their value is null there.
         lookups: tables that are joined to the rows.
         group_by: column by which rows are grouped to one example (one image or video); None: each row is an example.
+        skip: known bad items, whose rows are recorded as left out; checked before `filters`.
         filters: conditions that a row must meet; the others are recorded as left out.
         exclude: exclusion lists, such as a benchmark's images.
         options: parameters of the converter; `shards.catalog.converters` has a model of them for each converter.
@@ -371,6 +413,7 @@ class Row(Strict):
     optional: tuple[str, ...] = ()
     lookups: tuple[Lookup, ...] = ()
     group_by: str | None = None
+    skip: tuple[Skip, ...] = ()
     filters: tuple[Filter, ...] = ()
     exclude: tuple[Exclusion, ...] = ()
     options: dict[str, Any] = {}
@@ -396,6 +439,7 @@ class Row(Strict):
         """Every column that the row reads in a stage, sorted; dotted paths are kept as they are."""
         parts: tuple[Filter | Exclusion | Lookup, ...] = (*self.filters, *self.exclude, *self.lookups)
         others = {part.column for part in parts if part.column is not None}
+        others |= {column for skip in self.skip for column in skip.columns}
         if stage == "eval":
             others |= {*self.facts.values(), *(self.masks.columns if self.masks else ())}
         return sorted({*self.columns.values(), *others, *([self.group_by] if self.group_by else [])})

@@ -178,6 +178,9 @@ def test_a_catalog_has_its_evaluation_in_one_place(tmp_path: Path) -> None:
         load(row % ("y", "eval", "validation", "o/y"))
     with pytest.raises(CatalogError, match="folder x: training and evaluation cannot share it: repositories o/z@None"):
         load(row % ("x", "sft", "train", "o/z"))
+    (tmp_path / "exam.yaml").write_text(f"{head}stages: {{}}\nrows: []\n")
+    with pytest.raises(CatalogError, match=r"'exam.yaml', its `evaluation`, has no settings for stage eval"):
+        load(row % ("x", "sft", "train", "o/x"))
     (tmp_path / "own.yaml").write_text(f"base: molmo2\nrows: [{row % ('y', 'eval', 'validation', 'o/y')}]\n")
     own = load_catalog(str(tmp_path / "own.yaml"))
     assert [r.name for r in own.require("eval")] == ["y"]
