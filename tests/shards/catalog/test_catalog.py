@@ -144,7 +144,8 @@ def test_the_mixture_gives_the_papers_rates() -> None:
 def test_evaluation_is_joined_to_training() -> None:
     loaded, evaluation = catalog(), load_catalog("molmo2-eval")
     assert loaded.require("eval") == list(evaluation.rows) and len(evaluation.rows) == 39
-    assert loaded.stages["eval"] == evaluation.stages["eval"]
+    assert loaded.stages["eval"] == evaluation.stages["eval"]  # so both catalogs make the same shards
+    assert (loaded.preset, loaded.tokenizer) == (evaluation.preset, evaluation.tokenizer)
     evaluated = {name for name, facts in REFERENCE.items() if facts["eval"]}
     assert len(evaluated) == 44
     assert not evaluated - {name for row in evaluation.rows for name in (row.name, row.folder)} - {*evaluation.left_out}
