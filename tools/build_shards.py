@@ -124,7 +124,7 @@ def main() -> None:
         for row in rows:
             out, since = f"{args.out.rstrip('/')}/{args.stage}/{row.name}", time.perf_counter()
             try:
-                if unfinished := unfinished_folders(row, args.raw):
+                if unfinished := unfinished_folders(catalog, row, args.raw):
                     raise MissingSourceError(f"{row.name}: the download of {', '.join(unfinished)} has not finished")
                 built = build_dataset(
                     row,
@@ -173,6 +173,7 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
         made = earlier_figures(storage) or made
     summary = {**totals.model_dump(), **built.fitted, "shards": len(built.index.shards)}
     summary |= {"left_out": {kind.reason: kind.number for kind in reasons}, "made": made}
+    summary |= {"unmatched_skips": list(built.unmatched_skips)}
     storage.write(REPORT_NAME, (json.dumps(summary, indent=1) + "\n").encode())
     print(
         f"{label}: {totals.samples} samples (message trees) of {totals.annotations} annotations, "
@@ -187,6 +188,8 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
         )
     for kind in reasons[:5]:
         print(f"  left out: {kind.number} x {kind.reason}\n    first: {kind.example}")
+    if unmatched := built.unmatched_skips:
+        print(f"  {len(unmatched)} items of `skip` match no row; first: {unmatched[0].removeprefix('skipped: ')}")
 
 
 def earlier_figures(storage: Storage) -> dict[str, float] | None:

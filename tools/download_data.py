@@ -63,16 +63,19 @@ def parse_args() -> argparse.Namespace:
 def selected(catalog: Catalog, stage: str, names: list[str] | None, include_eval: bool) -> list[Row]:
     """The rows of the selected stages, or those with the given names."""
     stages = {*(TRAINING if stage == "all" else [stage]), *(["eval"] if include_eval else [])}
-    rows = {row.name: row for row in catalog.rows if names is not None or stages & set(row.stages)}
-    if unknown := [name for name in names or [] if name not in rows]:
-        raise CatalogError(f"not in the catalog: {', '.join(unknown)}; known: {', '.join(rows)}")
-    rows = rows if names is None else {name: rows[name] for name in names}
-    if names is not None and stage != "all" and (others := [n for n in rows if not stages & set(rows[n].stages)]):
+    rows = [row for row in catalog.all_rows if stages & set(row.stages)]
+    if names is None:
+        if not rows:
+            raise catalog.no_rows(stage)
+        return rows
+    known = dict.fromkeys(row.name for row in catalog.all_rows)
+    if unknown := [name for name in names if name not in known]:
+        raise CatalogError(f"not in the catalog: {', '.join(unknown)}; known: {', '.join(known)}")
+    others = [name for name in names if name not in {row.name for row in rows}]
+    if others and stage != "all":
         raise CatalogError(f"not in stage {stage}: {', '.join(others)}")
-    if not rows:
-        known = ", ".join(other for other in STAGES if any(other in row.stages for row in catalog.rows))
-        raise CatalogError(f"no dataset of the catalog has stage {stage}; it has {known or 'no rows'}")
-    return list(rows.values())
+    rows += [row for row in catalog.all_rows if row.name in others]  # a name alone may be that of an evaluation set
+    return [row for name in dict.fromkeys(names) for row in rows if row.name == name]
 
 
 def show_manual(catalog: Catalog, rows: list[Row], raw: Path) -> None:
@@ -84,7 +87,9 @@ def show_manual(catalog: Catalog, rows: list[Row], raw: Path) -> None:
 
 def show_forecast(catalog: Catalog, rows: list[Row], raw: Path) -> list[str]:
     """Print number of files and GB of every folder; returns the folders of unknown size."""
-    published = {row.name: row.size for row in catalog.rows} | {n: f.size for n, f in catalog.folders.items()}
+    published = {row.name: row.size for row in reversed(catalog.all_rows)} | {
+        n: f.size for n, f in catalog.folders.items()
+    }
     total, failed = Forecast(), []
     print(f"{'folder':<40} {'files':>7} {'GB':>9} {'to fetch':>9}")
     for name, download in catalog.downloads(rows).items():
@@ -110,8 +115,10 @@ def show_forecast(catalog: Catalog, rows: list[Row], raw: Path) -> list[str]:
 
 
 def print_outcome(manifest: Manifest, folder: Path) -> None:
-    """Print a line about a complete folder."""
+    """Print a line about a complete folder, after its warnings."""
     files = [*(manifest.listing.files if manifest.listing else ()), *manifest.archives]
+    for warning in manifest.warnings:
+        print(f"download_data: {manifest.name}: warning: {warning}", file=sys.stderr)
     line = f"{manifest.name}: {len(files)} files, {sum(file.bytes for file in files) / 1e9:.3f} GB"
     if manifest.extracted:
         line += f", {sum(manifest.extracted.values())} unpacked"

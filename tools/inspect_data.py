@@ -80,8 +80,7 @@ def show_inventory(args: argparse.Namespace, catalog: Catalog) -> None:
     """Print the tables and the commands for what is missing."""
     stages: list[Stage] = [s for s in get_args(Stage) if args.stage == s or (args.stage == "all" and catalog.select(s))]
     if not any(catalog.select(stage) for stage in stages):
-        known = ", ".join(stage for stage in STAGES if any(stage in row.stages for row in catalog.rows))
-        raise CatalogError(f"no dataset of the catalog has stage {args.stage}; it has {known or 'no rows'}")
+        raise catalog.no_rows(args.stage)
     entries = list(inventory(catalog, stages, args.raw, args.shards))
     console = Console(width=None if sys.stdout.isatty() else WIDE)
     for stage in stages:
@@ -96,7 +95,8 @@ def choose_rows(catalog: Catalog, names: Sequence[str], stage: str) -> list[tupl
     Raises:
         CatalogError: a name is unknown or not in the stage.
     """
-    rows = {row.name: row for row in catalog.rows}
+    rows = {row.name: row for row in reversed(catalog.all_rows)}  # a training row before an evaluation row of its name
+    rows |= {row.name: row for row in catalog.all_rows if stage in row.stages}
     if unknown := [name for name in names if name not in rows]:
         raise CatalogError(f"not in the catalog: {', '.join(unknown)}; `python tools/inspect_data.py` lists all")
     if elsewhere := [name for name in names if stage not in {"all", *rows[name].stages}]:

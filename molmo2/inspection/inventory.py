@@ -57,7 +57,7 @@ def inventory(catalog: Catalog, stages: Sequence[Stage], raw: Path, shards: Path
 
 def _raw(catalog: Catalog, row: Row, raw: Path) -> Raw:
     missing = missing_folders(catalog, row, raw)
-    if unfinished_folders(row, raw):
+    if unfinished_folders(catalog, row, raw):
         return "unfinished"
     if not missing:
         return "there"
@@ -93,17 +93,18 @@ def commands(entries: Sequence[Entry], catalog_name: str) -> list[str]:
     """Lines with the commands that get everything that is missing; data that a person must get come last."""
     lines = []
     catalog = f" --catalog {catalog_name}"
-    fetch = dict.fromkeys(entry.row.name for entry in entries if entry.raw in {"missing", "unfinished"})
-    by_hand = dict.fromkeys(entry.row.name for entry in entries if entry.raw == "by hand")
-    if fetch:
-        lines.append(f"fetch: python tools/download_data.py{catalog} --datasets {' '.join(fetch)}")
+    training, evaluation = ([e for e in entries if (e.stage == "eval") is which] for which in (False, True))
+    for flag, some in (("", training), (" --stage eval", evaluation)):  # a name may stand for a row of both
+        if fetch := dict.fromkeys(e.row.name for e in some if e.raw in {"missing", "unfinished"}):
+            lines.append(f"fetch: python tools/download_data.py{catalog}{flag} --datasets {' '.join(fetch)}")
     for stage in dict.fromkeys(entry.stage for entry in entries):
         ready = [e.row.name for e in entries if e.stage == stage and e.raw == "there" and e.built != "built"]
-        if ready and stage != "eval":
+        if ready:
             lines.append(f"build: python tools/build_shards.py --stage {stage}{catalog} --datasets {' '.join(ready)}")
     if any(entry.raw == "to be made" for entry in entries):
         lines.append("make: `make demo` makes the demo's data; or set MOLMO2_DATA to where the data lie")
-    if by_hand:
-        manual = "python tools/download_data.py --show-manual-instructions"
-        lines.append(f"by hand: {manual}{catalog} --datasets {' '.join(by_hand)}")
+    for flag, some in (("", training), (" --stage eval", evaluation)):
+        if by_hand := dict.fromkeys(e.row.name for e in some if e.raw == "by hand"):
+            manual = "python tools/download_data.py --show-manual-instructions"
+            lines.append(f"by hand: {manual}{catalog}{flag} --datasets {' '.join(by_hand)}")
     return lines

@@ -29,6 +29,7 @@ from shards.build.task import FITTED, Part, ProcessorFactory, SampleProcessor, S
 from shards.catalog import Row, Stage, StageSettings
 from shards.catalog.converters import converter_problems
 from shards.convert.reading import open_rows
+from shards.convert.skips import unmatched_skips
 from shards.format import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -60,6 +61,7 @@ class Built:
         num_made: number of shards that this run built.
         num_kept: number of its shards that earlier runs had finished.
         fitted: number of samples that were changed to fit the limits of the stage: the keys of `task.FITTED`.
+        unmatched_skips: items of the catalog's `skip` that no row has, after a run of the whole dataset.
     """
 
     index: DatasetIndex | None
@@ -67,6 +69,7 @@ class Built:
     num_made: int
     num_kept: int
     fitted: dict[str, int]
+    unmatched_skips: tuple[str, ...] = ()
 
 
 def build_dataset(
@@ -130,13 +133,14 @@ def build_dataset(
         made = Counter[str]()
         for task in waiting:
             made.update(parts[task.name].totals)
-        index = None
+        index, unmatched = None, list[str]()
         if whole:
             if len(parts) < len(tasks):
                 raise BuildError(
                     f"{label}: {len(tasks) - len(parts)} shards are still to be built; omit --retry-failed"
                 )
             ordered = [parts[task.name] for task in tasks]
+            unmatched = unmatched_skips(row, raw, (reject["reason"] for part in ordered for reject in part.rejects))
             _write_rejects(storage, ordered)
             index = _index(row, stage, settings, processor, build, ordered)
             if index.totals.samples == 0:
@@ -144,7 +148,14 @@ def build_dataset(
             check_mark(storage, build)
             storage.write(INDEX_NAME, (index.model_dump_json(indent=1) + "\n").encode())
     fitted = {name: sum(part.totals.get(name, 0) for part in parts.values()) for name in FITTED}
-    return Built(index=index, made=made, num_made=len(waiting), num_kept=len(kept), fitted=fitted)
+    return Built(
+        index=index,
+        made=made,
+        num_made=len(waiting),
+        num_kept=len(kept),
+        fitted=fitted,
+        unmatched_skips=tuple(unmatched),
+    )
 
 
 def _plan(

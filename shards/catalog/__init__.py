@@ -25,6 +25,7 @@ from shards.catalog.row import (
     Masks,
     Row,
     Size,
+    Skip,
     Stage,
     Strict,
     TableFormat,
@@ -46,6 +47,7 @@ __all__ = [
     "Masks",
     "Row",
     "Size",
+    "Skip",
     "Stage",
     "StageSettings",
     "TableFormat",
@@ -76,6 +78,9 @@ class Catalog(Strict):
     Attributes:
         folders: raw folders that do not belong to a single row, by name.
         left_out: published datasets that have no row -> the reason.
+        evaluation: the catalog with the rows and the build settings of stage "eval", in a file by its name; None if
+            this catalog has its own. Its rows may have the names and raw folders of rows of this one: a folder holds
+            what both want.
     """
 
     preset: str
@@ -84,6 +89,23 @@ class Catalog(Strict):
     rows: tuple[Row, ...]
     folders: dict[str, Folder] = pydantic.Field(default_factory=dict)
     left_out: dict[str, str] = pydantic.Field(default_factory=dict)
+    evaluation: Catalog | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one_evaluation(self) -> Self:
+        if self.evaluation is None:
+            return self
+        if own := [row.name for row in self.rows if "eval" in row.stages]:
+            raise ValueError(f"rows of stage eval belong into the catalog `evaluation`: {', '.join(own)}")
+        if other := [row.name for row in self.evaluation.rows if row.stages != ("eval",)]:
+            raise ValueError(f"the catalog `evaluation` has rows of other stages: {', '.join(other)}")
+        for name, download in self._known_downloads().items():
+            if (second := self.evaluation._known_downloads().get(name)) is not None:
+                try:
+                    download.joined(second)
+                except ValueError as error:
+                    raise ValueError(f"folder {name}: training and evaluation cannot share it: {error}") from None
+        return self
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -101,18 +123,32 @@ class Catalog(Strict):
                 raise ValueError(f"row {row.name}: its raw folder is another one (`raw: {row.raw}`); remove `download`")
         return self
 
+    @property
+    def all_rows(self) -> tuple[Row, ...]:
+        """The rows of this catalog and of its catalog of evaluation; two of them may have the same name."""
+        return (*self.rows, *(self.evaluation.rows if self.evaluation else ()))
+
     def downloads(self, rows: Iterable[Row]) -> dict[str, Download]:
-        """Raw folders that these rows read, media folders included -> how each is downloaded."""
+        """Raw folders that these rows read, media folders included -> how each is downloaded, for all of the rows."""
+        wanted: dict[str, Download] = {}
+        own, others = self._known_downloads(), self.evaluation._known_downloads() if self.evaluation else {}
+        for row in rows:
+            known = others if self.evaluation and "eval" in row.stages else own
+            for name in row.folders:
+                if name in known:
+                    wanted[name] = wanted[name].joined(known[name]) if name in wanted else known[name]
+        return wanted
+
+    def _known_downloads(self) -> dict[str, Download]:
         known = {name: folder.download for name, folder in self.folders.items()}
-        known |= {row.name: row.download for row in self.rows if row.download is not None}
-        wanted = dict.fromkeys(name for row in rows for name in row.folders)
-        return {name: known[name] for name in wanted if name in known}
+        return known | {row.name: row.download for row in self.rows if row.download is not None}
 
     def how_to_get(self, row: Row) -> str:
         """Instructions for the user when the raw files of a row are missing."""
         downloads = self.downloads([row])
         steps = [f"{name}: {download.instructions}" for name, download in downloads.items() if download.instructions]
-        command = f"python tools/download_data.py --datasets {row.name}"
+        flag = " --stage eval" if row.stages == ("eval",) else ""
+        command = f"python tools/download_data.py{flag} --datasets {row.name}"
         if not downloads:
             return "make the data first (`make demo` makes the demo's), or set MOLMO2_DATA to the folder that holds it"
         fetched = any(download.kind not in {"manual", "none"} or download.repo for download in downloads.values())
@@ -124,7 +160,7 @@ class Catalog(Strict):
         Raises:
             CatalogError: a name that is unknown or not in this stage.
         """
-        rows = {row.name: row for row in self.rows if stage in row.stages}
+        rows = {row.name: row for row in self.all_rows if stage in row.stages}
         unknown = [name for name in names or [] if name not in rows]
         if unknown:
             raise CatalogError(f"not in stage {stage}: {', '.join(unknown)}; known: {', '.join(rows)}")
@@ -137,18 +173,24 @@ class Catalog(Strict):
             CatalogError: no row has this stage, or the catalog has no build settings for it; see also `select`.
         """
         if not (rows := self.select(stage, names)):
-            stages = ", ".join(other for other in STAGES if any(other in row.stages for row in self.rows))
-            raise CatalogError(f"no dataset of the catalog has stage {stage}; it has {stages or 'no rows'}")
+            raise self.no_rows(stage)
         if stage not in self.stages:
             known = ", ".join(self.stages) or "none"
             raise CatalogError(f"the catalog has no settings for stage {stage} in `stages`; it has {known}")
         return rows
 
+    def no_rows(self, stage: str) -> CatalogError:
+        """The error of a command whose stage has no rows."""
+        stages = ", ".join(other for other in STAGES if any(other in row.stages for row in self.all_rows))
+        return CatalogError(f"no dataset of the catalog has stage {stage}; it has {stages or 'no rows'}")
+
 
 def load_catalog(name: str) -> Catalog:
     """Load a catalog of this folder by its name, or a YAML file or a folder of YAML files by its path.
 
-    `base: NAME` inherits every setting from another catalog; settings of this file override them.
+    `base: NAME` inherits every setting from another catalog; settings of this file override them. `evaluation: NAME`
+    takes the rows and the build settings of stage "eval" from another catalog (a YAML file is beside this one). A file
+    with `rows` of its own inherits these build settings alone.
 
     In a folder, `catalog.yaml` holds the settings and every other file holds `rows` and `folders`. Each file may have
     `templates`; a mapping of the same file inherits their keys with `like: NAME` (see `shards.catalog.templates`).
@@ -163,8 +205,16 @@ def load_catalog(name: str) -> Catalog:
         known = ", ".join(sorted({p.stem for p in [*here.glob("*.yaml"), *(q.parent for q in here.glob("*/*.yaml"))]}))
         raise CatalogError(f"no catalog {name!r}; known: {known}, or the path of a YAML file")
     content = _merge_files(path) if path.is_dir() else read_catalog_file(path)
+    own = frozenset(content)
     if base := content.pop("base", None):
         content = {**_merge_files(here / base), **content}
+    if evaluation := content.pop("evaluation", None):
+        joined = load_catalog(str(path.parent / evaluation) if evaluation.endswith(".yaml") else evaluation)
+        if "eval" not in joined.stages:
+            raise CatalogError(f"{path}: the catalog {evaluation!r}, its `evaluation`, has no settings for stage eval")
+        content["stages"] = {"eval": joined.stages["eval"], **(content.get("stages") or {})}
+        if "rows" not in own or "evaluation" in own:
+            content["evaluation"] = joined
     try:
         return Catalog.model_validate(content)
     except pydantic.ValidationError as error:

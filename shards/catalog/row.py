@@ -6,10 +6,11 @@ rows into a catalog.
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import string
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, Self
 
 import pydantic
@@ -37,7 +38,8 @@ class Download(Strict):
         include: globs of the files of `repo` to download.
         urls: path of a file -> its URL.
         sha256: path of a file of `urls` -> published hash of its bytes.
-        extract: path or glob of an archive -> folder that it is unpacked into.
+        extract: path or glob of an archive -> folder that it is unpacked into. A JSON file that is not packed is put
+            there as it is. A glob without a match is a warning of the manifest.
         url_column: column (or column of lists) with image URLs.
         sha256_column: column with the sha256 of the images' bytes.
         instructions: the steps that a person must take.
@@ -63,6 +65,54 @@ class Download(Strict):
         if missing:
             raise ValueError(f"a download of kind {self.kind!r} needs {', '.join(missing)}")
         return self
+
+    def joined(self, other: Download) -> Download:
+        """The download of everything that either of the two fetches; this one itself if it covers the other.
+
+        Raises:
+            ValueError: the two differ in what a folder can have only once, such as the repository or a file's URL.
+        """
+        merged: dict[str, Any] = {}
+        for name in ("urls", "sha256", "extract"):
+            mine, others = getattr(self, name), getattr(other, name)
+            if double := [key for key in mine if key in others and mine[key] != others[key]]:
+                raise ValueError(f"{name} of {double[0]}: {mine[double[0]]} and {others[double[0]]}")
+            merged[name] = mine | others
+        if self.repo and other.repo and (self.repo, self.revision) != (other.repo, other.revision):
+            raise ValueError(f"repositories {self.repo}@{self.revision} and {other.repo}@{other.revision}")
+        for name in ("url_column", "sha256_column"):
+            values = {getattr(self, name), getattr(other, name)} - {None}
+            if len(values) > 1:
+                raise ValueError(f"{name}: {' and '.join(sorted(values))}")
+            merged[name] = next(iter(values), None)
+        merged |= {"repo": self.repo or other.repo, "revision": self.revision if self.repo else other.revision}
+        merged["include"] = (*self.include, *(glob for glob in other.include if not _within(glob, self.include)))
+        texts = dict.fromkeys(text for text in (self.instructions, other.instructions) if text)
+        kinds = {
+            "manual": "manual" in {self.kind, other.kind},
+            "hub-urls": merged["url_column"] is not None,
+            "archives": bool(merged["urls"]),
+            "hub": merged["repo"] is not None,
+        }
+        kind = next((kind for kind, fits in kinds.items() if fits), "none")
+        return Download(kind=kind, instructions=" ".join(texts), **merged)  # type: ignore[arg-type]
+
+    def covers(self, other: Download) -> bool:
+        """Whether a folder that is filled with this download holds everything that the other one fetches."""
+        try:
+            return self.joined(other).files() == self.files()
+        except ValueError:
+            return False
+
+    def files(self) -> dict[str, Any]:
+        """The settings that determine the files, without what is for a person."""
+        return self.model_dump(mode="json", exclude={"kind", "instructions"})
+
+
+def _within(glob: str, others: Iterable[str]) -> bool:
+    """Whether all paths that match a glob surely match another one, as with "data/val-*" and "data/*"."""
+    plain = [other for other in others if not set(other) & set("?[")]  # in these a "*" stands for itself only
+    return glob in others or any(fnmatch.fnmatchcase(glob, other) for other in plain)
 
 
 class Size(Strict):
@@ -194,6 +244,47 @@ class Exclusion(Strict):
     template: str = "{value}"
 
 
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+class Skip(Strict):
+    """Known bad items of the published data: their rows are left out, and recorded with the source.
+
+    Attributes:
+        columns: names or dotted paths of the columns that identify an item.
+        rows: the items, each with the values of `columns` in their order; an item of one column needs no list.
+        files: glob of files that list further items, relative to the raw folder; "" if there are none.
+        table: format of those files.
+        values: columns of those files, in the order of `columns`; several columns in place of one give a list, such as
+            the start and the end of a span.
+        source: who says that the items are bad.
+    """
+
+    columns: tuple[str, ...] = pydantic.Field(min_length=1)
+    rows: typing.Annotated[tuple[Any, ...], pydantic.BeforeValidator(_frozen)] = ()
+    files: str = ""
+    table: TableFormat = TableFormat()
+    values: tuple[str | tuple[str, ...], ...] = ()
+    source: str = pydantic.Field(min_length=1)
+
+    @property
+    def items(self) -> tuple[tuple[Any, ...], ...]:
+        """The items of `rows`, each as a tuple with a value for each column."""
+        return tuple(row if isinstance(row, tuple) else (row,) for row in self.rows)
+
+    @pydantic.model_validator(mode="after")
+    def _complete(self) -> Self:
+        if not self.rows and not self.files:
+            raise ValueError(f"skip on {', '.join(self.columns)}: give the items in `rows` or `files`")
+        if bool(self.files) != bool(self.values):
+            raise ValueError("skip: `files` and `values` belong together")
+        for item in (*self.items, *([self.values] if self.values else [])):
+            if len(item) != len(self.columns):
+                raise ValueError(f"skip: {list(item)} does not have one value for each of {', '.join(self.columns)}")
+        return self
+
+
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str | dict) else value
 
@@ -289,14 +380,15 @@ class Row(Strict):
         optional: columns that some of the files lack; their value is null there.
         lookups: tables that are joined to the rows.
         group_by: column by which rows are grouped to one example (one image or video); None: each row is an example.
+        skip: known bad items, whose rows are recorded as left out; checked before `filters`.
         filters: conditions that a row must meet; the others are recorded as left out.
         exclude: exclusion lists, such as a benchmark's images.
         options: parameters of the converter; `shards.catalog.converters` has a model of them for each converter.
         loss_weight: stage -> flat weight of a loss token; the length rule applies in every other stage.
         media: path template of a media file, or several that are tried in order; `{value}` is the value of the media
-            column, `{NAME}` that of another column, and formats such as `{value:012d}` work. A template may hold one
-            "*/" (any folder) and may end with ".*" (any video suffix). For a video stored as images it names their
-            folder.
+            column, `{value_name}` its last part, `{NAME}` the value of another column, and formats such as
+            `{value:012d}` work. A template may hold one "*/" (any folder), and either end with ".*" (any video suffix)
+            or hold one "*" in the file's name (any characters). For a video stored as images it names their folder.
         media_from: raw folders that are searched for media after the row's own.
         media_roots: absolute paths of folders outside of the raw data that links, absolute paths and file URLs of media
             may lead to; everything else outside is rejected.
@@ -321,6 +413,7 @@ class Row(Strict):
     optional: tuple[str, ...] = ()
     lookups: tuple[Lookup, ...] = ()
     group_by: str | None = None
+    skip: tuple[Skip, ...] = ()
     filters: tuple[Filter, ...] = ()
     exclude: tuple[Exclusion, ...] = ()
     options: dict[str, Any] = {}
@@ -346,6 +439,7 @@ class Row(Strict):
         """Every column that the row reads in a stage, sorted; dotted paths are kept as they are."""
         parts: tuple[Filter | Exclusion | Lookup, ...] = (*self.filters, *self.exclude, *self.lookups)
         others = {part.column for part in parts if part.column is not None}
+        others |= {column for skip in self.skip for column in skip.columns}
         if stage == "eval":
             others |= {*self.facts.values(), *(self.masks.columns if self.masks else ())}
         return sorted({*self.columns.values(), *others, *([self.group_by] if self.group_by else [])})

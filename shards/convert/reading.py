@@ -1,4 +1,4 @@
-"""From a catalog row to groups of rows, and from a group to examples: filters, exclusions, then the converter."""
+"""From a catalog row to groups of rows, and from a group to examples: skips, filters, exclusions, the converter."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from shards.convert import CONVERTERS
 from shards.convert.common import Group, Omitted
 from shards.convert.marks import without_marks
 from shards.convert.masks import masks_of, packed
+from shards.convert.skips import skip_reason, skipped_items
 from shards.schema import Example, MissingMediaError, RejectedError, as_reject
 from shards.sources.joined import open_joined
 from shards.sources.json_text import DuplicateKey
@@ -47,6 +48,8 @@ def open_rows(row: Row, stage: Stage, raw: Path) -> Table:
         own = {name for name in columns if name.partition(".")[0] not in {lookup.name for lookup in row.lookups}}
         table = open_table(raw, row.files[split_of(stage)], own - set(row.optional), row.table)
         table = open_joined(table, raw, row.lookups, columns)
+        for skip in row.skip:
+            skipped_items(skip, raw)
         for exclusion in row.exclude:
             _excluded_values(raw.parent / (exclusion.raw or raw.name), exclusion.model_dump_json())
     except MissingSourceError as error:
@@ -226,6 +229,8 @@ def _facts_of(group: Group, index: int) -> dict[str, Any]:
 def _left_out(group: Group, index: int) -> str:
     """The reason why the catalog leaves out a row of a group; "" if it does not."""
     values = group.values[index]
+    if reason := skip_reason(group.row, group.media.root, values):
+        return reason
     for f in group.row.filters:
         value = at(values, f.column)
         if (not f.stages or group.stage in f.stages) and not f.keeps(value):

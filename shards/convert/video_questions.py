@@ -89,9 +89,12 @@ def video_qa(group: Group, options: VideoQaOptions) -> Iterator[Example | Omitte
 
 
 def video_spans(group: Group, options: VideoSpansOptions) -> Iterator[Example | Omitted]:
-    """Convert a video with captions of its parts; times in a question are in seconds, or half the time HH:MM:SS.s."""
+    """Convert a video with captions of its parts: lists of spans and texts in a row, or one of each.
 
-    def parse(index: int, span: Any, text: Any, rng: np.random.Generator) -> Text:
+    Times in a question are in seconds, or half the time HH:MM:SS.s.
+    """
+
+    def parse(index: int, text: Any, span: Any, rng: np.random.Generator) -> Text:
         start, end = map(float, span)
         if not start < end or not text_of(text):
             raise RejectedError(f"a part from {start} to {end} s, or one without text")
@@ -103,7 +106,7 @@ def video_spans(group: Group, options: VideoSpansOptions) -> Iterator[Example | 
             answer=_with_full_stop(text_of(text)) if options.full_stop else text_of(text),
         )
 
-    annotations = yield from parse_items(group, parse, "spans", "text")
+    annotations = yield from parse_items(group, parse, "text", "spans")  # a text is no list, but a single span is
     yield from examples_of(group, options, {WHOLE: annotations})
 
 

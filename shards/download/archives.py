@@ -1,5 +1,6 @@
 """Unpack untrusted zip and tar archives: plain files only, below one folder, within limits, each file atomically.
 
+A JSON file where an archive is expected is put into the folder as it is: some publishers do not pack their tables.
 Every name is checked before the first byte is written. An archive with links, devices or encrypted members is refused
 as a whole, because it is not the one that was published.
 """
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import os
+import shutil
 import stat
 import tarfile
 import zipfile
@@ -47,6 +50,9 @@ def unpack(archive: Path, folder: Path, limits: ArchiveLimits | None = None) -> 
             content exceeds the limits.
     """
     limits = limits or ArchiveLimits()
+    if _is_json(archive):
+        _place(archive, folder / archive.name)
+        return 1
     allowed = min(limits.max_bytes, int(archive.stat().st_size * limits.max_ratio) + CHUNK)
     try:
         if zipfile.is_zipfile(archive):
@@ -63,6 +69,22 @@ def unpack(archive: Path, folder: Path, limits: ArchiveLimits | None = None) -> 
             return _write(archive, folder, _tar_files(tar), allowed)
     except DAMAGE as error:
         raise ArchiveError(f"{archive}: not a whole zip or tar archive ({error}); delete it and run again") from None
+
+
+def _is_json(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(64).lstrip()[:1] in {b"{", b"["}
+
+
+def _place(file: Path, target: Path) -> None:
+    """Link a file to its place, or copy it where the file system has no links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(file, temporary)
+        except OSError:
+            shutil.copyfile(file, temporary)
 
 
 def _zip_fault(member: zipfile.ZipInfo) -> str | None:

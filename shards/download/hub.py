@@ -105,7 +105,10 @@ def _explained(error: Exception, repo: str, revision: str | None) -> Exception:
             f"{repo} is gated: log in at {page}, accept its licence, then `hf auth login` or set HF_TOKEN and run again"
         )
     if isinstance(error, RevisionNotFoundError):
-        return DownloadError(f"{repo}: no revision {revision!r}; correct `revision` in the catalog")
+        return DownloadError(
+            f"{repo}: no revision {revision!r}; correct `revision` in the catalog; if this is the commit of an earlier "
+            "download, --update moves to the newest one"
+        )
     if isinstance(error, RepositoryNotFoundError):
         return DownloadError(f"{repo}: no such dataset on the Hub, or a private one; see {page}, or set HF_TOKEN")
     if isinstance(error, OfflineModeIsEnabled):

@@ -44,14 +44,15 @@ class MediaCounts(pydantic.BaseModel, extra="forbid", frozen=True):
 
 
 class Manifest(pydantic.BaseModel, extra="forbid", frozen=True):
-    """A complete download.
+    """A complete download. Rows of several catalogs may share the folder: each run adds what its rows want.
 
     Attributes:
-        download: the catalog's `download` that was fulfilled.
+        download: the `download` that was fulfilled, joined over all runs.
         listing: files of the repository; None without a repository.
         archives: files from fixed URLs.
         extracted: archive -> number of files unpacked from it.
         media: counts of images behind URLs.
+        warnings: what the catalog expects and the publisher's files do not have.
     """
 
     name: str
@@ -60,20 +61,21 @@ class Manifest(pydantic.BaseModel, extra="forbid", frozen=True):
     archives: tuple[File, ...] = ()
     extracted: dict[str, int] = {}
     media: MediaCounts | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def read_manifest(folder: Path, download: Download) -> Manifest | None:
-    """The manifest of a raw folder; None if there is none, or if the catalog's `download` has changed since."""
+    """The manifest of a raw folder; None if there is none, or if it does not cover `download`."""
+    manifest = stored_manifest(folder)
+    return manifest if manifest is not None and manifest.download.covers(download) else None
+
+
+def stored_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a raw folder, whatever was asked for; None if there is none."""
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (FileNotFoundError, pydantic.ValidationError):
         return None
-    return manifest if download_settings(manifest.download) == download_settings(download) else None
-
-
-def download_settings(download: Download) -> dict[str, object]:
-    """The part of a `download` that determines the files: everything except the instructions for a person."""
-    return download.model_dump(mode="json", exclude={"instructions"})
 
 
 def write_json(path: Path, value: pydantic.BaseModel | dict[str, object]) -> None:
@@ -100,9 +102,11 @@ def missing_folders(catalog: Catalog, row: Row, raw: Path) -> list[str]:
     return missing
 
 
-def unfinished_folders(row: Row, raw: Path) -> list[str]:
-    """Raw folders of a row in which a download has started and not finished, so that they may be incomplete."""
-    return [name for name in row.folders if (raw / name / STATE).exists() and not (raw / name / MANIFEST).exists()]
+def unfinished_folders(catalog: Catalog, row: Row, raw: Path) -> list[str]:
+    """Raw folders of a row in which a download has started, and has not finished what the row wants."""
+    downloads = catalog.downloads([row])
+    started = [name for name in row.folders if (raw / name / STATE).exists()]
+    return [name for name in started if name not in downloads or read_manifest(raw / name, downloads[name]) is None]
 
 
 def fetches(download: Download) -> bool:

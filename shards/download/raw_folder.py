@@ -1,7 +1,8 @@
 """Filling one raw folder: repository files, archives and their contents, images behind URLs, and the manifest.
 
 Every step first checks what is on disk, so a killed download resumes. The file list of a repository is requested once
-and stored; a build of shards never requests it.
+and stored; a build of shards never requests it. A folder that rows of several stages read is filled with all that the
+runs so far were asked for, at the commit of the first one.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from shards.download.manifest import (
     Listing,
     Manifest,
     MediaCounts,
-    download_settings,
     read_manifest,
+    stored_manifest,
     write_json,
 )
 from shards.download.urls import DEFAULT_POLICY, FetchPolicy, fetch_media, read_wanted
@@ -80,6 +81,7 @@ def forecast(download: Download, folder: Path) -> Forecast:
     Raises:
         DownloadError: the repository cannot be listed.
     """
+    download = _target(download, folder)
     listed = _listing(download, folder)
     sizes = {file.path: file.bytes for file in listed.files} if listed else {}
     unknown = 0
@@ -95,7 +97,7 @@ def forecast(download: Download, folder: Path) -> Forecast:
 
 
 def fill(name: str, download: Download, folder: Path, options: FillOptions) -> Manifest:
-    """Fetch the missing files of a folder and write its manifest.
+    """Fetch the missing files of a folder and write its manifest. What an earlier download fetched stays part of it.
 
     Raises:
         DownloadError: something cannot be fetched now; files that were fetched stay.
@@ -110,7 +112,7 @@ def fill(name: str, download: Download, folder: Path, options: FillOptions) -> M
         return known
     try:
         with file_lock(folder / STATE / "lock"):
-            return _fill(name, download, folder, options)
+            return _fill(name, _target(download, folder), folder, options)
     except LockHeldError:
         raise DownloadError(f"{name}: another process downloads into {folder}; wait for it, or end it") from None
 
@@ -122,10 +124,10 @@ def _fill(name: str, download: Download, folder: Path, options: FillOptions) -> 
     listing = _listing(download, folder)
     if listing is not None:
         _check_space(name, folder, listing)
-        write_json(folder / STATE / "listing.json", _CachedListing(asked=download_settings(download), listing=listing))
+        write_json(folder / STATE / "listing.json", _CachedListing(asked=download.files(), listing=listing))
         fetch_files(listing, folder)
     archives = tuple(_archive(path, url, download, folder, options.archives) for path, url in download.urls.items())
-    extracted = _extract(download, folder)
+    extracted, warnings = _extract(download, folder)
     media = None
     if download.url_column and listing is not None:
         files = [folder / file.path for file in listing.files if file.path.endswith(".parquet")]
@@ -137,32 +139,54 @@ def _fill(name: str, download: Download, folder: Path, options: FillOptions) -> 
             )
         media = MediaCounts(urls=len(wanted), present=num_present, failed=failed, limit=options.max_images)
     manifest = Manifest(
-        name=name, download=download, listing=listing, archives=archives, extracted=extracted, media=media
+        name=name,
+        download=download,
+        listing=listing,
+        archives=archives,
+        extracted=extracted,
+        media=media,
+        warnings=warnings,
     )
     write_json(folder / MANIFEST, manifest)
     return manifest
 
 
 class _CachedListing(pydantic.BaseModel):
-    """A stored listing with the request that it answers; another revision or other globs need a new listing."""
+    """A stored listing with the request that it answers."""
 
     asked: dict[str, object]
     listing: Listing
 
 
+def _target(download: Download, folder: Path) -> Download:
+    """What the folder is to hold: `download`, and what it already holds for rows that want other files of it."""
+    known = stored_manifest(folder)
+    try:
+        return known.download.joined(download) if known else download
+    except ValueError:  # the catalog has moved to another repository, revision or URL
+        return download
+
+
 def _listing(download: Download, folder: Path) -> Listing | None:
+    """The files of the repository; other globs than before are listed at the commit of the first download."""
     if download.repo is None:
         return None
-    return _stored_listing(download, folder) or list_files(download.repo, download.revision, download.include)
+    cached = _stored_listing(download, folder)
+    if cached is None:
+        return list_files(download.repo, download.revision, download.include)
+    if tuple(cached.asked["include"]) == download.include:  # type: ignore[arg-type]
+        return cached.listing
+    return list_files(download.repo, cached.listing.commit, download.include)
 
 
-def _stored_listing(download: Download, folder: Path) -> Listing | None:
-    """The listing of an earlier download; None if there is none, or if the catalog's `download` has changed since."""
+def _stored_listing(download: Download, folder: Path) -> _CachedListing | None:
+    """The listing of an earlier download; None if there is none, or if it is of another repository or revision."""
     try:
         cached = _CachedListing.model_validate_json((folder / STATE / "listing.json").read_bytes())
     except (FileNotFoundError, pydantic.ValidationError):
         return None
-    return cached.listing if cached.asked == download_settings(download) else None
+    same = all(cached.asked.get(name) == getattr(download, name) for name in ("repo", "revision"))
+    return cached if same else None
 
 
 def _forget_commit(download: Download, folder: Path) -> None:
@@ -171,16 +195,19 @@ def _forget_commit(download: Download, folder: Path) -> None:
     if old is None or download.repo is None:
         return
     new = list_files(download.repo, download.revision, download.include)
-    if new.commit == old.commit:
+    if new.commit == old.listing.commit:
         return
     (folder / MANIFEST).unlink(missing_ok=True)
-    for file in {file.path for file in old.files} - {file.path for file in new.files}:
+    for file in {file.path for file in old.listing.files} - {file.path for file in new.files}:
         (folder / file).unlink(missing_ok=True)
-    write_json(folder / STATE / "listing.json", _CachedListing(asked=download_settings(download), listing=new))
+    write_json(folder / STATE / "listing.json", _CachedListing(asked=download.files(), listing=new))
 
 
 def _is_whole(manifest: Manifest, folder: Path, max_images: int | None) -> bool:
-    """Whether all files of a manifest are on disk, and as many images as `max_images` requests now."""
+    """Whether all files of a manifest are on disk and unpacked, and as many images as `max_images` requests now."""
+    packed = (path for pattern in manifest.download.extract for path in _archives(folder, pattern))
+    if any(path.relative_to(folder).as_posix() not in manifest.extracted for path in packed):
+        return False
     files = [*(manifest.listing.files if manifest.listing else ()), *manifest.archives]
     limit = manifest.media.limit if manifest.media else None
     enough = limit is None or (max_images is not None and max_images <= limit)
@@ -226,14 +253,23 @@ def _archive(path: str, url: str, download: Download, folder: Path, limits: Fetc
     return file
 
 
-def _extract(download: Download, folder: Path) -> dict[str, int]:
-    """Unpack every archive that is not unpacked yet; returns archive -> number of its files."""
-    num_files = {}
+def _archives(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if path.is_file() and not is_system_file(path))
+
+
+def _extract(download: Download, folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Unpack every archive that is not unpacked yet.
+
+    Returns:
+        archive -> number of its files, and a warning for each pattern without a match: the publisher may not have what
+        the catalog expects, which must not keep the other archives packed.
+    """
+    num_files, warnings = dict[str, int](), list[str]()
     for pattern, target in download.extract.items():
-        matches = sorted(path for path in folder.glob(pattern) if path.is_file() and not is_system_file(path))
+        matches = _archives(folder, pattern)
         if not matches:
             steps = f"; {download.instructions}" if download.instructions else ""
-            raise DownloadError(f"{folder / pattern}: no such archive{steps}")
+            warnings.append(f"{folder / pattern}: no such archive, nothing was unpacked{steps}")
         for archive in matches:
             path = archive.relative_to(folder).as_posix()
             mark = folder / STATE / "extracted" / f"{path.replace('/', '__')}.json"
@@ -246,7 +282,7 @@ def _extract(download: Download, folder: Path) -> dict[str, int]:
             except ArchiveError as error:
                 raise DownloadError(str(error)) from None
             write_json(mark, _Unpacked(bytes=archive.stat().st_size, files=num_files[path]))
-    return num_files
+    return num_files, tuple(warnings)
 
 
 class _Unpacked(pydantic.BaseModel):

@@ -7,9 +7,12 @@ download was run, it is fetched in the same way and checked against the row's ha
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
+import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -38,8 +41,9 @@ class MediaFiles:
 
     Attributes:
         root: the raw folder of the dataset.
-        templates: path templates of a file, tried in order; `{value}` is the media value and `{NAME}` a column's. They
-            may hold one "*/" (any folder) and may end with ".*" (any of `VIDEO_SUFFIXES`).
+        templates: path templates of a file, tried in order; `{value}` is the media value, `{value_name}` its last part,
+            and `{NAME}` the value of a column. They may hold one "*/" (any folder), and either end with ".*" (any of
+            `VIDEO_SUFFIXES`) or hold one "*" in the file's name (any characters).
         others: folders that are searched after `root`.
         outside: folders that links, absolute paths and file URLs may lead to besides.
         limits: limits for fetching an image, if no download was run before.
@@ -105,7 +109,9 @@ class MediaFiles:
             raise RejectedError(f"media: {str(value)[:80]!r} cannot be opened: it holds a zero byte")
         try:
             candidate = next(self._candidates(value, row, folder), None)
-            names = [template.format(**{**row, "value": value}) for template in self.templates] or [str(value)]
+            names = [template.format(**_fields(value, row)) for template in self.templates] or [str(value)]
+        except RejectedError:
+            raise
         except (KeyError, ValueError) as error:
             raise RejectedError(f"media: template {self.templates} does not fit {value!r}: {error!r}") from None
         except OSError as error:
@@ -122,18 +128,28 @@ class MediaFiles:
         """Yield the existing files of the templates, each with the folder that it must stay below."""
         for template in self.templates or (None,):
             before, star, after = (template or "").rpartition("*/")
-            fields = {**row, "value": value}
-            before, name = before.format(**fields), after.format(**fields) if template else str(value)
-            names = [name[:-2] + suffix for suffix in VIDEO_SUFFIXES] if name.endswith(".*") else [name]
+            suffixes = VIDEO_SUFFIXES if after.endswith(".*") else ("",)
+            start, any_middle, end = after.removesuffix(".*").partition("*")
+            fields = _fields(value, row)
+            before, start, end = (part.format(**fields) for part in (before, start, end))
+            if template is None:
+                start = str(value)
             for root in (self.root, *self.others):
                 folders = [root]
                 if star:  # the row does not hold the name of the folder
                     matches = (root / before).glob("*")
                     folders = sorted(p for p in matches if p.is_dir() and not is_system_file(p.relative_to(root)))
-                places = [(spelled, below) for below in folders for n in names for spelled in spellings(below, n)]
+                places = [
+                    (spelled, below)
+                    for below in folders
+                    for name in (_names_between(below, start, end) if any_middle else [start + s for s in suffixes])
+                    for spelled in spellings(below, name)
+                ]
                 existing = [place for place in places if place[0].is_file() or (folder and place[0].is_dir())]
+                if any_middle and len(existing) > 1:
+                    raise RejectedError(f"media: {start}*{end} fits several files: {existing[0][0]}, {existing[1][0]}")
                 if star and len({path.parent for path, _ in existing}) > 1:
-                    raise RejectedError(f"media: {name} lies in several folders: {existing[0][0]}, {existing[1][0]}")
+                    raise RejectedError(f"media: {start} lies in several folders: {existing[0][0]}, {existing[1][0]}")
                 yield from existing
 
     def _below(self, path: Path, root: Path) -> Path:
@@ -213,6 +229,29 @@ class MediaFiles:
                 raise MissingMediaError(f"media: not downloaded, the download was limited to {limit} images: {url}")
         if any((root / MANIFEST).exists() for root in (self.root, *self.others)):
             raise RejectedError(f"media: not downloaded, {self.root / FAILURES} says why: {url}")
+
+
+def _fields(value: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a template may name: the columns of the row, the media value, and the value's last part."""
+    return {**row, "value": value, "value_name": str(value).replace("\\", "/").rpartition("/")[2]}
+
+
+def _names_between(below: Path, start: str, end: str) -> list[str]:
+    """Paths relative to `below` of the entries whose path begins with `start` and ends with `end`."""
+    inner, slash, first = start.rpartition("/")
+    folder = below / inner
+    if not folder.is_dir():
+        return []
+    names = _sorted_names(folder, folder.stat().st_mtime_ns)
+    begin = bisect.bisect_left(names, first)
+    fitting = itertools.takewhile(lambda name: name.startswith(first), itertools.islice(names, begin, None))
+    return [f"{inner}{slash}{name}" for name in fitting if name.endswith(end) and len(name) >= len(first) + len(end)]
+
+
+@functools.lru_cache(maxsize=16)
+def _sorted_names(folder: Path, mtime_ns: int) -> list[str]:
+    """The sorted names in a folder, cached for one state of it: a collection has a folder of many thousand videos."""
+    return sorted(name for name in os.listdir(folder) if not is_system_file(Path(name)))
 
 
 def _is_url(value: Any) -> bool:

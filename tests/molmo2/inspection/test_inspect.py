@@ -312,6 +312,11 @@ def test_states_of_raw_folders_and_shards(tmp_path: Path) -> None:
     assert fetch.startswith("fetch: python tools/download_data.py --catalog molmo2 --datasets ")
     assert "pixmo-cap" in fetch.split()
     assert "doc-qa" in by_hand.split()
+    both = [*entries, *inventory(catalog, ["eval"], raw, shards)]
+    fetch, held_out, by_hand, held_out_by_hand = commands(both, "molmo2")
+    assert held_out.startswith("fetch: python tools/download_data.py --catalog molmo2 --stage eval --datasets ")
+    assert "vqa-v2" in fetch.split() and "vqa-v2" in held_out.split() and "mmmu" not in fetch.split()
+    assert "--stage eval" in held_out_by_hand and "tomato" in held_out_by_hand.split() and "tomato" not in by_hand
 
 
 def test_samples_of_a_source_are_told_as_text(data: Path) -> None:

@@ -141,6 +141,52 @@ def test_the_mixture_gives_the_papers_rates() -> None:
     assert compared > 85
 
 
+def test_evaluation_is_joined_to_training() -> None:
+    loaded, evaluation = catalog(), load_catalog("molmo2-eval")
+    assert loaded.require("eval") == list(evaluation.rows) and len(evaluation.rows) == 39
+    assert loaded.stages["eval"] == evaluation.stages["eval"]  # so both catalogs make the same shards
+    assert (loaded.preset, loaded.tokenizer) == (evaluation.preset, evaluation.tokenizer)
+    evaluated = {name for name, facts in REFERENCE.items() if facts["eval"]}
+    assert len(evaluated) == 44
+    assert not evaluated - {name for row in evaluation.rows for name in (row.name, row.folder)} - {*evaluation.left_out}
+    training, held_out = loaded.downloads(loaded.rows), loaded.downloads(evaluation.rows)
+    shared = training.keys() & held_out.keys()
+    assert len(shared) == 14
+    assert sum(training[name].files() != held_out[name].files() for name in shared) == 9
+    together = loaded.downloads(loaded.all_rows)
+    for name in shared:
+        assert together[name].covers(training[name]) and together[name].covers(held_out[name]), name
+    (row,) = loaded.select("eval", ["vqa-v2"])
+    assert "val2014.zip" in loaded.downloads([row])["vqa-v2"].urls
+    assert "download_data.py --stage eval --datasets vqa-v2" in loaded.how_to_get(row)
+
+
+def test_a_catalog_has_its_evaluation_in_one_place(tmp_path: Path) -> None:
+    row = "{name: %s, stages: [%s], files: {%s: a}, converter: chat, columns: {messages: m}, options: {style: s}, "
+    row += "download: {kind: hub, repo: %s, include: [a]}}"
+    limits = "limits: {sequence_length: 768, max_crops: 32}"
+    exam = f"stages: {{eval: {{num_variants: 1, examples_per_shard: 5, {limits}}}}}"
+    head = "preset: tiny\ntokenizer: t\n"
+    (tmp_path / "exam.yaml").write_text(f"{head}{exam}\nrows: [{row % ('x', 'eval', 'validation', 'o/x')}]\n")
+
+    def load(*rows: str) -> Any:
+        content = f"{head}evaluation: exam.yaml\nstages: {{}}\nrows: [{', '.join(rows)}]\n"
+        (tmp_path / "mine.yaml").write_text(content)
+        return load_catalog(str(tmp_path / "mine.yaml"))
+
+    assert [r.stages for r in load(row % ("x", "sft", "train", "o/x")).all_rows] == [("sft",), ("eval",)]
+    with pytest.raises(CatalogError, match="rows of stage eval belong into the catalog `evaluation`: y"):
+        load(row % ("y", "eval", "validation", "o/y"))
+    with pytest.raises(CatalogError, match="folder x: training and evaluation cannot share it: repositories o/z@None"):
+        load(row % ("x", "sft", "train", "o/z"))
+    (tmp_path / "exam.yaml").write_text(f"{head}stages: {{}}\nrows: []\n")
+    with pytest.raises(CatalogError, match=r"'exam.yaml', its `evaluation`, has no settings for stage eval"):
+        load(row % ("x", "sft", "train", "o/x"))
+    (tmp_path / "own.yaml").write_text(f"base: molmo2\nrows: [{row % ('y', 'eval', 'validation', 'o/y')}]\n")
+    own = load_catalog(str(tmp_path / "own.yaml"))
+    assert [r.name for r in own.require("eval")] == ["y"]
+
+
 def test_what_to_do_about_missing_files() -> None:
     rows = {row.name: row for row in catalog().rows}
     assert "python tools/download_data.py --datasets pixmo-cap" in catalog().how_to_get(rows["pixmo-cap"])

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ LOCAL = FillOptions(
     archives=replace(ARCHIVE_LIMITS, allow_private=True, attempts=1),
     policy=replace(DEFAULT_POLICY, workers=8),
 )
+WIDER = Download(kind="hub", repo="owner/easy", include=("*/*.parquet",))
 PIXMO = Download(
     kind="hub-urls", repo="owner/pixmo", include=("data/*.parquet",), url_column="url", sha256_column="sha"
 )
@@ -80,7 +82,8 @@ def tree(folder: Path) -> dict[str, bytes]:
     """Every file of a folder but the Hub's and our own working state."""
     files = (path for path in folder.rglob("*") if path.is_file())
     inside = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: path.read_bytes() for name, path in inside.items() if not name.startswith((".cache", ".download"))}
+    state = {".cache", ".download"}
+    return {name: path.read_bytes() for name, path in inside.items() if not state & set(Path(name).parts)}
 
 
 def downloads(hub: Hub) -> list[str]:
@@ -184,9 +187,106 @@ def test_archives_are_fetched_checked_and_unpacked_once(web: Web, tmp_path: Path
     gone = wanted.model_copy(update={"urls": {"b.zip": f"{web.url}/status/404"}})
     with pytest.raises(DownloadError, match=r"http 404; the same command continues, or put the file at"):
         fill("coco", gone, tmp_path / "other", LOCAL)
-    by_hand = Download(kind="manual", instructions="Ask the authors.", extract={"*.tar": "."})
-    with pytest.raises(DownloadError, match=r"no such archive; Ask the authors"):
-        fill("coco", by_hand, tmp_path / "third", LOCAL)
+
+
+def packed(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def test_an_archive_that_is_not_published_is_a_warning_and_stops_no_other(hub: Hub, tmp_path: Path) -> None:
+    publish(hub, "owner/set", {"b/1.zip": packed({"1.mp4": b"one"})})
+    wanted = Download(kind="hub", repo="owner/set", include=("*/*.zip",), extract={"a/*.zip": "a", "b/*.zip": "b"})
+    for _ in range(2):
+        manifest = fill("set", wanted, tmp_path / "raw", LOCAL)
+        assert manifest.extracted == {"b/1.zip": 1} and (tmp_path / "raw/b/1.mp4").read_bytes() == b"one"
+        assert manifest.warnings == (f"{tmp_path}/raw/a/*.zip: no such archive, nothing was unpacked",)
+    by_hand = Download(kind="manual", instructions="Ask the authors.", extract={"*.zip": "."})
+    assert fill("set", by_hand, tmp_path / "hand", LOCAL).warnings[0].endswith("; Ask the authors.")
+    (tmp_path / "hand/own.zip").write_bytes(packed({"2.mp4": b"two"}))
+    manifest = fill("set", by_hand, tmp_path / "hand", LOCAL)
+    assert (manifest.extracted, manifest.warnings) == ({"own.zip": 1}, ())
+
+
+def test_a_table_that_is_not_packed_is_put_where_its_archive_would_put_it(web: Web, tmp_path: Path) -> None:
+    table = b' {"qa_pairs": []}'
+    wanted = Download(kind="archives", urls={"qa.json": f"{web.url}/file/qa"}, extract={"qa.json": "questions"})
+    for name, data in {"plain": table, "zipped": packed({"qa.json": table})}.items():
+        web.files["qa"] = data
+        for _ in range(2):
+            assert fill("qa", wanted, tmp_path / name, LOCAL).extracted == {"qa.json": 1}
+            assert (tmp_path / name / "questions/qa.json").read_bytes() == table
+    web.files["qa"] = b"<html>too many downloads"
+    with pytest.raises(DownloadError, match=r"not a whole zip or tar archive"):
+        fill("qa", wanted, tmp_path / "page", LOCAL)
+
+
+# --- one folder of several rows --------------------------------------------------------------------------------------
+
+
+def test_rows_that_share_a_folder_fill_it_together(hub: Hub, web: Web, tmp_path: Path) -> None:
+    """Whichever comes first: neither makes the other incomplete, fetches a file twice, or moves the commit."""
+    web.files["a.zip"] = packed({"1.jpg": b"one"})
+    url = {"a.zip": f"{web.url}/file/a.zip"}
+    publish(hub, "owner/set", {"train/a.parquet": b"train", "val/a.parquet": b"val"})
+    train = Download(kind="hub", repo="owner/set", include=("train/*",))
+    exam = Download(kind="archives", repo="owner/set", include=("val/*",), urls=url, extract={"a.zip": "images"})
+    subset = Download(kind="hub", repo="owner/set", include=("val/a*.parquet",))
+    for order in ((train, exam), (exam, train)):
+        folder = tmp_path / order[0].kind
+        hub.log.clear()
+        first = fill("set", order[0], folder, LOCAL)
+        shutil.copytree(hub.root / "datasets/owner/set", hub.root / f"datasets/owner/set@{order[0].kind}")
+        publish(hub, "owner/set", {"val/b.parquet": order[0].kind.encode()})  # upstream moves on
+        assert read_manifest(folder, order[1]) is None
+        second = fill("set", order[1], folder, LOCAL)
+        assert first.listing is not None and second.listing is not None
+        assert second.listing.commit == first.listing.commit
+        assert {"train/a.parquet", "val/a.parquet", "a.zip", "images/1.jpg"} <= set(tree(folder))
+        assert len(downloads(hub)) == len(second.listing.files)
+        asked = len(hub.log)
+        for wanted in (train, exam, subset):
+            assert read_manifest(folder, wanted) == fill("set", wanted, folder, LOCAL) == second
+        assert len(hub.log) == asked
+    assert web.asked["/file/a.zip"] == 2  # once for each of the two folders
+
+
+def test_a_second_download_that_is_cut_leaves_the_first_complete(hub: Hub, web: Web, tmp_path: Path) -> None:
+    publish(hub, "owner/set", {"train/a.parquet": b"train", "val/a.parquet": b"val"})
+    train = Download(kind="hub", repo="owner/set", include=("train/*",))
+    exam = Download(kind="archives", repo="owner/set", include=("val/*",), urls={"b.zip": f"{web.url}/status/404"})
+    folder = tmp_path / "set"
+    first = fill("set", train, folder, LOCAL)
+    with pytest.raises(DownloadError, match="http 404"):
+        fill("set", exam, folder, LOCAL)
+    assert read_manifest(folder, train) == first
+    assert read_manifest(folder, exam) is None
+
+
+def test_another_repository_or_revision_takes_the_place_of_the_first(hub: Hub, tmp_path: Path) -> None:
+    publish(hub, "owner/set", {"a.parquet": b"a"})
+    publish(hub, "owner/other", {"a.parquet": b"other"})
+    wanted = Download(kind="hub", repo="owner/set", include=("*.parquet",))
+    moved = wanted.model_copy(update={"repo": "owner/other"})
+    with pytest.raises(ValueError, match=r"repositories owner/set@None and owner/other@None"):
+        wanted.joined(moved)
+    fill("set", wanted, tmp_path / "raw", LOCAL)
+    manifest = fill("set", moved, tmp_path / "raw", LOCAL)
+    assert manifest.download == moved and read_manifest(tmp_path / "raw", wanted) is None
+
+
+def test_globs_that_lie_within_others() -> None:
+    def of(*globs: str) -> Download:
+        return Download(kind="hub", repo="a/b", include=globs)
+
+    assert of("data/*.parquet").covers(of("data/val-*.parquet"))
+    assert of("a", "b").covers(of("b")) and not of("b").covers(of("a", "b"))
+    assert not of("data/val-*.parquet").covers(of("data/*.parquet"))
+    assert not of("data/?.parquet").covers(of("data/*.parquet"))
+    assert not of("data/[*].parquet").covers(of("data/*.parquet"))
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -369,6 +469,56 @@ def test_the_command_line(hub: Hub, catalog: Catalog, tmp_path: Path) -> None:
     assert unknown.returncode == 1 and "not in the catalog: nothing; known: easy" in unknown.stderr
 
 
+JOINED = """
+preset: tiny
+tokenizer: tokenizer
+evaluation: exam.yaml
+stages: {}
+rows:
+  - name: easy
+    stages: [sft]
+    files: {train: train/*.parquet}
+    converter: image_caption
+    columns: {image: image, caption: text}
+    download: {kind: hub, repo: owner/easy, include: ["train/*.parquet"]}
+"""
+EXAM = """
+preset: tiny
+tokenizer: tokenizer
+stages: {eval: {num_variants: 1, examples_per_shard: 5, limits: {sequence_length: 768, max_crops: 32}}}
+templates:
+  captions: {converter: image_caption, columns: {image: image, caption: text}}
+  exam: {like: captions, stages: [eval], files: {validation: val/*.parquet}}
+rows:
+  - {like: exam, name: easy, download: {kind: hub, repo: owner/easy, include: ["val/*.parquet"]}}
+  - {like: exam, name: other, download: {kind: hub, repo: owner/other, include: ["val/*.parquet"]}}
+"""
+
+
+@pytest.mark.slow
+def test_the_command_line_with_a_catalog_of_evaluation(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(JOINED)
+    (tmp_path / "exam.yaml").write_text(EXAM)
+    publish(hub, "owner/easy", {"train/a.parquet": b"t", "val/a.parquet": b"v"})
+    publish(hub, "owner/other", {"val/a.parquet": b"o"})
+    raw, loaded = tmp_path / "data/raw", load_catalog(str(tmp_path / "c.yaml"))
+    train, exam, other = loaded.all_rows
+    assert run(hub, tmp_path).returncode == 0
+    assert set(tree(raw)) == {"easy/manifest.json", "easy/train/a.parquet"}
+    assert [missing_folders(loaded, row, raw) for row in (train, exam, other)] == [[], ["easy"], ["other"]]
+    assert run(hub, tmp_path, "--stage", "eval", "--datasets", "easy").returncode == 0
+    assert "easy/val/a.parquet" in tree(raw) and "other/val/a.parquet" not in tree(raw)
+    assert [missing_folders(loaded, row, raw) for row in (train, exam)] == [[], []]
+    both = run(hub, tmp_path, "--include-eval")
+    assert both.returncode == 0 and "easy: 2 files" in both.stdout and "other: 1 files" in both.stdout
+    shutil.rmtree(raw)
+    assert run(hub, tmp_path, "--datasets", "other").returncode == 0  # a name of the evaluation alone
+    assert set(tree(raw)) == {"other/manifest.json", "other/val/a.parquet"}
+    shutil.rmtree(raw)
+    assert run(hub, tmp_path, "--stage", "eval").returncode == 0
+    assert {name for name in tree(raw) if name.endswith("parquet")} == {"easy/val/a.parquet", "other/val/a.parquet"}
+
+
 def test_what_is_missing_of_a_row(catalog: Catalog, tmp_path: Path) -> None:
     easy, _, asking, _ = catalog.rows
     assert missing_folders(catalog, easy, tmp_path) == ["easy"]
@@ -382,7 +532,11 @@ def test_what_is_missing_of_a_row(catalog: Catalog, tmp_path: Path) -> None:
     (tmp_path / "easy/manifest.json").write_text(json.dumps({"name": "easy", "download": download}))
     assert missing_folders(catalog, easy, tmp_path) == []
     (tmp_path / "pool/.download").mkdir()
-    assert unfinished_folders(asking, tmp_path) == ["pool"]
+    assert unfinished_folders(catalog, asking, tmp_path) == ["pool"]
+    (tmp_path / "easy/.download").mkdir()
+    assert unfinished_folders(catalog, easy, tmp_path) == []
+    more = catalog.model_copy(update={"rows": (easy.model_copy(update={"download": WIDER}),)})
+    assert unfinished_folders(more, easy, tmp_path) == missing_folders(more, easy, tmp_path) == ["easy"]
 
 
 def test_two_downloads_do_not_share_a_folder(hub: Hub, tmp_path: Path) -> None:
