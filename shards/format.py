@@ -104,7 +104,7 @@ class DatasetIndex(pydantic.BaseModel, extra="forbid", frozen=True):
 
     `processor` holds every setting that changes a token or a pixel (`processor["layout"]` is a `layout.VisualLayout`);
     `source` names the published dataset (repo, revision); `build` records the options of the build, and the reader
-    needs none of them.
+    needs none of them. `fitted` counts the samples that were changed to fit the limits of the stage, by kind.
     """
 
     format_version: int
@@ -115,6 +115,7 @@ class DatasetIndex(pydantic.BaseModel, extra="forbid", frozen=True):
     source: dict[str, Any]
     build: dict[str, Any]
     totals: Totals
+    fitted: dict[str, int] = {}
     shards: tuple[ShardInfo, ...]
 
     @property

@@ -26,6 +26,7 @@ from molmo2.processing.processor import build_processor
 from shards.build.builder import REJECT_BUDGET, Built, build_dataset
 from shards.build.claim import BuildError
 from shards.build.pool import worker_pool
+from shards.build.rebuild import rows_to_build
 from shards.build.rejects import kinds
 from shards.catalog import STAGES, load_catalog
 from shards.command import run
@@ -109,7 +110,7 @@ def main() -> None:
     args = parse_args()
     task = args.task or task_from(os.environ)
     catalog = load_catalog(args.catalog)
-    rows, failed = catalog.require(args.stage, args.datasets), list[str]()
+    rows, failed = rows_to_build(catalog, args.stage, args.datasets, args.out.rstrip("/")), list[str]()
     settings = catalog.stages[args.stage]
     make_processor = functools.partial(
         build_processor,
@@ -121,7 +122,9 @@ def main() -> None:
         ),
     )
     with worker_pool(make_processor, args.workers) as pool:
-        for row in rows:
+        for row, share in rows:
+            if share:
+                print(f"{args.stage}/{row.name}: built again, narrower limits changed {share:.1%} of its samples")
             out, since = f"{args.out.rstrip('/')}/{args.stage}/{row.name}", time.perf_counter()
             try:
                 if unfinished := unfinished_folders(catalog, row, args.raw):
@@ -171,7 +174,7 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
     }
     if not built.num_made:  # the figures of the run that made the shards stay
         made = earlier_figures(storage) or made
-    summary = {**totals.model_dump(), **built.fitted, "shards": len(built.index.shards)}
+    summary = {**totals.model_dump(), **built.index.fitted, "shards": len(built.index.shards)}
     summary |= {"left_out": {kind.reason: kind.number for kind in reasons}, "made": made}
     summary |= {"unmatched_skips": list(built.unmatched_skips)}
     storage.write(REPORT_NAME, (json.dumps(summary, indent=1) + "\n").encode())
@@ -180,11 +183,11 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
         f"{totals.tokens:,} tokens, {totals.crops} crops, {totals.frames} frames, {totals.bytes / 1e9:.3f} GB in "
         f"{len(built.index.shards)} shards, {totals.rejects} left out; made {speed}"
     )
-    if any(built.fitted.values()):
+    if any(built.index.fitted.values()):
         print(
             "  to fit the limits: {shrunk} samples have fewer crops or frames, {parts} are parts of a larger tree, "
             "{fewer_images} have the first of more images, {clips} show a part of their video, "
-            "{lost_points} lost points with it".format(**built.fitted)
+            "{lost_points} lost points with it".format(**built.index.fitted)
         )
     for kind in reasons[:5]:
         print(f"  left out: {kind.number} x {kind.reason}\n    first: {kind.example}")

@@ -60,7 +60,6 @@ class Built:
         made: totals of the shards that this run built, by the names of `Totals`.
         num_made: number of shards that this run built.
         num_kept: number of its shards that earlier runs had finished.
-        fitted: number of samples that were changed to fit the limits of the stage: the keys of `task.FITTED`.
         unmatched_skips: items of the catalog's `skip` that no row has, after a run of the whole dataset.
     """
 
@@ -68,7 +67,6 @@ class Built:
     made: Counter[str]
     num_made: int
     num_kept: int
-    fitted: dict[str, int]
     unmatched_skips: tuple[str, ...] = ()
 
 
@@ -147,13 +145,11 @@ def build_dataset(
                 raise BuildError(f"{label}: no sample was made; {storage.root}/{REJECTS_NAME} says why")
             check_mark(storage, build)
             storage.write(INDEX_NAME, (index.model_dump_json(indent=1) + "\n").encode())
-    fitted = {name: sum(part.totals.get(name, 0) for part in parts.values()) for name in FITTED}
     return Built(
         index=index,
         made=made,
         num_made=len(waiting),
         num_kept=len(kept),
-        fitted=fitted,
         unmatched_skips=tuple(unmatched),
     )
 
@@ -269,6 +265,7 @@ def _index(
         source=dict(row.source),
         build={key: build[key] for key in ("version", "settings", "files")},
         totals=Totals(**{name: sums[name] for name in Totals.model_fields}),
+        fitted={name: sums[name] for name in FITTED},
         shards=tuple(ShardInfo(**part.shard) for part in parts),
     )
 

@@ -57,11 +57,16 @@ __all__ = [
 
 
 class StageSettings(Strict):
-    """Build settings of a stage: limits of a sample, number of text variants, examples per shard."""
+    """Build settings of a stage: limits of a sample, number of text variants, examples per shard.
+
+    `rebuilds` names a stage with narrower limits, whose other datasets a run of this stage reads as well. Those that
+    lost much to the limits are built again in this stage.
+    """
 
     num_variants: int = pydantic.Field(ge=1, le=64)
     examples_per_shard: int = pydantic.Field(gt=0)
     limits: Limits
+    rebuilds: Stage | None = None
 
     @pydantic.field_validator("limits", mode="before")
     @classmethod
@@ -153,6 +158,22 @@ class Catalog(Strict):
             return "make the data first (`make demo` makes the demo's), or set MOLMO2_DATA to the folder that holds it"
         fetched = any(download.kind not in {"manual", "none"} or download.repo for download in downloads.values())
         return "\n  ".join([*([f"fetch it: {command}"] if fetched else []), *steps])
+
+    def rebuilt(self, stage: Stage) -> list[Row]:
+        """Rows of the stage that this one `rebuilds`, and that this stage does not have, as rows of this stage."""
+        other = self.stages[stage].rebuilds if stage in self.stages else None
+        return [
+            row.model_copy(
+                update={
+                    "stages": (*row.stages, stage),
+                    "loss_weight": {stage: row.loss_weight[other], **row.loss_weight}
+                    if other in row.loss_weight
+                    else row.loss_weight,
+                }
+            )
+            for row in self.rows
+            if other in row.stages and stage not in row.stages
+        ]
 
     def select(self, stage: Stage, names: list[str] | None = None) -> list[Row]:
         """The rows of a stage, or only those with the given names.

@@ -22,10 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
-from build_cases import build, build_part, catalog, tree
+from build_cases import build, build_part, catalog, factory, tree
 from fork_server import python
 
+from shards.build.builder import build_dataset
 from shards.build.claim import BuildError
+from shards.build.rebuild import rows_to_build
 from shards.catalog import Filter, Stage
 from shards.format import TOKEN_DTYPE
 from shards.sources.parquet import SourceError
@@ -342,5 +344,32 @@ def test_a_tree_that_does_not_fit_becomes_several_samples(raw: Path, tmp_path: P
             assert not notes or notes[0]["kept"] == max(m["branch"] for m in record["variants"][0]["messages"])
     halves = [key for key in parts if key.endswith(("-a", "-b"))]
     assert halves and all(parts[key] for key in halves)
-    assert +Counter(built.fitted) == {"shrunk": shrunk, "parts": len(halves)} and shrunk > 0
+    assert +Counter(built.index.fitted) == {"shrunk": shrunk, "parts": len(halves)} and shrunk > 0
     assert not any(parts[key] for key in parts.keys() - set(halves))
+
+
+def test_a_stage_builds_again_what_a_narrower_one_lost_much_of(raw: Path, tmp_path: Path) -> None:
+    demo = catalog("sft")
+    long = demo.stages["long"].model_copy(update={"rebuilds": "sft"})
+    images = tuple(row.model_copy(update={"stages": ("sft",)}) for row in demo.rows if row.name == "demo-count")
+    videos = tuple(row for row in demo.rows if row.name == "demo-video-qa")
+    both = demo.model_copy(update={"rows": images + videos, "stages": {**demo.stages, "long": long}})
+
+    def names(asked: list[str] | None = None) -> list[str]:
+        return [row.name for row, _ in rows_to_build(both, "long", asked, str(tmp_path))]
+
+    assert names() == ["demo-video-qa"], "what is not built has lost nothing"
+    build(raw, tmp_path / "sft", "demo-count", "sft")
+    assert names() == ["demo-video-qa"]
+    settings = demo.stages["sft"]
+    tight = settings.model_copy(update={"limits": dataclasses.replace(settings.limits, max_crops=2)})
+    shutil.rmtree(tmp_path / "sft")
+    lost = build(raw, tmp_path / "sft", "demo-count", "sft", settings=tight)
+    assert lost.fitted["shrunk"] > 0.01 * lost.totals.samples
+    assert names() == ["demo-video-qa", "demo-count"]
+    assert names(["demo-count"]) == ["demo-count"] and names(["demo-video-qa"]) == ["demo-video-qa"]
+    ((row, share),) = rows_to_build(both, "long", ["demo-count"], str(tmp_path))
+    assert share == lost.fitted["shrunk"] / lost.totals.samples
+    assert row.stages == ("sft", "long")
+    whole = build_dataset(row, "long", long, factory(raw, "long"), raw=raw / "demo-count", out=tmp_path / "long")
+    assert whole.index is not None and whole.index.stage == "long" and whole.index.fitted["shrunk"] == 0
