@@ -17,6 +17,7 @@ import psutil
 import pytest
 from ranks import CPU, ROOT, SCRIPT, Launch, free_port
 
+BIN = Path(sys.executable).parent
 NUMBERS = itertools.count()
 LIMIT = 300.0  # seconds that a run may take
 
@@ -44,20 +45,27 @@ def train(root: Path, recipe: Path, *options: str, code: int = 0, **more: Any) -
     return output
 
 
-def command(launcher: str) -> list[str]:
-    """The words before the trainer's own options, for two ranks under a real launcher."""
-    bin_dir, port = Path(sys.executable).parent, str(free_port())
-    return {
-        "deepspeed": [str(bin_dir / "deepspeed"), "--num_accelerators", "2", "--master_port", port, SCRIPT],
-        "torchrun": [str(bin_dir / "torchrun"), "--nproc_per_node", "2", "--master_port", port, SCRIPT],
+def launch(root: Path, recipe: Path, *options: str) -> subprocess.Popen[str]:
+    """Start the trainer as a user does, with the real deepspeed launcher, on two ranks."""
+    words = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()), SCRIPT]
+    return _started(root, [*words, "--recipe", str(recipe), *options])
+
+
+def launch_on_two_machines(launcher: str, root: Path, recipe: Path) -> list[subprocess.Popen[str]]:
+    """Start one rank of the trainer with a real launcher for each of two machines, which are this one."""
+    port, hosts = str(free_port()), root / f"{launcher}-hosts"
+    hosts.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+    meet = ["--master_addr", "127.0.0.1", "--master_port", port]
+    words = {
+        "deepspeed": [str(BIN / "deepspeed"), "--hostfile", str(hosts), "--no_ssh", *meet],
+        "torchrun": [str(BIN / "torchrun"), "--nnodes", "2", "--nproc_per_node", "1", *meet],
     }[launcher]
+    return [_started(root, [*words, "--node_rank", str(rank), SCRIPT, "--recipe", str(recipe)]) for rank in range(2)]
 
 
-def launch(launcher: str, root: Path, recipe: Path, *options: str) -> subprocess.Popen[str]:
-    """Start the trainer as a user does, with a real launcher, on two ranks."""
-    arguments = [*command(launcher), "--recipe", str(recipe), *options]
+def _started(root: Path, command: list[str]) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(arguments, cwd=ROOT, env=variables(root), start_new_session=True, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=variables(root), start_new_session=True, **pipes)
 
 
 def log(root: Path, name: str) -> list[dict[str, Any]]:

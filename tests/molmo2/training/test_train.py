@@ -14,7 +14,18 @@ import pytest
 import torch
 import toy_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from train_runs import assert_same_curve, branch_off, curve, launch, log, ranks_of, start, train, wait_for
+from train_runs import (
+    assert_same_curve,
+    branch_off,
+    curve,
+    launch,
+    launch_on_two_machines,
+    log,
+    ranks_of,
+    start,
+    train,
+    wait_for,
+)
 
 from molmo2.checkpoint.lookup import load_weights
 from molmo2.training.run import lock_run
@@ -122,18 +133,20 @@ def test_sigterm_to_a_rank_and_all_workers_saves_and_asks_for_a_new_start(root: 
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_sigterm_to_a_launcher_saves(root: Path, launcher: str) -> None:
+def test_sigterm_to_the_launchers_of_two_machines_saves(root: Path, launcher: str) -> None:
     """To torchrun itself; to the process group of deepspeed, whose first process passes no signal on."""
     recipe = toy_run.write_recipe(root / f"{launcher}.yaml", launcher, steps=6, checkpoint_every=100)
-    process = launch(launcher, root, recipe)
-    wait_for(process, lambda: len(log(root, launcher)) >= 2)
-    if launcher == "torchrun":
-        process.terminate()
-    else:
-        os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "stopped on request (signal) after step" in output, output
+    machines = launch_on_two_machines(launcher, root, recipe)
+    wait_for(machines[0], lambda: len(log(root, launcher)) >= 2)
+    for machine in machines:
+        if launcher == "torchrun":
+            machine.terminate()
+        else:
+            os.killpg(machine.pid, signal.SIGTERM)
+    outputs = [machine.communicate(timeout=120)[0] for machine in machines]
+    assert all(machine.returncode != 0 for machine in machines), outputs
+    assert "on 2 ranks (dp 2, sp 1)" in outputs[0], outputs
+    assert "stopped on request (signal) after step" in outputs[0], outputs
     assert saved_at_the_last_step(root, launcher)
 
 
@@ -179,7 +192,7 @@ def test_stages_hand_over_and_finished_ones_are_skipped(root: Path) -> None:
     folder.mkdir()
     first = toy_run.write_recipe(folder / "stage1.yaml", "first", steps=8)
     toy_run.write_recipe(folder / "stage2.yaml", "second", init="first", steps=2, sp=2, zero_stage=2)
-    process = launch("deepspeed", root, first, "--all-stages", "--check-sp")
+    process = launch(root, first, "--all-stages", "--check-sp")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert "second: steps 1-2" in output
