@@ -82,7 +82,7 @@ def vision(cases: list[tuple[list[int], list[int]]]) -> list[tuple[torch.Tensor,
         projection = torch.linspace(-1, 1, 12 * 5).reshape(12, 5).requires_grad_()
         pixels, pooling, weight = vision_inputs(crops, tokens)
         counts = torch.tensor(crops, dtype=torch.int64), torch.tensor(tokens, dtype=torch.int64)
-        pixels = pixels[split_visuals(crops, tokens, mesh.sp)[mesh.sp_rank].crops]
+        pixels = pixels[torch.from_numpy(split_visuals(crops, tokens, mesh.sp)[mesh.sp_rank].crops)]
         features, touch = encode_shared(encoder(projection), pixels, pooling, *counts, PATCHES, CROP, mesh)
         own = torch.arange(len(features)) % mesh.sp == mesh.sp_rank
         ((features * weight).sum(1)[own].sum() + touch).backward()
