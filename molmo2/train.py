@@ -75,7 +75,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--inspect", type=int, nargs="?", const=1, metavar="STEP", help="print packs of a step (1)")
     parser.add_argument("--replay", type=int, metavar="STEP", help="loss of each sample of a step, before its update")
     parser.add_argument("--change-data", action="store_true", help="resume with other data or another mixture")
-    parser.add_argument("--check-sp", action="store_true", help="compare a small pack on one rank and on a group first")
+    parser.add_argument("--check-sp", action="store_true", help="compare a pack on one rank and on a group first")
     parser.add_argument("--deepspeed_config", type=Path, metavar="JSON", help="buffers, prefetching, profiling")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(argv)
@@ -214,7 +214,7 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, argument
     if arguments.check_sp and mesh.sp > 1:
         from molmo2.training.check_sp import check_sequence_parallel
 
-        errors = check_sequence_parallel(model.to(device), recipe, mesh)
+        errors = check_sequence_parallel(model, recipe, mesh, device)
         say(f"{recipe.name}: sp {mesh.sp} agrees with one rank to {max(errors.values()):.1e}")
     engine, optimizer, names = start_engine(model, recipe, mesh, universal is not None, added)
     with all_ranks_ok():
