@@ -101,7 +101,7 @@ def field_digests(batch: Batch) -> dict[str, int]:
         value, state = getattr(batch, field.name), xxhash.xxh3_64()
         if isinstance(value, torch.Tensor):
             state.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            state.update(np.ascontiguousarray(value.numpy()))
+            state.update(np.ascontiguousarray(value.numpy()).data)
         else:
             state.update(repr(value).encode())
         digests[field.name] = int.from_bytes(state.digest(), signed=True)
