@@ -123,7 +123,7 @@ def whole_pack(rank: int, world: int, folder: str, answers: Any) -> None:
     segments[0, -words:] = 1
     weights = (segments == 1).float()
     before, since = peak_memory("cpu"), time.perf_counter()
-    own = split_visuals([1] * FRAMES, counts.tolist(), world)[rank].crops
+    own = torch.from_numpy(split_visuals([1] * FRAMES, counts.tolist(), world)[rank].crops)
     features, touch = encode_shared(
         model.encode_visuals, pixels[own], pooling, torch.ones(FRAMES, dtype=torch.int64), counts,
         config.patches_per_crop, config.crop_size, mesh,

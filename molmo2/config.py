@@ -67,6 +67,7 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     packs_per_step: PositiveInt  # the global batch: packs of one optimizer step over all ranks
     micro_batch: PositiveInt = 1  # packs that one rank (or group of sp ranks) computes at once
     sp: PositiveInt = 1  # ranks that share one pack (Ulysses sequence parallelism)
+    sp_across_machines: bool = False  # let ranks of several machines share a pack: every layer waits for the network
     precision: Literal["fp32", "bf16"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 2
     activation_checkpointing: bool = True

@@ -36,7 +36,7 @@ from molmo2.config import FirstWeights, Recipe, data_path, load_recipe
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS, config_differences
 from molmo2.parallel.agree import AgreedError, all_ranks_ok, leave, lost_peer, on_rank_zero, say, write_line
-from molmo2.parallel.mesh import SINGLE, Mesh, MeshError, check_mesh, make_mesh
+from molmo2.parallel.mesh import SINGLE, Mesh, MeshError, check_mesh, gather_machines, make_mesh
 from molmo2.processing.contract import ProcessorSettings, read_contract
 from molmo2.training.anomalies import LossHistory
 from molmo2.training.engine import read_engine_keys, start_distributed, start_engine
@@ -75,7 +75,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--inspect", type=int, nargs="?", const=1, metavar="STEP", help="print packs of a step (1)")
     parser.add_argument("--replay", type=int, metavar="STEP", help="loss of each sample of a step, before its update")
     parser.add_argument("--change-data", action="store_true", help="resume with other data or another mixture")
-    parser.add_argument("--check-sp", action="store_true", help="compare a small pack on one rank and on a group first")
+    parser.add_argument("--check-sp", action="store_true", help="compare a pack on one rank and on a group first")
     parser.add_argument("--deepspeed_config", type=Path, metavar="JSON", help="buffers, prefetching, profiling")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(argv)
@@ -87,8 +87,8 @@ def read_recipes(arguments: argparse.Namespace) -> list[Recipe]:
     return [load_recipe(path, arguments.set) for path in paths or [arguments.recipe]]
 
 
-def form_mesh(recipe: Recipe) -> Mesh:
-    """Check that ranks, packs and heads fit together, and create the groups of ranks; collective."""
+def form_mesh(recipe: Recipe, machines: Sequence[str]) -> Mesh:
+    """Check that ranks, packs, heads and machines fit together, and create the groups of ranks; collective."""
     if recipe.model not in PRESETS:
         raise ValueError(f"model {recipe.model!r} is not a preset; known: {', '.join(sorted(PRESETS))}")
     train = recipe.train
@@ -98,6 +98,8 @@ def form_mesh(recipe: Recipe) -> Mesh:
         packs_per_step=train.packs_per_step,
         micro_batch=train.micro_batch,
         num_heads=PRESETS[recipe.model].text.num_heads,
+        machines=machines,
+        sp_across_machines=train.sp_across_machines,
     )
     return make_mesh(train.sp)
 
@@ -186,8 +188,9 @@ def take_over(run: Run, state: dict[str, Any]) -> Cursor:
 
 def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, arguments: argparse.Namespace) -> Ending:
     """Train one stage, and return why it ended."""
+    machines = gather_machines()
     with all_ranks_ok():
-        mesh = form_mesh(recipe)
+        mesh = form_mesh(recipe, machines)
         added = read_engine_keys(arguments.deepspeed_config)
         run = prepare(recipe, mesh, device)
     checkpoint = on_rank_zero(mirror.newest, recipe, say)
@@ -214,7 +217,7 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, argument
     if arguments.check_sp and mesh.sp > 1:
         from molmo2.training.check_sp import check_sequence_parallel
 
-        errors = check_sequence_parallel(model.to(device), recipe, mesh)
+        errors = check_sequence_parallel(model, recipe, mesh, device)
         say(f"{recipe.name}: sp {mesh.sp} agrees with one rank to {max(errors.values()):.1e}")
     engine, optimizer, names = start_engine(model, recipe, mesh, universal is not None, added)
     with all_ranks_ok():

@@ -1,11 +1,13 @@
 """The mesh of ranks: data-parallel groups, each of `sp` neighbouring ranks that share one pack.
 
-Ranks [i * sp, (i + 1) * sp) are one group, inside one node. DeepSpeed has no knowledge of the groups: it sees plain
-data parallelism over all ranks.
+Ranks [i * sp, (i + 1) * sp) are one group, on one machine unless the recipe allows more. DeepSpeed has no knowledge of
+the groups: it sees plain data parallelism over all ranks.
 """
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -43,8 +45,19 @@ class Mesh:
 SINGLE = Mesh(rank=0, world=1, sp=1, sp_group=None)
 
 
-def check_mesh(*, world: int, sp: int, packs_per_step: int, micro_batch: int, num_heads: int) -> None:
-    """Check that the packs of a step and the attention heads can be divided among the ranks.
+def check_mesh(
+    *,
+    world: int,
+    sp: int,
+    packs_per_step: int,
+    micro_batch: int,
+    num_heads: int,
+    machines: Sequence[str] = (),
+    sp_across_machines: bool = False,
+) -> None:
+    """Check that packs and attention heads can be divided among the ranks, and that groups stay on one machine.
+
+    `machines`: the machine of every rank; empty if they are not known. The other arguments are named as in a recipe.
 
     Raises:
         MeshError: a rule is broken; the message lists every broken rule and all numbers.
@@ -56,11 +69,33 @@ def check_mesh(*, world: int, sp: int, packs_per_step: int, micro_batch: int, nu
         broken.append("train.packs_per_step must be a multiple of (ranks / sp) * train.micro_batch")
     if sp > num_heads:
         broken.append("train.sp may not exceed the attention heads: each rank takes whole heads")
+    if not broken and not sp_across_machines:
+        broken = _divided_groups(machines, sp)
     if broken:
         raise MeshError(
             f"{'; '.join(broken)} (ranks {world}, train.sp {sp}, train.packs_per_step {packs_per_step}, "
             f"train.micro_batch {micro_batch}, attention heads {num_heads}); change the recipe or the number of ranks"
         )
+
+
+def _divided_groups(machines: Sequence[str], sp: int) -> list[str]:
+    """What is wrong with the first group of ranks on more than one machine, if there is one."""
+    for first in range(0, len(machines), sp):
+        names = sorted(set(machines[first : first + sp]))
+        if len(names) > 1:
+            return [
+                f"ranks {first}-{first + sp - 1} share a pack and run on {', '.join(names)}; every layer exchanges the "
+                "whole pack, for which a network is slow: let train.sp divide the ranks of each machine, or set "
+                "train.sp_across_machines=true"
+            ]
+    return []
+
+
+def gather_machines() -> list[str]:
+    """The name of the machine of every rank; collective."""
+    names = [""] * dist.get_world_size()
+    dist.all_gather_object(names, platform.node())
+    return names
 
 
 def make_mesh(sp: int) -> Mesh:

@@ -143,7 +143,7 @@ def compute(
     for _ in range(micro_steps(train.packs_per_step, run.mesh.dp, train.micro_batch)):
         watchdog.enter("data", step)
         since = time.perf_counter()
-        batch = next(batches).to(run.device)
+        batch = next(batches)
         clock.waiting(since)
         clock.reads(batch.reads)
         watchdog.enter("forward", step, batch.slots)

@@ -6,11 +6,13 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import xxhash
 
 from molmo2.config import Recipe
 from molmo2.model.presets import ModelConfig
@@ -36,6 +38,10 @@ SUMMARY_NAME = "summary.json"  # written at the end
 REPORT_NAME = "report.html"
 STOP_NAME = "stop"  # a user creates it to stop the run
 LOCK_NAME = "lock"  # locked by the process that trains the run; holds its process number and machine
+
+# The fields of a batch in which ranks of a group may differ: each has the crops of its own split, and read by itself.
+# Samples that they masked differently differ in the other fields too.
+OWN_FIELDS = frozenset({"pixels", "masked", "reads"})
 
 
 class TrainingError(ValueError):
@@ -83,31 +89,55 @@ def lock_run(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def same_on_peers(batch: Batch, mesh: Mesh) -> bool:
-    """Whether the ranks that share a pack have read the same one; collective in the group."""
-    if mesh.sp_group is None:
-        return True
-    parts = (batch.input_ids, batch.labels, batch.segment_ids, batch.loss_weights > 0, batch.visual_tokens)
-    own = torch.stack([part.sum(dtype=torch.int64) for part in parts])
-    low, high = own.clone(), own.clone()
-    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=mesh.sp_group)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=mesh.sp_group)
-    return torch.equal(low, high)
+def field_digests(batch: Batch) -> dict[str, int]:
+    """A 64-bit digest (signed) of every field that the ranks of a group share; the batch is in host memory.
+
+    It depends on the order of the values, on shapes and dtypes.
+    """
+    digests = {}
+    for field in fields(batch):
+        if field.name in OWN_FIELDS:
+            continue
+        value, state = getattr(batch, field.name), xxhash.xxh3_64()
+        if isinstance(value, torch.Tensor):
+            state.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            state.update(np.ascontiguousarray(value.numpy()).data)
+        else:
+            state.update(repr(value).encode())
+        digests[field.name] = int.from_bytes(state.digest(), signed=True)
+    return digests
+
+
+def differing_fields(batch: Batch, run: Run) -> list[str]:
+    """Names of the fields that the ranks that share this pack have read differently; one all-gather in the group.
+
+    Args:
+        batch: the batch in host memory.
+        run: the run.
+    """
+    if run.mesh.sp_group is None:
+        return []
+    digests = field_digests(batch)
+    own = torch.tensor(list(digests.values()), device=run.device)
+    peers = [torch.empty_like(own) for _ in range(run.mesh.sp)]
+    dist.all_gather(peers, own, group=run.mesh.sp_group)
+    columns = torch.stack(peers, dim=1).tolist()
+    return [name for name, column in zip(digests, columns, strict=True) if len(set(column)) > 1]
 
 
 def agree_on_masked(run: Run, batch: Batch, cursor: Cursor) -> Batch:
-    """The batch with every sample masked that any rank of its group found damaged; collective in the group.
+    """The batch on the run's device, with every sample masked that any rank of its group found damaged; collective.
 
     Args:
         run: the run.
-        batch: the batch as this rank read it.
+        batch: the batch as this rank read it, in host memory.
         cursor: the place in the data at which the batch's step begins.
 
     Raises:
         TrainingError: the ranks still have different packs after masking.
     """
-    if same_on_peers(batch, run.mesh):
-        return batch
+    if not differing_fields(batch, run):
+        return batch.to(run.device)
     gathered: list[tuple[Damage, ...]] = [()] * run.mesh.sp
     dist.all_gather_object(gathered, batch.masked, group=run.mesh.sp_group)
     step = run.plan.step(cursor)
@@ -115,10 +145,10 @@ def agree_on_masked(run: Run, batch: Batch, cursor: Cursor) -> Batch:
     known = {(damage.dataset, damage.shard, damage.row): damage for damages in gathered for damage in damages}
     spec = MicroSpec(packs, step.divisor, step.cursor)
     reader = pack_reader(run.plan, run.layout, (run.mesh.sp_rank, run.mesh.sp))
-    batch = reader.without(spec, known.values()).to(run.device)
-    if not same_on_peers(batch, run.mesh):
+    batch = reader.without(spec, known.values())
+    if differing := differing_fields(batch, run):
         raise TrainingError(
-            f"step {batch.step + 1}: rank {run.mesh.rank} and its sp peers read different packs (slots {batch.slots}); "
-            "check the shards with tools/verify_shards.py on every machine"
+            f"step {batch.step + 1}: rank {run.mesh.rank} and its sp peers read different packs (slots {batch.slots}, "
+            f"fields {', '.join(differing)}); check the shards with tools/verify_shards.py on every machine"
         )
-    return batch
+    return batch.to(run.device)

@@ -92,7 +92,7 @@ def losses(run: Run, engine: Any, plan: Plan) -> dict[str, float]:
         step = plan.step(cursor)
         own = step.packs[mesh.dp_rank :: mesh.dp]
         for pack in own:
-            batch = reader.read(MicroSpec((pack,), step.divisor, step.cursor)).to(run.device)
+            batch = reader.read(MicroSpec((pack,), step.divisor, step.cursor))
             batch = agree_on_masked(dataclasses.replace(run, plan=plan), batch, cursor)
             _, logged = engine(batch, len(plan.datasets))
             sums = ValidationSums(
@@ -115,7 +115,7 @@ def answers(run: Run, model: Any, plan: Plan) -> Iterator[GeneratedSample]:
     reader = pack_reader(plan, run.layout)
     for draw in choose_draws(step, settings.samples):
         pack = PackSpec(0, 0, (draw,))
-        question = prompt_of(reader.read(MicroSpec((pack,), step.divisor, step.cursor)).to(run.device))
+        question = prompt_of(reader.read(MicroSpec((pack,), step.divisor, step.cursor)))
         missing = torch.tensor(float(question is None), device=run.device)  # damaged, or it holds no answer
         dist.all_reduce(missing)
         if question is None or missing:

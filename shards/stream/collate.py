@@ -174,8 +174,8 @@ def open_sample(layout: VisualLayout, draw: Draw, sample: StoredSample) -> Opene
     return OpenedSample(draw=draw, stored=sample, tokens=tokens, num_crops=num_crops, pooling=pooling)
 
 
-def decode_crops(layout: VisualLayout, sample: StoredSample, visuals: range) -> list[Pixels]:
-    """Decode the crops of a range of a sample's visuals, uint8 [crops, crop, crop, 3] each.
+def decode_crops(layout: VisualLayout, sample: StoredSample, visuals: Sequence[int]) -> list[Pixels]:
+    """Decode the crops of some of a sample's visuals, uint8 [crops, crop, crop, 3] each.
 
     Raises:
         ReadError: an image is missing, is not a JPEG, or does not have the size that its tiling requires.
@@ -202,21 +202,21 @@ def decode_crops(layout: VisualLayout, sample: StoredSample, visuals: range) -> 
         raise ReadError(f"{type(error).__name__}: {error}") from None
 
 
-def own_visuals(samples: Sequence[OpenedSample], rank: int, ranks: int) -> Iterator[tuple[OpenedSample, range]]:
-    """Yield every sample with the range of its visuals that is in the split of rank `rank` of `ranks`."""
+def own_visuals(samples: Sequence[OpenedSample], rank: int, ranks: int) -> Iterator[tuple[OpenedSample, list[int]]]:
+    """Yield every sample with the numbers of its visuals that are in the split of rank `rank` of `ranks`."""
     crops = [count for sample in samples for count in sample.num_crops]
     tokens = [len(part) for sample in samples for part in sample.pooling]
     own, first = split_visuals(crops, tokens, ranks)[rank].visuals, 0
     for sample in samples:
-        count = len(sample.num_crops)
-        yield sample, range(max(0, own.start - first), min(count, own.stop - first))
-        first += count
+        last = first + len(sample.num_crops)
+        yield sample, (own[(own >= first) & (own < last)] - first).tolist()
+        first = last
 
 
 def own_crops(batch: Batch, rank: int, ranks: int) -> Batch:
     """Reduce a batch that holds all crops to the crops of one rank's split."""
     split = split_visuals(batch.visual_crops.tolist(), batch.visual_tokens.tolist(), ranks)[rank]
-    return dataclasses.replace(batch, pixels=batch.pixels[split.crops])
+    return dataclasses.replace(batch, pixels=batch.pixels[torch.from_numpy(split.crops)])
 
 
 def collate(

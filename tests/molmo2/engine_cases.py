@@ -1,18 +1,23 @@
 """A small model, random packed batches, and what the ranks of test_engine do with them."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from molmo2.checkpoint.files import save
 from molmo2.config import Recipe, parse_recipe
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS
 from molmo2.parallel.mesh import SINGLE, make_mesh
+from molmo2.training import engine as engine_file
 from molmo2.training.engine import TrainingModule, start_engine
 from molmo2.training.optim import set_learning_rates
 from shards.stream.collate import PAD_SEGMENT, Batch, own_crops
@@ -128,6 +133,64 @@ def gradients(how: tuple[bool, tuple[int, int], float]) -> list[tuple[Tensor, di
             parameter.grad /= mesh.world
         results.append((logged, {name: p.grad for name, p in module.model.named_parameters()}))
     return results  # type: ignore[return-value]
+
+
+RATE = 2.0**20  # a weight's change is this times its gradient, beside which the weight itself vanishes
+
+
+class GradientDescent(torch.optim.SGD):
+    """An optimizer that makes the engine's gradients readable: weights fall by RATE * gradient, whatever ZeRO does.
+
+    DeepSpeed's own `safe_get_full_grad` has none for a trainer that accumulates gradients itself.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, partitioned: bool, **options: Any) -> None:
+        super().__init__([{**group, "lr": RATE} for group in groups])
+
+
+def engine_gradients(cases: list[tuple[int, tuple[int, int]]]) -> list[dict[str, Tensor]]:
+    """For each (ZeRO stage, heads): gradients of one step over all batches from the engine, with sp 2; float64."""
+    results = []
+    for stage, heads in cases:
+        mesh, start = make_mesh(2), model(heads)
+        before = {name: parameter.detach().double() for name, parameter in start.named_parameters()}
+        with mock.patch.object(engine_file, "ComponentAdamW", GradientDescent):
+            engine, _, _ = start_engine(start, recipe(zero_stage=stage, sp=mesh.sp), mesh)
+        for number in range(mesh.dp_rank, len(BATCHES), mesh.dp):
+            loss, _ = engine(own_crops(make(BATCHES[number]), mesh.sp_rank, mesh.sp))
+            engine.backward(loss, scale_wrt_gas=False)
+        engine.step()
+        parameters = dict(engine.module.model.named_parameters())
+        with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=stage == 3):
+            results.append({name: (before[name] - p.detach().double()) / RATE for name, p in parameters.items()})
+        engine.destroy()
+    return results
+
+
+class Collectives(TorchDispatchMode):
+    """Counts all collectives by the names that torch has for them, whoever calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.counts[func.name().split("::")[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_collectives(checkpointing: bool) -> tuple[Counter[str], Counter[str]]:
+    """Collectives of forward and of backward of one batch, with the sequence split over all ranks."""
+    mesh = make_mesh(dist.get_world_size())
+    module = TrainingModule(model(), recipe(sp=mesh.sp), mesh).train()
+    module.model.set_checkpointing(checkpointing)
+    own = own_crops(make(BATCHES[0]), mesh.sp_rank, mesh.sp)
+    with Collectives() as forward:
+        loss, _ = module(own)
+    with Collectives() as backward:
+        loss.backward()
+    return forward.counts, backward.counts
 
 
 class Step(NamedTuple):

@@ -1,13 +1,16 @@
 """What the ranks of test_ulysses, test_vision_split and test_loss_rows do; many cases in one launch."""
 
 from typing import Any
+from unittest import mock
 
+import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.sequence.layer import DistributedAttention
 
 from molmo2.model.loss import weighted_loss
 from molmo2.parallel.loss_rows import split_loss_rows
-from molmo2.parallel.mesh import make_mesh
+from molmo2.parallel.mesh import gather_machines, make_mesh
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
 from shards.split import split_visuals
@@ -41,6 +44,33 @@ def attention(cases: list[tuple[int, int]]) -> list[list[torch.Tensor]]:
         out.backward(tensors[3][:, :, rows])
         results.append([out.detach(), q.grad, k.grad, v.grad])
     return results  # type: ignore[return-value]
+
+
+def both_attentions(cases: list[tuple[int, int]]) -> tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]]:
+    """The results of `attention`, and the same computed by DeepSpeed's own Ulysses layer."""
+    deepspeed.init_distributed(verbose=False)
+    mesh = make_mesh(dist.get_world_size())
+
+    def local(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+
+    results = []
+    for num_heads, num_kv_heads in cases:
+        tensors, mask = attention_inputs(num_heads, num_kv_heads)
+        step = LENGTH // mesh.sp
+        rows = slice(mesh.sp_rank * step, (mesh.sp_rank + 1) * step)
+        q, k, v = (tensor[:, :, rows].clone().requires_grad_() for tensor in tensors[:3])
+        layer = DistributedAttention(local, mesh.sp_group, scatter_idx=2, gather_idx=1)
+        out = layer(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0, None, mask).transpose(1, 2)
+        out.backward(tensors[3][:, :, rows])
+        results.append([out.detach(), q.grad, k.grad, v.grad])
+    return attention(cases), results
+
+
+def machines(argument: None) -> list[str]:
+    """The machines that ranks find, where each calls its own by its rank."""
+    with mock.patch("platform.node", lambda: f"machine {dist.get_rank()}"):
+        return gather_machines()
 
 
 PATCHES, CROP = 4, 4
@@ -82,7 +112,7 @@ def vision(cases: list[tuple[list[int], list[int]]]) -> list[tuple[torch.Tensor,
         projection = torch.linspace(-1, 1, 12 * 5).reshape(12, 5).requires_grad_()
         pixels, pooling, weight = vision_inputs(crops, tokens)
         counts = torch.tensor(crops, dtype=torch.int64), torch.tensor(tokens, dtype=torch.int64)
-        pixels = pixels[split_visuals(crops, tokens, mesh.sp)[mesh.sp_rank].crops]
+        pixels = pixels[torch.from_numpy(split_visuals(crops, tokens, mesh.sp)[mesh.sp_rank].crops)]
         features, touch = encode_shared(encoder(projection), pixels, pooling, *counts, PATCHES, CROP, mesh)
         own = torch.arange(len(features)) % mesh.sp == mesh.sp_rank
         ((features * weight).sum(1)[own].sum() + touch).backward()

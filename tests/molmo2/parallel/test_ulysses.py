@@ -53,3 +53,30 @@ def test_split_attention_equals_whole(world: int) -> None:
         for i, whole in enumerate([out.detach(), q.grad, k.grad, v.grad]):
             joined = torch.cat([rank[case][i] for rank in ranks], dim=2)
             torch.testing.assert_close(joined, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.dist
+def test_split_attention_equals_that_of_deepspeed() -> None:
+    """For numbers of heads that 2 divides: DeepSpeed's layer needs a key/value head for every rank."""
+    cases = [heads for heads in HEADS if not any(number % 2 for number in heads)]
+    assert len(cases) > 3
+    for ours, reference in run_ranks(2, parallel_cases.both_attentions, cases):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=1e-6)
+
+
+def test_a_group_stays_on_one_machine_unless_the_recipe_allows_more() -> None:
+    numbers = {"world": 8, "packs_per_step": 8, "micro_batch": 1, "num_heads": 8}
+    machines = ["a"] * 4 + ["b"] * 4
+    check_mesh(**numbers, sp=4, machines=machines)
+    check_mesh(**numbers, sp=8, machines=["a"] * 8)
+    check_mesh(**numbers, sp=8, machines=machines, sp_across_machines=True)
+    with pytest.raises(MeshError, match=r"ranks 0-7 share a pack and run on a, b; .*train\.sp_across_machines"):
+        check_mesh(**numbers, sp=8, machines=machines)
+    with pytest.raises(MeshError, match=r"ranks 2-3 share a pack and run on a, b"):
+        check_mesh(**numbers, sp=2, machines=["a"] * 3 + ["b"] * 5)
+
+
+@pytest.mark.dist
+def test_ranks_know_the_machine_of_every_rank() -> None:
+    for machines in run_ranks(2, parallel_cases.machines):
+        assert machines == ["machine 0", "machine 1"]

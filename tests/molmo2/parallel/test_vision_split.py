@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import parallel_cases
 import pytest
 import torch
@@ -13,33 +14,60 @@ from molmo2.parallel.mesh import SINGLE
 from molmo2.parallel.vision import encode_shared
 from shards.split import split_visuals
 
+VISUALS = st.lists(st.tuples(st.integers(1, 13), st.integers(1, 50)), max_size=40)
 
-@given(visuals=st.lists(st.tuples(st.integers(1, 13), st.integers(1, 50)), max_size=40), ranks=st.integers(1, 9))
-def test_shares_are_whole_visuals_in_order(visuals: list[tuple[int, int]], ranks: int) -> None:
+
+@given(visuals=VISUALS, ranks=st.integers(1, 9))
+def test_each_visual_is_in_one_split_with_its_crops_and_tokens(visuals: list[tuple[int, int]], ranks: int) -> None:
     crops, tokens = [v[0] for v in visuals], [v[1] for v in visuals]
-    shares = split_visuals(crops, tokens, ranks)
-    bounds = {(i, sum(crops[:i]), sum(tokens[:i])) for i in range(len(crops) + 1)}
-    assert len(shares) == ranks
-    assert {(share.visuals.start, share.crops.start, share.tokens.start) for share in shares} <= bounds
-    assert (shares[0].visuals.start, shares[-1].visuals.stop) == (0, len(crops))
-    assert (shares[0].crops.start, shares[-1].crops.stop) == (0, sum(crops))
-    assert (shares[0].tokens.start, shares[-1].tokens.stop) == (0, sum(tokens))
-    for left, right in itertools.pairwise(shares):
-        assert (left.visuals.stop, left.crops.stop) == (right.visuals.start, right.crops.start)
-        assert left.tokens.stop == right.tokens.start
-    largest = max((share.crops.stop - share.crops.start for share in shares), default=0)
-    assert largest <= sum(crops) / ranks + max(crops, default=0)
+    splits = split_visuals(crops, tokens, ranks)
+    assert len(splits) == ranks
+    assert sorted(np.concatenate([split.visuals for split in splits])) == list(range(len(visuals)))
+    for split in splits:
+        owned = set(split.visuals.tolist())
+        for sizes, numbers in ((crops, split.crops), (tokens, split.tokens)):
+            owners = [visual for visual, size in enumerate(sizes) for _ in range(size)]
+            assert numbers.tolist() == [number for number, owner in enumerate(owners) if owner in owned]
+
+
+@given(visuals=VISUALS, ranks=st.integers(1, 9))
+def test_splits_differ_by_no_more_crops_than_one_visual_has(visuals: list[tuple[int, int]], ranks: int) -> None:
+    crops = [v[0] for v in visuals]
+    counts = [len(split.crops) for split in split_visuals(crops, [v[1] for v in visuals], ranks)]
+    assert max(counts) - min(counts) <= max(crops, default=0)
+
+
+@given(crops=st.lists(st.integers(1, 13), max_size=6), ranks=st.integers(1, 3))
+def test_the_fullest_split_is_within_a_third_of_the_best(crops: list[int], ranks: int) -> None:
+    def fullest(owners: tuple[int, ...]) -> int:
+        return max(sum(c for c, owner in zip(crops, owners, strict=True) if owner == rank) for rank in range(ranks))
+
+    best = min(map(fullest, itertools.product(range(ranks), repeat=len(crops))))
+    assert max(len(split.crops) for split in split_visuals(crops, crops, ranks)) * 3 <= best * 4
+
+
+@pytest.mark.parametrize(
+    ("crops", "counts"), [([6, 10, 10, 7], [10, 10, 13]), ([5, 9, 2, 9, 1, 9, 1, 5], [11, 10, 10, 10])]
+)
+def test_large_images_beside_each_other_are_parted(crops: list[int], counts: list[int]) -> None:
+    assert [len(split.crops) for split in split_visuals(crops, crops, len(counts))] == counts
 
 
 @pytest.mark.parametrize(("frames", "ranks"), [(384, 8), (5, 2), (3, 8), (1, 2), (7, 3), (0, 4)])
 def test_frames_differ_by_one_at_most(frames: int, ranks: int) -> None:
-    shares = split_visuals([1] * frames, [81] * frames, ranks)
-    counts = [share.crops.stop - share.crops.start for share in shares]
+    counts = [len(split.crops) for split in split_visuals([1] * frames, [81] * frames, ranks)]
     assert sum(counts) == frames
     assert max(counts) - min(counts) <= 1
 
 
-CASES = [([1, 1, 1, 1, 1], [2, 2, 2, 2, 2]), ([5, 1], [9, 3]), ([2], [4]), ([], []), ([3, 1, 1, 2], [1, 7, 2, 3])]
+CASES = [
+    ([1, 1, 1, 1, 1], [2, 2, 2, 2, 2]),
+    ([5, 1], [9, 3]),
+    ([2], [4]),
+    ([], []),
+    ([3, 1, 1, 2], [1, 7, 2, 3]),
+    ([1, 4, 2, 4, 3], [2, 1, 4, 3, 2]),
+]
 
 
 @pytest.mark.dist

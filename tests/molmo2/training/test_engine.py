@@ -24,15 +24,50 @@ def test_sequence_parallel_gradients_equal_one_rank(world: int, checkpointing: b
         module = TrainingModule(engine_cases.model(heads), engine_cases.recipe(), SINGLE).train()
         loss, logged = module(engine_cases.make(case))
         loss.backward()
-        largest = max(p.grad.abs().max().item() for p in module.model.parameters() if p.grad is not None)
+        wanted = {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
         for rank in ranks:
             got_loss, got = rank[number]
             torch.testing.assert_close(got_loss, torch.cat([value.flatten() for value in logged]), rtol=1e-5, atol=1e-7)
-            for name, parameter in module.model.named_parameters():
-                assert parameter.grad is not None
-                # The gradient of a key bias is zero but for rounding, so it has no scale of its own.
-                scale = max(parameter.grad.abs().max().item(), 1e-2 * largest, 1e-12)
-                torch.testing.assert_close(got[name] / scale, parameter.grad / scale, rtol=0, atol=1e-5)
+            assert_same_gradients(got, wanted, f"heads {heads}")
+
+
+ENGINE_CASES = [(0, (4, 1)), (1, (32, 8)), (2, (4, 1)), (3, (32, 8))]  # ZeRO stage, heads
+
+
+@pytest.mark.dist
+def test_engine_gradients_of_two_groups_equal_one_process_in_every_zero_stage() -> None:
+    ranks = run_ranks(4, engine_cases.engine_gradients, ENGINE_CASES)
+    wanted = {heads: summed_gradients(heads) for heads in ((4, 1), (32, 8))}
+    for rank in ranks:
+        for (stage, heads), gradients in zip(ENGINE_CASES, rank, strict=True):
+            assert_same_gradients(gradients, wanted[heads], f"ZeRO-{stage}, heads {heads}")
+
+
+def summed_gradients(heads: tuple[int, int]) -> dict[str, Tensor]:
+    """Gradients of a step over all batches in one process, without an engine."""
+    module = TrainingModule(engine_cases.model(heads), engine_cases.recipe(), SINGLE).train()
+    for case in engine_cases.BATCHES:
+        module(engine_cases.make(case))[0].backward()
+    return {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(gradients: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
+    assert set(gradients) == set(wanted)
+    largest = max(gradient.abs().max().item() for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        # The gradient of a key bias is zero but for rounding, so it has no scale of its own.
+        scale = max(gradient.abs().max().item(), 1e-2 * largest, 1e-12)
+        difference = (gradients[name] - gradient).abs().max().item() / scale
+        assert difference < 1e-5, f"{what}: {name} differs by {difference:.1e}"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_has_two_exchanges_a_layer_and_two_gathers(checkpointing: bool) -> None:
+    layers = engine_cases.CONFIG.text.num_layers
+    for forward, backward in run_ranks(2, engine_cases.count_collectives, checkpointing):
+        assert forward == {"alltoall_base_": 2 * layers, "allgather_": 2}
+        assert backward == {"alltoall_base_": 2 * layers * (2 if checkpointing else 1), "allreduce_": 2}
 
 
 SETTINGS = [  # precision, ZeRO stage, sp, base embedding frozen, offload

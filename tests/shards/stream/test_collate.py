@@ -10,6 +10,7 @@ from toy import LAYOUT, make_sample, write_samples
 
 from shards.layout import expand, visual_pooling
 from shards.media.images import decode_jpeg, encode_jpeg
+from shards.split import split_visuals
 from shards.stream.collate import (
     MEMBER,
     PAD_SEGMENT,
@@ -175,7 +176,9 @@ def test_samples_that_were_built_wrong(dataset: Dataset) -> None:
 def test_shares_of_the_pixels_make_the_whole(dataset: Dataset, ranks: int) -> None:
     whole = batch_of(dataset, [[1, 2], [0], [5, 4]])
     parts = [own_crops(whole, rank, ranks) for rank in range(ranks)]
-    assert torch.equal(torch.cat([part.pixels for part in parts]), whole.pixels)
+    splits = split_visuals(whole.visual_crops.tolist(), whole.visual_tokens.tolist(), ranks)
+    order = torch.from_numpy(np.concatenate([split.crops for split in splits]))
+    assert torch.equal(torch.cat([part.pixels for part in parts]), whole.pixels[order])
     assert all(torch.equal(part.pooling, whole.pooling) for part in parts)
 
 
