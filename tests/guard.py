@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -25,6 +26,7 @@ NAME = "MOLMO2_TEST_RUN"  # the variable with the run's folder
 SHARED_MEMORY = Path("/dev/shm")
 # What torch compiles belongs to the environment that it is compiled against, and is kept in it from run to run.
 COMPILED = {"TORCH_EXTENSIONS_DIR": "torch_extensions", "TORCHINDUCTOR_CACHE_DIR": "torch_inductor"}
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 5.0  # seconds that a process has to leave after the tests
 
 
@@ -138,13 +140,21 @@ def run(command: list[str], minutes: float) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def stop(number: int, frame: object) -> NoReturn:
+    """End the run; a second signal (make passes its own on as well) must not interrupt the cleaning up."""
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main() -> int:
     """The command line; an interrupt or a termination ends the tests as well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30, help="limit of time (%(default)s)")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run, after --")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in SIGNALS:
+        signal.signal(number, stop)
     return run(arguments.command[arguments.command[0] == "--" :], arguments.minutes)
 
 

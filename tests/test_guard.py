@@ -1,8 +1,10 @@
 """tests/guard.py ends a run that hangs, names what was running, and fails a run that leaves something behind."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -48,6 +50,29 @@ def test_a_process_left_behind_is_named_and_killed() -> None:
     assert code == 1
     (line,) = [line for line in output.splitlines() if line.startswith("guard: left behind: process ")]
     assert not psutil.pid_exists(int(line.split()[4].rstrip(":")))
+
+
+@pytest.mark.slow
+def test_signals_end_what_it_started_however_many_there_are(tmp_path: Path) -> None:
+    """make is signalled with its whole group and passes its own signal on, so that two arrive at once."""
+    script = f"""
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open({str(tmp_path / "pids")!r}, "w").write(f"{{os.getpid()}} {{child.pid}} ")
+time.sleep(600)
+"""
+    command = [sys.executable, ROOT / "tests/guard.py", "--", sys.executable, "-c", script]
+    with subprocess.Popen(command) as run:
+        while not (pids := [int(pid) for pid in _read(tmp_path / "pids").split()]):
+            time.sleep(0.05)
+        for _ in range(3):
+            run.terminate()
+        assert run.wait(60) == 128 + signal.SIGTERM
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 @pytest.mark.parametrize(
