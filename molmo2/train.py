@@ -150,6 +150,28 @@ def starting_model(run: Run) -> Molmo2:
     return Molmo2.with_weights(config, weights)
 
 
+def check_trained_parameters(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Check that a checkpoint has optimizer states for exactly the parameters that the recipe trains.
+
+    Raises:
+        CheckpointError: other parameters were trained; every setting that differs is named.
+    """
+    old, optim = checkpoint.read(checkpoints.RECIPE), recipe.optim
+    lora = old["optim"].get("lora")
+    settings = {
+        "train.freeze": (sorted(old["train"].get("freeze", ())), sorted(recipe.train.freeze)),
+        "optim.freeze_base_embedding": (old["optim"]["freeze_base_embedding"], optim.freeze_base_embedding),
+        "optim.lora.rank": (lora and lora["rank"], optim.lora and optim.lora.rank),
+    }
+    differing = [f"{name} was {was}, is {value}" for name, (was, value) in settings.items() if was != value]
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint.path}: cannot continue: {', '.join(differing)}: other parameters would be trained than those "
+            "with optimizer states; restore the setting, or begin a new run (another name) with "
+            f"`init: {checkpoint.path}`"
+        )
+
+
 def resume(
     run: Run, engine: Any, checkpoint: Checkpoint | None, universal: Path | None, change_data: bool = False
 ) -> Progress:
@@ -206,6 +228,8 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, argument
     universal = None
     with all_ranks_ok():
         differing = mesh_changes(checkpoint, recipe) if checkpoint else []
+        if checkpoint:
+            check_trained_parameters(checkpoint, recipe)
     if checkpoint and differing:
         universal = on_rank_zero(convert_checkpoint, checkpoint)
         say(f"{recipe.name}: {', '.join(differing)}: the checkpoint was converted; the order of the data is the same")

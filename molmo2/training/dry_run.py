@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from molmo2.config import Recipe
 from molmo2.model.connector import Connector
 from molmo2.model.decoder import Decoder
-from molmo2.model.flops import TRAINING_FACTOR, Workload, forward_flops
+from molmo2.model.flops import Workload, forward_flops, training_flops
 from molmo2.model.loss import CHUNK_BYTES
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
@@ -116,8 +116,7 @@ def state_bytes(recipe: Recipe, config: ModelConfig, world: int) -> dict[str, fl
     """Bytes of parameters, gradients, optimizer states and DeepSpeed's buffers on one of `world` GPUs."""
     with torch.device("meta"):
         model = Molmo2(config)
-    if recipe.optim.freeze_base_embedding:
-        model.text.embedding.base.requires_grad_(False)
+    model.freeze(recipe.train.freeze, recipe.optim.freeze_base_embedding)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     half, stage = recipe.train.precision == "bf16", recipe.train.zero_stage
@@ -145,6 +144,8 @@ def activation_bytes(recipe: Recipe, config: ModelConfig, kept: SavedBytes) -> d
         vision = inputs * crops * kept.block_input * blocks + at_once * LAYER_PEAK * kept.block
     else:
         text, vision = tokens * kept.layer * layers, crops * kept.block * blocks
+    if "vit" in train.freeze:  # one block at a time, and nothing is saved for backward
+        vision = at_once * kept.block
     heads = config.text.num_heads + 2 * config.text.num_kv_heads
     size = 2 if train.precision == "bf16" else 4
     return {
@@ -176,8 +177,10 @@ def step_flops(recipe: Recipe) -> float:
         num_pairs=(tokens**2 + visual**2) // 2,
         num_logits=tokens - visual,
     )
-    factor = TRAINING_FACTOR + recipe.train.activation_checkpointing
-    return recipe.train.packs_per_step * factor * forward_flops(config, work).total
+    forward = forward_flops(config, work)
+    recomputed = forward.llm + (forward.vit if "vit" not in recipe.frozen else 0)
+    total = training_flops(forward, recipe.frozen).total + recipe.train.activation_checkpointing * recomputed
+    return recipe.train.packs_per_step * total
 
 
 def suggested_changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:

@@ -118,3 +118,14 @@ def test_dry_run_needs_no_data_and_no_launcher(tmp_path: Path) -> None:
     run = subprocess.run([*command, "--set", "model=5b"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert "model '5b' is not a preset" in run.stderr
+
+
+def test_a_frozen_component_needs_neither_states_nor_its_backward() -> None:
+    kept = measure_saved(PRESETS["tiny"], torch.bfloat16)
+    whole, frozen = memory(long(), 8, kept), memory(long(freeze="[vit]"), 8, kept)
+    with torch.device("meta"):
+        vit = sum(parameter.numel() for parameter in Molmo2(PRESETS["4b"]).vit.parameters())
+    assert whole["optimizer"] - frozen["optimizer"] == pytest.approx(ALLOCATOR_MARGIN * 12 * vit / 8)
+    assert whole["gradients"] - frozen["gradients"] == pytest.approx(ALLOCATOR_MARGIN * 4 * vit / 8)
+    assert frozen["parameters"] == whole["parameters"] and frozen["vision"] < whole["vision"]
+    assert step_flops(long(freeze="[vit]")) < 0.9 * step_flops(long())
