@@ -232,8 +232,9 @@ def own_visuals(samples: Sequence[OpenedSample], rank: int, ranks: int) -> Itera
 def allowed_pairs(tokens: Expanded) -> int:
     """The number of (query, key) pairs of one sample's tokens that the attention mask allows."""
     # A token sees those before it in its own branch, and a branch sees its whole trunk (branch 0).
-    trunk, *branches = np.bincount(tokens.branch).tolist()
-    causal = sum(count * (count + 1) // 2 for count in (trunk, *branches))
+    counts: list[int] = np.bincount(tokens.branch).tolist()
+    trunk, *branches = counts
+    causal = sum(count * (count + 1) // 2 for count in counts)
     visual = int(np.count_nonzero(tokens.is_visual))
     return causal + trunk * sum(branches) + visual * (visual - 1) // 2  # visual tokens see later ones too
 
