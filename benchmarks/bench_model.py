@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molmo2.model.flops import TRAINING_FACTOR, Flops, Workload, attention_pairs, forward_flops
+from molmo2.model.flops import TRAINING_FACTOR, Flops, Workload, attention_pairs, forward_flops, known_peak
 from molmo2.model.loss import rows_per_chunk, weighted_loss
 from molmo2.model.mask import MEMBER, TRUNK, AttentionMask, allowed
 from molmo2.model.molmo2 import Molmo2
@@ -50,7 +50,6 @@ from molmo2.model.vit import to_patches
 STAMP = 5  # tokens of a frame's time
 IGNORED = -100
 EQUAL = 1e-4  # largest relative difference of two losses that count as the same
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "H800": 989, "A100": 312, "B200": 2250, "L40S": 362, "RTX 4090": 165}
 MFU_BAR, RATIO_BAR = 0.4, 1.0
 
 
@@ -467,12 +466,6 @@ def hardware() -> str:
     return f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}{gpu}"
 
 
-def known_peak() -> float | None:
-    """Dense bfloat16 operations a second of this machine's GPU, if it is a known one."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((tera * 1e12 for known, tera in PEAK_TFLOPS.items() if known in name), None)
-
-
 def main() -> None:
     """Measure, print the tables, and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -483,7 +476,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error(f"--rounds {arguments.rounds}: at least one round must count")
-    peak = arguments.peak_tflops * 1e12 if arguments.peak_tflops else known_peak()
+    tera = arguments.peak_tflops or known_peak()
+    peak = tera * 1e12 if tera else None
     bars: dict[str, Any] = {}
     for name in arguments.sizes:
         bars |= measure_cpu(name, arguments.rounds)

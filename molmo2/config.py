@@ -25,7 +25,8 @@ from shards.stream.mixture import MixtureSpec
 from shards.stream.plan import PlanSettings
 
 CHUNK_CROPS = 32  # crops that the vision transformer recomputes at once; they take about 1 GiB with So400m
-COMPONENTS = ("vit", "connector", "llm")
+Component = Literal["vit", "connector", "llm"]
+COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
 Fraction = typing.Annotated[float, Field(ge=0, le=1)]
 
 
@@ -68,6 +69,7 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     micro_batch: PositiveInt = 1  # packs that one rank (or group of sp ranks) computes at once
     sp: PositiveInt = 1  # ranks that share one pack (Ulysses sequence parallelism)
     sp_across_machines: bool = False  # let ranks of several machines share a pack: every layer waits for the network
+    freeze: tuple[Component, ...] = ()  # components that are not trained: no gradients, no optimizer states
     precision: Literal["fp32", "bf16"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 2
     activation_checkpointing: bool = True
@@ -82,7 +84,7 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     mirror_deadline: PositiveFloat = 3600.0  # seconds that the end of a run waits for its last copy to the mirror
     on_full_disk: Literal["stop", "warn"] = "stop"  # when a checkpoint cannot be written; older ones stay
     phase_deadline: PositiveFloat = 1800.0  # seconds without progress after which the watchdog ends a rank
-    log_every: PositiveInt = 1  # steps between updates of the progress bar and of TensorBoard
+    log_every: PositiveInt = 1  # steps between updates of the progress bar
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Train:
@@ -90,6 +92,8 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
         # optimizer with fp32 master weights.
         if self.precision == "bf16" and self.zero_stage < 2:
             raise ValueError(f"precision bf16 needs zero_stage 2 or 3, not {self.zero_stage}")
+        if set(self.freeze) == set(COMPONENTS):
+            raise ValueError("freeze: every component is frozen, so nothing is trained; leave one out")
         if "optimizer" in self.offload and self.zero_stage == 0:
             raise ValueError("offload of the optimizer needs zero_stage 1, 2 or 3")
         if "activations" in self.offload and not self.activation_checkpointing:
@@ -158,10 +162,11 @@ class Evaluation(pydantic.BaseModel, extra="forbid", frozen=True):
 
 
 class Logging(pydantic.BaseModel, extra="forbid", frozen=True):
-    """Metrics to write besides `log.jsonl`, which is always written."""
+    """Where metrics go besides `log.jsonl`, which is always written, and the GPU's peak for one of them."""
 
     tensorboard: bool = True
     wandb: str | None = None  # name of the W&B project
+    peak_tflops: PositiveFloat | None = None  # dense bfloat16 peak of a GPU for MFU; null: that of the GPU if known
 
 
 class FirstWeights(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -211,6 +216,10 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
     def _check(self) -> Recipe:
         if self.init == self.name:
             raise ValueError(f"init names the run itself ({self.name}); name the run of the stage before, or null")
+        if self.optim.lora is not None and "llm" in self.train.freeze:
+            raise ValueError(
+                "train.freeze has llm, but optim.lora trains adapters on it and freezes its own weights; remove one"
+            )
         if self.optim.lora is not None and self.train.zero_stage == 3:
             raise ValueError(
                 "optim.lora with train.zero_stage 3 is untested and refused; set train.zero_stage=2, which needs "
@@ -227,6 +236,11 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
                 f"train.micro_batch {self.train.micro_batch}"
             )
         return self
+
+    @property
+    def frozen(self) -> frozenset[Component]:
+        """The components whose own weights get no gradients; with LoRA the language model has only adapters' ones."""
+        return frozenset(self.train.freeze) | frozenset(() if self.optim.lora is None else ("llm",))
 
     @property
     def plan_settings(self) -> PlanSettings:

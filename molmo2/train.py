@@ -59,6 +59,7 @@ from shards.stream.plan import Cursor, PlanError, open_plan
 
 STOPPED = os.EX_TEMPFAIL  # 75: a signal stopped the run before its end; whoever sent it should start the run again
 PACKS_SHOWN = 3  # packs of a step that --inspect prints
+STEPS_DRAWN = 50  # steps at the start whose draws --inspect and --dry-run count
 
 
 # --- before the first step -------------------------------------------------------------------------------------------
@@ -71,14 +72,28 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", type=Path, required=True, help="YAML file of the run")
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="override")
     parser.add_argument("--all-stages", action="store_true", help="run every stage*.yaml beside the recipe, in order")
-    parser.add_argument("--dry-run", action="store_true", help="print memory and time for several numbers of GPUs")
-    parser.add_argument("--inspect", type=int, nargs="?", const=1, metavar="STEP", help="print packs of a step (1)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print recipe, plan, memory and time for numbers of GPUs"
+    )
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="--dry-run: memory of a GPU (the one found)")
+    parser.add_argument("--gpu-price", type=float, metavar="USD", help="--dry-run: price of a GPU for an hour")
+    parser.add_argument(
+        "--inspect",
+        type=int,
+        nargs="?",
+        const=1,
+        metavar="STEP",
+        help="check shards, print shares and packs of a step",
+    )
     parser.add_argument("--replay", type=int, metavar="STEP", help="loss of each sample of a step, before its update")
     parser.add_argument("--change-data", action="store_true", help="resume with other data or another mixture")
     parser.add_argument("--check-sp", action="store_true", help="compare a pack on one rank and on a group first")
     parser.add_argument("--deepspeed_config", type=Path, metavar="JSON", help="buffers, prefetching, profiling")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if not arguments.dry_run and (arguments.gpu_memory, arguments.gpu_price) != (None, None):
+        parser.error("--gpu-memory and --gpu-price are of --dry-run")
+    return arguments
 
 
 def read_recipes(arguments: argparse.Namespace) -> list[Recipe]:
@@ -152,6 +167,28 @@ def starting_model(run: Run) -> Molmo2:
     return Molmo2.with_weights(config, weights)
 
 
+def check_trained_parameters(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Check that a checkpoint has optimizer states for exactly the parameters that the recipe trains.
+
+    Raises:
+        CheckpointError: other parameters were trained; every setting that differs is named.
+    """
+    old, optim = checkpoint.read(checkpoints.RECIPE), recipe.optim
+    lora = old["optim"].get("lora")
+    settings = {
+        "train.freeze": (sorted(old["train"].get("freeze", ())), sorted(recipe.train.freeze)),
+        "optim.freeze_base_embedding": (old["optim"]["freeze_base_embedding"], optim.freeze_base_embedding),
+        "optim.lora.rank": (lora and lora["rank"], optim.lora and optim.lora.rank),
+    }
+    differing = [f"{name} was {was}, is {value}" for name, (was, value) in settings.items() if was != value]
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint.path}: cannot continue: {', '.join(differing)}: other parameters would be trained than those "
+            "with optimizer states; restore the setting, or begin a new run (another name) with "
+            f"`init: {checkpoint.path}`"
+        )
+
+
 def resume(
     run: Run, engine: Any, checkpoint: Checkpoint | None, universal: Path | None, change_data: bool = False
 ) -> Progress:
@@ -209,6 +246,8 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, argument
     universal = None
     with all_ranks_ok():
         differing = mesh_changes(checkpoint, recipe) if checkpoint else []
+        if checkpoint:
+            check_trained_parameters(checkpoint, recipe)
     if checkpoint and differing:
         universal = on_rank_zero(convert_checkpoint, checkpoint)
         say(f"{recipe.name}: {', '.join(differing)}: the checkpoint was converted; the order of the data is the same")
@@ -254,21 +293,42 @@ def finish(recipe: Recipe) -> None:
     )
 
 
+def dry_run_lines(recipe: Recipe, gpu_memory: float | None = None, gpu_price: float | None = None) -> list[str]:
+    """What --dry-run prints: the resolved recipe, the plan or why there is none yet, memory, time and cost.
+
+    `gpu_memory`, `gpu_price`: GiB of a GPU, and USD for one hour of it; see `molmo2.training.dry_run.this_gpu`.
+    """
+    import yaml
+
+    from molmo2.inspection.shares import mixture_lines
+    from molmo2.training.dry_run import dry_run, this_gpu
+
+    needs = dry_run(recipe, this_gpu(recipe, gpu_memory, gpu_price))  # first, since it checks the model's name
+    try:
+        plan = mixture_lines(recipe, STEPS_DRAWN)
+    except (ValueError, OSError) as error:  # most often the shards are not built yet
+        plan = [f"plan: {error}"]
+    resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return [*resolved.splitlines(), "", *plan, "", *needs]
+
+
 def look(arguments: argparse.Namespace) -> int:
     """Run --dry-run, --inspect or --replay for the recipes, in one process without training; return the exit code."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         for recipe in read_recipes(arguments):
             if arguments.dry_run:
-                from molmo2.training.dry_run import dry_run
-
-                write_line("\n".join(dry_run(recipe)))
+                write_line("\n".join(dry_run_lines(recipe, arguments.gpu_memory, arguments.gpu_price)))
                 continue
-            from molmo2.training.replay import find_step, show_losses, show_packs
+            from molmo2.training.replay import check_shard_files, find_step, show_losses, show_packs
 
             run = prepare(recipe, SINGLE, device)
             step = find_step(run, arguments.replay if arguments.inspect is None else arguments.inspect)
             if arguments.inspect is not None:
+                from molmo2.inspection.shares import mixture_lines
+
+                write_line(f"every one of the {check_shard_files(run):,} shard files is there\n")
+                write_line("\n".join(mixture_lines(recipe, STEPS_DRAWN, run.plan)) + "\n")
                 lines = show_packs(run, step, PACKS_SHOWN)
             else:
                 lines = show_losses(run, step, starting_model(run) if arguments.replay == 1 else None)

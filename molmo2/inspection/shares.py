@@ -1,7 +1,11 @@
-"""Shares of the datasets in a recipe's mixture and in the draws of its first steps, from indexes, without torch."""
+"""Shares of the datasets in a recipe's mixture and in the draws of its first steps, as numbers and as lines of text.
+
+It reads indexes and needs no torch.
+"""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass, field
 
@@ -33,6 +37,7 @@ class Share:
         asked, drawn, tokens: fractions: the recipe's share of draws, the share in the first steps, and the share of
             their tokens.
         tokens_each, crops_each: mean numbers of tokens and crops per draw.
+        steps_per_epoch: steps in which every sample of the dataset is drawn once.
         epochs: number of epochs of the dataset in the whole run.
     """
 
@@ -44,6 +49,7 @@ class Share:
     tokens: float
     tokens_each: float
     crops_each: float
+    steps_per_epoch: float
     epochs: float
 
 
@@ -74,6 +80,7 @@ def shares_of(recipe: Recipe, plan: Plan, drawn: DrawCounts) -> list[Share]:
         for name in spec.datasets:
             i = numbers[name]
             asked, count, size = plan.weights[name] / SCALE, drawn.samples[i], len(plan.datasets[i])
+            steps_per_epoch = size / (asked * total / drawn.steps)
             share = Share(
                 group=group,
                 name=name,
@@ -83,10 +90,61 @@ def shares_of(recipe: Recipe, plan: Plan, drawn: DrawCounts) -> list[Share]:
                 tokens=drawn.tokens[i] / tokens,
                 tokens_each=drawn.tokens[i] / max(1, count),
                 crops_each=drawn.crops[i] / max(1, count),
-                epochs=asked * total / drawn.steps * recipe.train.steps / size,
+                steps_per_epoch=steps_per_epoch,
+                epochs=recipe.train.steps / steps_per_epoch,
             )
             shares.append(share)
     return shares
+
+
+def share_table(shares: list[Share]) -> list[str]:
+    """One line per dataset, by group in the recipe's order."""
+    width = max(7, *(len(share.name) for share in shares))
+    lines = [
+        f"{'dataset':{width}} {'samples':>10} {'asked %':>8} {'drawn %':>8} {'tokens %':>8} "
+        f"{'tokens each':>11} {'crops each':>10} {'steps/epoch':>11} {'epochs':>8}"
+    ]
+    for group, members in itertools.groupby(shares, key=lambda share: share.group):
+        listed = list(members)
+        lines.append(f"{group} ({sum(share.asked for share in listed):.2%})")
+        lines += [
+            f"{share.name:{width}} {share.size:>10,} {100 * share.asked:>8.2f} {100 * share.drawn:>8.2f} "
+            f"{100 * share.tokens:>8.2f} {share.tokens_each:>11,.0f} {share.crops_each:>10.1f} "
+            f"{share.steps_per_epoch:>11,.1f} {share.epochs:>8.2f}"
+            for share in listed
+        ]
+    return lines
+
+
+def draw_summary(recipe: Recipe, drawn: DrawCounts) -> list[str]:
+    """The fill of the packs, and the totals of the whole run."""
+    data, samples = recipe.data, sum(drawn.samples)
+    token_fill = sum(drawn.tokens) / (drawn.packs * data.sequence_length)
+    crop_fill = sum(drawn.crops) / max(1, drawn.packs * data.max_crops)
+    whole = recipe.train.steps / drawn.steps
+    lines = [
+        f"{drawn.steps} steps of {recipe.train.packs_per_step} packs, {samples / drawn.packs:.2f} samples a pack",
+        f"fill: {token_fill:.2%} of {data.sequence_length:,} tokens (emptiest pack "
+        f"{drawn.fewest_tokens / data.sequence_length:.1%}), {crop_fill:.2%} of {data.max_crops} crops",
+        f"whole run: {recipe.train.steps:,} steps, about {samples * whole:,.0f} samples and "
+        f"{sum(drawn.tokens) * whole:,.0f} tokens",
+    ]
+    if crop_fill > token_fill and token_fill < 0.97:
+        lines.append("crops run out before tokens do: a higher data.max_crops would leave less padding")
+    return lines
+
+
+def mixture_lines(recipe: Recipe, num_steps: int, plan: Plan | None = None) -> list[str]:
+    """Lines to print: the table and the summary of a recipe's first steps, at most `num_steps`.
+
+    `plan`: the recipe's plan; None opens it.
+
+    Raises:
+        DatasetError, FormatError, MixtureError, PlanError: see `shards.stream.plan.open_plan`.
+    """
+    plan = plan or open_plan(recipe.roots, recipe.data.drawn_mixture, recipe.plan_settings)
+    drawn = draw_steps(plan, min(num_steps, recipe.train.steps))
+    return [*share_table(shares_of(recipe, plan, drawn)), "", *draw_summary(recipe, drawn)]
 
 
 def plan_and_draw(recipe: Recipe, num_steps: int) -> tuple[Plan, DrawCounts]:

@@ -7,7 +7,8 @@ as the forward pass; MFU does not count recomputed activations.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from molmo2.model.mask import MEMBER, PAD_SEGMENT, TRUNK
 from molmo2.model.presets import ConnectorConfig, ModelConfig, TextConfig, VitConfig
 
+# Dense bfloat16 peaks of GPUs in TFLOP/s, from NVIDIA's data sheets, by a part of the name that torch gives.
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "H800": 989, "A100": 312, "B200": 2250, "L40S": 362, "RTX 4090": 165}
 TRAINING_FACTOR = 3  # operations of forward and backward, relative to forward alone
 
 
@@ -64,6 +67,22 @@ def forward_flops(config: ModelConfig, work: Workload) -> Flops:
     )
 
 
+def training_flops(forward: Flops, frozen: Collection[str] = ()) -> Flops:
+    """Operations of forward and backward, without recomputation; `frozen` names components.
+
+    A frozen component has no gradients of its weights, and none of its inputs if nothing before it is trained. Two
+    small parts are ignored: the first layer that is trained needs no gradients of its inputs, and the attention of a
+    frozen component costs as much in backward as that of a trained one.
+    """
+    counts: dict[str, int] = {}
+    trained_before = False
+    for name, count in asdict(forward).items():  # in the order of the forward pass
+        trained = name not in frozen
+        counts[name] = count * (TRAINING_FACTOR if trained else 1 + trained_before)
+        trained_before |= trained
+    return Flops(**counts)
+
+
 def attention_pairs(segment_ids: Tensor, is_visual: Tensor) -> int:
     """The number of pairs that Molmo2's mask allows, computed without the mask; padding tokens are not counted.
 
@@ -83,6 +102,12 @@ def attention_pairs(segment_ids: Tensor, is_visual: Tensor) -> int:
         total += int((trunk * torch.bincount(member[~is_trunk], minlength=size)).sum())  # a branch sees its trunk
         total += int((seeing * (seeing - 1) // 2).sum())  # visual tokens see later ones too
     return total
+
+
+def known_peak() -> float | None:
+    """Dense bfloat16 peak of this machine's GPU in TFLOP/s; None without a GPU or for one not in `PEAK_TFLOPS`."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
 
 
 def _causal(count: Tensor) -> Tensor:

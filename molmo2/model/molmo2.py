@@ -6,7 +6,7 @@ slices, splits of the vision work, sharded parameters) is not in the model: `mol
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +84,21 @@ class Molmo2(nn.Module):
                 groups["llm"].append(parameter)
         return groups
 
+    def freeze(self, components: Collection[str], base_embedding: bool = False) -> None:
+        """Train no parameter of these components of `parameter_groups`, nor the base embeddings if they are frozen."""
+        groups = self.parameter_groups()
+        for parameter in [parameter for name in components for parameter in groups[name]]:
+            parameter.requires_grad_(False)
+        if base_embedding:
+            self.text.embedding.base.requires_grad_(False)
+
     def encode_visuals(self, pixels: Tensor, pooling: Tensor) -> Tensor:
         """Encode uint8 crops [N, H, W, 3] with pooling int64 [T, P] to visual features [T, d]."""
-        return self.connector(self.vit(pixels), pooling)
+        trained = any(parameter.requires_grad for parameter in self.vit.parameters())
+        # Nothing before the vision transformer is trained. Offloaded checkpointing would make its input need gradients.
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            patches = self.vit(pixels)
+        return self.connector(patches, pooling)
 
     def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
         """Embed int64 ids [B, S] to [B, S, d], adding features [T, d], one for each `<im_patch>`."""

@@ -1,6 +1,6 @@
-"""An estimate of what a run will need: memory of one GPU by its parts, and time, for several numbers of GPUs.
+"""An estimate of what a run will need: memory of one GPU by its parts, time and cost, for several numbers of GPUs.
 
-    python molmo2/train.py --recipe recipes/stage1.yaml --dry-run
+    python molmo2/train.py --recipe recipes/stage1.yaml --dry-run --gpu-memory 80 --gpu-price 2.5
 
 The sizes of parameters, gradients and optimizer states follow from the ZeRO stage. Activations are measured: one layer
 of the recipe's own size runs on a few tokens, and the bytes that autograd saves for backward are added up. All figures
@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from molmo2.config import Recipe
 from molmo2.model.connector import Connector
 from molmo2.model.decoder import Decoder
-from molmo2.model.flops import TRAINING_FACTOR, Workload, forward_flops
+from molmo2.model.flops import PEAK_TFLOPS, Workload, forward_flops, known_peak, training_flops
 from molmo2.model.loss import CHUNK_BYTES
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
@@ -35,8 +35,30 @@ ALLOCATOR_MARGIN = 1.1  # fragmentation and buffers too small to model
 LAYER_PEAK = 1.3  # peak memory of one layer in backward, relative to its saved activations: gradients come on top
 BUCKET = 5 * 10**8  # parameters that DeepSpeed reduces or gathers at once; its default
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128)  # numbers of GPUs that the table lists
-CARD_GIB = 80  # memory of an A100 or H100, GiB
-PEAK_TFLOPS, UTILISATION = 989, 0.4  # peak of an H100 in dense bfloat16, and the part of it that is assumed to be used
+UTILISATION = 0.4  # the part of a GPU's peak that is assumed to be used
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """The GPU that an estimate is for.
+
+    Attributes:
+        memory_gib: its memory in GiB; None if it is not known.
+        peak_tflops: its dense bfloat16 peak in TFLOP/s.
+        price: its price for an hour in USD; None leaves out the cost.
+    """
+
+    memory_gib: float | None
+    peak_tflops: float
+    price: float | None = None
+
+
+def this_gpu(recipe: Recipe, memory_gib: float | None = None, price: float | None = None) -> Gpu:
+    """The GPU of this machine, or of `memory_gib`; where its peak is not known either, that of an H100."""
+    if memory_gib is None and torch.cuda.is_available():
+        memory_gib = torch.cuda.mem_get_info()[1] / GIB
+    peak = recipe.logging.peak_tflops or known_peak() or PEAK_TFLOPS["H100"]
+    return Gpu(memory_gib=memory_gib, peak_tflops=peak, price=price)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +138,7 @@ def state_bytes(recipe: Recipe, config: ModelConfig, world: int) -> dict[str, fl
     """Bytes of parameters, gradients, optimizer states and DeepSpeed's buffers on one of `world` GPUs."""
     with torch.device("meta"):
         model = Molmo2(config)
-    if recipe.optim.freeze_base_embedding:
-        model.text.embedding.base.requires_grad_(False)
+    model.freeze(recipe.train.freeze, recipe.optim.freeze_base_embedding)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     half, stage = recipe.train.precision == "bf16", recipe.train.zero_stage
@@ -145,6 +166,8 @@ def activation_bytes(recipe: Recipe, config: ModelConfig, kept: SavedBytes) -> d
         vision = inputs * crops * kept.block_input * blocks + at_once * LAYER_PEAK * kept.block
     else:
         text, vision = tokens * kept.layer * layers, crops * kept.block * blocks
+    if "vit" in train.freeze:  # one block at a time, and nothing is saved for backward
+        vision = at_once * kept.block
     heads = config.text.num_heads + 2 * config.text.num_kv_heads
     size = 2 if train.precision == "bf16" else 4
     return {
@@ -176,8 +199,10 @@ def step_flops(recipe: Recipe) -> float:
         num_pairs=(tokens**2 + visual**2) // 2,
         num_logits=tokens - visual,
     )
-    factor = TRAINING_FACTOR + recipe.train.activation_checkpointing
-    return recipe.train.packs_per_step * factor * forward_flops(config, work).total
+    forward = forward_flops(config, work)
+    recomputed = forward.llm + (forward.vit if "vit" not in recipe.frozen else 0)
+    total = training_flops(forward, recipe.frozen).total + recipe.train.activation_checkpointing * recomputed
+    return recipe.train.packs_per_step * total
 
 
 def suggested_changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
@@ -207,8 +232,8 @@ def suggested_changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield " ".join(overrides), recipe.model_copy(update={"train": train})
 
 
-def dry_run(recipe: Recipe) -> list[str]:
-    """The lines to print: memory of a GPU and time of the run for every number of GPUs on which the recipe runs.
+def dry_run(recipe: Recipe, gpu: Gpu) -> list[str]:
+    """The lines to print: memory of a GPU, time and cost by number of GPUs, and what to change if it is too small.
 
     Raises:
         ValueError: the recipe's model is not a preset.
@@ -219,30 +244,40 @@ def dry_run(recipe: Recipe) -> list[str]:
     kept = measure_saved(config, torch.bfloat16 if train.precision == "bf16" else torch.float32)
     flops = step_flops(recipe)
     parts = list(memory(recipe, 1, kept))
+    cost = "" if gpu.price is None else f", USD at {gpu.price:g} per GPU and hour"
     lines = [
         f"{recipe.name}: {config.name}, {train.steps:,} steps of {train.packs_per_step} packs of "
         f"{recipe.data.sequence_length:,} tokens and {recipe.data.max_crops} crops, {flops / 1e15:,.1f} PFLOP a step",
-        f"GiB of one GPU in a full step, and days at {UTILISATION:.0%} of {PEAK_TFLOPS} TFLOP/s (assumed)",
-        f"{'GPUs':>5} {'total':>7} " + " ".join(f"{part:>{max(7, len(part))}}" for part in parts) + f" {'days':>8}",
+        f"GiB of one GPU in a full step, days at {UTILISATION:.0%} of {gpu.peak_tflops:g} TFLOP/s (assumed){cost}",
+        f"{'GPUs':>5} {'total':>7} "
+        + " ".join(f"{part:>{max(7, len(part))}}" for part in parts)
+        + f" {'days':>8}"
+        + (f" {'USD':>10}" if cost else ""),
     ]
-    fits = []
-    for world in GPUS:
-        if not _runs_on(recipe, world):
-            continue
+    totals = {}
+    for world in (world for world in GPUS if _runs_on(recipe, world)):
         need = memory(recipe, world, kept)
-        total = sum(need.values()) / GIB
-        fits.append(total <= CARD_GIB)
-        days = train.steps * flops / (world * PEAK_TFLOPS * 1e12 * UTILISATION) / 86400
+        totals[world] = sum(need.values()) / GIB
+        days = train.steps * flops / (world * gpu.peak_tflops * 1e12 * UTILISATION) / 86400
         row = " ".join(f"{need[part] / GIB:>{max(7, len(part))}.1f}" for part in parts)
-        lines.append(f"{world:>5} {total:>7.1f} {row} {days:>8.1f}")
-    if not fits:
+        paid = "" if gpu.price is None else f" {days * 24 * world * gpu.price:>10,.0f}"
+        lines.append(f"{world:>5} {totals[world]:>7.1f} {row} {days:>8.2f}{paid}")
+    # The memory of the host, by number of GPUs of a machine, belongs here: it is not estimated yet.
+    if not totals:
         lines.append(f"no number of GPUs up to {GPUS[-1]} divides this recipe's packs and micro-batches")
-    elif not all(fits):
-        lines += ["", f"where {CARD_GIB} GiB are too few, --set these (GiB of one GPU, by number of GPUs):"]
-        for text, changed in suggested_changes(recipe):
-            totals = {w: sum(memory(changed, w, kept).values()) / GIB for w in GPUS if _runs_on(changed, w)}
-            lines.append(f"  {text}: " + ", ".join(f"{world}: {total:.0f}" for world, total in totals.items()))
+    elif gpu.memory_gib is None:
+        lines.append("no GPU was found: --gpu-memory GIB gives its memory, to see what to change if it is too small")
+    elif max(totals.values()) > gpu.memory_gib:
+        lines += ["", *_changes(recipe, gpu.memory_gib, kept)]
     return lines
+
+
+def _changes(recipe: Recipe, memory_gib: float, kept: SavedBytes) -> Iterator[str]:
+    """The settings to change, each with the memory that a GPU then needs."""
+    yield f"where {memory_gib:.3g} GiB are too few, --set these (GiB of one GPU, by number of GPUs):"
+    for text, changed in suggested_changes(recipe):
+        totals = {w: sum(memory(changed, w, kept).values()) / GIB for w in GPUS if _runs_on(changed, w)}
+        yield f"  {text}: " + ", ".join(f"{world}: {total:.0f}" for world, total in totals.items())
 
 
 def _runs_on(recipe: Recipe, world: int) -> bool:

@@ -228,11 +228,10 @@ def start_engine(
     Returns:
         The engine, the optimizer inside it, and the names of its groups in order.
     """
-    if recipe.optim.freeze_base_embedding:
-        model.text.embedding.base.requires_grad_(False)
     if recipe.optim.lora is not None:
         add_adapters(model, recipe.optim.lora.rank, recipe.optim.lora.alpha, recipe.train.seed)
     train = recipe.train
+    model.freeze(train.freeze, recipe.optim.freeze_base_embedding)  # after LoRA, which trains the added embeddings
     model.set_checkpointing(train.activation_checkpointing, train.chunk_crops, "activations" in train.offload)
     components = model.parameter_groups()
     assert set(components) == set(COMPONENTS)

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from molmo2.model.loss import LossSums
 from molmo2.parallel.agree import on_rank_zero, say, write_line
 from molmo2.parallel.sums import sum_over_ranks
 from molmo2.training.anomalies import LossHistory, action_for, describe
-from molmo2.training.metrics import Monitor, StepClock, gpu_use, read_log
+from molmo2.training.metrics import Monitor, StepClock, batch_flops, gpu_use, read_log, speed
 from molmo2.training.optim import ComponentAdamW, set_learning_rates
 from molmo2.training.run import (
     ANOMALIES_NAME,
@@ -90,6 +90,7 @@ class StepSums(NamedTuple):
     retries: Tensor  # reads from storage that were repeated after an error
     cache_hits: Tensor  # reads from shards in the disk cache
     megabytes: Tensor  # bytes read as stored, in units of 1e6
+    flops: Tensor  # the model's operations, forward and backward
     tokens: Tensor
     dataset_loss: Tensor  # [datasets], weighted cross entropy
     dataset_weight: Tensor  # [datasets], loss weight
@@ -109,8 +110,10 @@ class StepTotals:
     retries: float
     cache_hits: float
     megabytes: float
+    flops: float
     tokens: float
     losses: dict[str, float]  # mean cross entropy of each dataset in the step
+    group_losses: dict[str, float]  # mean cross entropy of each group of the mixture in the step
     tokens_of: dict[str, float]  # number of tokens of each dataset in the step
 
 
@@ -139,6 +142,7 @@ def compute(
         The step's sums, and the place in the data after it.
     """
     train, step, names = run.recipe.train, cursor.step + 1, [dataset.name for dataset in run.plan.datasets]
+    frozen, group_of = run.recipe.frozen, run.recipe.data.mixture.group_of
     sums: StepSums | None = None
     for _ in range(micro_steps(train.packs_per_step, run.mesh.dp, train.micro_batch)):
         watchdog.enter("data", step)
@@ -152,17 +156,17 @@ def compute(
         loss, logged = engine(batch, len(names))
         watchdog.enter("backward", step, batch.slots)
         engine.backward(loss, scale_wrt_gas=False)
-        own = local_sums(batch, logged, run.mesh.sp)
+        own = local_sums(batch, logged, run.mesh.sp, batch_flops(batch, run.model_config, frozen))
         sums = own if sums is None else StepSums(*map(torch.add, sums, own))
     assert sums is not None, "a step has a micro-step at least"
     sums = sums._replace(
         signalled=torch.full_like(sums.loss, stop.seen), stop_file=torch.full_like(sums.loss, sees_stop_file(run))
     )
-    return totals_of(sum_over_ranks(sums), names), batch.cursor
+    return totals_of(sum_over_ranks(sums), names, group_of), batch.cursor
 
 
-def local_sums(batch: Batch, logged: LossSums, sp: int) -> StepSums:
-    """One rank's contribution to a step for one micro-batch, on the device of `logged`.
+def local_sums(batch: Batch, logged: LossSums, sp: int, flops: int) -> StepSums:
+    """One rank's contribution to a step for one micro-batch of `flops` operations, on the device of `logged`.
 
     Values that the ranks of a group share are divided by the size of the group. No value is copied to the host.
     """
@@ -175,8 +179,9 @@ def local_sums(batch: Batch, logged: LossSums, sp: int) -> StepSums:
         counts.get("retries", 0),
         counts.get("cache_hits", 0),
         counts.get("bytes", 0) / 1e6,
+        flops / sp,
     )
-    masked, crops, retries, cache_hits, megabytes = (
+    masked, crops, retries, cache_hits, megabytes, operations = (
         torch.tensor(host, dtype=torch.float64).to(tokens.device, non_blocking=True).unbind()
     )
     return StepSums(
@@ -189,6 +194,7 @@ def local_sums(batch: Batch, logged: LossSums, sp: int) -> StepSums:
         retries=retries,
         cache_hits=cache_hits,
         megabytes=megabytes,
+        flops=operations,
         tokens=tokens.sum(),
         dataset_loss=logged.dataset_loss.double(),
         dataset_weight=logged.dataset_weight.double(),
@@ -196,13 +202,19 @@ def local_sums(batch: Batch, logged: LossSums, sp: int) -> StepSums:
     )
 
 
-def totals_of(sums: StepSums, names: Sequence[str]) -> StepTotals:
-    """The numbers of a step from its sums over all ranks; `names` are those of the datasets."""
+def totals_of(sums: StepSums, names: Sequence[str], group_of: Mapping[str, str]) -> StepTotals:
+    """The numbers of a step from its sums over all ranks; `names` are those of the datasets, which are in groups."""
     vectors = (sums.dataset_loss.tolist(), sums.dataset_weight.tolist(), sums.dataset_tokens.tolist())
     rows = list(zip(names, *vectors, strict=True))
+    groups: dict[str, list[float]] = {}  # loss and weight
+    for name, loss, weight, _ in rows:
+        total = groups.setdefault(group_of[name], [0.0, 0.0])
+        total[0] += loss
+        total[1] += weight
     return StepTotals(
         **{name: value.item() for name, value in sums._asdict().items() if value.ndim == 0},
         losses={name: loss / weight for name, loss, weight, _ in rows if weight},
+        group_losses={group: loss / weight for group, (loss, weight) in groups.items() if weight},
         tokens_of={name: tokens for name, _, _, tokens in rows if tokens},
     )
 
@@ -253,6 +265,7 @@ def measurements(
         "tokens": round(totals.tokens),
         "fill": totals.tokens / (train.packs_per_step * run.recipe.data.sequence_length),
         "tokens_per_second": totals.tokens / seconds,
+        **speed(totals.flops, seconds, run.mesh.world, run.recipe.logging.peak_tflops),
         "data_wait": data_wait,
         "seconds": seconds,
         "crops": round(totals.crops),
@@ -263,6 +276,7 @@ def measurements(
         **reads,
         **gpu_use(),
         **{f"loss.{name}": mean for name, mean in totals.losses.items()},
+        **{f"group_loss.{name}": mean for name, mean in totals.group_losses.items()},
         **{f"tokens.{name}": round(count) for name, count in totals.tokens_of.items()},
     }
 

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import importlib
 import importlib.util
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ import torch
 from tqdm import tqdm
 
 from molmo2.config import Recipe
+from molmo2.model.flops import Workload, forward_flops, known_peak, training_flops
+from molmo2.model.presets import ModelConfig
 from molmo2.training.run import LOG_NAME
 from shards.atomic import write_atomic
-from shards.stream.collate import ReadStats
+from shards.stream.collate import Batch, ReadStats
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}, ETA {remaining}{postfix}]"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -53,9 +58,16 @@ class Monitor:
 
     def __init__(self, recipe: Recipe, start: int) -> None:
         directory = recipe.run_dir
-        self.log_every = recipe.train.log_every
         self.file = open(directory / LOG_NAME, "a", encoding="utf-8")
-        self.bar = tqdm(total=recipe.train.steps, initial=start, desc=recipe.name, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(
+            total=recipe.train.steps,
+            initial=start,
+            desc=recipe.name,
+            bar_format=BAR,
+            dynamic_ncols=True,
+            mininterval=0,  # with `miniters`: printed after every `log_every` steps
+            miniters=recipe.train.log_every,
+        )
         self.tensorboard = self.wandb = None
         if recipe.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # imported here because it is slow
@@ -69,13 +81,8 @@ class Monitor:
         line = {name: _finite(value) for name, value in values.items()}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
+        self.bar.set_postfix_str(bar_text(values), refresh=False)
         self.bar.update(1)
-        if line["step"] % self.log_every:
-            return
-        self.bar.set_postfix_str(
-            f"loss {values['loss']:.4f} | {values['tokens_per_second']:,.0f} tok/s | "
-            f"wait {values['data_wait']:.0%} | fill {values['fill']:.1%}"
-        )
         self.plot(line["step"], {name: value for name, value in values.items() if name != "step"})
 
     def plot(self, step: int, values: Mapping[str, float]) -> None:
@@ -88,14 +95,16 @@ class Monitor:
             self.wandb.log(numbers, step=step)
 
     def show(self, step: int, number: int, text: str, image: Any = None) -> None:
-        """Write one generated sample to TensorBoard, and to W&B if it has a picture. `image` is a PIL image."""
+        """Write one generated sample to TensorBoard and W&B: its text, and its picture (a PIL image) if it has one."""
         if self.tensorboard is not None:
             self.tensorboard.add_text(f"samples/{number}", text, step)
             if image is not None:
                 self.tensorboard.add_image(f"samples/{number}", np.asarray(image), step, dataformats="HWC")
-        if self.wandb is not None and image is not None:
+        if self.wandb is not None:
             wandb = importlib.import_module("wandb")
-            self.wandb.log({f"samples/{number}": wandb.Image(image, caption=text)}, step=step)
+            plain = wandb.Html(f"<pre>{html.escape(text)}</pre>")
+            media = plain if image is None else wandb.Image(image, caption=text)
+            self.wandb.log({f"samples/{number}": media}, step=step)
 
     def say(self, text: str) -> None:
         """Print a message without breaking the progress bar."""
@@ -109,6 +118,36 @@ class Monitor:
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def bar_text(values: Mapping[str, Any]) -> str:
+    """The numbers of a step beside the progress bar; the learning rate is that of the last component trained."""
+    rates = [value for name, value in values.items() if name.startswith("lr.")]
+    use = f"MFU {values['mfu']:.1%}" if "mfu" in values else f"{values['tflops']:.3g} TFLOP/s per rank"
+    return (
+        f"loss {values['loss']:.4f} | lr {rates[-1]:.2e} | {values['tokens_per_second']:,.0f} tok/s | {use} | "
+        f"wait {values['data_wait']:.0%}"
+    )
+
+
+def batch_flops(batch: Batch, config: ModelConfig, frozen: Collection[str]) -> int:
+    """Operations of forward and backward over a micro-batch, all ranks of its group together; nothing is copied."""
+    work = Workload(
+        num_crops=batch.work.crops,
+        num_visual_tokens=len(batch.pooling),
+        pool_width=batch.pooling.shape[1],
+        num_tokens=batch.input_ids.numel(),
+        num_pairs=batch.work.pairs,
+        num_logits=batch.work.loss_tokens,
+    )
+    return training_flops(forward_flops(config, work), frozen).total
+
+
+def speed(flops: float, seconds: float, world: int, peak_tflops: float | None) -> dict[str, float]:
+    """TFLOP/s of a rank in a step of `flops` operations over all ranks, and MFU: its part of the peak, if known."""
+    tflops = flops / seconds / world / 1e12
+    peak = peak_tflops or known_peak()
+    return {"tflops": tflops, **({"mfu": tflops / peak} if peak else {})}
 
 
 class StepClock:

@@ -21,6 +21,7 @@ from molmo2.training.engine import TrainingModule
 from molmo2.training.run import Run
 from shards.format import tar_members
 from shards.stream.collate import MEMBER, PAD_SEGMENT, Batch
+from shards.stream.dataset import DatasetError, shard_problems
 from shards.stream.loader import pack_reader
 from shards.stream.plan import Cursor, Draw, PackSpec, Plan, StepSpec
 from shards.stream.read_ahead import MicroSpec
@@ -50,6 +51,20 @@ def _before(run: Run, number: int) -> Checkpoint | None:
         if int(path.name.removeprefix("step-")) < number and find_damage(path) is None:
             return Checkpoint(path, json.loads((path / META).read_text()))
     return None
+
+
+def check_shard_files(run: Run) -> int:
+    """Check that every shard file of the data and of the held-out data is there, and return how many there are.
+
+    Raises:
+        DatasetError: shard files are missing or have another size than in the index; each is named.
+    """
+    datasets = [*run.plan.datasets, *(() if run.held_out is None else run.held_out.datasets)]
+    distinct = {dataset.storage.root: dataset for dataset in datasets}.values()
+    if problems := shard_problems(distinct):
+        listed = "\n  ".join(problems)
+        raise DatasetError(f"{len(problems)} shard files are not whole; fetch or build them again:\n  {listed}")
+    return sum(len(dataset.index.shards) for dataset in distinct)
 
 
 def show_packs(run: Run, step: StepSpec, num_packs: int) -> Iterator[str]:

@@ -20,7 +20,10 @@ from molmo2.training.metrics import read_log
 from molmo2.training.run import DATA_NAME, EVAL_NAME, LOG_NAME, REPORT_NAME, SAMPLES_NAME
 from shards.atomic import write_atomic
 
-CURVES = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "fill", "gpu_utilization", "gpu_memory_gib")
+CURVES = (
+    *("loss", "group_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "data_wait", "fill", "gpu_utilization"),
+    "gpu_memory_gib",
+)
 
 
 def write_report(recipe: Recipe) -> Path:

@@ -39,6 +39,20 @@ class ReadStats(NamedTuple):
 
 
 NO_READS = ReadStats()
+
+
+class WorkSizes(NamedTuple):
+    """Sizes that determine the model's operations, beside the shapes of the tensors; masked samples do not count.
+
+    They are of all ranks of a group, and counted on the host, so that a GPU need not be asked for them.
+    """
+
+    crops: int = 0  # ViT inputs
+    pairs: int = 0  # (query, key) pairs of tokens that the attention mask allows
+    loss_tokens: int = 0  # tokens with a loss weight
+
+
+NO_WORK = WorkSizes()  # of a batch that was made by hand
 ROOM = "enlarge /dev/shm (docker run --shm-size 16g), lower data.prefetch, or set data.workers=0"
 
 
@@ -68,6 +82,7 @@ class Batch:
         cursor: state of the data after this step.
         masked: samples that were damaged and are padding in the batch.
         reads: timings and counts of reading the samples.
+        work: sizes that determine the model's operations.
     """
 
     input_ids: Tensor
@@ -87,6 +102,7 @@ class Batch:
     cursor: Cursor
     masked: tuple[Damage, ...]
     reads: ReadStats = NO_READS
+    work: WorkSizes = NO_WORK
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on a device."""
@@ -213,6 +229,16 @@ def own_visuals(samples: Sequence[OpenedSample], rank: int, ranks: int) -> Itera
         first = last
 
 
+def allowed_pairs(tokens: Expanded) -> int:
+    """The number of (query, key) pairs of one sample's tokens that the attention mask allows."""
+    # A token sees those before it in its own branch, and a branch sees its whole trunk (branch 0).
+    counts: list[int] = np.bincount(tokens.branch).tolist()
+    trunk, *branches = counts
+    causal = sum(count * (count + 1) // 2 for count in counts)
+    visual = int(np.count_nonzero(tokens.is_visual))
+    return causal + trunk * sum(branches) + visual * (visual - 1) // 2  # visual tokens see later ones too
+
+
 def own_crops(batch: Batch, rank: int, ranks: int) -> Batch:
     """Reduce a batch that holds all crops to the crops of one rank's split."""
     split = split_visuals(batch.visual_crops.tolist(), batch.visual_tokens.tolist(), ranks)[rank]
@@ -269,6 +295,11 @@ def collate(
             fields["segment_ids"][place] = member * MEMBER + np.where(branch == 0, TRUNK, branch)
             fields["is_visual"][place] = tokens.is_visual
             fields["dataset_ids"][place] = draw.dataset
+    work = WorkSizes(
+        crops=sum(sum(sample.num_crops) for sample in opened),
+        pairs=sum(allowed_pairs(sample.tokens) for sample in opened),
+        loss_tokens=int(np.count_nonzero(fields["loss_weights"])),
+    )
     arrays = fields | _visual_fields(layout, opened, crops)
     return Batch(
         **{name: torch.from_numpy(array) for name, array in arrays.items()},
@@ -278,6 +309,7 @@ def collate(
         cursor=cursor,
         masked=tuple(masked),
         reads=reads,
+        work=work,
     )
 
 

@@ -71,6 +71,11 @@ class MixtureSpec(pydantic.BaseModel, extra="forbid", frozen=True):
         return MixtureSpec(groups=left)
 
     @property
+    def group_of(self) -> dict[str, str]:
+        """The group of every dataset."""
+        return {name: group for group, spec in self.groups.items() for name in spec.datasets}
+
+    @property
     def dataset_names(self) -> tuple[str, ...]:
         """All datasets, in the order of the recipe."""
         return tuple(name for group in self.groups.values() for name in group.datasets)

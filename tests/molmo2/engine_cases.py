@@ -226,6 +226,36 @@ def train(settings: list[tuple[Any, ...]]) -> list[list[Step]]:
     return results
 
 
+class Frozen(NamedTuple):
+    """A step with frozen components on one rank: the groups with states, bytes of states, and what each part moved."""
+
+    groups: list[str]
+    state_bytes: int
+    moved: dict[str, bool]
+
+
+def train_frozen(settings: list[tuple[int, tuple[str, ...], tuple[str, ...]]]) -> list[Frozen]:
+    """One step on each rank for each (ZeRO stage, frozen components, offload)."""
+    results = []
+    for stage, freeze, offload in settings:
+        run = recipe(f"frozen-{stage}", zero_stage=stage, steps=1, freeze=freeze, offload=offload)
+        mesh, before = make_mesh(1), model().parameter_groups()
+        engine, optimizer, names = start_engine(model(), run, mesh)
+        set_learning_rates(optimizer, names, run.optim, 1, 1)
+        loss, _ = engine(make(BATCHES[mesh.dp_rank]))
+        engine.backward(loss, scale_wrt_gas=False)
+        engine.step()
+        states = [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.numel() > 1]
+        moved = {}
+        for name, parameters in engine.module.model.parameter_groups().items():
+            with deepspeed.zero.GatheredParameters(parameters, enabled=stage == 3):
+                pairs = zip(parameters, before[name], strict=True)
+                moved[name] = any(not torch.equal(after, first) for after, first in pairs)
+        results.append(Frozen(names, sum(tensor.nbytes for tensor in states), moved))
+        engine.destroy()
+    return results
+
+
 def train_alone() -> tuple[Molmo2, list[Step]]:
     """The same two steps in one process, without DeepSpeed."""
     from molmo2.training.optim import ComponentAdamW, parameter_groups

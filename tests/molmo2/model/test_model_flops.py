@@ -9,7 +9,7 @@ from tiny_models import CONFIGS, QWEN
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from molmo2.model.flops import TRAINING_FACTOR, Workload, attention_pairs, forward_flops
+from molmo2.model.flops import TRAINING_FACTOR, Flops, Workload, attention_pairs, forward_flops, training_flops
 from molmo2.model.mask import PAD_SEGMENT, allowed
 from molmo2.model.molmo2 import Molmo2
 
@@ -40,6 +40,21 @@ def test_equal_to_torchs_counter(variant: str) -> None:
         logits.sum().backward()
     pixels = 2 * row["pixels"].numel() * config.vit.hidden_size  # nothing flows back into the pixels
     assert counter.get_total_flops() == (TRAINING_FACTOR - 1) * counted.total - pixels
+
+
+@pytest.mark.parametrize("frozen", [("vit",), ("llm",), ("vit", "connector"), ("vit", "llm")])
+def test_a_frozen_component_takes_fewer_operations(frozen: tuple[str, ...]) -> None:
+    model, row = Molmo2(QWEN).init_weights(0), build(QWEN, PACKED)
+    model.freeze(frozen)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        logits = model(**row)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    parts = {name.split(".")[-1]: sum(ops.values()) for name, ops in forward.get_flop_counts().items()}
+    counted = Flops(vit=parts["vit"], connector=parts["connector"], llm=parts["text"] + parts["lm_head"])
+    both = forward.get_total_flops() + backward.get_total_flops()
+    assert training_flops(counted, frozen).total == pytest.approx(both, rel=0.1)
+    assert both < 0.9 * training_flops(counted).total
 
 
 def test_pairs_are_those_of_the_mask() -> None:

@@ -6,22 +6,29 @@ from typing import Any
 
 import pytest
 import torch
+import toy_run
+import yaml
 from fork_server import python
 
 from molmo2.config import Recipe, load_recipe
+from molmo2.inspection.shares import draw_steps
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS
+from molmo2.train import dry_run_lines
 from molmo2.training.dry_run import (
     ALLOCATOR_MARGIN,
     GIB,
+    Gpu,
     activation_bytes,
     dry_run,
     measure_saved,
     memory,
     saved_bytes,
     step_flops,
+    this_gpu,
 )
+from shards.stream.plan import open_plan
 
 ROOT = Path(__file__).resolve().parents[3]
 STAGE1 = ROOT / "recipes/stage1.yaml"
@@ -99,11 +106,52 @@ def test_operations_of_a_long_row() -> None:
 
 @pytest.mark.slow
 def test_what_to_change_is_told_where_a_card_is_too_small() -> None:
-    lines = dry_run(load_recipe(STAGE1))
-    assert any(line.split()[:1] == ["8"] for line in lines)
+    lines = dry_run(load_recipe(STAGE1), Gpu(memory_gib=80, peak_tflops=989, price=2.5))
+    (row,) = (line.split() for line in lines if line.split()[:1] == ["8"])
+    assert float(row[-1].replace(",", "")) == pytest.approx(float(row[-2]) * 24 * 8 * 2.5, rel=0.01)
+    assert "days at 40% of 989 TFLOP/s (assumed), USD at 2.5 per GPU and hour" in "\n".join(lines)
     advice = [line for line in lines if "train.zero_stage=3" in line]
     assert advice and all("train.activation_checkpointing" not in line for line in advice)
     assert "train.offload=[activations,optimizer]" in lines[-1]
+
+
+def test_nothing_is_suggested_where_the_memory_is_enough_or_not_known() -> None:
+    tiny = load_recipe(STAGE1, ["model=tiny"])
+    larger = dry_run(tiny, Gpu(memory_gib=1000, peak_tflops=989))
+    assert "train.zero_stage=3" not in "\n".join(larger) and "USD" not in "\n".join(larger)
+    unknown = dry_run(tiny, Gpu(memory_gib=None, peak_tflops=989))
+    smaller = dry_run(tiny, Gpu(memory_gib=0.1, peak_tflops=989))
+    assert any("where 0.1 GiB are too few" in line for line in smaller)
+    assert "--gpu-memory GIB" in unknown[-1] and "train.zero_stage=3" not in "\n".join(unknown)
+
+
+def test_the_gpu_is_the_one_named_or_the_one_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(STAGE1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert this_gpu(recipe) == Gpu(memory_gib=None, peak_tflops=989)
+    assert this_gpu(recipe, 40, 1.5) == Gpu(memory_gib=40, peak_tflops=989, price=1.5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-40GB")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30 * GIB, 40 * GIB))
+    assert this_gpu(recipe) == Gpu(memory_gib=40, peak_tflops=312)
+    assert this_gpu(load_recipe(STAGE1, ["logging.peak_tflops=100"]), 24) == Gpu(memory_gib=24, peak_tflops=100)
+
+
+def test_a_dry_run_shows_recipe_and_plan_of_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy_run.build_toy(tmp_path)
+    monkeypatch.setenv("MOLMO2_DATA", str(tmp_path))
+    recipe = load_recipe(toy_run.write_recipe(tmp_path / "r.yaml", "r", steps=12))
+    lines = dry_run_lines(recipe, 80, 2.0)
+    assert yaml.safe_load("\n".join(lines[: lines.index("")])) == recipe.model_dump(mode="json")
+    header = next(line for line in lines if line.startswith("dataset "))
+    assert header.split()[-2:] == ["steps/epoch", "epochs"]
+    (row,) = (line.split() for line in lines if line.startswith("toy "))
+    drawn = draw_steps(open_plan(recipe.roots, recipe.data.drawn_mixture, recipe.plan_settings), 12)
+    steps_per_epoch = 24 / (drawn.samples[0] / 12)
+    assert float(row[-2]) == pytest.approx(steps_per_epoch, abs=0.06)
+    assert float(row[-1]) == pytest.approx(12 / steps_per_epoch, abs=0.01)
+    (tmp_path / "shards/sft/toy/index.json").unlink()
+    assert any(line.startswith("plan: dataset toy is in none of") for line in dry_run_lines(recipe))
 
 
 @pytest.mark.slow
@@ -113,8 +161,23 @@ def test_dry_run_needs_no_data_and_no_launcher(tmp_path: Path) -> None:
         command, cwd=ROOT, capture_output=True, text=True, check=False, env={"MOLMO2_DATA": str(tmp_path)}
     )
     assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("name: stage1\n") and "plan: dataset pixmo-cap is in none of" in run.stdout
     assert "stage1: 4b, 100,000 steps of 128 packs of 4,096 tokens" in run.stdout
     assert not list(tmp_path.iterdir())
     run = subprocess.run([*command, "--set", "model=5b"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert "model '5b' is not a preset" in run.stderr
+    command[-1] = "--gpu-price=2"
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "--gpu-memory and --gpu-price are of --dry-run" in run.stderr
+
+
+def test_a_frozen_component_needs_neither_states_nor_its_backward() -> None:
+    kept = measure_saved(PRESETS["tiny"], torch.bfloat16)
+    whole, frozen = memory(long(), 8, kept), memory(long(freeze="[vit]"), 8, kept)
+    with torch.device("meta"):
+        vit = sum(parameter.numel() for parameter in Molmo2(PRESETS["4b"]).vit.parameters())
+    assert whole["optimizer"] - frozen["optimizer"] == pytest.approx(ALLOCATOR_MARGIN * 12 * vit / 8)
+    assert whole["gradients"] - frozen["gradients"] == pytest.approx(ALLOCATOR_MARGIN * 4 * vit / 8)
+    assert frozen["parameters"] == whole["parameters"] and frozen["vision"] < whole["vision"]
+    assert step_flops(long(freeze="[vit]")) < 0.9 * step_flops(long())

@@ -7,9 +7,11 @@ import pytest
 import torch
 from ranks import run_ranks
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from molmo2.checkpoint.lookup import load_weights
 from molmo2.parallel.mesh import SINGLE
+from molmo2.training.dry_run import saved_bytes
 from molmo2.training.engine import TrainingModule, deepspeed_config, read_engine_keys
 
 
@@ -124,6 +126,48 @@ def test_trained_weights_do_not_depend_on_ranks_or_zero_stage(tmp_path: Path, mo
 def movement(weights: dict[str, Tensor], start: dict[str, Tensor], part: str) -> Tensor:
     """How far training moved all weights of a part of the model, in one vector."""
     return torch.cat([(weights[name] - start[name]).flatten() for name in sorted(start) if name.startswith(part)])
+
+
+FROZEN: list[tuple[int, tuple[str, ...], tuple[str, ...]]] = [  # ZeRO stage, frozen components, offload
+    (0, ("vit",), ()),
+    (1, ("vit", "connector"), ()),
+    (2, ("vit",), ("activations", "optimizer")),
+    (2, ("llm",), ("activations",)),
+    (3, ("llm", "vit"), ()),
+]
+
+
+@pytest.mark.dist
+def test_a_frozen_component_has_no_optimizer_states_and_does_not_move() -> None:
+    ranks = run_ranks(2, engine_cases.train_frozen, FROZEN)
+    sizes = {name: sum(map(Tensor.numel, part)) for name, part in engine_cases.model().parameter_groups().items()}
+    for number, (stage, freeze, offload) in enumerate(FROZEN):
+        trained = [name for name in sizes if name not in freeze]
+        expected = 2 * 4 * sum(sizes[name] for name in trained)  # two moments in float32
+        total = sum(rank[number].state_bytes for rank in ranks) / (1 if stage else len(ranks))
+        assert total == pytest.approx(expected, rel=1e-3), (stage, freeze, offload)  # partitions are padded
+        for rank in ranks:
+            assert rank[number].groups == trained
+            assert rank[number].moved == {name: name in trained for name in sizes}, (stage, freeze)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_no_gradient_is_computed_for_a_frozen_vision_transformer(offload: bool) -> None:
+    """Torch counts the operations: its backward takes none, and autograd keeps nothing of it."""
+    counts, saved = {}, {}
+    for freeze in ((), ("vit",)):
+        module = TrainingModule(engine_cases.model(), engine_cases.recipe(), SINGLE).train()
+        module.model.freeze(freeze)
+        module.model.set_checkpointing(offload, offload=offload)
+        batch = engine_cases.make(engine_cases.BATCHES[0])
+        saved[freeze] = saved_bytes(module.model, lambda m=module, b=batch: m(b)[0])
+        with FlopCounterMode(display=False) as counter:
+            module(batch)[0].backward()
+        counts[freeze] = sum(counter.get_flop_counts()["TrainingModule.model.vit"].values())
+        missing = {name for name, parameter in module.model.named_parameters() if parameter.grad is None}
+        assert missing == {name for name, _ in module.model.named_parameters() if freeze and name.startswith("vit.")}
+    assert counts["vit",] < 0.4 * counts[()]
+    assert saved["vit",] < saved[()]
 
 
 def test_deepspeed_is_told_neither_to_clip_nor_to_split_sequences() -> None:

@@ -3,6 +3,7 @@
 import importlib.machinery
 import json
 import math
+import re
 import sys
 import time
 import types
@@ -11,12 +12,30 @@ from typing import Any
 
 import pytest
 import torch
+import toy_run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from molmo2.config import Recipe, load_recipe
-from molmo2.training.metrics import Monitor, cut_log, gpu_use, read_log, summarize_run
+from molmo2.model.flops import attention_pairs
+from molmo2.model.mask import PAD_SEGMENT, allowed
+from molmo2.parallel.mesh import SINGLE
+from molmo2.train import prepare
+from molmo2.training.metrics import (
+    Monitor,
+    bar_text,
+    batch_flops,
+    cut_log,
+    gpu_use,
+    read_log,
+    speed,
+    summarize_run,
+)
 from molmo2.training.run import LOG_NAME
+from shards.stream.loader import pack_reader
+from shards.stream.plan import Cursor
+from shards.stream.read_ahead import MicroSpec
+from shards.stream.reader import Damage
 
 DEMO = Path(__file__).resolve().parents[3] / "recipes/demo/stage1.yaml"
 
@@ -24,7 +43,7 @@ DEMO = Path(__file__).resolve().parents[3] / "recipes/demo/stage1.yaml"
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.setenv("MOLMO2_DATA", str(tmp_path))
-    recipe = load_recipe(DEMO, ["train.steps=4", "logging.tensorboard=true", "train.log_every=1"])
+    recipe = load_recipe(DEMO, ["train.steps=4", "logging.tensorboard=true", "train.log_every=2"])
     recipe.run_dir.mkdir(parents=True)
     return recipe
 
@@ -36,6 +55,8 @@ def line(step: int, loss: float) -> dict[str, Any]:
         "lr.vit": 0.1 * step,
         "tokens": 100,
         "tokens_per_second": 50.0,
+        "tflops": 0.25,
+        "group_loss.text": loss,
         "data_wait": 0.1,
         "fill": 0.9,
         "seconds": 2.0,
@@ -58,9 +79,12 @@ def test_every_step_stands_once_after_a_restart(recipe: Recipe, capsys: pytest.C
     second.close()
     assert [(entry["step"], entry["loss"]) for entry in read_log(path)] == [(1, 9.0), (2, 8.0), (3, 2.0), (4, 1.0)]
     shown = capsys.readouterr().err
-    assert "loss 1.0000 | 50 tok/s | wait 10% | fill 90.0%" in shown
+    assert re.search(
+        r"step 4/4 \[\d\d:\d\d, ETA 00:00, loss 1\.0000 \| lr 4\.00e-01 \| 50 tok/s \| 0\.25 TFLOP/s", shown
+    )
+    assert "loss 9.0000" not in shown  # the bar is printed after every second step
     events = EventAccumulator(str(recipe.run_dir / "tensorboard")).Reload()
-    assert {"loss", "lr/vit", "fill"} <= set(events.Tags()["scalars"])
+    assert {name.replace(".", "/") for name in line(1, 1.0)} == {*events.Tags()["scalars"], "step"}
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 9.0), (2, 8.0), (3, 2.0), (4, 1.0)]
 
 
@@ -75,14 +99,53 @@ def test_wandb_without_a_network_has_every_number_and_the_samples(
         monitor.step(line(step, 3.125 - step))
     monitor.plot(2, {"held_out.loss": 4.625})
     monitor.show(2, 0, "an answer", Image.new("RGB", (4, 4)))
+    monitor.show(2, 1, "text <alone>")
     monitor.close()
     (path,) = recipe.run_dir.glob("wandb/offline-run-*/run-*.wandb")
     # Protobuf: names and JSON values stand in it as they are. W&B's own process may write it just after `finish`.
-    wanted = (b"loss", b"lr/vit", b"2.125", b"1.125", b"held_out/loss", b"4.625", b"samples/0", b"an answer")
+    wanted = (
+        *(b"loss", b"lr/vit", b"2.125", b"1.125", b"group_loss/text", b"held_out/loss", b"4.625"),
+        *(b"samples/0", b"an answer", b"samples/1"),
+    )
     end = time.monotonic() + 20
     while (missing := [each for each in wanted if each not in path.read_bytes()]) and time.monotonic() < end:
         time.sleep(0.05)
     assert not missing
+    (page,) = recipe.run_dir.glob("wandb/offline-run-*/files/media/html/samples/1_2_*.html")
+    assert "<pre>text &lt;alone&gt;</pre>" in page.read_text()
+
+
+def test_the_bar_shows_mfu_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = line(1, 2.0)
+    assert bar_text(values | speed(4e12, 2.0, 4, 2.0)) == "loss 2.0000 | lr 1.00e-01 | 50 tok/s | MFU 25.0% | wait 10%"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 NVL")
+    assert speed(1e15, 1.0, 1, None) == {"tflops": 1000.0, "mfu": pytest.approx(1000 / 989)}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
+    assert speed(1e15, 1.0, 1, None) == {"tflops": 1000.0}
+
+
+def test_a_batch_counts_its_own_pairs_on_the_host(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path_factory.mktemp("toy")
+    toy_run.build_toy(root)
+    monkeypatch.setenv("MOLMO2_DATA", str(root))
+    run = prepare(load_recipe(toy_run.write_recipe(root / "r.yaml", "r")), SINGLE, torch.device("cpu"))
+    step = run.plan.step(Cursor())
+    reader = pack_reader(run.plan, run.layout)
+    batch = reader.read(MicroSpec(step.packs, step.divisor, step.cursor))
+    padding = int((batch.segment_ids == PAD_SEGMENT).sum())
+    assert padding and len(batch.pixels)
+    assert batch.work.pairs == int(allowed(batch.segment_ids, batch.is_visual).sum()) - padding
+    assert batch.work.pairs == attention_pairs(batch.segment_ids, batch.is_visual)
+    assert batch.work[::2] == (len(batch.pixels), int((batch.loss_weights > 0).sum()))
+    draw = step.packs[0].draws[0]
+    spec = MicroSpec(step.packs, step.divisor, step.cursor)
+    damage = Damage(dataset="toy", shard="000000", row=draw.row, key=None, offset=draw.offset, reason="cut")
+    less = reader.without(spec, [damage])
+    assert less.masked and less.work.pairs == attention_pairs(less.segment_ids, less.is_visual) < batch.work.pairs
+    assert batch_flops(less, run.model_config, ()) < batch_flops(batch, run.model_config, ())
 
 
 def test_a_gpu_tells_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """What a step held, said afterwards: its packs in words, and losses that add up to the one in the log."""
 
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,4 +44,21 @@ def test_a_step_is_shown_in_words(root: Path) -> None:
     assert "sees image" in first and "sees text alone" in first
     later = train(root, root / "r.yaml", "--inspect", "5", ranks=1)
     assert "step 5, pack 0: " in later
+    assert re.search(r"^toy +24 +100\.00 +100\.00 ", first, re.MULTILINE)
+    assert "every one of the 1 shard files is there" in first
     assert "the first one is 1" in train(root, root / "r.yaml", "--inspect", "0", ranks=1, code=1)
+
+
+def test_a_look_at_a_step_names_every_shard_file_that_is_not_whole(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "raw", tmp_path / "raw")
+    shutil.copytree(root / "shards", tmp_path / "shards")
+    tar = tmp_path / "shards/sft/toy/000000.tar"
+    size = tar.stat().st_size
+    os.truncate(tar, size - 512)
+    output = train(tmp_path, root / "r.yaml", "--inspect", ranks=1, code=1)
+    assert f"{tar}: {size - 512:,} bytes, {size:,} in index.json" in output and "step 1, pack 0" not in output
+    tar.unlink()
+    held_out = "eval={roots: [shards/sft], datasets: [toy]}"
+    output = train(tmp_path, root / "r.yaml", "--inspect", "--set", held_out, ranks=1, code=1)
+    assert output.count(f"{tar}: missing") == 1 and "fetch or build them again" in output
+    assert "Traceback" not in output

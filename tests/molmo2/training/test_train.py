@@ -28,6 +28,9 @@ from train_runs import (
 )
 
 from molmo2.checkpoint.lookup import load_weights
+from molmo2.config import load_recipe
+from molmo2.model.molmo2 import Molmo2
+from molmo2.model.presets import PRESETS
 from molmo2.training.run import lock_run
 
 pytestmark = pytest.mark.dist
@@ -38,7 +41,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, a recipe of 6 steps, and its uninterrupted run on two ranks."""
     root = tmp_path_factory.mktemp("data")
     toy_run.build_toy(root)
-    output = train(root, toy_run.write_recipe(root / "whole.yaml", "whole", steps=6, checkpoint_every=2))
+    recipe = toy_run.write_recipe(root / "whole.yaml", "whole", steps=6, checkpoint_every=2)
+    output = train(root, recipe, "--set", "logging.peak_tflops=0.5")
     assert "whole: 6 steps" in output
     return root
 
@@ -51,6 +55,8 @@ def test_the_run_learns_and_records_every_step(root: Path) -> None:
     assert lines[0]["lr.vit"] == pytest.approx(1.5e-3)
     for line in lines:
         assert sum(count for name, count in line.items() if name.startswith("tokens.")) == line["tokens"]
+        assert 0 < line["tflops"] < 0.5 and line["mfu"] == pytest.approx(line["tflops"] / 0.5)
+        assert line["group_loss.all"] == pytest.approx(line["loss.toy"])
         assert line["crops"] > 0 and line["megabytes"] > 0 and line["retries"] == line["cache_hits"] == 0
         assert 0 < line["read_ms.p50"] <= line["read_ms.p95"] and 0 < line["decode_ms.p50"] <= line["decode_ms.p95"]
     data = [json.loads(line) for line in (root / "runs/whole/data.jsonl").read_text().splitlines()]
@@ -242,6 +248,30 @@ def test_an_optimizer_in_the_cpus_memory_resumes_here_and_on_other_ranks(root: P
         output = train(root, recipe, "--set", *changed, **options)
         assert ("was converted" in output) == bool(options)
         assert_same_curve(root, name, "off", 1e-5 if options else 0.0)
+
+
+def test_a_frozen_component_stays_as_it_was_on_any_ranks_and_cannot_thaw(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["train.zero_stage=2", "train.freeze=[vit]"]
+    recipe = toy_run.write_recipe(root / "frozen.yaml", "frozen", steps=4, checkpoint_every=2)
+    train(root, recipe, "--set", *settings)
+    line = log(root, "frozen")[-1]
+    assert {"lr.connector", "lr.llm", "grad_norm.llm"} <= set(line) and not {"lr.vit", "grad_norm.vit"} & set(line)
+    branch_off(root, "frozen-moved", "frozen", 2)
+    recipe = toy_run.write_recipe(root / "frozen-moved.yaml", "frozen-moved", steps=4, checkpoint_every=2)
+    output = train(root, recipe, ranks=1, code=1)
+    assert "cannot continue: train.freeze was ['vit'], is []: other parameters would be trained" in output
+    assert "Traceback" not in output
+    train(root, recipe, "--set", "train.zero_stage=3", settings[1], ranks=1)
+    assert_same_curve(root, "frozen-moved", "frozen", 1e-5)
+    monkeypatch.setenv("MOLMO2_DATA", str(root))
+    first = Molmo2(PRESETS["tiny"]).init_weights(load_recipe(recipe).train.seed).state_dict()
+    for name in ("frozen", "frozen-moved"):
+        _, weights, _ = load_weights(name)
+        assert {key.split(".")[0] for key in first if not torch.equal(weights[key], first[key])} == {
+            *("connector", "text", "lm_head")
+        }
 
 
 def test_another_precision_is_refused(root: Path) -> None:

@@ -46,7 +46,9 @@ def test_shares_epochs_and_fill_are_shown(data: Path) -> None:
     assert (alpha[1], beta[1]) == (75, 25)
     assert alpha[2] == pytest.approx(75, abs=5) and alpha[2] + beta[2] == pytest.approx(100, abs=0.02)
     assert alpha[3] + beta[3] == pytest.approx(100, abs=0.02)
-    assert beta[6] == pytest.approx(alpha[6] * 20 / 5 / 3, rel=0.01)
+    assert beta[7] == pytest.approx(alpha[7] * 20 / 5 / 3, rel=0.01)
+    steps = yaml.safe_load((data / "recipe.yaml").read_text())["train"]["steps"]
+    assert alpha[6] * alpha[7] == pytest.approx(steps, rel=0.1)  # steps per epoch are printed to a tenth
     fill = re.search(r"fill: ([\d.]+)% of 1,000 tokens .*, ([\d.]+)% of 24 crops", done.stdout)
     assert fill and 50 < float(fill[1]) <= 100
 
