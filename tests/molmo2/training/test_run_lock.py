@@ -20,17 +20,20 @@ def test_a_second_holder_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_child_that_outlives_the_holder_does_not_hold_the_lock(tmp_path: Path) -> None:
-    reading, writing = os.pipe()
+    (reading, writing), (ready, started) = os.pipe(), os.pipe()
     with lock_run(tmp_path):
         child = os.fork()
         if child == 0:
             os.close(writing)
+            os.write(started, b"x")  # what runs after a fork has run
             os.read(reading, 1)  # until the parent closes its end
             os._exit(0)
+        os.read(ready, 1)
     try:
         with lock_run(tmp_path):
             pass
     finally:
         os.close(writing)
         os.waitpid(child, 0)
-        os.close(reading)
+        for descriptor in (reading, ready, started):
+            os.close(descriptor)
