@@ -70,6 +70,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--recipe", type=Path, required=True, help="YAML file of the run")
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="override")
+    parser.add_argument("--checkpoint", metavar="PATH", help="weights to start from, in place of the recipe's init")
     parser.add_argument("--all-stages", action="store_true", help="run every stage*.yaml beside the recipe, in order")
     parser.add_argument("--dry-run", action="store_true", help="print memory and time for several numbers of GPUs")
     parser.add_argument("--inspect", type=int, nargs="?", const=1, metavar="STEP", help="print packs of a step (1)")
@@ -82,9 +83,32 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_recipes(arguments: argparse.Namespace) -> list[Recipe]:
-    """Load the recipes to run, in order."""
-    paths = sorted(arguments.recipe.parent.glob("stage*.yaml")) if arguments.all_stages else [arguments.recipe]
-    return [load_recipe(path, arguments.set) for path in paths or [arguments.recipe]]
+    """Load the recipes to run, in order; the first starts from the weights of `--checkpoint`."""
+    paths = sorted(arguments.recipe.parent.glob("stage*.yaml")) if arguments.all_stages else []
+    first, *others = paths or [arguments.recipe]
+    init = None if arguments.checkpoint is None else named_weights(arguments.checkpoint)
+    return [load_recipe(first, arguments.set, init), *(load_recipe(path, arguments.set) for path in others)]
+
+
+def named_weights(name: str) -> str | FirstWeights:
+    """The `init` of a recipe for a run or checkpoint of this project, or for a released or exported Molmo2."""
+    from molmo2.weights.load import is_run
+
+    return name if is_run(name) else FirstWeights(molmo2=name)
+
+
+def check_start(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Refuse a `--checkpoint` that a run would not read, since it has begun from other weights and only resumes.
+
+    Raises:
+        CheckpointError: the run has begun from other weights than the recipe's `init`.
+    """
+    began, wanted = checkpoint.read(checkpoints.RECIPE)["init"], json.loads(recipe.model_dump_json())["init"]
+    if began != wanted:
+        raise CheckpointError(
+            f"--checkpoint {wanted!r}: the run is at step {checkpoint.step} and began from {began!r}; leave "
+            "--checkpoint out to resume, or begin another run with --set name=NAME"
+        )
 
 
 def form_mesh(recipe: Recipe) -> Mesh:
@@ -184,13 +208,18 @@ def take_over(run: Run, state: dict[str, Any]) -> Cursor:
     return cursor
 
 
-def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, arguments: argparse.Namespace) -> Ending:
-    """Train one stage, and return why it ended."""
+def train_stage(
+    recipe: Recipe, device: torch.device, stop: StopSignal, arguments: argparse.Namespace, given: bool
+) -> Ending:
+    """Train one stage, and return why it ended. `given`: its `init` is that of `--checkpoint`."""
     with all_ranks_ok():
         mesh = form_mesh(recipe)
         added = read_engine_keys(arguments.deepspeed_config)
         run = prepare(recipe, mesh, device)
     checkpoint = on_rank_zero(mirror.newest, recipe, say)
+    with all_ranks_ok():
+        if checkpoint and given:
+            check_start(recipe, checkpoint)
     done = 0 if checkpoint is None else checkpoint.step
     if done >= recipe.train.steps:
         say(f"{recipe.name}: finished at step {done}; nothing to do")
@@ -288,10 +317,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with all_ranks_ok():
             recipes = read_recipes(arguments)
-        for recipe in recipes:
+        for number, recipe in enumerate(recipes):
+            given = number == 0 and arguments.checkpoint is not None
             with ExitStack() as lock:
                 on_rank_zero(lock.enter_context, lock_run(recipe.run_dir))
-                ending = train_stage(recipe, device, stop, arguments)
+                ending = train_stage(recipe, device, stop, arguments, given)
             if ending != "finished":
                 break
             gc.collect()

@@ -21,7 +21,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def save(
     losses: Sequence[float] = (),
     in_use: Collection[Path] = (),
 ) -> Path:
-    """Write a checkpoint and delete the oldest ones beyond `train.keep_last`; every rank must call it.
+    """Write a checkpoint and delete the superseded ones; every rank must call it.
 
     `losses`: the last losses, with which a resumed run detects loss spikes. `in_use`: checkpoints that stay for now.
 
@@ -110,7 +110,7 @@ def save(
     finish = functools.partial(_finish, temporary, final, recipe, model_config, plan_state, meta)
     _agree(final, temporary, _attempt(finish) if first else None)
     if first:
-        _rotate(directory, recipe.train.keep_last, in_use)
+        _rotate(directory, recipe.train.keep_last, recipe.train.keep_every, in_use)
     return final
 
 
@@ -243,8 +243,20 @@ def file_hash(path: Path) -> str:
     return state.hexdigest()
 
 
-def _rotate(directory: Path, keep: int, in_use: Collection[Path]) -> None:
-    for path in sorted(directory.glob("step-*"))[:-keep]:
+def superseded(names: Iterable[str], keep_last: int, keep_every: int | None) -> list[str]:
+    """Names of checkpoints to delete: all but the newest `keep_last` and those at multiples of `keep_every` steps."""
+    older = sorted(names)[:-keep_last]
+    return [name for name in older if keep_every is None or step_of(name) % keep_every]
+
+
+def step_of(name: str) -> int:
+    """The number of steps in the name of a checkpoint, as `step-00001000`."""
+    return int(name.removeprefix("step-"))
+
+
+def _rotate(directory: Path, keep_last: int, keep_every: int | None, in_use: Collection[Path]) -> None:
+    for name in superseded((path.name for path in directory.glob("step-*")), keep_last, keep_every):
+        path = directory / name
         if path in in_use:
             continue
         doomed = path.with_name(f".old-{path.name}")
@@ -297,7 +309,7 @@ def clear_after(directory: Path, step: int) -> None:
     for leftover in [path for kind in (".tmp-*", ".old-*", ".universal-*") for path in directory.glob(kind)]:
         shutil.rmtree(leftover, ignore_errors=True)
     for path in directory.glob("step-*"):
-        if int(path.name.removeprefix("step-")) > step:
+        if step_of(path.name) > step:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)

@@ -231,6 +231,21 @@ def test_an_optimizer_in_the_cpus_memory_resumes_here_and_on_other_ranks(root: P
         assert_same_curve(root, name, "off", 1e-5 if options else 0.0)
 
 
+def test_a_run_starts_from_the_weights_of_the_command_line_and_keeps_every_second_checkpoint(root: Path) -> None:
+    settings = {"steps": 5, "checkpoint_every": 1, "keep_last": 1, "keep_every": 2}
+    recipe = toy_run.write_recipe(root / "given.yaml", "given", init="no-such-run", **settings)
+    start_from = str(root / "runs/whole/checkpoints/step-00000004")
+    train(root, recipe, "--checkpoint", start_from, ranks=1)
+    assert log(root, "given")[0]["loss"] < 0.9 * log(root, "whole")[0]["loss"]
+    checkpoints = root / "runs/given/checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000004", "step-00000005"]
+    assert json.loads((checkpoints / "step-00000002/recipe.json").read_text())["init"] == start_from
+    assert "given: finished" in train(root, recipe, "--checkpoint", start_from, ranks=1)
+    output = train(root, recipe, "--checkpoint", "whole", "--set", "train.steps=6", ranks=1, code=1)
+    assert f"--checkpoint 'whole': the run is at step 5 and began from '{start_from}'" in output
+    assert "Traceback" not in output
+
+
 def test_another_precision_is_refused(root: Path) -> None:
     changed = ["train.steps=20", "train.precision=bf16", "train.zero_stage=2"]
     output = train(root, root / "whole.yaml", "--set", *changed, code=1)
