@@ -30,11 +30,10 @@ import torch.distributed as dist
 from molmo2.checkpoint import files as checkpoints
 from molmo2.checkpoint import mirror
 from molmo2.checkpoint.files import Checkpoint, CheckpointError
-from molmo2.checkpoint.lookup import load_weights
-from molmo2.checkpoint.reshard import convert_checkpoint, mesh_changes
+from molmo2.checkpoint.reshard import convert_checkpoint, load_whole, mesh_changes
 from molmo2.config import FirstWeights, Recipe, data_path, load_recipe
 from molmo2.model.molmo2 import Molmo2
-from molmo2.model.presets import PRESETS, config_differences
+from molmo2.model.presets import PRESETS
 from molmo2.parallel.agree import AgreedError, all_ranks_ok, leave, lost_peer, on_rank_zero, say, write_line
 from molmo2.parallel.mesh import SINGLE, Mesh, MeshError, check_mesh, make_mesh
 from molmo2.processing.contract import ProcessorSettings, read_contract
@@ -53,6 +52,7 @@ from molmo2.training.run import (
     TrainingError,
     lock_run,
 )
+from molmo2.training.start import first_weights_of, starting_model
 from shards.atomic import write_atomic
 from shards.stream.loader import QuarantineError
 from shards.stream.plan import Cursor, PlanError, open_plan
@@ -152,28 +152,6 @@ def prepare(recipe: Recipe, mesh: Mesh, device: torch.device) -> Run:
     )
 
 
-def starting_model(run: Run) -> Molmo2:
-    """The model before the first step: with random weights, with those of an earlier run, or with pretrained ones."""
-    recipe, config = run.recipe, run.model_config
-    if recipe.init is None:
-        return Molmo2(config).init_weights(recipe.train.seed)
-    if isinstance(recipe.init, FirstWeights):
-        from molmo2.weights.pretrained import first_weights
-
-        tokenizer = data_path(recipe.tokenizer)
-        return Molmo2.with_weights(config, first_weights(recipe.init, config, tokenizer, recipe.train.seed, say))
-    init_config, weights, meta = load_weights(recipe.init)
-    differing = config_differences(init_config, config)
-    if differing:
-        raise CheckpointError(
-            f"init {recipe.init}: its model ({init_config.name}) is not the recipe's ({recipe.model}): "
-            f"{'; '.join(differing)}; name the same preset in both stages"
-        )
-    if not meta["finished"]:
-        say(f"{recipe.name}: init {recipe.init} stopped at step {meta['step']}, before its end")
-    return Molmo2.with_weights(config, weights)
-
-
 def resume(
     run: Run, engine: Any, checkpoint: Checkpoint | None, universal: Path | None, change_data: bool = False
 ) -> Progress:
@@ -190,7 +168,10 @@ def resume(
         return Progress(0, Cursor(), LossHistory())
     state = checkpoint.read(checkpoints.PLAN)
     cursor = take_over(run, state) if change_data else run.plan.restore(state)
-    checkpoints.load_states(engine, universal or checkpoint.path)
+    if universal and run.recipe.train.zero_stage == 0:
+        load_whole(engine, universal)
+    else:
+        checkpoints.load_states(engine, universal or checkpoint.path)
     changed = checkpoints.recipe_changes(checkpoint, run.recipe)
     if changed:
         say(f"{run.recipe.name}: the recipe has changed since step {checkpoint.step}: {', '.join(changed)}")
@@ -238,9 +219,11 @@ def train_stage(
     if checkpoint and differing:
         universal = on_rank_zero(convert_checkpoint, checkpoint)
         say(f"{recipe.name}: {', '.join(differing)}: the checkpoint was converted; the order of the data is the same")
-    with all_ranks_ok():
-        model = starting_model(run)
-    if arguments.check_sp and mesh.sp > 1:
+    check_sp = arguments.check_sp and mesh.sp > 1
+    # The engine loads all weights of a checkpoint, except frozen ones of a converted checkpoint.
+    read = checkpoint is None or universal is not None or check_sp
+    model = starting_model(run, checkpoint, whole=check_sp, read=read)
+    if check_sp:
         from molmo2.training.check_sp import check_sequence_parallel
 
         errors = check_sequence_parallel(model.to(device), recipe, mesh)
@@ -297,7 +280,10 @@ def look(arguments: argparse.Namespace) -> int:
             if arguments.inspect is not None:
                 lines = show_packs(run, step, PACKS_SHOWN)
             else:
-                lines = show_losses(run, step, starting_model(run) if arguments.replay == 1 else None)
+                fresh = None
+                if arguments.replay == 1:
+                    fresh = Molmo2.with_weights(run.model_config, dict(first_weights_of(run)))
+                lines = show_losses(run, step, fresh)
             for line in lines:
                 write_line(line)
     except (ValueError, OSError) as error:
