@@ -8,6 +8,7 @@ read whole, in float32. The optimizer and its states are in `molmo2.training.eng
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping
 
 import deepspeed
@@ -144,9 +145,21 @@ def place_weights(
         setattr(model.get_submodule(owner), last, parameter)
         if partition is not None:
             partition(parameter)
+        del tensor, parameter
+        return_freed_memory()
     if failure is not None:
         raise failure
     return model
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system.
+
+    glibc keeps it in holes between the tensors that stay; they added up to as much as the model (62 M parameters,
+    float32, ZeRO-3 on 2 ranks: a peak of 233 MiB for 119 MiB).
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 class Partitioner:
