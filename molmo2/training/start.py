@@ -25,7 +25,6 @@ from molmo2.parallel.agree import all_ranks_ok, write_line
 from molmo2.parallel.mesh import Mesh
 from molmo2.training.engine import deepspeed_config
 from molmo2.training.run import Run
-from molmo2.weights.names import WeightsError, open_tensors
 
 Weights = Iterator[tuple[str, Tensor]]  # float32 weights by name, in the order of the model's parameters
 
@@ -73,8 +72,11 @@ def first_weights_of(run: Run) -> Weights:
         )
     if not source.meta["finished"]:
         write_line(f"{recipe.name}: init {recipe.init} stopped at step {source.step}, before its end")
-    stored = (source.path / WEIGHTS).exists()
-    return _ordered(config, open_tensors(source.path) if stored else consolidate(source.path))
+    if not (source.path / WEIGHTS).exists():
+        return _ordered(config, consolidate(source.path))
+    from molmo2.weights.names import open_tensors
+
+    return _ordered(config, open_tensors(source.path))
 
 
 def _resumed_weights(config: ModelConfig, checkpoint: Checkpoint) -> Weights:
@@ -90,7 +92,7 @@ def _ordered(config: ModelConfig, weights: Mapping[str, Tensor] | Mapping[str, C
     """Give weights in the order of the model's parameters, each read or forgotten as it is given."""
     names = [name for name, _ in _empty(config).named_parameters()]
     if differing := sorted(set(names) ^ set(weights)):
-        raise WeightsError(f"the weights are not those of the model; missing or unexpected: {', '.join(differing)}")
+        raise CheckpointError(f"the weights are not those of the model; missing or unexpected: {', '.join(differing)}")
 
     def give(left: dict[str, Tensor] | dict[str, Callable[[], Tensor]]) -> Weights:
         for name in names:
