@@ -79,7 +79,8 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     dropout_on: Literal["all", "response"] = "all"  # "response": only on tokens that predict a token with loss
     seed: NonNegativeInt = 6198  # for the initial weights and for dropout
     checkpoint_every: PositiveInt = 1000  # optimizer steps
-    keep_last: PositiveInt = 2  # number of checkpoints to keep
+    keep_last: PositiveInt = 2  # number of the newest checkpoints to keep
+    keep_every: PositiveInt | None = None  # checkpoints at multiples of this many steps are kept too
     mirror: str | None = None  # a bucket, s3://…, to which checkpoints are copied, and from which a run can resume
     mirror_deadline: PositiveFloat = 3600.0  # seconds that the end of a run waits for its last copy to the mirror
     on_full_disk: Literal["stop", "warn"] = "stop"  # when a checkpoint cannot be written; older ones stay
@@ -88,6 +89,11 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Train:
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every {self.keep_every} is not a multiple of checkpoint_every {self.checkpoint_every}: there "
+                "would be no checkpoint to keep at some of its steps"
+            )
         # For bf16 at stage 1 DeepSpeed uses an optimizer whose files cannot be consolidated, and at stage 0 it has no
         # optimizer with fp32 master weights.
         if self.precision == "bf16" and self.zero_stage < 2:
@@ -276,8 +282,8 @@ def root_paths(roots: Sequence[str]) -> list[str]:
     return [root if "://" in root else str(data_path(root)) for root in roots]
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe; `overrides` are `a.b=value`, the value in YAML.
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), init: str | FirstWeights | None = None) -> Recipe:
+    """Read a recipe; `overrides` are `a.b=value`, the value in YAML; `init`, if given, replaces the recipe's.
 
     Raises:
         RecipeError: the file is missing or is not YAML, or keys or values are unknown, missing or wrong.
@@ -295,7 +301,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: no such recipe or mixture: {error.filename}") from None
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
-    return parse_recipe(values, str(path))
+    return parse_recipe(values if init is None else {**values, "init": init}, str(path))
 
 
 def parse_recipe(values: Any, where: str) -> Recipe:

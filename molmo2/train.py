@@ -30,11 +30,10 @@ import torch.distributed as dist
 from molmo2.checkpoint import files as checkpoints
 from molmo2.checkpoint import mirror
 from molmo2.checkpoint.files import Checkpoint, CheckpointError
-from molmo2.checkpoint.lookup import load_weights
-from molmo2.checkpoint.reshard import convert_checkpoint, mesh_changes
+from molmo2.checkpoint.reshard import convert_checkpoint, load_whole, mesh_changes
 from molmo2.config import FirstWeights, Recipe, data_path, load_recipe
 from molmo2.model.molmo2 import Molmo2
-from molmo2.model.presets import PRESETS, config_differences
+from molmo2.model.presets import PRESETS
 from molmo2.parallel.agree import AgreedError, all_ranks_ok, leave, lost_peer, on_rank_zero, say, write_line
 from molmo2.parallel.mesh import SINGLE, Mesh, MeshError, check_mesh, gather_machines, make_mesh
 from molmo2.processing.contract import ProcessorSettings, read_contract
@@ -53,6 +52,7 @@ from molmo2.training.run import (
     TrainingError,
     lock_run,
 )
+from molmo2.training.start import first_weights_of, starting_model
 from shards.atomic import write_atomic
 from shards.stream.loader import QuarantineError
 from shards.stream.plan import Cursor, PlanError, open_plan
@@ -71,6 +71,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--recipe", type=Path, required=True, help="YAML file of the run")
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="override")
+    parser.add_argument("--checkpoint", metavar="PATH", help="weights to start from, in place of the recipe's init")
     parser.add_argument("--all-stages", action="store_true", help="run every stage*.yaml beside the recipe, in order")
     parser.add_argument(
         "--dry-run", action="store_true", help="print recipe, plan, memory and time for numbers of GPUs"
@@ -97,9 +98,32 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_recipes(arguments: argparse.Namespace) -> list[Recipe]:
-    """Load the recipes to run, in order."""
-    paths = sorted(arguments.recipe.parent.glob("stage*.yaml")) if arguments.all_stages else [arguments.recipe]
-    return [load_recipe(path, arguments.set) for path in paths or [arguments.recipe]]
+    """Load the recipes to run, in order; the first starts from the weights of `--checkpoint`."""
+    paths = sorted(arguments.recipe.parent.glob("stage*.yaml")) if arguments.all_stages else []
+    first, *others = paths or [arguments.recipe]
+    init = None if arguments.checkpoint is None else named_weights(arguments.checkpoint)
+    return [load_recipe(first, arguments.set, init), *(load_recipe(path, arguments.set) for path in others)]
+
+
+def named_weights(name: str) -> str | FirstWeights:
+    """The `init` of a recipe for a run or checkpoint of this project, or for a released or exported Molmo2."""
+    from molmo2.weights.load import is_run
+
+    return name if is_run(name) else FirstWeights(molmo2=name)
+
+
+def check_start(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Refuse a `--checkpoint` that a run would not read, since it has begun from other weights and only resumes.
+
+    Raises:
+        CheckpointError: the run has begun from other weights than the recipe's `init`.
+    """
+    began, wanted = checkpoint.read(checkpoints.RECIPE)["init"], json.loads(recipe.model_dump_json())["init"]
+    if began != wanted:
+        raise CheckpointError(
+            f"--checkpoint {wanted!r}: the run is at step {checkpoint.step} and began from {began!r}; leave "
+            "--checkpoint out to resume, or begin another run with --set name=NAME"
+        )
 
 
 def form_mesh(recipe: Recipe, machines: Sequence[str]) -> Mesh:
@@ -145,28 +169,6 @@ def prepare(recipe: Recipe, mesh: Mesh, device: torch.device) -> Run:
     )
 
 
-def starting_model(run: Run) -> Molmo2:
-    """The model before the first step: with random weights, with those of an earlier run, or with pretrained ones."""
-    recipe, config = run.recipe, run.model_config
-    if recipe.init is None:
-        return Molmo2(config).init_weights(recipe.train.seed)
-    if isinstance(recipe.init, FirstWeights):
-        from molmo2.weights.pretrained import first_weights
-
-        tokenizer = data_path(recipe.tokenizer)
-        return Molmo2.with_weights(config, first_weights(recipe.init, config, tokenizer, recipe.train.seed, say))
-    init_config, weights, meta = load_weights(recipe.init)
-    differing = config_differences(init_config, config)
-    if differing:
-        raise CheckpointError(
-            f"init {recipe.init}: its model ({init_config.name}) is not the recipe's ({recipe.model}): "
-            f"{'; '.join(differing)}; name the same preset in both stages"
-        )
-    if not meta["finished"]:
-        say(f"{recipe.name}: init {recipe.init} stopped at step {meta['step']}, before its end")
-    return Molmo2.with_weights(config, weights)
-
-
 def check_trained_parameters(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Check that a checkpoint has optimizer states for exactly the parameters that the recipe trains.
 
@@ -205,7 +207,10 @@ def resume(
         return Progress(0, Cursor(), LossHistory())
     state = checkpoint.read(checkpoints.PLAN)
     cursor = take_over(run, state) if change_data else run.plan.restore(state)
-    checkpoints.load_states(engine, universal or checkpoint.path)
+    if universal and run.recipe.train.zero_stage == 0:
+        load_whole(engine, universal)
+    else:
+        checkpoints.load_states(engine, universal or checkpoint.path)
     changed = checkpoints.recipe_changes(checkpoint, run.recipe)
     if changed:
         say(f"{run.recipe.name}: the recipe has changed since step {checkpoint.step}: {', '.join(changed)}")
@@ -223,14 +228,19 @@ def take_over(run: Run, state: dict[str, Any]) -> Cursor:
     return cursor
 
 
-def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, arguments: argparse.Namespace) -> Ending:
-    """Train one stage, and return why it ended."""
+def train_stage(
+    recipe: Recipe, device: torch.device, stop: StopSignal, arguments: argparse.Namespace, given: bool
+) -> Ending:
+    """Train one stage, and return why it ended. `given`: its `init` is that of `--checkpoint`."""
     machines = gather_machines()
     with all_ranks_ok():
         mesh = form_mesh(recipe, machines)
         added = read_engine_keys(arguments.deepspeed_config)
         run = prepare(recipe, mesh, device)
     checkpoint = on_rank_zero(mirror.newest, recipe, say)
+    with all_ranks_ok():
+        if checkpoint and given:
+            check_start(recipe, checkpoint)
     done = 0 if checkpoint is None else checkpoint.step
     if done >= recipe.train.steps:
         say(f"{recipe.name}: finished at step {done}; nothing to do")
@@ -251,9 +261,11 @@ def train_stage(recipe: Recipe, device: torch.device, stop: StopSignal, argument
     if checkpoint and differing:
         universal = on_rank_zero(convert_checkpoint, checkpoint)
         say(f"{recipe.name}: {', '.join(differing)}: the checkpoint was converted; the order of the data is the same")
-    with all_ranks_ok():
-        model = starting_model(run)
-    if arguments.check_sp and mesh.sp > 1:
+    check_sp = arguments.check_sp and mesh.sp > 1
+    # The engine loads all weights of a checkpoint, except frozen ones of a converted checkpoint.
+    read = checkpoint is None or universal is not None or check_sp
+    model = starting_model(run, checkpoint, whole=check_sp, read=read)
+    if check_sp:
         from molmo2.training.check_sp import check_sequence_parallel
 
         errors = check_sequence_parallel(model, recipe, mesh, device)
@@ -331,7 +343,10 @@ def look(arguments: argparse.Namespace) -> int:
                 write_line("\n".join(mixture_lines(recipe, STEPS_DRAWN, run.plan)) + "\n")
                 lines = show_packs(run, step, PACKS_SHOWN)
             else:
-                lines = show_losses(run, step, starting_model(run) if arguments.replay == 1 else None)
+                fresh = None
+                if arguments.replay == 1:
+                    fresh = Molmo2.with_weights(run.model_config, dict(first_weights_of(run)))
+                lines = show_losses(run, step, fresh)
             for line in lines:
                 write_line(line)
     except (ValueError, OSError) as error:
@@ -351,10 +366,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with all_ranks_ok():
             recipes = read_recipes(arguments)
-        for recipe in recipes:
+        for number, recipe in enumerate(recipes):
+            given = number == 0 and arguments.checkpoint is not None
             with ExitStack() as lock:
                 on_rank_zero(lock.enter_context, lock_run(recipe.run_dir))
-                ending = train_stage(recipe, device, stop, arguments)
+                ending = train_stage(recipe, device, stop, arguments, given)
             if ending != "finished":
                 break
             gc.collect()

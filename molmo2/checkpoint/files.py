@@ -21,7 +21,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from molmo2.config import Recipe
-from molmo2.model.lora import merged
+from molmo2.model.lora import merged, without_adapters
 from molmo2.model.presets import ModelConfig
 from shards.atomic import sync
 
@@ -49,6 +49,7 @@ META, PLAN, RECIPE, MODEL, WEIGHTS, STATES = (
 )
 # DeepSpeed's converter to the universal format refuses a checkpoint without this entry.
 CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+OPTIMIZED = "optimized_parameters"  # entry of a checkpoint of ZeRO 0: the parameters' names in the optimizer's order
 PREFIX = "model."  # begins the names of the model's parameters inside `TrainingModule`
 
 
@@ -67,6 +68,11 @@ class Checkpoint:
     def step(self) -> int:
         """The number of optimizer steps done."""
         return int(self.meta["step"])
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The configuration of its model."""
+        return ModelConfig.from_json(self.read(MODEL))
 
     def read(self, name: str) -> Any:
         """Parse one of its JSON files."""
@@ -92,7 +98,7 @@ def save(
     losses: Sequence[float] = (),
     in_use: Collection[Path] = (),
 ) -> Path:
-    """Write a checkpoint and delete the oldest ones beyond `train.keep_last`; every rank must call it.
+    """Write a checkpoint and delete the superseded ones; every rank must call it.
 
     `losses`: the last losses, with which a resumed run detects loss spikes. `in_use`: checkpoints that stay for now.
 
@@ -110,7 +116,7 @@ def save(
     finish = functools.partial(_finish, temporary, final, recipe, model_config, plan_state, meta)
     _agree(final, temporary, _attempt(finish) if first else None)
     if first:
-        _rotate(directory, recipe.train.keep_last, in_use)
+        _rotate(directory, recipe.train.keep_last, recipe.train.keep_every, in_use)
     return final
 
 
@@ -168,10 +174,19 @@ def _write_states(engine: Any, temporary: Path) -> str | None:
     engine.checkpoint_engine = noting = _Writer(writer)
     engine._copy_recovery_script = lambda _: None  # a script for conversion, which `load_weights` makes unnecessary
     try:
-        engine.save_checkpoint(str(temporary), tag=STATES, client_state=dict(CLIENT_STATE), save_latest=False)
+        state = CLIENT_STATE | {OPTIMIZED: _optimized(engine)}
+        engine.save_checkpoint(str(temporary), tag=STATES, client_state=state, save_latest=False)
     finally:
         engine.checkpoint_engine = writer
     return noting.failure
+
+
+def _optimized(engine: Any) -> list[str] | None:
+    """Names of the optimizer's parameters in its order; None under ZeRO 1-3, where it has flat partitions."""
+    if engine.zero_optimization_stage() > 0:
+        return None
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    return [names[parameter] for group in engine.optimizer.param_groups for parameter in group["params"]]
 
 
 def _finish(
@@ -243,8 +258,20 @@ def file_hash(path: Path) -> str:
     return state.hexdigest()
 
 
-def _rotate(directory: Path, keep: int, in_use: Collection[Path]) -> None:
-    for path in sorted(directory.glob("step-*"))[:-keep]:
+def superseded(names: Iterable[str], keep_last: int, keep_every: int | None) -> list[str]:
+    """Names of checkpoints to delete: all but the newest `keep_last` and those at multiples of `keep_every` steps."""
+    older = sorted(names)[:-keep_last]
+    return [name for name in older if keep_every is None or step_of(name) % keep_every]
+
+
+def step_of(name: str) -> int:
+    """The number of steps in the name of a checkpoint, as `step-00001000`."""
+    return int(name.removeprefix("step-"))
+
+
+def _rotate(directory: Path, keep_last: int, keep_every: int | None, in_use: Collection[Path]) -> None:
+    for name in superseded((path.name for path in directory.glob("step-*")), keep_last, keep_every):
+        path = directory / name
         if path in in_use:
             continue
         doomed = path.with_name(f".old-{path.name}")
@@ -297,7 +324,7 @@ def clear_after(directory: Path, step: int) -> None:
     for leftover in [path for kind in (".tmp-*", ".old-*", ".universal-*") for path in directory.glob(kind)]:
         shutil.rmtree(leftover, ignore_errors=True)
     for path in directory.glob("step-*"):
-        if int(path.name.removeprefix("step-")) > step:
+        if step_of(path.name) > step:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)
@@ -320,6 +347,15 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def consolidate(directory: Path) -> dict[str, Tensor]:
     """Float32 weights from DeepSpeed's files, on the CPU, adapters merged; a tensor with two names is kept once."""
+    return merged(_stored_weights(directory), json.loads((directory / RECIPE).read_text()))
+
+
+def base_weights(directory: Path) -> dict[str, Tensor]:
+    """Float32 weights from DeepSpeed's files, on the CPU, without adapters, which are added to them afterwards."""
+    return without_adapters(_stored_weights(directory))
+
+
+def _stored_weights(directory: Path) -> dict[str, Tensor]:
     states = directory / STATES
     state: dict[str, Tensor] = {}
     module = states / "mp_rank_00_model_states.pt"
@@ -336,7 +372,7 @@ def consolidate(directory: Path) -> dict[str, Tensor]:
         if tensor.data_ptr() not in seen or tensor.numel() == 0:
             weights[name.removeprefix(PREFIX)] = tensor.float().contiguous()
         seen.add(tensor.data_ptr())
-    return merged(weights, json.loads((directory / RECIPE).read_text()))
+    return weights
 
 
 def load_states(engine: Any, directory: Path) -> None:

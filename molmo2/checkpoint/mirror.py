@@ -3,7 +3,7 @@
     <train.mirror>/<run>/step-00001000/...     as on the disk; meta.json is uploaded last and marks a copy as whole
                                       /sending.json   sizes and digests of the files that were uploaded or will be
 
-    python -m molmo2.checkpoint.mirror runs/NAME/checkpoints/step-00001000 s3://bucket/runs/NAME 2   (the trainer does)
+    python -m molmo2.checkpoint.mirror runs/NAME/checkpoints/step-00001000 s3://bucket/runs/NAME 2 0  (the trainer does)
 
 A separate process uploads, so that it takes no time from the ranks and shares no lock with them. Only one upload runs
 at a time; training never waits for it, and only the newest checkpoint is next. The mirror can be any storage that
@@ -23,7 +23,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from molmo2.checkpoint.files import META, Checkpoint, CheckpointError, checkpoints_dir, find_damage, find_newest
+from molmo2.checkpoint.files import (
+    META,
+    Checkpoint,
+    CheckpointError,
+    checkpoints_dir,
+    find_damage,
+    find_newest,
+    step_of,
+    superseded,
+)
 from molmo2.config import Recipe
 from shards.atomic import file_lock
 from shards.storage.base import Storage
@@ -40,8 +49,8 @@ def mirror_url(recipe: Recipe) -> str | None:
     return None if recipe.train.mirror is None else f"{recipe.train.mirror.rstrip('/')}/{recipe.name}"
 
 
-def send(checkpoint: Path, url: str, keep: int) -> None:
-    """Upload a whole checkpoint, then delete older copies beyond the newest `keep`.
+def send(checkpoint: Path, url: str, keep_last: int, keep_every: int | None = None) -> None:
+    """Upload a whole checkpoint, then delete superseded copies, as on the disk.
 
     Files of an earlier attempt are sent again unless the manifest has the same digest for them. Nothing older is
     deleted before `meta.json` was read back.
@@ -62,7 +71,7 @@ def send(checkpoint: Path, url: str, keep: int) -> None:
     store.write(f"{checkpoint.name}/{META}", meta)
     if store.read(f"{checkpoint.name}/{META}") != meta:
         raise OSError(f"{url}/{checkpoint.name}/{META}: it was written and reads differently; older copies stay")
-    for step in steps(store)[keep:]:
+    for step in superseded(steps(store), keep_last, keep_every):
         store.remove(f"{step}/{META}")  # deleted first, so that a half-deleted copy is never taken for whole
         for name in store.list():
             if name.startswith(f"{step}/"):
@@ -103,7 +112,7 @@ def fetch(url: str, directory: Path, after: int, say: Callable[[str], None]) -> 
     """Download the newest whole copy of a step after `after`, if there is one; `say` reports damaged copies."""
     store = open_storage(url)
     for name in steps(store):
-        if int(name.removeprefix("step-")) <= after:
+        if step_of(name) <= after:
             return
         temporary = directory / f".tmp-{name}"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -157,7 +166,8 @@ class Sender:
     """The background process that uploads checkpoints one after another; rank 0 has it. No method waits."""
 
     def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
-        self.url, self.keep, self.say = mirror_url(recipe), recipe.train.keep_last, say
+        self.url, self.say = mirror_url(recipe), say
+        self.keep = (recipe.train.keep_last, recipe.train.keep_every or 0)
         self.log = recipe.run_dir / LOG_NAME
         self.process: subprocess.Popen[bytes] | None = None
         self.current: Path | None = None  # the checkpoint that is being uploaded
@@ -191,7 +201,7 @@ class Sender:
                 "molmo2.checkpoint.mirror",
                 str(self.current),
                 str(self.url),
-                str(self.keep),
+                *map(str, self.keep),
             ]
             with open(self.log, "ab") as log:
                 # It runs in a session of its own, so that a signal to the ranks does not end it.
@@ -216,10 +226,10 @@ def main() -> int:
     """Upload one checkpoint, after an upload that a killed run of this machine has left behind."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # deepspeed's launcher signals every process below a rank
-    checkpoint, url, keep = sys.argv[1:]
+    checkpoint, url, keep_last, keep_every = sys.argv[1:]
     try:
         with file_lock(Path(checkpoint).parent / ".mirror.lock", wait=True):
-            send(Path(checkpoint), url, int(keep))
+            send(Path(checkpoint), url, int(keep_last), int(keep_every) or None)
     except (OSError, ValueError) as error:
         sys.stderr.write(f"{checkpoint}: {error}\n")
         return 1

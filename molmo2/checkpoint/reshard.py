@@ -1,7 +1,8 @@
 """Resharding of checkpoints: a run resumes on another number of ranks or with another ZeRO stage, on the same batches.
 
 DeepSpeed's files hold one part of the optimizer per rank. Its universal format holds every parameter whole: rank 0
-converts a checkpoint to it, all ranks load it, and the converted copy is deleted. Another precision has another
+converts a checkpoint to it, all ranks load it, and the converted copy is deleted. At ZeRO stage 0, where every rank has
+the whole optimizer, DeepSpeed neither writes nor reads that format; this module does. Another precision has another
 optimizer and is refused.
 """
 
@@ -11,14 +12,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from molmo2.checkpoint.files import STATES, Checkpoint, CheckpointError
+from molmo2.checkpoint.files import OPTIMIZED, STATES, Checkpoint, CheckpointError
 from molmo2.config import Recipe
 
 PREFIX = ".universal-"  # begins the name of a converted copy
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's states of a parameter, beside its step count
 # DeepSpeed's file with the model's states: one for all ranks (ZeRO 0-2), or rank 0's part (ZeRO 3).
 WHOLE, PARTITIONED = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"
 
@@ -33,13 +36,12 @@ def mesh_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     now = {"world": dist.get_world_size(), "zero_stage": train.zero_stage, "precision": train.precision}
     changed = {name: (checkpoint.meta[name], value) for name, value in now.items() if checkpoint.meta[name] != value}
     differing = [f"{name} was {was}, is {value}" for name, (was, value) in changed.items()]
-    # Stage 0 has the whole optimizer on every rank, and DeepSpeed cannot convert between it and the other stages.
-    if "precision" in changed or ("zero_stage" in changed and 0 in changed["zero_stage"]):
+    if "precision" in changed:
         raise CheckpointError(
             f"{checkpoint.path}: cannot continue: {', '.join(differing)}; start it as it was, or begin a new run with "
             f"`init: {checkpoint.path}`"
         )
-    return [] if train.zero_stage == 0 else differing
+    return [] if train.zero_stage == checkpoint.meta["zero_stage"] == 0 else differing
 
 
 def convert_checkpoint(checkpoint: Checkpoint) -> Path:
@@ -50,6 +52,16 @@ def convert_checkpoint(checkpoint: Checkpoint) -> Path:
     """
     target = checkpoint.path.with_name(PREFIX + checkpoint.path.name)
     shutil.rmtree(target, ignore_errors=True)
+    if checkpoint.meta["zero_stage"] == 0:
+        _convert_whole(checkpoint, target / STATES)
+    else:
+        _convert_partitions(checkpoint, target)
+    _bridge(target / STATES)
+    return target
+
+
+def _convert_partitions(checkpoint: Checkpoint, target: Path) -> None:
+    """Have DeepSpeed convert a checkpoint of ZeRO 1-3, in a process of its own."""
     folders = ["--input_folder", str(checkpoint.path / STATES), "--output_folder", str(target / STATES)]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -60,8 +72,41 @@ def convert_checkpoint(checkpoint: Checkpoint) -> Path:
             f"{checkpoint.path}: cannot be converted for another number of ranks: {last}; the copy needs as much space "
             "as the checkpoint, and the file system must be one that all ranks see"
         )
-    _bridge(target / STATES)
-    return target
+
+
+def _convert_whole(checkpoint: Checkpoint, target: Path) -> None:
+    """Write the files that `_convert_partitions` writes for ZeRO 1 and 2 from a checkpoint of ZeRO 0."""
+    model = torch.load(checkpoint.path / STATES / WHOLE, map_location="cpu", mmap=True, weights_only=False)
+    names, optimizer = model.get(OPTIMIZED), model["optimizer"]
+    if names is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: cannot be converted: it was written at ZeRO stage 0 by an older version; train to its "
+            "next checkpoint at stage 0 first"
+        )
+    for number, name in enumerate(names):
+        folder = target / "zero" / name
+        folder.mkdir(parents=True)
+        state = optimizer["state"][number]
+        for file, tensor in (("fp32", model["module"][name]), *((key, state[key]) for key in MOMENTS)):
+            torch.save({"param": tensor.clone()}, folder / f"{file}.pt")
+        torch.save(state["step"].clone(), folder / "step.pt")
+    groups = [{**group, "params": [number]} for number, group in enumerate(optimizer["param_groups"])]
+    torch.save({"param_groups": groups, "ds_version": model["ds_version"]}, target / "zero" / "optimizer_state.pt")
+    torch.save(model | {"optimizer": None}, target / WHOLE)
+
+
+def load_whole(engine: Any, converted: Path) -> None:
+    """Load a converted checkpoint into an engine of ZeRO stage 0; frozen weights stay as they are."""
+    for group in engine.optimizer.param_groups:
+        for parameter in group["params"]:
+            folder = converted / STATES / "zero" / engine.param_names[parameter]
+            parameter.data.copy_(torch.load(folder / "fp32.pt")["param"].view(parameter.shape))
+            moments = {key: torch.load(folder / f"{key}.pt")["param"].view(parameter.shape) for key in MOMENTS}
+            step = torch.as_tensor(torch.load(folder / "step.pt", weights_only=False), dtype=torch.float32)
+            engine.optimizer.state[parameter] = {
+                "step": step.cpu().clone(),
+                **{key: tensor.to(parameter.device) for key, tensor in moments.items()},
+            }
 
 
 def _bridge(states: Path) -> None:

@@ -38,6 +38,11 @@ def add_adapters(model: Molmo2, rank: int, alpha: float, seed: int) -> None:
     model.lm_head.requires_grad_(False)
 
 
+def without_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights to which adapters are added, by their names without them; the adapters are left out."""
+    return {name.replace(BASE, ".weight"): tensor for name, tensor in weights.items() if not name.endswith((A, B))}
+
+
 def merged(weights: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> dict[str, Tensor]:
     """Merge adapters into the weights; `recipe` is the JSON of the recipe that trained them, with or without LoRA."""
     settings = recipe["optim"].get("lora")

@@ -6,7 +6,7 @@ slices, splits of the vision work, sharded parameters) is not in the model: `mol
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,14 @@ class Molmo2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> Molmo2:
-        """Initialize all weights: activations of about unit size, zero biases, norms 1; equal on every rank and device.
+        """Initialize all weights with `random_weights`."""
+        parameters = dict(self.named_parameters())
+        for name, tensor in self.random_weights(seed):
+            parameters[name].copy_(tensor)
+        return self
+
+    def random_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Draw float32 weights on the CPU, one at a time: activations of about unit size, zero biases, norms 1.
 
         A fixed std of 0.02 suits wide models only: at the width of `tiny` the gradients of the vision transformer would
         be below Adam's epsilon. Only the head has std 0.02, so that training starts from nearly uniform predictions.
@@ -54,13 +61,12 @@ class Molmo2(nn.Module):
         stds = {"vit.positions": 1.5, "text.embedding.base": 0.5, "text.embedding.added": 0.5, "lm_head.weight": 0.02}
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
-                parameter.zero_()
+                yield name, torch.zeros(parameter.shape)
             elif "norm" in name:
-                parameter.fill_(1)
+                yield name, torch.ones(parameter.shape)
             else:
                 std = stds.get(name, parameter.shape[-1] ** -0.5)
-                parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
-        return self
+                yield name, torch.empty(parameter.shape).normal_(0, std, generator=generator)
 
     def set_checkpointing(self, enabled: bool, chunk_crops: int | None = None, offload: bool = False) -> None:
         """Set activation checkpointing: each layer's activations are recomputed in backward instead of saved.

@@ -5,8 +5,8 @@
 The sizes of parameters, gradients and optimizer states follow from the ZeRO stage. Activations are measured: one layer
 of the recipe's own size runs on a few tokens, and the bytes that autograd saves for backward are added up. All figures
 are for full packs, so they are the most that a step takes. Time is the number of the model's operations at an assumed
-utilisation of the GPU. The estimate leaves out the loader, the CUDA context, and fragmentation beyond
-`ALLOCATOR_MARGIN`.
+utilisation of the GPU. The estimate leaves out the CUDA context, fragmentation beyond `ALLOCATOR_MARGIN`, and on the
+host the processes themselves, which share most of torch's memory, and what a bucket's reader reads ahead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from molmo2.config import Recipe
+from molmo2.config import FirstWeights, Recipe
 from molmo2.model.connector import Connector
 from molmo2.model.decoder import Decoder
 from molmo2.model.flops import PEAK_TFLOPS, Workload, forward_flops, known_peak, training_flops
@@ -35,6 +35,7 @@ ALLOCATOR_MARGIN = 1.1  # fragmentation and buffers too small to model
 LAYER_PEAK = 1.3  # peak memory of one layer in backward, relative to its saved activations: gradients come on top
 BUCKET = 5 * 10**8  # parameters that DeepSpeed reduces or gathers at once; its default
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128)  # numbers of GPUs that the table lists
+MACHINE_GPUS = 8  # GPUs of one machine, at most
 UTILISATION = 0.4  # the part of a GPU's peak that is assumed to be used
 
 
@@ -186,6 +187,32 @@ def memory(recipe: Recipe, world: int, kept: SavedBytes) -> dict[str, float]:
     return {name: ALLOCATOR_MARGIN * value for name, value in parts.items()}
 
 
+def host_memory(recipe: Recipe, world: int, kept: SavedBytes) -> dict[str, float]:
+    """Memory of the first of the machines with `world` GPUs, `MACHINE_GPUS` on each, by its parts, in bytes.
+
+    "start" is needed before the first step only, by rank 0, which reads the weights (`molmo2.training.start`): base
+    models and released ones whole in float32, otherwise one tensor at a time.
+    """
+    config, train, data = PRESETS[recipe.model], recipe.train, recipe.data
+    with torch.device("meta"):
+        model = Molmo2(config)
+    model.text.embedding.base.requires_grad_(not recipe.optim.freeze_base_embedding)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    ranks = min(world, MACHINE_GPUS)
+    tokens = train.micro_batch * data.sequence_length / train.sp
+    crops = train.micro_batch * -(-data.max_crops // train.sp)
+    activations = tokens * kept.layer_input * config.text.num_layers + crops * kept.block_input * config.vit.num_layers
+    states = trained * (12 if train.precision == "bf16" else 8) / (world if train.zero_stage else 1)
+    pixels = crops * config.crop_size**2 * 3  # uint8; all else in a batch is small beside them
+    return {
+        "start": 4.0 * (sum(sizes) if isinstance(recipe.init, FirstWeights) else max(sizes)),
+        "optimizer": ranks * states if "optimizer" in train.offload else 0.0,
+        "activations": ranks * activations if "activations" in train.offload else 0.0,
+        "batches": ranks * max(1, data.workers * data.prefetch) * pixels,
+    }
+
+
 def step_flops(recipe: Recipe) -> float:
     """Operations of a step, including recomputation; every pack is full and holds one video and one question."""
     config, data = PRESETS[recipe.model], recipe.data
@@ -262,7 +289,10 @@ def dry_run(recipe: Recipe, gpu: Gpu) -> list[str]:
         row = " ".join(f"{need[part] / GIB:>{max(7, len(part))}.1f}" for part in parts)
         paid = "" if gpu.price is None else f" {days * 24 * world * gpu.price:>10,.0f}"
         lines.append(f"{world:>5} {totals[world]:>7.1f} {row} {days:>8.2f}{paid}")
-    # The memory of the host, by number of GPUs of a machine, belongs here: it is not estimated yet.
+    most = max((world for world in totals if world <= MACHINE_GPUS), default=None)
+    if most is not None:
+        host = ", ".join(f"{part} {size / GIB:.1f}" for part, size in host_memory(recipe, most, kept).items())
+        lines.append(f"GiB of the host's memory, one machine with {most} GPUs: {host}")
     if not totals:
         lines.append(f"no number of GPUs up to {GPUS[-1]} divides this recipe's packs and micro-batches")
     elif gpu.memory_gib is None:

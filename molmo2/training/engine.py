@@ -209,7 +209,8 @@ def deepspeed_config(
             "sub_group_size": 10**12,
             **added.get("zero_optimization", {}),
         },
-        "checkpoint": {"tag_validation": "Ignore", "load_universal": universal},
+        # At stage 0 DeepSpeed has no reader of the universal format: `molmo2.checkpoint.reshard.load_whole` is one.
+        "checkpoint": {"tag_validation": "Ignore", "load_universal": universal and train.zero_stage > 0},
         "steps_per_print": 10**12,
         "wall_clock_breakdown": False,
     }

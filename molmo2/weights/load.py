@@ -46,15 +46,27 @@ def open_model(name: str) -> OpenedModel:
         ForeignConfigError: the directory holds another kind of model.
         WeightsError: its tensors are not those of the model.
     """
-    if not any((path / CONFIG).exists() for path in (Path(name), data_path(name))):
-        if "://" in name or any(path.exists() for path in (Path(name), data_path("runs") / name)):
-            return _open_run(name)
-        if "/" not in name:
-            raise PretrainedError(f"{name}: no run in {data_path('runs')}, no directory, and no OWNER/NAME of the hub")
+    if is_run(name):
+        return _open_run(name)
     directory = locate(name)
     config, weights = load_released(directory)
     origin = {"model": name, "directory": str(directory)}
     return OpenedModel(config=config, weights=weights, path=directory, tokenizer_dir=directory, origin=origin)
+
+
+def is_run(name: str) -> bool:
+    """Whether a name means a run or checkpoint of this project, and not a model with `config.json`, here or on the hub.
+
+    Raises:
+        PretrainedError: nothing has this name.
+    """
+    if any((path / CONFIG).exists() for path in (Path(name), data_path(name))):
+        return False
+    if "://" in name or any(path.exists() for path in (Path(name), data_path("runs") / name)):
+        return True
+    if "/" not in name:
+        raise PretrainedError(f"{name}: no run in {data_path('runs')}, no directory, and no OWNER/NAME of the hub")
+    return False
 
 
 def _open_run(name: str) -> OpenedModel:

@@ -82,6 +82,7 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
     [
         ("train.precision=bf16", "precision bf16 needs zero_stage 2 or 3, not 1"),
         ("train.micro_batch=3", "packs_per_step 4 is not a multiple of train.micro_batch 3"),
+        ("train.keep_every=150", "keep_every 150 is not a multiple of checkpoint_every"),
         ("train.sp=5", "data.sequence_length 768 is not a multiple of train.sp 5"),
         ("train.freeze=[vit,connector,llm]", "freeze: every component is frozen, so nothing is trained"),
         ("train.freeze=[vt]", r"train\.freeze\.0: Input should be 'vit', 'connector' or 'llm' \(got 'vt'\)"),

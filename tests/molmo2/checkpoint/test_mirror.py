@@ -54,7 +54,7 @@ def test_newest_whole_copy_comes_back(tmp_path: Path, where: str) -> None:
     url = f"s3://{BUCKET}/runs/one" if where == "s3" else str(tmp_path / "far")
     store, said = open_storage(url), list[str]()
     for step in (1, 2, 3):
-        send(checkpoint(tmp_path / "local", step), url, keep=2)
+        send(checkpoint(tmp_path / "local", step), url, keep_last=2)
     assert steps(store) == ["step-00000003", "step-00000002"]
     assert not [name for name in store.list() if name.startswith("step-00000001/")]
     assert find_damage(tmp_path / "local/step-00000003") is None, "what was sent is still here, and nothing else"
@@ -70,6 +70,13 @@ def test_newest_whole_copy_comes_back(tmp_path: Path, where: str) -> None:
     assert any("step-00000003: skipped: deepspeed/states.pt does not match its hash" in line for line in said)
 
 
+def test_every_third_copy_stays(tmp_path: Path) -> None:
+    url = str(tmp_path / "far")
+    for step in (2, 3, 4, 5):
+        send(checkpoint(tmp_path / "local", step), url, keep_last=1, keep_every=3)
+    assert steps(open_storage(url)) == ["step-00000005", "step-00000003"]
+
+
 def test_half_a_copy_is_none(tmp_path: Path) -> None:
     """Killed while sending: no mark."""
     url = f"s3://{BUCKET}/runs/half"
@@ -79,7 +86,7 @@ def test_half_a_copy_is_none(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     fetch(url, tmp_path / "new", 0, print)
     assert not list((tmp_path / "new").iterdir())
-    send(path, url, keep=1)
+    send(path, url, keep_last=1)
     assert steps(store) == ["step-00000005"]
 
 
@@ -95,27 +102,27 @@ def test_a_half_sent_step_that_was_written_again_replaces_every_byte(
         sent.append(path.name)
         put(store, path, target)
 
-    send(checkpoint(tmp_path / "local", 1), url, keep=1)
+    send(checkpoint(tmp_path / "local", 1), url, keep_last=1)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
         patch.setattr(mirror, "_put", failing_put)
-        send(checkpoint(tmp_path / "first", 2, content=1), url, keep=1)
+        send(checkpoint(tmp_path / "first", 2, content=1), url, keep_last=1)
     assert sent == ["plan.json"] and steps(open_storage(url)) == ["step-00000001"]
     again = checkpoint(tmp_path / "again", 2, content=2)
-    send(again, url, keep=1)
+    send(again, url, keep_last=1)
     assert find_damage(tmp_path / "far/step-00000002") is None and steps(open_storage(url)) == ["step-00000002"]
     with monkeypatch.context() as patch:
         patch.setattr(mirror, "_put", failing_put)  # raises: nothing is left to send
-        send(again, url, keep=1)
-    send(checkpoint(tmp_path / "third", 2, content=3), url, keep=1)  # over a whole copy
+        send(again, url, keep_last=1)
+    send(checkpoint(tmp_path / "third", 2, content=3), url, keep_last=1)  # over a whole copy
     assert find_damage(tmp_path / "far/step-00000002") is None
 
 
 def test_older_copies_stay_when_the_new_mark_reads_differently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = str(tmp_path / "far")
-    send(checkpoint(tmp_path / "local", 1), url, keep=1)
+    send(checkpoint(tmp_path / "local", 1), url, keep_last=1)
     monkeypatch.setattr(LocalStorage, "read", lambda *_: b"{}")
     with pytest.raises(OSError, match=r"step-00000002/meta\.json: it was written and reads differently"):
-        send(checkpoint(tmp_path / "local", 2), url, keep=1)
+        send(checkpoint(tmp_path / "local", 2), url, keep_last=1)
     assert "step-00000001" in steps(open_storage(url))
 
 
@@ -137,7 +144,7 @@ def test_training_goes_on_beside_a_slow_mirror(tmp_path: Path) -> None:
 
 def test_a_file_outside_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
     url, path = f"s3://{BUCKET}/runs/evil", checkpoint(tmp_path / "local", 1)
-    send(path, url, keep=1)
+    send(path, url, keep_last=1)
     meta = json.loads((path / META).read_text())
     meta["files"]["../../escaped"] = [1, ""]
     open_storage(url).write(f"step-00000001/{META}", json.dumps(meta).encode())
@@ -149,7 +156,7 @@ def test_a_file_outside_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_ranks_that_open_a_mirror_at_once_get_the_same(tmp_path: Path) -> None:
     url = str(tmp_path / "far")
-    send(checkpoint(tmp_path / "local", 1), url, keep=1)
+    send(checkpoint(tmp_path / "local", 1), url, keep_last=1)
     with ThreadPoolExecutor(4) as pool:  # each opens the lock's file for itself, as processes do
         found = list(pool.map(lambda _: mirror.cached(url, print), range(4)))
     assert len(set(found)) == 1 and find_damage(found[0] / "checkpoints/step-00000001") is None

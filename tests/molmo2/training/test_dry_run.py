@@ -20,8 +20,10 @@ from molmo2.training.dry_run import (
     ALLOCATOR_MARGIN,
     GIB,
     Gpu,
+    SavedBytes,
     activation_bytes,
     dry_run,
+    host_memory,
     measure_saved,
     memory,
     saved_bytes,
@@ -99,6 +101,20 @@ def test_states_follow_the_zero_stages(stage: int, gib: float) -> None:
     assert states == pytest.approx(gib * 4.85 / 4.46, rel=0.15)
 
 
+def test_memory_of_the_host() -> None:
+    """4.85 B parameters; the base embedding, 0.39 B, is trained here; 384 frames of 378 x 378 pixels a batch."""
+    kept = SavedBytes(layer=0, layer_input=2560 * 2, block=0, block_input=729 * 1152 * 2, connector=0)
+    need = host_memory(long(), 8, kept)
+    assert need["start"] == pytest.approx(4 * 4.85e9, rel=0.02)  # base models are read whole, by rank 0 alone
+    assert need["optimizer"] == need["activations"] == 0
+    assert need["batches"] == 8 * 4 * 4 * 384 * 378**2 * 3  # 4 workers, each with 4 ready
+    need = host_memory(long(offload="[activations,optimizer]"), 16, kept)
+    assert need["optimizer"] == pytest.approx(12 * 4.85e9 * 8 / 16, rel=0.02)
+    assert need["activations"] == 8 * (36864 * 36 * 5120 + 384 * PRESETS["4b"].vit.num_layers * 729 * 1152 * 2)
+    later = long().model_copy(update={"init": "stage1"})
+    assert host_memory(later, 8, kept)["start"] < 2e9  # one tensor at a time
+
+
 def test_operations_of_a_long_row() -> None:
     """4.95 PFLOP with recomputation, counting 81 % of the pairs; one video in a full row."""
     assert step_flops(long()) / 128 == pytest.approx(4.95e15, rel=0.15)
@@ -113,6 +129,7 @@ def test_what_to_change_is_told_where_a_card_is_too_small() -> None:
     advice = [line for line in lines if "train.zero_stage=3" in line]
     assert advice and all("train.activation_checkpointing" not in line for line in advice)
     assert "train.offload=[activations,optimizer]" in lines[-1]
+    assert any(line.startswith("GiB of the host's memory, one machine with 8 GPUs: start ") for line in lines)
 
 
 def test_nothing_is_suggested_where_the_memory_is_enough_or_not_known() -> None:

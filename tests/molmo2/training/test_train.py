@@ -224,6 +224,37 @@ def test_ranks_sp_and_zero_stage_may_change_between_runs(root: Path) -> None:
     assert sorted(names) == ["step-00000005", "step-00000006"]  # the converted copies are gone
 
 
+def test_a_run_resumes_without_the_weights_from_which_it_began(root: Path) -> None:
+    """On other ranks too, where frozen weights are not among the optimizer's."""
+    frozen = ("--set", "optim.freeze_base_embedding=true")
+    shutil.copytree(root / "runs/whole", root / "runs/base")
+    train(root, toy_run.write_recipe(root / "tuned.yaml", "tuned", init="base", steps=4), *frozen)
+    shutil.rmtree(root / "runs/base")
+    for name, ranks in (("tuned-again", 2), ("tuned-moved", 1)):
+        branch_off(root, name, "tuned", 2)
+        recipe = toy_run.write_recipe(root / f"{name}.yaml", name, init="base", steps=4)
+        train(root, recipe, *frozen, ranks=ranks)
+        assert_same_curve(root, name, "tuned", 0.0 if ranks == 2 else 1e-5)
+
+
+def test_zero_stage_0_changes_to_the_other_stages_and_back(root: Path) -> None:
+    """1 -> 0 -> 3 -> 0 by steps, with frozen weights, which no optimizer stores."""
+    settings = {"steps": 5, "checkpoint_every": 1, "keep_last": 9}
+    frozen = ("--set", "optim.freeze_base_embedding=true")
+    train(root, toy_run.write_recipe(root / "one.yaml", "one", **settings), *frozen)
+    branch_off(root, "staged", "one", 2)
+    recipe = toy_run.write_recipe(root / "staged.yaml", "staged", **settings)
+    for stage, ranks, last in ((0, 2, 3), (3, 1, 4), (0, 1, 5)):
+        output = train(root, recipe, *frozen, f"train.zero_stage={stage}", ranks=ranks)
+        assert f", is {stage}: the checkpoint was converted" in output
+        for step in range(last + 1, 6):
+            shutil.rmtree(root / f"runs/staged/checkpoints/step-{step:08d}")
+    assert_same_curve(root, "staged", "one", 1e-5)
+    assert len(list((root / "runs/staged/checkpoints").iterdir())) == 4  # the converted copies are gone
+    (_, moved, _), (_, whole, _) = (load_weights(root / "runs" / name) for name in ("staged", "one"))
+    assert all(torch.allclose(moved[name], whole[name], rtol=0, atol=1e-4) for name in whole)
+
+
 def test_half_precision_and_frozen_weights_move_to_other_ranks(root: Path) -> None:
     settings = ["train.precision=bf16", "train.zero_stage=3", "optim.freeze_base_embedding=true"]
     recipe = toy_run.write_recipe(root / "half.yaml", "half", steps=4, checkpoint_every=2)
@@ -272,6 +303,21 @@ def test_a_frozen_component_stays_as_it_was_on_any_ranks_and_cannot_thaw(
         assert {key.split(".")[0] for key in first if not torch.equal(weights[key], first[key])} == {
             *("connector", "text", "lm_head")
         }
+
+
+def test_a_run_starts_from_the_weights_of_the_command_line_and_keeps_every_second_checkpoint(root: Path) -> None:
+    settings = {"steps": 5, "checkpoint_every": 1, "keep_last": 1, "keep_every": 2}
+    recipe = toy_run.write_recipe(root / "given.yaml", "given", init="no-such-run", **settings)
+    start_from = str(root / "runs/whole/checkpoints/step-00000004")
+    train(root, recipe, "--checkpoint", start_from, ranks=1)
+    assert log(root, "given")[0]["loss"] < 0.9 * log(root, "whole")[0]["loss"]
+    checkpoints = root / "runs/given/checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000004", "step-00000005"]
+    assert json.loads((checkpoints / "step-00000002/recipe.json").read_text())["init"] == start_from
+    assert "given: finished" in train(root, recipe, "--checkpoint", start_from, ranks=1)
+    output = train(root, recipe, "--checkpoint", "whole", "--set", "train.steps=6", ranks=1, code=1)
+    assert f"--checkpoint 'whole': the run is at step 5 and began from '{start_from}'" in output
+    assert "Traceback" not in output
 
 
 def test_another_precision_is_refused(root: Path) -> None:
