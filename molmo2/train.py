@@ -13,8 +13,8 @@ to `runs/<name>/`: log.jsonl, data.jsonl, quarantine.jsonl, summary.json, checkp
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
-import importlib.util
 import json
 import os
 import shutil
@@ -28,19 +28,17 @@ import torch
 import torch.distributed as dist
 
 from molmo2.checkpoint import files as checkpoints
-from molmo2.checkpoint import mirror
+from molmo2.checkpoint.changes import check_trained_parameters, mesh_changes
 from molmo2.checkpoint.files import Checkpoint, CheckpointError
-from molmo2.checkpoint.reshard import convert_checkpoint, load_whole, mesh_changes
-from molmo2.config import FirstWeights, Recipe, data_path, load_recipe
-from molmo2.model.molmo2 import Molmo2
+from molmo2.config import FirstWeights, Recipe, load_recipe
 from molmo2.model.presets import PRESETS
 from molmo2.parallel.agree import AgreedError, all_ranks_ok, leave, lost_peer, on_rank_zero, say, write_line
-from molmo2.parallel.mesh import SINGLE, Mesh, MeshError, check_mesh, gather_machines, make_mesh
-from molmo2.processing.contract import ProcessorSettings, read_contract
+from molmo2.parallel.mesh import Mesh, MeshError, check_mesh, gather_machines, make_mesh
 from molmo2.training.anomalies import LossHistory
 from molmo2.training.engine import read_engine_keys, start_distributed, start_engine
 from molmo2.training.loop import Ending, Progress, StopSignal, run_steps
 from molmo2.training.metrics import cut_log, read_log, summarize_run
+from molmo2.training.prepare import prepare
 from molmo2.training.run import (
     ANOMALIES_NAME,
     CHANGES_NAME,
@@ -52,14 +50,12 @@ from molmo2.training.run import (
     TrainingError,
     lock_run,
 )
-from molmo2.training.start import first_weights_of, starting_model
+from molmo2.training.start import starting_model
 from shards.atomic import write_atomic
 from shards.stream.loader import QuarantineError
-from shards.stream.plan import Cursor, PlanError, open_plan
+from shards.stream.plan import Cursor, PlanError
 
 STOPPED = os.EX_TEMPFAIL  # 75: a signal stopped the run before its end; whoever sent it should start the run again
-PACKS_SHOWN = 3  # packs of a step that --inspect prints
-STEPS_DRAWN = 50  # steps at the start whose draws --inspect and --dry-run count
 
 
 # --- before the first step -------------------------------------------------------------------------------------------
@@ -143,52 +139,13 @@ def form_mesh(recipe: Recipe, machines: Sequence[str]) -> Mesh:
     return make_mesh(train.sp)
 
 
-def prepare(recipe: Recipe, mesh: Mesh, device: torch.device) -> Run:
-    """Check everything that can be checked before the model is built: tokenizer, shards, processor."""
-    if recipe.logging.wandb and not importlib.util.find_spec("wandb"):
-        raise ValueError("logging.wandb is set, but wandb is not installed; pip install wandb, or set it to null")
-    if recipe.optim.lora is not None and not importlib.util.find_spec("peft"):
-        raise ValueError("optim.lora is set, but peft is not installed; pip install peft, or set it to null")
-    tokenizer = str(data_path(recipe.tokenizer))
-    contract = read_contract(ProcessorSettings(preset=recipe.model, tokenizer_dir=tokenizer, stage=recipe.stage))
-    plan = open_plan(recipe.roots, recipe.data.drawn_mixture, recipe.plan_settings, contract.settings)
-    held_out = None
-    if recipe.eval is not None:
-        from molmo2.training.validation import open_held_out
+def newest_checkpoint(recipe: Recipe) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, on the disk or in its mirror."""
+    if recipe.train.mirror is None:
+        return checkpoints.find_newest(checkpoints.checkpoints_dir(recipe.run_dir), say)
+    from molmo2.checkpoint import mirror
 
-        held_out = open_held_out(recipe, recipe.eval, contract.settings)
-    return Run(
-        recipe=recipe,
-        mesh=mesh,
-        device=device,
-        model_config=PRESETS[recipe.model],
-        plan=plan,
-        layout=contract.layout,
-        tokenizer=contract.tokenizer,
-        held_out=held_out,
-    )
-
-
-def check_trained_parameters(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Check that a checkpoint has optimizer states for exactly the parameters that the recipe trains.
-
-    Raises:
-        CheckpointError: other parameters were trained; every setting that differs is named.
-    """
-    old, optim = checkpoint.read(checkpoints.RECIPE), recipe.optim
-    lora = old["optim"].get("lora")
-    settings = {
-        "train.freeze": (sorted(old["train"].get("freeze", ())), sorted(recipe.train.freeze)),
-        "optim.freeze_base_embedding": (old["optim"]["freeze_base_embedding"], optim.freeze_base_embedding),
-        "optim.lora.rank": (lora and lora["rank"], optim.lora and optim.lora.rank),
-    }
-    differing = [f"{name} was {was}, is {value}" for name, (was, value) in settings.items() if was != value]
-    if differing:
-        raise CheckpointError(
-            f"{checkpoint.path}: cannot continue: {', '.join(differing)}: other parameters would be trained than those "
-            "with optimizer states; restore the setting, or begin a new run (another name) with "
-            f"`init: {checkpoint.path}`"
-        )
+    return mirror.newest(recipe, say)
 
 
 def resume(
@@ -208,6 +165,8 @@ def resume(
     state = checkpoint.read(checkpoints.PLAN)
     cursor = take_over(run, state) if change_data else run.plan.restore(state)
     if universal and run.recipe.train.zero_stage == 0:
+        from molmo2.checkpoint.reshard import load_whole
+
         load_whole(engine, universal)
     else:
         checkpoints.load_states(engine, universal or checkpoint.path)
@@ -237,7 +196,7 @@ def train_stage(
         mesh = form_mesh(recipe, machines)
         added = read_engine_keys(arguments.deepspeed_config)
         run = prepare(recipe, mesh, device)
-    checkpoint = on_rank_zero(mirror.newest, recipe, say)
+    checkpoint = on_rank_zero(newest_checkpoint, recipe)
     with all_ranks_ok():
         if checkpoint and given:
             check_start(recipe, checkpoint)
@@ -259,6 +218,8 @@ def train_stage(
         if checkpoint:
             check_trained_parameters(checkpoint, recipe)
     if checkpoint and differing:
+        from molmo2.checkpoint.reshard import convert_checkpoint
+
         universal = on_rank_zero(convert_checkpoint, checkpoint)
         say(f"{recipe.name}: {', '.join(differing)}: the checkpoint was converted; the order of the data is the same")
     check_sp = arguments.check_sp and mesh.sp > 1
@@ -305,61 +266,13 @@ def finish(recipe: Recipe) -> None:
     )
 
 
-def dry_run_lines(recipe: Recipe, gpu_memory: float | None = None, gpu_price: float | None = None) -> list[str]:
-    """What --dry-run prints: the resolved recipe, the plan or why there is none yet, memory, time and cost.
-
-    `gpu_memory`, `gpu_price`: GiB of a GPU, and USD for one hour of it; see `molmo2.training.dry_run.this_gpu`.
-    """
-    import yaml
-
-    from molmo2.inspection.shares import mixture_lines
-    from molmo2.training.dry_run import dry_run, this_gpu
-
-    needs = dry_run(recipe, this_gpu(recipe, gpu_memory, gpu_price))  # first, since it checks the model's name
-    try:
-        plan = mixture_lines(recipe, STEPS_DRAWN)
-    except (ValueError, OSError) as error:  # most often the shards are not built yet
-        plan = [f"plan: {error}"]
-    resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    return [*resolved.splitlines(), "", *plan, "", *needs]
-
-
-def look(arguments: argparse.Namespace) -> int:
-    """Run --dry-run, --inspect or --replay for the recipes, in one process without training; return the exit code."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        for recipe in read_recipes(arguments):
-            if arguments.dry_run:
-                write_line("\n".join(dry_run_lines(recipe, arguments.gpu_memory, arguments.gpu_price)))
-                continue
-            from molmo2.training.replay import check_shard_files, find_step, show_losses, show_packs
-
-            run = prepare(recipe, SINGLE, device)
-            step = find_step(run, arguments.replay if arguments.inspect is None else arguments.inspect)
-            if arguments.inspect is not None:
-                from molmo2.inspection.shares import mixture_lines
-
-                write_line(f"every one of the {check_shard_files(run):,} shard files is there\n")
-                write_line("\n".join(mixture_lines(recipe, STEPS_DRAWN, run.plan)) + "\n")
-                lines = show_packs(run, step, PACKS_SHOWN)
-            else:
-                fresh = None
-                if arguments.replay == 1:
-                    fresh = Molmo2.with_weights(run.model_config, dict(first_weights_of(run)))
-                lines = show_losses(run, step, fresh)
-            for line in lines:
-                write_line(line)
-    except (ValueError, OSError) as error:
-        write_line(f"train.py: {error}", sys.stderr)
-        return 1
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, and return the exit code; an error that a user can mend is printed in one message, with code 1."""
     arguments = parse_arguments(argv)
     if arguments.dry_run or arguments.inspect is not None or arguments.replay is not None:
-        return look(arguments)
+        from molmo2.inspection.look import look
+
+        return look(functools.partial(read_recipes, arguments), arguments)
     device = start_distributed()
     stop = StopSignal()
     ending: Ending = "finished"

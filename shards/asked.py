@@ -16,9 +16,9 @@ from typing import Any, Final
 
 import pydantic
 
+from shards.format import ASKED_NAME
 from shards.schema import Annotation, Chat, Choice, Points, Text, Tracks
 
-MEMBER_NAME: Final = "asked.json.gz"
 LARGEST: Final = 256 << 20  # bytes; a member that unpacks to more is refused
 BYTES: Final = "base64"  # JSON has no bytes: they are stored as {BYTES: "<base64>"}
 KINDS: Final = {
@@ -54,11 +54,11 @@ def read_asked(data: bytes | memoryview) -> tuple[Annotation, ...]:
     try:
         text = unpacker.decompress(data, LARGEST)
         if unpacker.unconsumed_tail:
-            raise AskedError(f"{MEMBER_NAME} unpacks to more than {LARGEST} bytes; the sample is damaged")
+            raise AskedError(f"{ASKED_NAME} unpacks to more than {LARGEST} bytes; the sample is damaged")
         records = json.loads(text, object_hook=_bytes_of_text)
         return tuple(KINDS[record.pop("kind")].validate_python(record) for record in records)
     except (zlib.error, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise AskedError(f"{MEMBER_NAME}: {type(error).__name__}: {error}") from None
+        raise AskedError(f"{ASKED_NAME}: {type(error).__name__}: {error}") from None
 
 
 def _text_of_bytes(value: Any) -> dict[str, str]:

@@ -3,7 +3,7 @@
     <train.mirror>/<run>/step-00001000/...     as on the disk; meta.json is uploaded last and marks a copy as whole
                                       /sending.json   sizes and digests of the files that were uploaded or will be
 
-    python -m molmo2.checkpoint.mirror runs/NAME/checkpoints/step-00001000 s3://bucket/runs/NAME 2 0  (the trainer does)
+    python -m molmo2.checkpoint.upload runs/NAME/checkpoints/step-00001000 s3://bucket/runs/NAME 2 0  (the trainer does)
 
 A separate process uploads, so that it takes no time from the ranks and shares no lock with them. Only one upload runs
 at a time; training never waits for it, and only the newest checkpoint is next. The mirror can be any storage that
@@ -16,12 +16,10 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from molmo2.checkpoint.files import (
     META,
@@ -31,7 +29,6 @@ from molmo2.checkpoint.files import (
     find_damage,
     find_newest,
     step_of,
-    superseded,
 )
 from molmo2.config import Recipe
 from shards.atomic import file_lock
@@ -49,63 +46,9 @@ def mirror_url(recipe: Recipe) -> str | None:
     return None if recipe.train.mirror is None else f"{recipe.train.mirror.rstrip('/')}/{recipe.name}"
 
 
-def send(checkpoint: Path, url: str, keep_last: int, keep_every: int | None = None) -> None:
-    """Upload a whole checkpoint, then delete superseded copies, as on the disk.
-
-    Files of an earlier attempt are sent again unless the manifest has the same digest for them. Nothing older is
-    deleted before `meta.json` was read back.
-
-    Raises:
-        OSError: the storage does not answer, refuses to write, or returns something else than was written.
-    """
-    store, meta = open_storage(url), (checkpoint / META).read_bytes()
-    files = json.loads(meta)["files"]
-    _remove_others(store, checkpoint.name, meta, files)
-    store.write(f"{checkpoint.name}/{MANIFEST}", json.dumps(files).encode())
-    for name, (size, _) in files.items():
-        target = f"{checkpoint.name}/{name}"
-        if store.size(target) != size:
-            _put(store, checkpoint / name, target)
-            if (stored := store.size(target)) != size:
-                raise OSError(f"{url}/{target}: the copy has {stored} bytes, the file has {size}")
-    store.write(f"{checkpoint.name}/{META}", meta)
-    if store.read(f"{checkpoint.name}/{META}") != meta:
-        raise OSError(f"{url}/{checkpoint.name}/{META}: it was written and reads differently; older copies stay")
-    for step in superseded(steps(store), keep_last, keep_every):
-        store.remove(f"{step}/{META}")  # deleted first, so that a half-deleted copy is never taken for whole
-        for name in store.list():
-            if name.startswith(f"{step}/"):
-                store.remove(name)
-
-
-def _remove_others(store: Storage, step: str, meta: bytes, files: dict[str, Any]) -> None:
-    """Remove what an earlier attempt left of a step, except files with the same digests."""
-    left = [name.removeprefix(f"{step}/") for name in store.list() if name.startswith(f"{step}/")]
-    if META in left and store.read(f"{step}/{META}") != meta:
-        store.remove(f"{step}/{META}")  # first, since the files beside it will change
-    sent = json.loads(store.read(f"{step}/{MANIFEST}")) if MANIFEST in left else {}
-    for name in left:
-        if name not in (META, MANIFEST) and (name not in files or sent.get(name) != files[name]):
-            store.remove(f"{step}/{name}")
-
-
 def steps(store: Storage) -> list[str]:
     """Names of the whole copies in a mirror, the newest first."""
     return sorted((name.split("/")[0] for name in store.list(f"/{META}") if name.startswith("step-")), reverse=True)
-
-
-def _put(store: Storage, path: Path, target: str) -> None:
-    """Upload a file. `publish` removes its source, so it gets a hard link or a copy."""
-    link = path.with_name(f".{path.name}.sending")
-    link.unlink(missing_ok=True)
-    try:
-        os.link(path, link)
-    except OSError:  # the file system has no hard links
-        shutil.copyfile(path, link)
-    try:
-        store.publish(link, target)
-    finally:
-        link.unlink(missing_ok=True)
 
 
 def fetch(url: str, directory: Path, after: int, say: Callable[[str], None]) -> None:
@@ -198,7 +141,7 @@ class Sender:
             command = [
                 sys.executable,
                 "-m",
-                "molmo2.checkpoint.mirror",
+                "molmo2.checkpoint.upload",
                 str(self.current),
                 str(self.url),
                 *map(str, self.keep),
@@ -220,21 +163,3 @@ class Sender:
     def _warn(self, checkpoint: Path | None, reason: str) -> None:
         """Report a missing copy. It is no error, since the checkpoint is on the disk."""
         self.say(f"WARNING: {checkpoint} could not be copied to {self.url}: {reason}")
-
-
-def main() -> int:
-    """Upload one checkpoint, after an upload that a killed run of this machine has left behind."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # deepspeed's launcher signals every process below a rank
-    checkpoint, url, keep_last, keep_every = sys.argv[1:]
-    try:
-        with file_lock(Path(checkpoint).parent / ".mirror.lock", wait=True):
-            send(Path(checkpoint), url, int(keep_last), int(keep_every) or None)
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"{checkpoint}: {error}\n")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

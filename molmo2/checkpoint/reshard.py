@@ -15,33 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from molmo2.checkpoint.files import OPTIMIZED, STATES, Checkpoint, CheckpointError
-from molmo2.config import Recipe
 
 PREFIX = ".universal-"  # begins the name of a converted copy
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's states of a parameter, beside its step count
 # DeepSpeed's file with the model's states: one for all ranks (ZeRO 0-2), or rank 0's part (ZeRO 3).
 WHOLE, PARTITIONED = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"
-
-
-def mesh_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
-    """Differences between the ranks that wrote a checkpoint and those that run now, as "world was 2, is 1".
-
-    Raises:
-        CheckpointError: a difference for which the checkpoint cannot be converted.
-    """
-    train = recipe.train
-    now = {"world": dist.get_world_size(), "zero_stage": train.zero_stage, "precision": train.precision}
-    changed = {name: (checkpoint.meta[name], value) for name, value in now.items() if checkpoint.meta[name] != value}
-    differing = [f"{name} was {was}, is {value}" for name, (was, value) in changed.items()]
-    if "precision" in changed:
-        raise CheckpointError(
-            f"{checkpoint.path}: cannot continue: {', '.join(differing)}; start it as it was, or begin a new run with "
-            f"`init: {checkpoint.path}`"
-        )
-    return [] if train.zero_stage == checkpoint.meta["zero_stage"] == 0 else differing
 
 
 def convert_checkpoint(checkpoint: Checkpoint) -> Path:

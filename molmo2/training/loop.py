@@ -9,14 +9,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from molmo2.checkpoint import files as checkpoints
 from molmo2.checkpoint.files import CheckpointError
-from molmo2.checkpoint.mirror import Sender
+from molmo2.config import Recipe
 from molmo2.model.loss import LossSums
 from molmo2.parallel.agree import on_rank_zero, say, write_line
 from molmo2.parallel.sums import sum_over_ranks
@@ -38,6 +38,9 @@ from molmo2.training.watchdog import Watchdog
 from shards.stream.collate import PAD_SEGMENT, Batch
 from shards.stream.loader import make_loader, micro_steps
 from shards.stream.plan import Cursor
+
+if TYPE_CHECKING:
+    from molmo2.checkpoint.mirror import Sender  # loaded by runs that have a mirror
 
 SIGNAL_WAIT = 120.0  # seconds that a run waits for its mirror after a signal, at most: its time is short
 MIRROR_TURN = 0.2  # seconds between looks at an upload that the end of a run waits for
@@ -351,6 +354,15 @@ def ending_of(step: int, steps: int, totals: StepTotals) -> Ending | None:
     return "stop file" if totals.stop_file else None
 
 
+def start_sender(recipe: Recipe) -> Sender | None:
+    """The uploader of a run's checkpoints; None if the run has no mirror."""
+    if recipe.train.mirror is None:
+        return None
+    from molmo2.checkpoint.mirror import Sender
+
+    return Sender(recipe, say)
+
+
 def wait_for_mirror(sender: Sender | None, watchdog: Watchdog, step: int, seconds: float) -> None:
     """Wait until the copies of rank 0 are done, or give them up after a time; collective.
 
@@ -371,7 +383,7 @@ def run_steps(
     """Train until the last step or a request to stop, and save checkpoints; `progress` is updated after every step."""
     recipe, steps = run.recipe, run.recipe.train.steps
     monitor = Monitor(recipe, progress.step) if run.mesh.rank == 0 else None
-    sender = Sender(recipe, say) if run.mesh.rank == 0 else None
+    sender = start_sender(recipe) if run.mesh.rank == 0 else None
     batches = make_loader(
         run.plan,
         progress.cursor,

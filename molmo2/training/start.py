@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from molmo2.checkpoint.files import WEIGHTS, Checkpoint, CheckpointError, base_weights, consolidate
-from molmo2.checkpoint.lookup import open_checkpoint
 from molmo2.config import FirstWeights, Recipe, data_path
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import ModelConfig, config_differences
@@ -63,6 +62,8 @@ def first_weights_of(run: Run) -> Weights:
 
         tokenizer = data_path(recipe.tokenizer)
         return _ordered(config, first_weights(recipe.init, config, tokenizer, recipe.train.seed, write_line))
+    from molmo2.checkpoint.lookup import open_checkpoint
+
     source = open_checkpoint(recipe.init, write_line)
     differing = config_differences(source.model_config, config)
     if differing:

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.asked import MEMBER_NAME, read_asked
+from shards.asked import read_asked
 from shards.format import (
+    ASKED_NAME,
     INDEX_NAME,
     KEY_PATTERN,
     REJECTS_NAME,
@@ -157,7 +158,7 @@ def _verify_content(files: dict[str, bytes], row: npt.NDArray[np.void], num_vari
     """Compare a sample's files with its sidecar row; returns its number of annotations. Raises like `verify_span`."""
     record = json.loads(files["json"])
     images = {int(n[:-4]): decode_jpeg(d).shape for n, d in files.items() if n.endswith(".jpg")}
-    asked_names = {MEMBER_NAME} & set(files)
+    asked_names = {ASKED_NAME} & set(files)
     expected = asked_names | {
         "json",
         *(f"tokens{k}.npy" for k in range(num_variants)),
@@ -176,7 +177,7 @@ def _verify_content(files: dict[str, bytes], row: npt.NDArray[np.void], num_vari
     num_frames = sum(visual["kind"] == "frame" for visual in record["visuals"])
     if num_frames != row["num_frames"]:
         raise FormatError(f"{num_frames} frames, the sidecar says {row['num_frames']}")
-    annotations, num_asked = 0, len(read_asked(files[MEMBER_NAME])) if asked_names else None
+    annotations, num_asked = 0, len(read_asked(files[ASKED_NAME])) if asked_names else None
     for k in range(num_variants):
         tokens = np.load(io.BytesIO(files[f"tokens{k}.npy"]), allow_pickle=False)
         if tokens.dtype != TOKEN_DTYPE:
@@ -195,7 +196,7 @@ def _verify_content(files: dict[str, bytes], row: npt.NDArray[np.void], num_vari
             raise FormatError(f"variant {k}: {'; '.join(wrong)}")
         annotations = annotations if k else int(tokens["branch"][-1])
     if num_asked not in {None, annotations}:
-        raise FormatError(f"{num_asked} annotations in {MEMBER_NAME}, {annotations} branches")
+        raise FormatError(f"{num_asked} annotations in {ASKED_NAME}, {annotations} branches")
     return annotations
 
 

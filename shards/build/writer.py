@@ -15,7 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from shards import asked
-from shards.format import BLOCK, KEY_PATTERN, TOKEN_DTYPE, ShardInfo, canonical_json, index_dtype, key_hash, span_hash
+from shards.format import (
+    ASKED_NAME,
+    BLOCK,
+    KEY_PATTERN,
+    TOKEN_DTYPE,
+    ShardInfo,
+    canonical_json,
+    index_dtype,
+    key_hash,
+    span_hash,
+)
 from shards.layout import VisualLayout, expanded_length, sample_visuals, visual_crops
 from shards.schema import Sample
 
@@ -38,7 +48,7 @@ def members(sample: Sample) -> dict[str, bytes]:
     files = {"json": canonical_json(sample.record)}
     files |= {f"tokens{k}.npy": npy_bytes(tokens) for k, tokens in enumerate(sample.variants)}
     files |= {f"{number:03d}.jpg": image for number, image in enumerate(sample.images)}
-    return files | ({asked.MEMBER_NAME: asked.asked_bytes(sample.asked)} if sample.asked else {})
+    return files | ({ASKED_NAME: asked.asked_bytes(sample.asked)} if sample.asked else {})
 
 
 def index_row(layout: VisualLayout, sample: Sample) -> npt.NDArray[np.void]:

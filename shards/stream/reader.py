@@ -18,8 +18,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.asked import MEMBER_NAME
-from shards.format import INDEX_NAME, TOKEN_DTYPE, FormatError, npy_rows, span_hash, tar_members, whole_headers
+from shards.format import (
+    ASKED_NAME,
+    INDEX_NAME,
+    TOKEN_DTYPE,
+    FormatError,
+    npy_rows,
+    span_hash,
+    tar_members,
+    whole_headers,
+)
 from shards.layout import sample_visuals
 from shards.storage.base import UnavailableError, tally
 from shards.stream.dataset import Tars
@@ -153,4 +161,4 @@ def parse_sample(span: bytes, variant: int) -> StoredSample:
         images = {int(name[:-4]): data for name, data in fields.items() if name.endswith(".jpg")}
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ReadError(f"{type(error).__name__}: {error}") from None
-    return StoredSample(key=key, tokens=tokens, visuals=visuals, images=images, asked=fields.get(MEMBER_NAME))
+    return StoredSample(key=key, tokens=tokens, visuals=visuals, images=images, asked=fields.get(ASKED_NAME))

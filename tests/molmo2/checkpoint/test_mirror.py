@@ -14,7 +14,8 @@ from train_runs import curve, log, train
 import shards.storage.s3
 from molmo2.checkpoint import mirror
 from molmo2.checkpoint.files import META, CheckpointError, file_hash, find_damage
-from molmo2.checkpoint.mirror import fetch, send, steps
+from molmo2.checkpoint.mirror import fetch, steps
+from molmo2.checkpoint.upload import send
 from molmo2.weights.load import open_model
 from shards.atomic import file_lock
 from shards.storage.base import Storage

@@ -11,11 +11,11 @@ import yaml
 from fork_server import python
 
 from molmo2.config import Recipe, load_recipe
+from molmo2.inspection.look import dry_run_lines
 from molmo2.inspection.shares import draw_steps
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS
-from molmo2.train import dry_run_lines
 from molmo2.training.dry_run import (
     ALLOCATOR_MARGIN,
     GIB,

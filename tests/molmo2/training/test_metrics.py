@@ -20,7 +20,6 @@ from molmo2.config import Recipe, load_recipe
 from molmo2.model.flops import attention_pairs
 from molmo2.model.mask import PAD_SEGMENT, allowed
 from molmo2.parallel.mesh import SINGLE
-from molmo2.train import prepare
 from molmo2.training.metrics import (
     Monitor,
     bar_text,
@@ -31,7 +30,7 @@ from molmo2.training.metrics import (
     speed,
     summarize_run,
 )
-from molmo2.training.run import LOG_NAME
+from molmo2.training.run import LOG_NAME, prepare
 from shards.stream.loader import pack_reader
 from shards.stream.plan import Cursor
 from shards.stream.read_ahead import MicroSpec

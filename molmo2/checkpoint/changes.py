@@ -1,0 +1,51 @@
+"""What may change between a checkpoint and the run that resumes it: ranks and ZeRO stage, but not what is trained.
+
+Both are checked before the engine is built. The conversion for other ranks is in `molmo2.checkpoint.reshard`.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from molmo2.checkpoint.files import RECIPE, Checkpoint, CheckpointError
+from molmo2.config import Recipe
+
+
+def mesh_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
+    """Differences between the ranks that wrote a checkpoint and those that run now, as "world was 2, is 1".
+
+    Raises:
+        CheckpointError: a difference for which the checkpoint cannot be converted.
+    """
+    train = recipe.train
+    now = {"world": dist.get_world_size(), "zero_stage": train.zero_stage, "precision": train.precision}
+    changed = {name: (checkpoint.meta[name], value) for name, value in now.items() if checkpoint.meta[name] != value}
+    differing = [f"{name} was {was}, is {value}" for name, (was, value) in changed.items()]
+    if "precision" in changed:
+        raise CheckpointError(
+            f"{checkpoint.path}: cannot continue: {', '.join(differing)}; start it as it was, or begin a new run with "
+            f"`init: {checkpoint.path}`"
+        )
+    return [] if train.zero_stage == checkpoint.meta["zero_stage"] == 0 else differing
+
+
+def check_trained_parameters(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Check that a checkpoint has optimizer states for exactly the parameters that the recipe trains.
+
+    Raises:
+        CheckpointError: other parameters were trained; every setting that differs is named.
+    """
+    old, optim = checkpoint.read(RECIPE), recipe.optim
+    lora = old["optim"].get("lora")
+    settings = {
+        "train.freeze": (sorted(old["train"].get("freeze", ())), sorted(recipe.train.freeze)),
+        "optim.freeze_base_embedding": (old["optim"]["freeze_base_embedding"], optim.freeze_base_embedding),
+        "optim.lora.rank": (lora and lora["rank"], optim.lora and optim.lora.rank),
+    }
+    differing = [f"{name} was {was}, is {value}" for name, (was, value) in settings.items() if was != value]
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint.path}: cannot continue: {', '.join(differing)}: other parameters would be trained than those "
+            "with optimizer states; restore the setting, or begin a new run (another name) with "
+            f"`init: {checkpoint.path}`"
+        )

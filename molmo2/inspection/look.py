@@ -1,0 +1,74 @@
+"""--dry-run, --inspect and --replay of the trainer: one process prints what a run is and does, and trains nothing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import yaml
+
+from molmo2.config import Recipe
+from molmo2.inspection.shares import mixture_lines
+from molmo2.model.molmo2 import Molmo2
+from molmo2.parallel.agree import write_line
+from molmo2.parallel.mesh import SINGLE
+from molmo2.training.dry_run import dry_run, this_gpu
+from molmo2.training.prepare import prepare
+from molmo2.training.replay import check_shard_files, find_step, show_losses, show_packs
+from molmo2.training.run import Run
+from molmo2.training.start import first_weights_of
+
+PACKS_SHOWN = 3  # packs of a step that --inspect prints
+STEPS_DRAWN = 50  # steps at the start whose draws --inspect and --dry-run count
+
+
+def look(read_recipes: Callable[[], Sequence[Recipe]], arguments: argparse.Namespace) -> int:
+    """Print what a flag asks about each recipe; return the exit code."""
+    try:
+        for recipe in read_recipes():
+            if arguments.dry_run:
+                lines = iter(dry_run_lines(recipe, arguments.gpu_memory, arguments.gpu_price))
+            elif arguments.inspect is not None:
+                lines = inspect_lines(_run(recipe), arguments.inspect)
+            else:
+                lines = replay_lines(_run(recipe), arguments.replay)
+            for line in lines:
+                write_line(line)
+    except (ValueError, OSError) as error:
+        write_line(f"train.py: {error}", sys.stderr)
+        return 1
+    return 0
+
+
+def _run(recipe: Recipe) -> Run:
+    return prepare(recipe, SINGLE, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def dry_run_lines(recipe: Recipe, gpu_memory: float | None = None, gpu_price: float | None = None) -> list[str]:
+    """What --dry-run prints: the resolved recipe, the plan or why there is none yet, memory, time and cost.
+
+    `gpu_memory`, `gpu_price`: GiB of a GPU, and USD for one hour of it; see `molmo2.training.dry_run.this_gpu`.
+    """
+    needs = dry_run(recipe, this_gpu(recipe, gpu_memory, gpu_price))  # first, since it checks the model's name
+    try:
+        plan = mixture_lines(recipe, STEPS_DRAWN)
+    except (ValueError, OSError) as error:  # most often the shards are not built yet
+        plan = [f"plan: {error}"]
+    resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return [*resolved.splitlines(), "", *plan, "", *needs]
+
+
+def inspect_lines(run: Run, number: int) -> Iterator[str]:
+    """What --inspect prints: that all shard files are there, asked and drawn shares, and packs of step `number`."""
+    yield f"every one of the {check_shard_files(run):,} shard files is there\n"
+    yield "\n".join(mixture_lines(run.recipe, STEPS_DRAWN, run.plan)) + "\n"
+    yield from show_packs(run, find_step(run, number), PACKS_SHOWN)
+
+
+def replay_lines(run: Run, number: int) -> Iterator[str]:
+    """What --replay prints: the loss of every sample of step `number`, before its update."""
+    step = find_step(run, number)
+    fresh = Molmo2.with_weights(run.model_config, dict(first_weights_of(run))) if number == 1 else None
+    yield from show_losses(run, step, fresh)

@@ -1,0 +1,40 @@
+"""From a recipe to a run: everything is checked that can be before the model is built. Ranks are formed elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from molmo2.config import Recipe, data_path
+from molmo2.model.presets import PRESETS
+from molmo2.parallel.mesh import Mesh
+from molmo2.processing.contract import ProcessorSettings, read_contract
+from molmo2.training.run import Run
+from shards.stream.plan import open_plan
+
+
+def prepare(recipe: Recipe, mesh: Mesh, device: torch.device) -> Run:
+    """Check everything that can be checked before the model is built: tokenizer, shards, processor."""
+    if recipe.logging.wandb and not importlib.util.find_spec("wandb"):
+        raise ValueError("logging.wandb is set, but wandb is not installed; pip install wandb, or set it to null")
+    if recipe.optim.lora is not None and not importlib.util.find_spec("peft"):
+        raise ValueError("optim.lora is set, but peft is not installed; pip install peft, or set it to null")
+    tokenizer = str(data_path(recipe.tokenizer))
+    contract = read_contract(ProcessorSettings(preset=recipe.model, tokenizer_dir=tokenizer, stage=recipe.stage))
+    plan = open_plan(recipe.roots, recipe.data.drawn_mixture, recipe.plan_settings, contract.settings)
+    held_out = None
+    if recipe.eval is not None:
+        from molmo2.training.validation import open_held_out
+
+        held_out = open_held_out(recipe, recipe.eval, contract.settings)
+    return Run(
+        recipe=recipe,
+        mesh=mesh,
+        device=device,
+        model_config=PRESETS[recipe.model],
+        plan=plan,
+        layout=contract.layout,
+        tokenizer=contract.tokenizer,
+        held_out=held_out,
+    )
