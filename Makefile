@@ -53,8 +53,7 @@ $(DEV): $(INSTALLED)
 
 # DeepSpeed compiles its collectives for CPUs when a run first starts: a minute in which a test's ranks would wait.
 $(COMPILED): $(INSTALLED)
-	$(CPU) python -c 'from molmo2.training.stale_locks import remove_stale_locks; remove_stale_locks(); \
-	  from deepspeed.ops.op_builder import ShareMemCommBuilder as Op; Op().load(verbose=False)'
+	$(CPU) python -c 'from deepspeed.ops.op_builder import ShareMemCommBuilder as Op; Op().load(verbose=False)'
 	touch $@
 
 lock: $(DEV)

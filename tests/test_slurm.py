@@ -81,7 +81,10 @@ def test_a_signalled_job_saves_goes_back_into_the_queue_and_finishes(nodes: dict
     assert 2 <= steps < 5000
     assert [path.name for path in (root / "runs/told/checkpoints").iterdir()] == [f"step-{steps:08d}"]
     toy_run.write_recipe(recipe, "told", steps=steps + 2, checkpoint_every=5000)
-    slurm(nodes, "scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm holds a job back for two minutes
+    # Slurm would hold the job back for two minutes, in which the nodes clear away its first run.
+    wait_for(lambda: set(slurm(nodes, "sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}, output)
+    time.sleep(2)  # a node refuses credentials of the second in which it ended the first run
+    slurm(nodes, "scontrol", "update", f"JobId={job}", "StartTime=now")
     finished(nodes, root, job)
     assert [line["step"] for line in log(root, "told")] == list(range(1, steps + 3))
     assert (root / "runs/told/summary.json").exists()

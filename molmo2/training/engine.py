@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import socket
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -31,13 +30,11 @@ from molmo2.model.lora import add_adapters
 from molmo2.model.loss import LossSums, rows_per_chunk, weighted_loss
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
-from molmo2.parallel.agree import write_line
 from molmo2.parallel.loss_rows import split_loss_rows
 from molmo2.parallel.mesh import Mesh
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
 from molmo2.training.optim import ComponentAdamW, parameter_groups
-from molmo2.training.stale_locks import remove_stale_locks
 from shards.stream.collate import Batch
 
 # The DeepSpeed keys that a user may set: they neither change what is computed nor contradict the recipe.
@@ -147,9 +144,6 @@ def start_distributed() -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    if os.environ["LOCAL_RANK"] == "0":
-        for lock in remove_stale_locks():
-            write_line(f"train.py: removed {lock}, left by a process that was killed", sys.stderr)
     deepspeed.init_distributed(verbose=False)
     _free_name_of_shared_memory()
     return torch.device(accelerator.current_device_name())

@@ -12,7 +12,7 @@ from s3_server import BUCKET, environment, s3_server
 from train_runs import curve, log, train
 
 import shards.storage.s3
-from molmo2.checkpoint import mirror
+from molmo2.checkpoint import mirror, upload
 from molmo2.checkpoint.files import META, CheckpointError, file_hash, find_damage
 from molmo2.checkpoint.mirror import fetch, steps
 from molmo2.checkpoint.upload import send
@@ -95,7 +95,7 @@ def test_a_half_sent_step_that_was_written_again_replaces_every_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, sent = str(tmp_path / "far"), list[str]()
-    put = mirror._put
+    put = upload._put
 
     def failing_put(store: Storage, path: Path, target: str) -> None:
         if sent:
@@ -105,14 +105,14 @@ def test_a_half_sent_step_that_was_written_again_replaces_every_byte(
 
     send(checkpoint(tmp_path / "local", 1), url, keep_last=1)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
-        patch.setattr(mirror, "_put", failing_put)
+        patch.setattr(upload, "_put", failing_put)
         send(checkpoint(tmp_path / "first", 2, content=1), url, keep_last=1)
     assert sent == ["plan.json"] and steps(open_storage(url)) == ["step-00000001"]
     again = checkpoint(tmp_path / "again", 2, content=2)
     send(again, url, keep_last=1)
     assert find_damage(tmp_path / "far/step-00000002") is None and steps(open_storage(url)) == ["step-00000002"]
     with monkeypatch.context() as patch:
-        patch.setattr(mirror, "_put", failing_put)  # raises: nothing is left to send
+        patch.setattr(upload, "_put", failing_put)  # raises: nothing is left to send
         send(again, url, keep_last=1)
     send(checkpoint(tmp_path / "third", 2, content=3), url, keep_last=1)  # over a whole copy
     assert find_damage(tmp_path / "far/step-00000002") is None

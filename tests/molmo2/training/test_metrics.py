@@ -30,7 +30,8 @@ from molmo2.training.metrics import (
     speed,
     summarize_run,
 )
-from molmo2.training.run import LOG_NAME, prepare
+from molmo2.training.prepare import prepare
+from molmo2.training.run import LOG_NAME
 from shards.stream.loader import pack_reader
 from shards.stream.plan import Cursor
 from shards.stream.read_ahead import MicroSpec

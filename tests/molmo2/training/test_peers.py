@@ -56,7 +56,9 @@ def test_the_order_of_every_shared_field_is_in_its_digest(name: str) -> None:
         value = torch.arange(value.numel()).reshape(value.shape).to(value.dtype)
         batch, other = replace(batch, **{name: value}), value.flatten().flip(0).view(value.shape)
     else:
-        other = {"step": 1, "slots": (1,), "divisor": 11.0, "cursor": batch.cursor._replace(offset=1)}[name]
+        changes = {"step": 1, "slots": (1,), "divisor": 11.0}
+        changes |= {"cursor": batch.cursor._replace(offset=1), "work": batch.work._replace(crops=1)}
+        other = changes[name]
     digests, changed = field_digests(batch), field_digests(replace(batch, **{name: other}))
     assert [field for field in digests if digests[field] != changed[field]] == [name]
     assert digests == field_digests(replace(batch, **{name: value.clone() if torch.is_tensor(value) else value}))
