@@ -1,9 +1,10 @@
 """A run whose ranks, loader workers and S3 server are killed again and again ends with the curve of one left alone.
 
-`make soak` runs it for 1,000 steps and 12 kills.
+`make soak` runs it for 1,000 steps and 12 blows, among them signals to real launchers and a disk full on one rank.
 """
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import toy_run
 import yaml
 from ranks import Launch
 from s3_server import BUCKET, Server, client, environment, upload
-from train_runs import log, ranks_of, start, train, wait_for
+from train_runs import launch_on_two_machines, log, ranks_of, start, train, wait_for
 
 STEPS = int(os.environ.get("SOAK_STEPS", "24"))
 KILLS = int(os.environ.get("SOAK_KILLS", "3"))
 OUTAGE = 2.0  # seconds
+KINDS = ("server", "rank", "worker", "launchers", "disk")
+FULL = 100_000  # bytes of a file that a rank with a full disk can still write: less than a checkpoint has
 
 
 def strike(kind: str, process: Launch, server: Server, rng: np.random.Generator) -> None:
@@ -30,8 +33,21 @@ def strike(kind: str, process: Launch, server: Server, rng: np.random.Generator)
     wait_for(process, lambda: len(ranks_of(process)) == 2 and all(rank.children() for rank in ranks_of(process)))
     rank = ranks_of(process)[int(rng.integers(2))]
     workers = rank.children()
-    victim = rank if kind == "rank" else workers[int(rng.integers(len(workers)))]
+    victim = workers[int(rng.integers(len(workers)))] if kind == "worker" else rank
     victim.kill()
+    assert process.wait(timeout=300) != 0
+
+
+def signal_launchers(root: Path, recipe: Path) -> None:
+    """Go on for some steps under the launchers of two machines, which are then asked to end, and save."""
+    before = len(log(root, "soak"))
+    machines = launch_on_two_machines("torchrun", root, recipe)
+    wait_for(machines[0], lambda: len(log(root, "soak")) > before + 1)
+    for machine in machines:
+        machine.send_signal(signal.SIGTERM)
+    outputs = [machine.communicate(timeout=300)[0] for machine in machines]
+    steps = len(log(root, "soak"))
+    assert (root / f"runs/soak/checkpoints/step-{steps:08d}/meta.json").exists(), outputs
 
 
 @pytest.mark.dist
@@ -53,19 +69,19 @@ def test_kills_at_random_leave_the_curve_as_it_was(tmp_path: Path, monkeypatch: 
         recipe["data"]["roots"] = [f"s3://{BUCKET}/shards/sft"]
         path.write_text(yaml.safe_dump(recipe))
         at = sorted(rng.choice(np.arange(2, STEPS - 1), KILLS, replace=False).tolist())
-        kinds = [("server", "rank", "worker")[number % 3] for number in range(KILLS)]
         process = start(tmp_path, path)
-        starts = 1
-        for step, kind in zip(at, kinds, strict=True):
+        for number, step in enumerate(at):
             wait_for(process, lambda step=step: len(log(tmp_path, "soak")) >= step)
-            strike(kind, process, server, rng)
+            strike(kind := KINDS[number % len(KINDS)], process, server, rng)
+            if kind == "launchers":
+                signal_launchers(tmp_path, path)
+            elif kind == "disk":
+                assert start(tmp_path, path, file_limits={1: FULL}).wait(timeout=300) != 0
             if kind != "server":
-                assert process.wait(timeout=300) != 0
-                process, starts = start(tmp_path, path), starts + 1
+                process = start(tmp_path, path)
         assert process.wait(timeout=1800) == 0, process.output.read_text()[-4000:]
     finally:
         server.kill()
     losses = [[line["loss"] for line in log(tmp_path, name)] for name in ("calm", "soak")]
     assert len(losses[0]) == STEPS
     assert losses[1] == losses[0]
-    assert starts == 1 + sum(kind != "server" for kind in kinds)
