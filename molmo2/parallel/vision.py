@@ -65,7 +65,7 @@ def encode_shared(
 
 def _own_pooling(pooling: Tensor, own: Split, num_crops: int, patches_per_crop: int) -> Tensor:
     """The rows of `pooling` that belong to a split, with the patches of its crops numbered from 0."""
-    number = torch.zeros(num_crops, dtype=torch.int64)  # of each crop of the batch, its number within the split
+    number = torch.zeros(num_crops, dtype=torch.int64)  # number of each crop of the batch within the split
     number[own.crops] = torch.arange(len(own.crops))
     part = pooling[torch.from_numpy(own.tokens).to(pooling.device)]
     crop = (part // patches_per_crop).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Points in a video of which not all frames fit: which points have a frame, and which part of the video to take.
+"""Points in a video of which not all frames fit: which part of the video to take.
 
 A point is true of one moment, so it is not moved to another frame. A part of the video that all its frames fit keeps
 points where they are. Which frames fit is decided by the processor, and times are those of `molmo2.processing.frames`.
@@ -20,12 +20,6 @@ def points_of(example: Example) -> list[PointGroup]:
     return [
         group for annotation in example.annotations if isinstance(annotation, Points) for group in annotation.groups
     ]
-
-
-def without_frame(example: Example, times: tuple[float, ...], fps: float) -> list[float]:
-    """Times of the points that are further than half an interval of `fps` from each of the frames at `times`."""
-    frames = np.array(times)
-    return [group.at for group in points_of(example) if np.abs(frames - group.at).min() > 0.5 / fps + 1e-6]
 
 
 def richest_part(

@@ -10,6 +10,7 @@ Files are read and shards written elsewhere (`shards.media.video`, `shards.build
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -191,11 +192,13 @@ class Processor:
         if last > duration + 0.5 / limits.fps:
             raise RejectedError(f"a point at {last:.1f} s of a video of {duration:.1f} s")
         plan = self._fit(example, opened, limits, limits.image_crops, range(self.num_variants)).plan
-        lost = clips.without_frame(example, plan.times, limits.fps)
-        if not lost:
+        times = [group.at for group in points]
+        seen = plan.have_frames(times, 0.5 / limits.fps + 1e-6)
+        if all(seen):
             return example, opened, []
         if len(example.annotations) > 1:
-            raise OverlongError(f"points at {lost[0]:.1f} s and elsewhere have no frame in any part of the video")
+            lost = times[seen.index(False)]
+            raise OverlongError(f"points at {lost:.1f} s and elsewhere have no frame in any part of the video")
         seconds = max(1, len(plan.visuals) - 2) / limits.fps  # a frame less than fits: the question may change
         rng = draws(example.dataset, f"{example.key}\0part", 0)
         start, end = clips.richest_part(points, duration, seconds, limits.fps, rng)
@@ -273,8 +276,8 @@ class Processor:
         conversations = []
         for annotation in _tree(example.annotations, 0 if rng is None else variant, rng):
             if isinstance(annotation, Tracks):
-                groups = tuple(group for group in annotation.groups if plan.has_frame(group.time, FRAME_REACH))
-                annotation = replace(annotation, groups=groups)
+                seen = plan.have_frames([group.time for group in annotation.groups], FRAME_REACH)
+                annotation = replace(annotation, groups=tuple(itertools.compress(annotation.groups, seen)))
             messages = text.render_messages(annotation, self.mode, rng, video=example.video is not None)
             if messages[-1].role != "assistant":
                 raise RejectedError("a conversation must end with the assistant")

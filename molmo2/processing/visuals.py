@@ -56,9 +56,10 @@ class VisualPlan:
         """Times of a video's frames; () without a video."""
         return tuple(visual["time"] for visual in self.visuals if "time" in visual)
 
-    def has_frame(self, time: float, reach: float) -> bool:
-        """Whether a frame is at most `reach` seconds from `time`."""
-        return any(abs(frame - time) <= reach for frame in self.times)
+    def have_frames(self, times: Sequence[float], reach: float) -> list[bool]:
+        """For each time, whether a frame is at most `reach` seconds from it."""
+        frames = np.array(self.times)
+        return [bool(len(frames)) and bool(np.abs(frames - time).min() <= reach) for time in times]
 
 
 def open_media(example: Example, limits: Limits) -> Opened:

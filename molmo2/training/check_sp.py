@@ -152,7 +152,7 @@ def check_pack(config: ModelConfig, length: int, max_crops: int) -> Batch:
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary, patches = config.text.vocab_size, config.patches_per_crop
-    num_tokens = max(1, patches // config.video_pool**2)  # of each visual
+    num_tokens = max(1, patches // config.video_pool**2)  # pooled tokens of each visual
     visual = [vocabulary, *[config.image_patch_id] * num_tokens, vocabulary + 1]
     count = max(1, min(length // 2 // len(visual), max_crops // 2))
     crops = torch.tensor([1 if number % 4 else IMAGE_CROPS for number in range(count)])

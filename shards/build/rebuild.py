@@ -10,7 +10,7 @@ from shards.catalog import Catalog, Row, Stage
 from shards.format import INDEX_NAME, DatasetIndex, parse_index
 from shards.storage.open import open_storage
 
-REBUILD_SHARE = 0.01  # of the samples; below it, building and storing a dataset again is not worth it
+REBUILD_SHARE = 0.01  # share of changed samples below which building and storing a dataset again is not worth it
 LOST = ("shrunk", "parts")  # what wider limits give back; there are never more images
 
 
@@ -26,8 +26,10 @@ def rows_to_build(catalog: Catalog, stage: Stage, names: list[str] | None, out: 
     own = [name for name in names or () if name not in again]
     rows = [(row, 0.0) for row in (catalog.require(stage, own or None) if own or not names else [])]
     for name, row in again.items():
+        if names and name not in names:
+            continue
         share = _lost(f"{out}/{catalog.stages[stage].rebuilds}/{name}")
-        if name in names if names else share >= REBUILD_SHARE:
+        if names or share >= REBUILD_SHARE:
             rows.append((row, share))
     return rows
 

@@ -52,7 +52,7 @@ class WorkSizes(NamedTuple):
     loss_tokens: int = 0  # tokens with a loss weight
 
 
-NO_WORK = WorkSizes()  # of a batch that was made by hand
+NO_WORK = WorkSizes()  # the sizes of a batch that was made by hand are not counted
 ROOM = "enlarge /dev/shm (docker run --shm-size 16g), lower data.prefetch, or set data.workers=0"
 
 
