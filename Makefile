@@ -60,18 +60,20 @@ lock: $(DEV)
 	uv pip compile setup.cfg --quiet --universal --python-version 3.11 --all-extras --annotation-style line \
 	  --custom-compile-command 'make lock' --output-file requirements.lock $(UPGRADE)
 
-# Debian packages for the tests of pages and of batch scripts: a browser, and a Slurm of two nodes.
+# Debian packages for tests: a browser for pages, a Slurm of two nodes for batch scripts, sshd and pdsh for hostfiles.
 system:
 ifeq ($(SYSTEM),1)
 	@missing=''; command -v chromium >/dev/null || missing='chromium'; \
 	command -v slurmctld >/dev/null || missing="$$missing slurm-wlm munge"; \
+	command -v sshd >/dev/null || missing="$$missing openssh-server"; \
+	command -v pdsh >/dev/null || missing="$$missing pdsh"; \
 	[ -n "$$missing" ] || exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "make test installs Debian packages with apt-get: $$missing. To decline: make test SYSTEM=0"; \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; \
 	else echo "not installed, and only root can with apt-get: $$missing; tests that need them are skipped"; fi
 else
-	@echo 'SYSTEM=0: no Debian package is installed; tests that need chromium or Slurm are skipped'
+	@echo 'SYSTEM=0: no Debian package is installed; tests that need chromium, Slurm, sshd or pdsh are skipped'
 endif
 
 demo: $(COMPILED)

@@ -1,4 +1,4 @@
-"""Programs that tests need and pip does not install: a browser, Slurm."""
+"""Programs that tests need and pip does not install: a browser, Slurm, sshd, pdsh."""
 
 import os
 import shutil

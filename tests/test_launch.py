@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ssh_machines
 import yaml
 from ranks import free_port
 
@@ -100,3 +101,23 @@ def test_accelerate_launches_it(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "on 2 ranks" in run.stdout
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(ssh_machines.why_not() is not None, reason=str(ssh_machines.why_not()))
+def test_deepspeed_starts_both_machines_of_a_hostfile_over_ssh(tmp_path: Path) -> None:
+    recipe, port, environment = toy(tmp_path / "data")
+    hosts = tmp_path / "hosts"
+    hosts.write_text("".join(f"{address} slots=1\n" for address in ssh_machines.ADDRESSES))
+    own = ("PATH", "MOLMO2_DATA", "DS_ACCELERATOR", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR")
+    sent = tmp_path / "sent"  # ssh does not pass these on
+    sent.write_text("".join(f"{name}={environment[name]}\n" for name in own if name in environment))
+    command = [BIN / "deepspeed", "--hostfile", hosts, "--master_addr", ssh_machines.ADDRESSES[0]]
+    command += ["--master_port", port, "molmo2/train.py", "--recipe", recipe]
+    with ssh_machines.machines(tmp_path) as reached:
+        variables = environment | {"PATH": reached["PATH"], "DS_ENV_FILE": str(sent)}
+        run = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "on 2 ranks" in run.stdout
+    assert {f"{address}: " for address in ssh_machines.ADDRESSES} <= {line[:11] for line in run.stdout.splitlines()}
+    assert (tmp_path / "data/runs/r/summary.json").exists()
