@@ -273,7 +273,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from molmo2.inspection.look import look
 
         return look(functools.partial(read_recipes, arguments), arguments)
-    device = start_distributed()
+    try:
+        device = start_distributed()
+    except MeshError as error:
+        write_line(f"train.py: {error}", sys.stderr)
+        return 1
     stop = StopSignal()
     ending: Ending = "finished"
     try:

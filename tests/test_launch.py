@@ -75,6 +75,20 @@ def test_yaml_files_name_what_exists() -> None:
     assert grace < job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
 
 
+def test_tasks_of_srun_that_cannot_meet_do_not_train_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from molmo2.train import main
+
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"STEP_NUM_TASKS": "2", "PROCID": "1", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert main(["--recipe", "recipes/stage1.yaml"]) == 1
+    assert "srun started 2 tasks, and MASTER_ADDR is not set" in capsys.readouterr().err
+    assert "RANK" not in os.environ
+
+
 def test_the_hostfile_is_one_for_deepspeed() -> None:
     from deepspeed.launcher.runner import fetch_hostfile
 

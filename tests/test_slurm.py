@@ -1,6 +1,7 @@
 """The batch scripts of recipes/launch on a real Slurm of two nodes: training, a signal, and building."""
 
 import re
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,9 @@ import pytest
 import toy_run
 import yaml
 from build_cases import make_raw, tree
-from ranks import ROOT
+from ranks import ROOT, SCRIPT
 from slurm_cluster import cluster, ports, slurm, wait_for, why_not
-from train_runs import log, train
+from train_runs import BIN, log, train, variables
 
 pytestmark = [pytest.mark.dist, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 SMALL = ["--gpus-per-node=0", "--cpus-per-task=1", "--time=10", "--open-mode=append"]  # two nodes of one CPU
@@ -88,6 +89,19 @@ def test_a_signalled_job_saves_goes_back_into_the_queue_and_finishes(nodes: dict
     finished(nodes, root, job)
     assert [line["step"] for line in log(root, "told")] == list(range(1, steps + 3))
     assert (root / "runs/told/summary.json").exists()
+
+
+def test_deepspeeds_slurm_launcher_trains_on_both_nodes(nodes: dict[str, str], root: Path) -> None:
+    recipe, hosts = toy_run.write_recipe(root / "launched.yaml", "launched", steps=2), root / "hosts"
+    hosts.write_text("n1 slots=1\nn2 slots=1\n")
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports(1)[0])}
+    command = [str(BIN / "deepspeed"), "--hostfile", str(hosts), "--launcher", "slurm", "--no_ssh_check"]
+    command += ["--master_addr", meet["MASTER_ADDR"], SCRIPT, "--recipe", str(recipe)]
+    environment = nodes | variables(root) | {"SLURM_CONF": nodes["SLURM_CONF"]} | meet
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "on 2 ranks" in run.stdout
+    assert (root / "runs/launched/summary.json").exists()
 
 
 def test_an_array_builds_the_bytes_of_one_job(nodes: dict[str, str], tmp_path: Path) -> None:

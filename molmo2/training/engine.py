@@ -31,7 +31,7 @@ from molmo2.model.loss import LossSums, rows_per_chunk, weighted_loss
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
 from molmo2.parallel.loss_rows import split_loss_rows
-from molmo2.parallel.mesh import Mesh
+from molmo2.parallel.mesh import Mesh, MeshError
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
 from molmo2.training.optim import ComponentAdamW, parameter_groups
@@ -131,9 +131,14 @@ class TrainingModule(nn.Module):
 def start_distributed() -> torch.device:
     """Join the process group (gloo on CPU, nccl on CUDA) and return this rank's device.
 
-    It works under deepspeed, torchrun, accelerate and srun, which set the environment variables of the ranks, and
+    It works under deepspeed, torchrun and accelerate, which set the environment variables of the ranks, under srun, and
     without a launcher, on one rank.
+
+    Raises:
+        MeshError: srun started several tasks, and MASTER_ADDR is not set.
     """
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        _take_rank_from_slurm()
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -147,6 +152,20 @@ def start_distributed() -> torch.device:
     deepspeed.init_distributed(verbose=False)
     _free_name_of_shared_memory()
     return torch.device(accelerator.current_device_name())
+
+
+def _take_rank_from_slurm() -> None:
+    """Set the variables of a rank from those that srun gives to a task; `deepspeed --launcher slurm` sets no others."""
+    variables = os.environ
+    if "MASTER_ADDR" not in variables:
+        raise MeshError(
+            f"srun started {variables['SLURM_STEP_NUM_TASKS']} tasks, and MASTER_ADDR is not set, so that they cannot "
+            "meet; export MASTER_ADDR (the first node, where task 0 runs) and MASTER_PORT, or use "
+            "recipes/launch/train.slurm, which does"
+        )
+    variables.setdefault("MASTER_PORT", "29500")
+    variables["RANK"], variables["WORLD_SIZE"] = variables["SLURM_PROCID"], variables["SLURM_STEP_NUM_TASKS"]
+    variables["LOCAL_RANK"] = variables["SLURM_LOCALID"]
 
 
 def _free_name_of_shared_memory() -> None:
