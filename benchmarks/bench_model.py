@@ -258,10 +258,10 @@ def make_theirs(model: Molmo2, attention: str) -> Any:
             Molmo2Config(**hub_config(model.config)), attn_implementation=attention, dtype=weight.dtype
         )
     state = model.state_dict()
-    theirs = {name: (lambda p=p: p.detach()) for name, p in reference.named_parameters()}
+    theirs = {name: p.detach() for name, p in reference.named_parameters()}
     views = from_foreign({name: tensor.shape for name, tensor in state.items()}, theirs)
     for name, view in views.items():  # parts of their own tensors, so this writes into their model
-        view.copy_(state[name])
+        view().copy_(state[name])
     return reference.train()
 
 

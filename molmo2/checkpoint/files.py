@@ -13,9 +13,7 @@ checkpoint, which is skipped with a message. Resuming on another number of ranks
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import json
 import os
 import platform
@@ -31,8 +29,8 @@ import torch
 import torch.distributed as dist
 import xxhash
 from safetensors.torch import save_file
-from torch import Tensor
 
+from molmo2.checkpoint.consolidate import Readers, open_states
 from molmo2.config import Recipe
 from molmo2.model.lora import merged, without_adapters
 from molmo2.model.presets import ModelConfig
@@ -50,7 +48,6 @@ META, PLAN, RECIPE, MODEL, WEIGHTS, STATES = (
 # DeepSpeed's converter to the universal format refuses a checkpoint without this entry.
 CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 OPTIMIZED = "optimized_parameters"  # entry of a checkpoint of ZeRO 0: the parameters' names in the optimizer's order
-PREFIX = "model."  # begins the names of the model's parameters inside `TrainingModule`
 
 
 class CheckpointError(ValueError):
@@ -201,7 +198,7 @@ def _finish(
     for name, value in documents.items():
         _write_json(temporary / name, value)
     if meta["finished"]:
-        save_file(consolidate(temporary), str(temporary / WEIGHTS))
+        save_file({name: read() for name, read in consolidate(temporary).items()}, str(temporary / WEIGHTS))
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     meta["files"] = {path.relative_to(temporary).as_posix(): [path.stat().st_size, file_hash(path)] for path in files}
     for path in files:
@@ -345,34 +342,14 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def consolidate(directory: Path) -> dict[str, Tensor]:
-    """Float32 weights from DeepSpeed's files, on the CPU, adapters merged; a tensor with two names is kept once."""
-    return merged(_stored_weights(directory), json.loads((directory / RECIPE).read_text()))
+def consolidate(directory: Path) -> Readers:
+    """Functions that read the float32 weights of DeepSpeed's files, on the CPU, with adapters merged."""
+    return merged(open_states(directory / STATES), json.loads((directory / RECIPE).read_text()))
 
 
-def base_weights(directory: Path) -> dict[str, Tensor]:
-    """Float32 weights from DeepSpeed's files, on the CPU, without adapters, which are added to them afterwards."""
-    return without_adapters(_stored_weights(directory))
-
-
-def _stored_weights(directory: Path) -> dict[str, Tensor]:
-    states = directory / STATES
-    state: dict[str, Tensor] = {}
-    module = states / "mp_rank_00_model_states.pt"
-    if module.exists():  # absent under ZeRO-3; under ZeRO-1 and 2 only the frozen weights are used from here
-        state |= torch.load(module, map_location="cpu", mmap=True, weights_only=False)["module"]
-    if list(states.glob("*_optim_states.pt")):
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            state |= get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=STATES)
-    weights: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in state.items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            weights[name.removeprefix(PREFIX)] = tensor.float().contiguous()
-        seen.add(tensor.data_ptr())
-    return weights
+def base_weights(directory: Path) -> Readers:
+    """As `consolidate`, but without adapters, which are added to the weights afterwards."""
+    return without_adapters(open_states(directory / STATES))
 
 
 def load_states(engine: Any, directory: Path) -> None:

@@ -61,5 +61,8 @@ def load_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict
     """
     checkpoint = open_checkpoint(path)
     weights = checkpoint.path / WEIGHTS
-    state = load_file(str(weights)) if weights.exists() else consolidate(checkpoint.path)
+    if weights.exists():
+        state = load_file(str(weights))
+    else:
+        state = {name: read() for name, read in consolidate(checkpoint.path).items()}
     return ModelConfig.from_json(checkpoint.read(MODEL)), state, checkpoint.meta

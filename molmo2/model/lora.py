@@ -5,7 +5,8 @@ The adapters are peft's. Reading the weights of a checkpoint merges them; only a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,21 +39,28 @@ def add_adapters(model: Molmo2, rank: int, alpha: float, seed: int) -> None:
     model.lm_head.requires_grad_(False)
 
 
-def without_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_adapters(weights: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
     """The weights to which adapters are added, by their names without them; the adapters are left out."""
-    return {name.replace(BASE, ".weight"): tensor for name, tensor in weights.items() if not name.endswith((A, B))}
+    return {name.replace(BASE, ".weight"): read for name, read in weights.items() if not name.endswith((A, B))}
 
 
-def merged(weights: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Merge adapters into the weights; `recipe` is the JSON of the recipe that trained them, with or without LoRA."""
+def merged(weights: Mapping[str, Callable[[], Tensor]], recipe: Mapping[str, Any]) -> dict[str, Callable[[], Tensor]]:
+    """Merge adapters into the weights as they are read.
+
+    Args:
+        weights: for each name a function that reads the tensor.
+        recipe: the JSON of the recipe that trained them, with or without LoRA.
+    """
     settings = recipe["optim"].get("lora")
     if settings is None:
         return dict(weights)
-    scale, plain = settings["alpha"] / settings["rank"], {}
-    for name, tensor in weights.items():
+    scale, plain = settings["alpha"] / settings["rank"], without_adapters(weights)
+    for name, read in weights.items():
         stem = name.removesuffix(BASE)
         if stem != name:
-            plain[f"{stem}.weight"] = tensor + scale * (weights[stem + B] @ weights[stem + A])
-        elif not name.endswith((A, B)):
-            plain[name] = tensor
+            plain[f"{stem}.weight"] = partial(_merge, read, weights[stem + A], weights[stem + B], scale)
     return plain
+
+
+def _merge(base: Callable[[], Tensor], a: Callable[[], Tensor], b: Callable[[], Tensor], scale: float) -> Tensor:
+    return base() + scale * (b() @ a())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from molmo2.config import FirstWeights, Recipe
+from molmo2.config import Recipe
 from molmo2.model.connector import Connector
 from molmo2.model.decoder import Decoder
 from molmo2.model.flops import PEAK_TFLOPS, Workload, forward_flops, known_peak, training_flops
@@ -190,14 +190,14 @@ def memory(recipe: Recipe, world: int, kept: SavedBytes) -> dict[str, float]:
 def host_memory(recipe: Recipe, world: int, kept: SavedBytes) -> dict[str, float]:
     """Memory of the first of the machines with `world` GPUs, `MACHINE_GPUS` on each, by its parts, in bytes.
 
-    "start" is needed before the first step only, by rank 0, which reads the weights (`molmo2.training.start`): base
-    models and released ones whole in float32, otherwise one tensor at a time.
+    "start" is needed before the first step only, by rank 0, which reads the weights one tensor at a time, in float32
+    (`molmo2.training.start`). The files are mapped; their pages, which the system drops when it needs memory, are not
+    counted.
     """
     config, train, data = PRESETS[recipe.model], recipe.train, recipe.data
     with torch.device("meta"):
         model = Molmo2(config)
     model.text.embedding.base.requires_grad_(not recipe.optim.freeze_base_embedding)
-    sizes = [parameter.numel() for parameter in model.parameters()]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     ranks = min(world, MACHINE_GPUS)
     tokens = train.micro_batch * data.sequence_length / train.sp
@@ -206,7 +206,7 @@ def host_memory(recipe: Recipe, world: int, kept: SavedBytes) -> dict[str, float
     states = trained * (12 if train.precision == "bf16" else 8) / (world if train.zero_stage else 1)
     pixels = crops * config.crop_size**2 * 3  # uint8; all else in a batch is small beside them
     return {
-        "start": 4.0 * (sum(sizes) if isinstance(recipe.init, FirstWeights) else max(sizes)),
+        "start": 4.0 * max(parameter.numel() for parameter in model.parameters()),
         "optimizer": ranks * states if "optimizer" in train.offload else 0.0,
         "activations": ranks * activations if "activations" in train.offload else 0.0,
         "batches": ranks * max(1, data.workers * data.prefetch) * pixels,

@@ -2,8 +2,7 @@
 
 The model is made on the meta device. Each parameter is then placed on the rank's device in the precision of the run
 and, under ZeRO-3, partitioned before the next one. So beside its own part of the model a rank needs memory for one
-tensor only; rank 0 also holds what it has read and not sent yet: base models and checkpoints of unfinished runs are
-read whole, in float32. The optimizer and its states are in `molmo2.training.engine`.
+tensor only, rank 0 too, whatever it reads from. The optimizer and its states are in `molmo2.training.engine`.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def first_weights_of(run: Run) -> Weights:
         from molmo2.weights.pretrained import first_weights
 
         tokenizer = data_path(recipe.tokenizer)
-        return _ordered(config, first_weights(recipe.init, config, tokenizer, recipe.train.seed, write_line))
+        return in_order(config, first_weights(recipe.init, config, tokenizer, recipe.train.seed, write_line))
     from molmo2.checkpoint.lookup import open_checkpoint
 
     source = open_checkpoint(recipe.init, write_line)
@@ -74,14 +73,14 @@ def first_weights_of(run: Run) -> Weights:
     if not source.meta["finished"]:
         write_line(f"{recipe.name}: init {recipe.init} stopped at step {source.step}, before its end")
     if not (source.path / WEIGHTS).exists():
-        return _ordered(config, consolidate(source.path))
+        return in_order(config, consolidate(source.path))
     from molmo2.weights.names import open_tensors
 
-    return _ordered(config, open_tensors(source.path))
+    return in_order(config, open_tensors(source.path))
 
 
 def _resumed_weights(config: ModelConfig, checkpoint: Checkpoint) -> Weights:
-    return _ordered(config, base_weights(checkpoint.path))
+    return in_order(config, base_weights(checkpoint.path))
 
 
 def _empty(config: ModelConfig) -> Molmo2:
@@ -89,18 +88,12 @@ def _empty(config: ModelConfig) -> Molmo2:
         return Molmo2(config)
 
 
-def _ordered(config: ModelConfig, weights: Mapping[str, Tensor] | Mapping[str, Callable[[], Tensor]]) -> Weights:
-    """Give weights in the order of the model's parameters, each read or forgotten as it is given."""
+def in_order(config: ModelConfig, weights: Mapping[str, Callable[[], Tensor]]) -> Weights:
+    """Read weights in the order of the model's parameters, each when it is wanted."""
     names = [name for name, _ in _empty(config).named_parameters()]
     if differing := sorted(set(names) ^ set(weights)):
         raise CheckpointError(f"the weights are not those of the model; missing or unexpected: {', '.join(differing)}")
-
-    def give(left: dict[str, Tensor] | dict[str, Callable[[], Tensor]]) -> Weights:
-        for name in names:
-            weight = left.pop(name)
-            yield name, weight if isinstance(weight, Tensor) else weight()
-
-    return give(dict(weights))  # type: ignore[arg-type]
+    return ((name, weights[name]()) for name in names)
 
 
 def place_weights(

@@ -1,19 +1,20 @@
 """Conversion of weights between our names, those of the released checkpoints ("hub"), and transformers' ("native").
 
-Both foreign forms can be read from a directory of safetensors files, one tensor at a time. Only the released form is
-written: fused projections, separate base and added embedding rows, and the `config.json` for them. Reading a
-`config.json` is in `molmo2.weights.config_json`; downloads from the hub, and base models, are in
-`molmo2.weights.pretrained`.
+Both foreign forms can be read from a directory of safetensors files. A conversion reads nothing yet: it gives a
+function for each of our tensors, which reads the rows of that tensor alone. Only the released form is written: fused
+projections, separate base and added embedding rows, and the `config.json` for them. Reading a `config.json` is in
+`molmo2.weights.config_json`; downloads from the hub, and base models, are in `molmo2.weights.pretrained`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -131,21 +132,38 @@ def _expand(pattern: str, weights: Mapping[str, Tensor]) -> list[str]:
     return [name for name in weights if regex.match(name)]
 
 
+class Rows(Protocol):
+    """A tensor that is given by its rows: a stored one, of which only these are read, or one in memory."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """The shape of the whole tensor."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        """Some of its rows."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a safetensors file. Calling it reads the tensor as float32, in memory of its own."""
+    """A tensor in a safetensors file; its rows are read as float32, into memory of their own.
+
+    The file is mapped only for the read, so that its pages do not stay in memory.
+    """
 
     file: Path
     name: str
     shape: tuple[int, ...]
 
-    def __call__(self) -> Tensor:
-        """Read the tensor; the file is mapped only for the read, so that its pages do not stay in memory."""
+    def __getitem__(self, rows: slice) -> Tensor:
         with safe_open(self.file, "pt") as handle:
-            tensor = handle.get_tensor(self.name)
+            tensor = handle.get_slice(self.name)[rows] if self.shape else handle.get_tensor(self.name)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise WeightsError(f"{self.file}: {self.name} is {tensor.dtype}; give weights that are not quantised")
         return tensor.to(torch.float32, copy=True)
+
+    def __call__(self) -> Tensor:
+        """Read the whole tensor."""
+        return self[:]
 
 
 def open_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -187,11 +205,10 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise WeightsError(f"{index}: no readable index ({error!r}); fetch or export it again") from None
 
 
-def from_foreign(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
+def from_foreign(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Rows]) -> dict[str, Callable[[], Tensor]]:
     """Convert the tensors of a hub or native checkpoint to our weights; `shapes` are those of our model.
 
-    Raises:
-        WeightsError: tensors are missing, unexpected, or of another shape; all of them are listed.
+    Returns and raises what `collect` does.
     """
     native = any(name.startswith("model.language_model.") for name in tensors)
     split: dict[str, list[str]] = {}
@@ -203,35 +220,50 @@ def from_foreign(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Callabl
 
 
 def collect(
-    shapes: Mapping[str, torch.Size], split: Mapping[str, list[str]], tensors: Mapping[str, Callable[[], Tensor]]
-) -> dict[str, Tensor]:
-    """Read every foreign tensor once and split its rows into our tensors.
+    shapes: Mapping[str, torch.Size], split: Mapping[str, list[str]], tensors: Mapping[str, Rows]
+) -> dict[str, Callable[[], Tensor]]:
+    """Find our tensors in the rows of foreign ones, without reading them.
 
     Args:
         shapes: the shapes of our tensors, by name.
         split: for each foreign name, the names of our tensors whose rows it holds, in order.
-        tensors: the foreign tensors; each is read when it is called.
+        tensors: the foreign tensors.
+
+    Returns:
+        For each of our names a function that reads the tensor. It raises a WeightsError if the tensor is quantised or
+        not finite.
 
     Raises:
-        WeightsError: tensors are missing, unexpected, of another shape or not finite; all of them are listed.
+        WeightsError: tensors are missing, unexpected or of another shape; all of them are listed.
     """
     problems = [f"missing {name}" for name in sorted(split.keys() - tensors.keys())]
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - split.keys())]
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, Callable[[], Tensor]] = {}
     for foreign, names in split.items():
         if foreign not in tensors:
             continue
-        tensor = tensors[foreign]()
-        rows = [shapes[name][0] for name in names]
-        if tensor.shape != torch.Size([sum(rows), *shapes[names[0]][1:]]):
-            problems.append(f"{foreign}: shape {list(tensor.shape)}, wanted {[sum(rows), *shapes[names[0]][1:]]}")
-            continue
-        if not tensor.is_meta and not tensor.sum().isfinite():
-            problems.append(f"{foreign}: holds infinity or NaN")
-        weights.update(zip(names, tensor.split(rows), strict=True))
+        tensor, wanted = tensors[foreign], [sum(shapes[name][0] for name in names), *shapes[names[0]][1:]]
+        if list(tensor.shape) != wanted:
+            problems.append(f"{foreign}: shape {list(tensor.shape)}, wanted {wanted}")
+        start = 0
+        for name in names:
+            rows = slice(start, start + shapes[name][0])
+            weights[name] = partial(_read_finite, foreign, tensor, rows)
+            start = rows.stop
     if problems:
-        raise WeightsError("the checkpoint does not fit the model:\n  " + "\n  ".join(problems))
+        raise WeightsError(_misfit(problems))
     return weights
+
+
+def _misfit(problems: list[str]) -> str:
+    return "the checkpoint does not fit the model:\n  " + "\n  ".join(problems)
+
+
+def _read_finite(foreign: str, tensor: Rows, rows: slice) -> Tensor:
+    part = tensor[rows]
+    if not part.is_meta and not part.sum().isfinite():
+        raise WeightsError(_misfit([f"{foreign}: holds infinity or NaN"]))
+    return part
 
 
 def write_hub(weights: Mapping[str, Tensor], directory: Path, shard_bytes: int = SHARD_BYTES) -> None:

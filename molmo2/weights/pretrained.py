@@ -2,14 +2,17 @@
 
 The trainer calls `first_weights`; evaluation, chat and export call `load_released` for released or exported
 directories. Every tensor of a checkpoint must be used, or match a pattern of the tensors that are left out on purpose;
-any other tensor is an error. Tensors are read one at a time, so the model is in memory once. Names of Molmo2's own
-tensors are in `molmo2.weights.names`; `config.json` is read in `molmo2.weights.config_json`.
+any other tensor is an error. `first_weights` reads no tensor: it gives functions that do, so that the trainer holds one
+tensor at a time. Names of Molmo2's own tensors are in `molmo2.weights.names`; `config.json` is read in
+`molmo2.weights.config_json`.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +32,7 @@ from molmo2.config import FirstWeights, data_path
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import ModelConfig, config_differences
 from molmo2.weights.config_json import read_base_text, read_molmo2, read_siglip
-from molmo2.weights.names import StoredTensor, WeightsError, collect, from_foreign, native_name, open_tensors
+from molmo2.weights.names import Rows, StoredTensor, WeightsError, collect, from_foreign, native_name, open_tensors
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")  # files to download: weights, configuration, tokenizer
 STD = 0.02  # standard deviation of new connector weights and added embedding rows beside pretrained base models
@@ -110,10 +113,10 @@ def load_released(name: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """
     directory = locate(name)
     config = read_molmo2(directory)
-    return config, _released_weights(directory, config)
+    return config, {name: read() for name, read in _released_weights(directory, config).items()}
 
 
-def _released_weights(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
+def _released_weights(directory: Path, config: ModelConfig) -> dict[str, Callable[[], Tensor]]:
     blocks = r"model\.(vision_backbone\.image_vit\.transformer\.resblocks|vision_tower\.layers)"
     tensors = _used(open_tensors(directory), _deeper_blocks(blocks, config))
     return from_foreign(_shapes(config), _joined_embedding(tensors, config.text.vocab_size))
@@ -125,20 +128,29 @@ def _deeper_blocks(prefix: str, config: ModelConfig, count: int = 64) -> dict[st
     return {rf"{prefix}\.{number}\..*": reason for number in range(config.vit.num_layers, count)}
 
 
-def _joined_embedding(tensors: Mapping[str, StoredTensor], rows: int) -> Mapping[str, Callable[[], Tensor]]:
+@dataclass(frozen=True, slots=True)
+class _Derived:
+    """A tensor made from stored ones: `read` gives some of its rows."""
+
+    shape: tuple[int, ...]
+    read: Callable[[slice], Tensor]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.read(rows)
+
+
+def _joined_embedding(tensors: Mapping[str, StoredTensor], rows: int) -> Mapping[str, Rows]:
     """Repair an embedding saved by transformers 5, which splits the whole table in half, not at the added rows."""
     names = ("model.transformer.wte.embedding", "model.transformer.wte.new_embedding")
     if not all(name in tensors for name in names):
         return tensors
-    base, added = (tensors[name] for name in names)
-    if base.shape != added.shape or base.shape[0] >= rows:
+    first, second = (tensors[name] for name in names)
+    half, width = first.shape
+    if first.shape != second.shape or half >= rows:
         return tensors
-    cuts = (slice(rows), slice(rows, None))
-    return {**tensors, **{name: partial(_cut, base, added, cut) for name, cut in zip(names, cuts, strict=True)}}
-
-
-def _cut(base: StoredTensor, added: StoredTensor, rows: slice) -> Tensor:
-    return torch.cat([base(), added()])[rows].clone()
+    base = _Derived((rows, width), lambda part: torch.cat([first[:], second[: rows - half]])[part])
+    added = _Derived((2 * half - rows, width), lambda part: second[rows - half :][part])
+    return {**tensors, **dict(zip(names, (base, added), strict=True))}
 
 
 def _used(tensors: Mapping[str, StoredTensor], unused: Mapping[str, str]) -> dict[str, StoredTensor]:
@@ -157,8 +169,8 @@ def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 def first_weights(
     init: FirstWeights, config: ModelConfig, tokenizer_dir: Path, seed: int, say: Callable[[str], None]
-) -> dict[str, Tensor]:
-    """Float32 weights by our names for a run that starts from pretrained weights.
+) -> dict[str, Callable[[], Tensor]]:
+    """Find the float32 weights of a run that starts from pretrained weights.
 
     Args:
         init: the sources of the weights.
@@ -167,10 +179,14 @@ def first_weights(
         seed: seed of the weights that no base model has.
         say: reports the directory of each source, which for downloads is named after the commit.
 
+    Returns:
+        For each of our names a function that reads the tensor, into memory of its own. It raises a WeightsError if the
+        tensor is quantised or not finite.
+
     Raises:
         PretrainedError: a source cannot be found, or belongs to another model or tokenizer.
         ForeignConfigError: a checkpoint is another kind of model.
-        WeightsError: tensors are missing, unexpected, damaged or of another shape.
+        WeightsError: tensors are missing, unexpected or of another shape, or a file is damaged.
     """
     directories = {key: locate(name) for key, name in init.model_dump().items() if name is not None}
     for key, directory in directories.items():
@@ -230,18 +246,30 @@ def check_tokenizer(directory: Path, tokenizer_dir: Path, vocab_size: int) -> No
         )
 
 
-def _new_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
+def _new_weights(config: ModelConfig, seed: int) -> dict[str, Callable[[], Tensor]]:
     """Random weights of what no base model has: the connector and the added embedding rows."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.zeros(shape) if name.endswith(".bias") else torch.empty(shape).normal_(0, STD, generator=generator)
-        for name, shape in _shapes(config).items()
-        if name.startswith("connector.") or name == "text.embedding.added"
-    }
+    weights: dict[str, Callable[[], Tensor]] = {}
+    for name, shape in _shapes(config).items():
+        if name.startswith("connector.") or name == "text.embedding.added":
+            if name.endswith(".bias"):
+                weights[name] = partial(torch.zeros, shape)
+            else:
+                weights[name] = partial(_draw, shape, generator.get_state())
+                _draw_from(generator, shape)  # leaves the generator where the next tensor begins
+    return weights
 
 
-def _text_weights(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Weights of decoder, base embedding and head from Qwen3 or Olmo-3; a tied head is copied to its own tensor."""
+def _draw(shape: torch.Size, state: Tensor) -> Tensor:
+    return _draw_from(torch.Generator().set_state(state), shape)
+
+
+def _draw_from(generator: torch.Generator, shape: torch.Size) -> Tensor:
+    return torch.empty(shape).normal_(0, STD, generator=generator)
+
+
+def _text_weights(directory: Path, config: ModelConfig) -> dict[str, Callable[[], Tensor]]:
+    """Weights of decoder, base embedding and head from Qwen3 or Olmo-3; a tied head is read as a tensor of its own."""
     text, tied = read_base_text(directory)
     ignored = ["additional_vocab_size", "max_positions"]  # settings of Molmo2, not of the base model
     _refuse_other("llm", directory, [f"text.{line}" for line in config_differences(text, config.text, ignored)])
@@ -253,7 +281,7 @@ def _text_weights(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
     tensors = _used(open_tensors(directory), _TEXT_UNUSED | (_TIED_UNUSED if tied else {}))
     weights = collect(shapes, {_text_name(name, text.norm_after): [name] for name in shapes}, tensors)
     if tied:
-        weights["lm_head.weight"] = weights["text.embedding.base"].clone()
+        weights["lm_head.weight"] = weights["text.embedding.base"]
     return weights
 
 
@@ -267,7 +295,7 @@ def _text_name(name: str, norm_after: bool) -> str:
     return native.replace("model.language_model.", "model.")
 
 
-def _vision_weights(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
+def _vision_weights(directory: Path, config: ModelConfig) -> dict[str, Callable[[], Tensor]]:
     """Weights of the vision transformer from SigLIP2, up to the last block that is used."""
     vit, image_size, patch_size, num_blocks = read_siglip(directory, config.vit.feature_layers)
     differing = [f"vit.{line}" for line in config_differences(vit, config.vit)]
@@ -281,10 +309,10 @@ def _vision_weights(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
     stored = open_tensors(directory)
     if not any(name.startswith("vision_model.") for name in stored):  # saved alone by transformers 5
         stored = {f"vision_model.{name}": tensor for name, tensor in stored.items()}
-    tensors: dict[str, Callable[[], Tensor]] = dict(_used(stored, unused))
+    tensors: dict[str, Rows] = dict(_used(stored, unused))
     patches = "vision_model.embeddings.patch_embedding.weight"
     if patches in tensors:
-        tensors[patches] = lambda: _flat_patches(stored[patches]())
+        tensors[patches] = _flat_patches(stored[patches])
     return collect(shapes, {_vision_name(name): [name] for name in shapes}, tensors)
 
 
@@ -302,9 +330,12 @@ def _vision_name(name: str) -> str:
     return native
 
 
-def _flat_patches(kernel: Tensor) -> Tensor:
+def _flat_patches(kernel: StoredTensor) -> Rows:
     """Reshape a convolution kernel [out, channels, rows, columns] to a matrix over pixels, channels last."""
-    return kernel.permute(0, 2, 3, 1).flatten(1) if kernel.ndim == 4 else kernel
+    if len(kernel.shape) != 4:
+        return kernel
+    shape = (kernel.shape[0], math.prod(kernel.shape[1:]))
+    return _Derived(shape, lambda rows: kernel[rows].permute(0, 2, 3, 1).flatten(1))
 
 
 __all__ = ["PretrainedError", "WeightsError", "check_tokenizer", "first_weights", "load_released", "locate"]

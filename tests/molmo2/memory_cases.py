@@ -12,14 +12,24 @@ import torch.distributed as dist
 from engine_cases import recipe
 from torch import Tensor
 
+from molmo2.config import FirstWeights
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS
 from molmo2.parallel.mesh import make_mesh
-from molmo2.training.start import place_weights
+from molmo2.training.start import in_order, place_weights
+from molmo2.weights.pretrained import first_weights
 
 TINY = PRESETS["tiny"]
-CONFIG = replace(TINY, text=replace(TINY.text, hidden_size=512, intermediate_size=2048, num_layers=4, num_heads=8,
-                                    num_kv_heads=4, head_dim=64))  # fmt: skip
+TEXT = replace(TINY.text, hidden_size=512, intermediate_size=2048, num_layers=4, num_heads=8, num_kv_heads=4)
+CONFIG = replace(TINY, text=replace(TEXT, head_dim=64), overlap_margin=4)  # the margin is not in a config.json
+
+
+class Start(NamedTuple):
+    """How weights are placed: random ones, or those of a released model in a directory."""
+
+    precision: str
+    zero_stage: int
+    directory: str | None = None
 
 
 class Placed(NamedTuple):
@@ -41,20 +51,26 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def place(settings: tuple[str, int]) -> Placed:
-    """Place random weights, which only rank 0 has, in a precision and at a ZeRO stage."""
-    precision, stage = settings
+def weights_of(start: Start) -> Iterator[tuple[str, Tensor]]:
+    """The weights to place; nothing is read yet."""
+    if start.directory is None:
+        with torch.device("meta"):
+            return Molmo2(CONFIG).random_weights(0)
+    readers = first_weights(FirstWeights(molmo2=start.directory), CONFIG, Path(start.directory), 0, lambda text: None)
+    return in_order(CONFIG, readers)
+
+
+def place(start: Start) -> Placed:
+    """Place weights that only rank 0 has, in a precision and at a ZeRO stage."""
+    precision, stage, _ = start
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(verbose=False)
     run, mesh = recipe(precision=precision, zero_stage=stage), make_mesh(1)
-    with torch.device("meta"):
-        shapes = Molmo2(CONFIG)
-    weights: Iterator[tuple[str, Tensor]] | None = shapes.random_weights(0) if dist.get_rank() == 0 else None
-    place_weights(
-        TINY, run, mesh, torch.device("cpu"), Molmo2(TINY).random_weights(0) if weights else None, whole=False
-    )
+    first = dist.get_rank() == 0
+    place_weights(TINY, run, mesh, torch.device("cpu"), Molmo2(TINY).random_weights(0) if first else None, whole=False)
     reset_peak()
     before = resident("VmRSS")
+    weights = weights_of(start) if first else None
     model = place_weights(CONFIG, run, mesh, torch.device("cpu"), weights, whole=False)
     peak = resident("VmHWM") - before
     parts = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
@@ -64,7 +80,7 @@ def place(settings: tuple[str, int]) -> Placed:
     return Placed(sum(part.nbytes for part in parts), peak, total.item())
 
 
-def place_all(settings: list[tuple[str, int]]) -> list[Placed]:
-    """`place` for each pair of settings."""
+def place_all(starts: list[Start]) -> list[Placed]:
+    """`place` for each start."""
     os.environ.setdefault("LOCAL_RANK", "0")
-    return [place(pair) for pair in settings]
+    return [place(start) for start in starts]

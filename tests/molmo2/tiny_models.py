@@ -119,8 +119,8 @@ def pair(config: ModelConfig, seed: int = 0) -> tuple[Molmo2ForConditionalGenera
             parameter.add_(0.05 * torch.randn_like(parameter))
     ours = Molmo2(config)
     shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
-    state = reference.state_dict()
-    ours.load_state_dict(from_foreign(shapes, {name: (lambda t=t: t.clone()) for name, t in state.items()}))
+    weights = from_foreign(shapes, reference.state_dict())
+    ours.load_state_dict({name: read() for name, read in weights.items()})
     return reference.eval(), ours.eval()
 
 

@@ -48,8 +48,9 @@ def test_merged_weights_are_the_same_model() -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.1, generator=generator)
-    weights = merged(dict(model.named_parameters()), {"optim": {"lora": SETTINGS.model_dump()}})
-    plain = Molmo2.with_weights(model.config, {name: tensor.detach() for name, tensor in weights.items()})
+    stored = {name: parameter.detach for name, parameter in model.named_parameters()}
+    weights = merged(stored, {"optim": {"lora": SETTINGS.model_dump()}})
+    plain = Molmo2.with_weights(model.config, {name: read() for name, read in weights.items()})
     x, positions, mask = (
         torch.randn(1, 5, 32, generator=generator),
         torch.arange(5)[None],

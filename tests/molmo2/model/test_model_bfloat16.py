@@ -81,8 +81,9 @@ def test_weighted_loss_and_its_gradients(variant: str) -> None:
     loss.backward()
     expected.backward()
     own = dict(ours.named_parameters())
-    theirs = {name: (lambda p=p: p.grad) for name, p in reference.named_parameters()}
-    for name, gradient in from_foreign({name: p.shape for name, p in own.items()}, theirs).items():
+    theirs = {name: p.grad for name, p in reference.named_parameters()}
+    for name, read in from_foreign({name: p.shape for name, p in own.items()}, theirs).items():
+        gradient = read()
         assert gradient.any(), name
         torch.testing.assert_close(
             own[name].grad, gradient, atol=TOLERANCE, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"

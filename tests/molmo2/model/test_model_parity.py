@@ -26,9 +26,10 @@ def test_logits_and_gradients(case: str, variant: str) -> None:
     for output in (logits, expected):
         torch.nn.functional.cross_entropy(output[0], labels).backward()
     own = dict(ours.named_parameters())
-    theirs = {name: (lambda p=p: p.grad) for name, p in reference.named_parameters() if p.grad is not None}
+    theirs = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
     reached = {name: p.shape for name, p in own.items() if visuals or not name.startswith(("vit.", "connector."))}
-    for name, gradient in from_foreign(reached, theirs).items():
+    for name, read in from_foreign(reached, theirs).items():
+        gradient = read()
         assert gradient.any() or (name == "text.embedding.added" and not visuals), name
         torch.testing.assert_close(
             own[name].grad, gradient, atol=TOLERANCE, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"

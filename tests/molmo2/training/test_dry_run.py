@@ -105,14 +105,12 @@ def test_memory_of_the_host() -> None:
     """4.85 B parameters; the base embedding, 0.39 B, is trained here; 384 frames of 378 x 378 pixels a batch."""
     kept = SavedBytes(layer=0, layer_input=2560 * 2, block=0, block_input=729 * 1152 * 2, connector=0)
     need = host_memory(long(), 8, kept)
-    assert need["start"] == pytest.approx(4 * 4.85e9, rel=0.02)  # base models are read whole, by rank 0 alone
+    assert need["start"] == pytest.approx(4 * 0.39e9, rel=0.02)  # one tensor at a time, by rank 0 alone
     assert need["optimizer"] == need["activations"] == 0
     assert need["batches"] == 8 * 4 * 4 * 384 * 378**2 * 3  # 4 workers, each with 4 ready
     need = host_memory(long(offload="[activations,optimizer]"), 16, kept)
     assert need["optimizer"] == pytest.approx(12 * 4.85e9 * 8 / 16, rel=0.02)
     assert need["activations"] == 8 * (36864 * 36 * 5120 + 384 * PRESETS["4b"].vit.num_layers * 729 * 1152 * 2)
-    later = long().model_copy(update={"init": "stage1"})
-    assert host_memory(later, 8, kept)["start"] < 2e9  # one tensor at a time
 
 
 def test_operations_of_a_long_row() -> None:

@@ -124,7 +124,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(config: ModelConfig, seed: int = 0, tokenizer: Path | None = None, **init: Any) -> dict[str, torch.Tensor]:
     names = {key: str(value) for key, value in init.items()}
-    return first_weights(FirstWeights(**names), config, tokenizer or Path(tokenizer_dir()), seed, lambda text: None)
+    found = first_weights(FirstWeights(**names), config, tokenizer or Path(tokenizer_dir()), seed, lambda text: None)
+    return {name: read() for name, read in found.items()}
 
 
 def our_logits(config: ModelConfig, weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
@@ -314,9 +315,18 @@ def test_misfits_of_base_models_are_listed(bases: Path, tmp_path: Path) -> None:
     assert str(caught.value).splitlines()[1:] == [
         "  missing model.layers.2.mlp.up_proj.weight",
         "  unexpected model.layers.0.self_attn.q_proj.bias",
-        "  model.layers.1.self_attn.q_norm.weight: holds infinity or NaN",
         "  model.norm.weight: shape [63], wanted [64]",
     ]
+
+
+def test_values_that_cannot_be_used_are_refused_when_they_are_read(bases: Path, tmp_path: Path) -> None:
+    shutil.copytree(bases / "qwen-tied", tmp_path / "llm")
+    path = tmp_path / "llm/model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.self_attn.q_norm.weight"][3] = torch.nan
+    save_file(tensors, path)
+    with pytest.raises(WeightsError, match=r"model\.layers\.1\.self_attn\.q_norm\.weight: holds infinity or NaN"):
+        start(QWEN, llm=tmp_path / "llm", vit=bases / "siglip")
     save_file({name: tensor.to(torch.int8) for name, tensor in tensors.items()}, path)
     with pytest.raises(WeightsError, match="give weights that are not quantised"):
         start(QWEN, llm=tmp_path / "llm", vit=bases / "siglip")
