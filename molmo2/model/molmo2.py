@@ -111,11 +111,14 @@ class Molmo2(nn.Module):
         x = self.text.embedding(input_ids)
         if features is None or features.shape[0] == 0:
             return x
+        # The k-th patch token gets the k-th feature. Each place is added to once, so backward is a plain read. Row 0 of
+        # `places` takes the tokens that are no patches. With fewer patch tokens than features a place stays -1, with
+        # more of them the index is too large; both are errors.
         is_patch = (input_ids == self.config.image_patch_id).flatten()
-        # The k-th patch token gets the k-th feature; a gather needs no synchronization with the device.
-        number = (is_patch.cumsum(0) - 1).clamp(min=0)
-        spread = features[number] * is_patch[:, None].to(features.dtype)
-        return x + spread.view_as(x).to(x.dtype)
+        places = is_patch.new_full((len(features) + 1,), -1, dtype=torch.int64)
+        number = is_patch.cumsum(0) * is_patch
+        places.scatter_(0, number, torch.arange(len(number), device=number.device))
+        return x.flatten(0, 1).index_add(0, places[1:], features.to(x.dtype)).view_as(x)
 
     def decode(
         self,
