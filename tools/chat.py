@@ -21,7 +21,7 @@ import torch
 from molmo2.chat.conversation import answer, conversation
 from molmo2.chat.web_page import serve
 from molmo2.model.generate import Sampling
-from molmo2.model.molmo2 import Molmo2
+from molmo2.model.molmo2 import PRECISIONS, Molmo2
 from molmo2.processing.contract import ProcessorSettings
 from molmo2.processing.points import parse_points
 from molmo2.processing.processor import build_processor
@@ -42,6 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling (%(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="(bf16 on a GPU, fp32 on a CPU)")
     parser.add_argument("--web", action="store_true", help="a page at http://127.0.0.1:PORT instead of the terminal")
     parser.add_argument("--port", type=int, default=8080, help="port of the page (%(default)s)")
     args = parser.parse_args()
@@ -70,7 +71,7 @@ def converse(args: argparse.Namespace) -> None:
     if missing:
         raise ValueError(f"no such file: {', '.join(missing)}")
     opened = open_model(args.checkpoint)
-    model = Molmo2.with_weights(opened.config, opened.weights).to(args.device).eval()
+    model = Molmo2.for_inference(opened.config, opened.weights, args.device, args.precision)
     settings = ProcessorSettings(
         preset=opened.config.name, tokenizer_dir=str(opened.tokenizer_dir), stage="eval", num_variants=1
     )

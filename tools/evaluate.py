@@ -32,7 +32,7 @@ from molmo2.eval.benchmarks import SUITES, Suite, choose
 from molmo2.eval.losses import held_out_loss
 from molmo2.eval.runner import BATCH_SIZE, STAGE, NotBuiltError, Outcome, Ranks, Subject, run_suite
 from molmo2.eval.score_tables import results_table, scores_page
-from molmo2.model.molmo2 import Molmo2
+from molmo2.model.molmo2 import PRECISIONS, Molmo2
 from molmo2.processing.contract import ProcessorSettings
 from molmo2.processing.processor import build_processor
 from molmo2.weights.load import OpenedModel, open_model
@@ -61,6 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shards", default=str(data_path("shards")), help="a folder or s3://… (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file (evaluation-BENCHMARKS.json in the run's directory)")
     parser.add_argument("--device", default=default_device(), help="(%(default)s)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="(bf16 on a GPU, fp32 on a CPU)")
     args = parser.parse_args()
     for name in ("limit", "batch_size"):
         value = getattr(args, name)
@@ -160,7 +161,7 @@ def open_subject(opened: OpenedModel, args: argparse.Namespace) -> Subject:
         preset=opened.config.name, tokenizer_dir=str(opened.tokenizer_dir), stage=STAGE, num_variants=1
     )
     device = torch.device(args.device)
-    model = Molmo2.with_weights(opened.config, opened.weights).to(device).eval()
+    model = Molmo2.for_inference(opened.config, opened.weights, device, args.precision)
     return Subject(model=model, processor=build_processor(settings), device=device, batch_size=args.batch_size)
 
 
@@ -191,6 +192,7 @@ def evaluate(args: argparse.Namespace, suites: list[Suite], catalogs: dict[str, 
     document: dict[str, Any] = {
         "benchmarks": args.benchmarks,
         "checkpoint": str(opened.path),
+        "precision": subject.precision,
         **{key: opened.origin[key] for key in ("run", "step") if key in opened.origin},
         "seconds": round(time.perf_counter() - since, 1),
         "results": outcome.results,

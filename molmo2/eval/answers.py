@@ -1,9 +1,9 @@
 """Answers on disk: `ANSWERS/<benchmark>-<digest>/rank-00000.jsonl`.
 
 Files are append-only: an answer is never rewritten, so a killed run resumes after the last one. The digest covers the
-weights, the maximum length of an answer and the index of the shards, which has hashes of every stored sample (text and
-JPEGs) and the processor's settings; other weights, data or settings use another folder. It does not cover the code, the
-batch size or the device: remove the folder after a change of the code that changes answers.
+weights, the model's precision, the maximum length of an answer and the index of the shards, which has hashes of every
+stored sample (text and JPEGs) and the processor's settings; other weights, data or settings use another folder. It does
+not cover the code, the batch size or the device: remove the folder after a change of the code that changes answers.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def held_out_loss(
         ValueError: the shards are damaged or of another processor, or no sample has a loss.
     """
     dataset = open_built(name, shards, catalog, subject)
-    settings = {"checkpoint": checkpoint, "data": dataset.index.digest}
+    settings = {"checkpoint": checkpoint, "precision": subject.precision, "data": dataset.index.digest}
     store, draws = Store.of(answers, f"loss-{name}", settings), first_draws(dataset, limit)
     known = store.read()
     own = [draw for draw in draws[ranks.rank :: ranks.world] if name_of(draw) not in known]

@@ -26,7 +26,7 @@ from molmo2.eval.benchmarks import Benchmark, Suite
 from molmo2.eval.metrics.scores import Answered, Score
 from molmo2.eval.questions import Question, as_batch, first_draws, questions_of, read_samples
 from molmo2.model.generate import PromptTensors, generate
-from molmo2.model.molmo2 import Molmo2
+from molmo2.model.molmo2 import PRECISIONS, Molmo2
 from molmo2.processing.batch_prompt import prompt_of
 from molmo2.processing.processor import Processor
 from shards.format import INDEX_NAME, REJECTS_NAME
@@ -78,6 +78,11 @@ class Subject:
     processor: Processor
     device: torch.device
     batch_size: int = BATCH_SIZE
+
+    @property
+    def precision(self) -> str:
+        """The model's key in `PRECISIONS`."""
+        return next(name for name, dtype in PRECISIONS.items() if dtype == self.model.lm_head.weight.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,6 +275,7 @@ def run_suite(
             continue
         settings = {
             "checkpoint": checkpoint,
+            "precision": subject.precision,
             "data": dataset.index.digest,
             "max_new_tokens": benchmark.max_new_tokens,
         }

@@ -5,31 +5,65 @@
     flex    FlexAttention over blocks of 128 x 128; per-block statistics find the empty and the full blocks: CUDA
 
 All three take q [B, H, S, D], k and v [B, Hkv, S, D] with Hkv dividing H, and return [B, H, S, D]. `masked_attention`
-chooses one. FlexAttention has no backward on a CPU.
+chooses one. FlexAttention has no backward on a CPU, and its kernels need Triton.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from molmo2.model.decoder import Mask
 from molmo2.model.mask import MEMBER, PAD_SEGMENT, AttentionMask, allowed
 
-SHORT = 4096  # rows of at most this many tokens get a dense mask: 16 MiB, small enough to keep for backward
+SHORT = 4096  # tiles of rows of at most this many tokens keep their pieces of the mask for backward
+DENSE = 1024  # on CUDA, rows of at most this many tokens get a dense mask: computing every pair is cheap
 TILE = 128  # queries in a tile of `tiled_attention`
 BLOCK = 128  # queries and keys in a block of FlexAttention's kernels
+# cuDNN is left out: it builds a plan for every new shape, and here nearly every shape is new.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def attention_of_group(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention in which the query heads of one key head are further queries of it.
+
+    Not every kernel that takes a mask takes fewer key heads than query heads, but all take equal numbers. The keys are
+    not copied, which decoding gains by.
+
+    Args:
+        q: [B, H, Q, D].
+        k: [B, Hkv, K, D] with Hkv dividing H.
+        v: [B, Hkv, K, D].
+        mask: bool [B, 1, Q, K].
+    """
+    batch, heads, queries, dim = q.shape
+    group = heads // k.shape[1]
+    rows = mask if queries == 1 else mask.repeat(1, 1, group, 1)
+    out = F.scaled_dot_product_attention(q.reshape(batch, k.shape[1], group * queries, dim), k, v, attn_mask=rows)
+    return out.reshape(batch, heads, queries, dim)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Scaled dot product attention with a mask bool [B, 1, Q, K]."""
+    grouped = q.shape[1] != k.shape[1]
+    with sdpa_kernel(KERNELS):
+        if grouped and (q.is_cuda or q.shape[2] == 1):  # a CPU's kernel takes groups, and is faster with more queries
+            return attention_of_group(q, k, v, mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Attention with the whole mask materialized."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense(), enable_gqa=q.shape[1] != k.shape[1])
+    return _attention(q, k, v, mask.dense())
 
 
 class KeySpan(NamedTuple):
@@ -80,8 +114,7 @@ def key_spans(segment_ids: Tensor, is_visual: Tensor, tile: int = TILE) -> list[
 def _tile_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, is_visual: Tensor, span: KeySpan) -> Tensor:
     """Attention of one tile: q [B, H, tile, D], k and v [B, Hkv, keys, D] of the span."""
     queries, keys = slice(span.start, span.stop), slice(span.first_key, span.last_key)
-    mask = allowed(segment_ids, is_visual, queries, keys)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return _attention(q, k, v, allowed(segment_ids, is_visual, queries, keys))
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
@@ -199,16 +232,44 @@ def block_mask(segment_ids: Tensor, is_visual: Tensor) -> BlockMask:
 
 @functools.cache
 def _compiled_flex() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
+    # One graph has to serve all lengths. With `fullgraph`, compilation that gives up raises FailOnRecompileLimitHit;
+    # otherwise the uncompiled function would run, and it materializes S x S scores.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """FlexAttention, compiled; without compilation it would materialize S x S scores."""
+    """FlexAttention, compiled for rows of any length.
+
+    Raises:
+        torch._dynamo.exc.FailOnRecompileLimitHit: the kernel was compiled for too many kinds of input.
+    """
     return _compiled_flex()(q, k, v, block_mask=mask.made(block_mask), enable_gqa=q.shape[1] != k.shape[1])
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; the first call warns if it is not."""
+    if importlib.util.find_spec("triton") is not None:
+        return True
+    warnings.warn(
+        "Triton is not installed, so attention of long rows runs tile by tile on the GPU, several times slower than by "
+        "FlexAttention; install triton",
+        stacklevel=2,
+    )
+    return False
+
+
+def choose_attention(device: torch.device, length: int) -> Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]:
+    """The backend for rows of `length` tokens on a device."""
+    if device.type != "cuda":
+        return tiled_attention
+    if length <= DENSE:
+        return dense_attention
+    return flex if has_triton() else tiled_attention
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Attention by the backend that suits the device and the length."""
-    if not isinstance(mask, AttentionMask) or (q.is_cuda and q.shape[2] <= SHORT):
+    if not isinstance(mask, AttentionMask):  # a generated token
         return dense_attention(q, k, v, mask)
-    return flex(q, k, v, mask) if q.is_cuda else tiled_attention(q, k, v, mask)
+    return choose_attention(q.device, q.shape[2])(q, k, v, mask)

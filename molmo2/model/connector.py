@@ -6,6 +6,7 @@ projector maps the result to the width of the language model.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,14 +25,20 @@ class AttentionPooling(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, windows: Tensor, valid: Tensor) -> Tensor:
-        """Pool windows [T, P, features], valid bool [T, P], to [T, hidden]; NaN for a window without valid patches."""
+        """Pool windows [T, P, features], valid bool [T, P], to [T, hidden].
+
+        The softmax over at most nine keys is written out: fused kernels are made for many keys and few rows, and some
+        plan every new T. The attention over a window without valid patches is zero.
+        """
         query = windows.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None].to(windows.dtype)
         q, k, v = (
-            proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            proj(x).unflatten(-1, (self.num_heads, -1))
             for proj, x in ((self.q_proj, query), (self.k_proj, windows), (self.v_proj, windows))
         )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None, :])
-        return self.o_proj(out.transpose(1, 2).flatten(1))
+        # Scores and sums are float32, as in the fused kernels.
+        scores = (q.float() * k).sum(-1) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~valid[..., None], float("-inf")).softmax(1).masked_fill(~valid[..., None], 0)
+        return self.o_proj((weights[..., None] * v).sum(1).flatten(1).to(v.dtype))
 
 
 class Connector(nn.Module):
@@ -47,6 +54,10 @@ class Connector(nn.Module):
     def forward(self, features: Tensor, pooling: Tensor) -> Tensor:
         """Map features [N, patches, C] to [T, d]. `pooling`: int64 [T, P], flat patch indices, -1 pads."""
         valid = pooling >= 0
-        windows = features.flatten(0, 1)[pooling.clamp(min=0)] * valid[..., None].to(features.dtype)
+        # A pad reads a patch of its own window. If all pads read one patch, backward would add all their gradients to
+        # that one row, one after the other.
+        places = torch.where(valid, pooling, pooling.amax(1, keepdim=True).clamp(min=0))
+        windows = features.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, pooling.shape)
+        windows = windows * valid[..., None].to(features.dtype)
         pooled = self.pooling(windows, valid)
         return self.down_proj(F.silu(self.gate_proj(pooled)) * self.up_proj(pooled))

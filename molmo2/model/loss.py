@@ -77,7 +77,7 @@ def weighted_loss(
         busy = part < len(chunks) and len(chunks[part]) > 0
         index = chunks[part] if busy else idle
         weight = weights[index] * busy
-        inputs = (rows[index], labels[index], weight, head, z_loss)
+        inputs = (rows.index_select(0, index), labels[index], weight, head, z_loss)
         both, cross_entropy = checkpoint(_chunk_sums, *inputs, use_reentrant=False, preserve_rng_state=False)
         sums = sums + both
         dataset_loss.index_add_(0, datasets[index], weight * cross_entropy.detach())

@@ -19,6 +19,21 @@ from molmo2.model.mask import AttentionMask
 from molmo2.model.presets import ModelConfig
 from molmo2.model.vit import VisionTransformer
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def inference_dtype(device: torch.device | str, precision: str | None = None) -> torch.dtype:
+    """The dtype in which a model answers: that of `precision`, else bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        ValueError: `precision` is neither None nor a key of `PRECISIONS`.
+    """
+    if precision is None:
+        return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: choose one of {', '.join(PRECISIONS)}, or none")
+    return PRECISIONS[precision]
+
 
 class Molmo2(nn.Module):
     """The whole model. Tests and evaluation call `forward`; the trainer composes the four parts itself."""
@@ -42,6 +57,23 @@ class Molmo2(nn.Module):
             model = cls(config)
         model.load_state_dict(weights, assign=True)
         return model
+
+    @classmethod
+    def for_inference(
+        cls,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        device: torch.device | str,
+        precision: str | None = None,
+    ) -> Molmo2:
+        """A model in evaluation mode on a device; `precision`: see `inference_dtype`. `weights` stay as they are.
+
+        Raises:
+            RuntimeError: a tensor is missing, unexpected or of another shape.
+            ValueError: there is no such precision.
+        """
+        dtype = inference_dtype(device, precision)
+        return cls.with_weights(config, {name: value.to(device, dtype) for name, value in weights.items()}).eval()
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> Molmo2:
@@ -111,11 +143,14 @@ class Molmo2(nn.Module):
         x = self.text.embedding(input_ids)
         if features is None or features.shape[0] == 0:
             return x
+        # The k-th patch token gets the k-th feature. Each place is added to once, so backward is a plain read. Row 0 of
+        # `places` takes the tokens that are no patches. With fewer patch tokens than features a place stays -1, with
+        # more of them the index is too large; both are errors.
         is_patch = (input_ids == self.config.image_patch_id).flatten()
-        # The k-th patch token gets the k-th feature; a gather needs no synchronization with the device.
-        number = (is_patch.cumsum(0) - 1).clamp(min=0)
-        spread = features[number] * is_patch[:, None].to(features.dtype)
-        return x + spread.view_as(x).to(x.dtype)
+        places = is_patch.new_full((len(features) + 1,), -1, dtype=torch.int64)
+        number = is_patch.cumsum(0) * is_patch
+        places.scatter_(0, number, torch.arange(len(number), device=number.device))
+        return x.flatten(0, 1).index_add(0, places[1:], features.to(x.dtype)).view_as(x)
 
     def decode(
         self,

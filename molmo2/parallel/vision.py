@@ -59,7 +59,7 @@ def encode_shared(
     if mesh.sp_group is not None:
         block = max(1, *(len(split.tokens) for split in splits))
         features = all_gather(torch.nn.functional.pad(features, (0, 0, 0, block - len(features))), mesh)
-        features = features[_places(splits, block).to(pixels.device)]
+        features = features.index_select(0, _places(splits, block).to(pixels.device))
     return features[: len(pooling)], touch
 
 

@@ -15,7 +15,7 @@ import torch
 
 from molmo2.checkpoint.files import META, PLAN, Checkpoint, checkpoints_dir, find_damage
 from molmo2.checkpoint.lookup import load_weights
-from molmo2.model.molmo2 import Molmo2
+from molmo2.model.molmo2 import Molmo2, inference_dtype
 from molmo2.training.anomalies import sample_name
 from molmo2.training.engine import TrainingModule
 from molmo2.training.run import Run
@@ -98,7 +98,8 @@ def show_losses(run: Run, step: StepSpec, fresh: Molmo2 | None = None) -> Iterat
     yield f"step {number} under the weights of step {done}" + (
         "" if done == number - 1 else f": {number - 1 - done} updates before it are not in them"
     )
-    module = TrainingModule(model, run.recipe, run.mesh).to(run.device).eval()
+    dtype = inference_dtype(run.device, "fp32" if run.recipe.train.precision == "fp32" else None)
+    module = TrainingModule(model, run.recipe, run.mesh).to(run.device, dtype).eval()
     reader = pack_reader(run.plan, run.layout)
     for pack in step.packs:
         batch = reader.read(MicroSpec((pack,), step.divisor, step.cursor)).to(run.device)

@@ -45,6 +45,7 @@ class NanoMolmo2(lmms):
         batch_size: int | str = 1,
         max_frames: int | None = None,
         max_batch_size: int | None = None,
+        precision: str | None = None,
     ):
         """Load the model.
 
@@ -54,6 +55,7 @@ class NanoMolmo2(lmms):
             batch_size: questions that are answered together.
             max_batch_size: ignored; lmms-eval passes it if it is on its command line.
             max_frames: maximum frames of a video; None takes the number of `tools/evaluate.py`.
+            precision: "bf16" or "fp32"; None is bf16 on a GPU and fp32 on a CPU.
 
         Raises:
             ValueError: no such model, or an argument out of its range.
@@ -67,7 +69,7 @@ class NanoMolmo2(lmms):
         self.batch_size = int(batch_size)
         self._limits = limits_of(max_frames)
         opened = open_model(str(checkpoint))
-        self.model = Molmo2.with_weights(opened.config, opened.weights).to(self.device).eval()
+        self.model = Molmo2.for_inference(opened.config, opened.weights, self.device, precision)
         self._processor = build_processor(
             ProcessorSettings(
                 preset=opened.config.name, tokenizer_dir=str(opened.tokenizer_dir), stage="eval", num_variants=1

@@ -24,6 +24,7 @@ from molmo2.eval.runner import Ranks, run_suite
 from molmo2.eval.score_tables import scores_page
 from molmo2.export.card import About
 from molmo2.export.model import export_model
+from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS
 from shards.catalog import BenchmarkSpec, Filter, load_catalog
 from shards.convert.reading import convert, open_rows, read_groups, with_facts
@@ -132,6 +133,18 @@ def test_what_is_answered_is_not_asked_again(demo, tmp_path, monkeypatch):
     assert subject.processor is processor
     run_suite(SHORT, shards, subject, tmp_path, "other weights", limit=4)
     assert len(asked) == 2 + sum(result["num_questions"] for result in first.results)
+
+
+def test_answers_of_another_precision_are_not_taken(demo, tmp_path, monkeypatch):
+    root, subject = demo
+    weights = {name: tensor.detach() for name, tensor in subject.model.named_parameters()}
+    half = replace(subject, model=Molmo2.for_inference(subject.model.config, weights, "cpu", "bf16"))
+    assert (subject.precision, half.precision) == ("fp32", "bf16")
+    asked = []
+    monkeypatch.setattr("molmo2.eval.runner.generate", _counted(asked))
+    for number, each in enumerate((subject, half, half), 1):
+        outcome = run_suite(SHORT, str(root / "shards"), each, tmp_path, "d", limit=1)
+        assert len(asked) == min(number, 2) * sum(result["num_questions"] for result in outcome.results)
 
 
 def _counted(asked):

@@ -1,12 +1,23 @@
 """The backends of attention against the mask written out: values, gradients, and no block called empty that is not."""
 
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from molmo2.model import attention
 from molmo2.model.attention import (
     BLOCK,
+    DENSE,
     KeySpan,
+    attention_of_group,
     block_tables,
+    choose_attention,
     dense_attention,
     flex,
     key_spans,
@@ -160,6 +171,77 @@ def test_flex_attention_equals_the_dense_mask() -> None:
             found = flex(q, k, v, AttentionMask(segment_ids, is_visual))
             wanted = dense_attention(q, k, v, AttentionMask(segment_ids, is_visual))
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
+
+
+LENGTHS = (1040, 1152, 1281, 1300, 1419, 1500, 1664, 1700, 1800, 1921, 2048, 2100)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
+    """Count the graphs of FlexAttention, which are captured as on a GPU but not turned into kernels."""
+    counter = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    attention._compiled_flex.cache_clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    yield counter
+    attention._compiled_flex.cache_clear()
+    torch._dynamo.reset()
+
+
+def flex_error(length: int, batch: int = 1) -> float:
+    """The largest difference of FlexAttention from the dense mask, of a random row."""
+    row_ = random_row(length, torch.Generator().manual_seed(length))
+    segment_ids, is_visual = vectors(*[row_] * batch)
+    q, k, v, _ = inputs(segment_ids)
+    with torch.no_grad():
+        found = flex(q, k, v, AttentionMask(segment_ids, is_visual))
+        return float((found - dense_attention(q, k, v, AttentionMask(segment_ids, is_visual))).abs().max())
+
+
+@pytest.mark.slow
+def test_flex_attention_compiles_two_graphs_for_twelve_lengths(graphs: CompileCounterWithBackend) -> None:
+    assert max(flex_error(length) for length in LENGTHS) < 3e-6
+    assert 1 <= graphs.frame_count <= 2
+
+
+def test_flex_attention_never_falls_back_to_all_scores(
+    graphs: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
+    flex_error(1300)
+    with pytest.raises(FailOnRecompileLimitHit):  # another number of rows is another kind of input
+        flex_error(1300, batch=2)
+
+
+@pytest.mark.parametrize("queries", [1, 37])
+def test_groups_of_heads_as_queries_equal_heads(queries: int) -> None:
+    generator = torch.Generator().manual_seed(queries)
+    shapes = (2, 6, queries, 8), (2, 2, 53, 8), (2, 2, 53, 8), (2, 6, queries, 8)
+    *qkv, gradient = (torch.randn(shape, generator=generator) for shape in shapes)
+    mask = torch.rand(2, 1, queries, 53, generator=generator) > 0.3
+    results = []
+    plain = functools.partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
+    runs: list[Callable[..., Any]] = [attention_of_group, lambda q, k, v, m: plain(q, k, v, attn_mask=m)]
+    for attend in runs:
+        leaves = [tensor.clone().requires_grad_() for tensor in qkv]
+        out = attend(*leaves, mask)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, gradient)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=2e-6)
+
+
+def test_long_rows_on_cuda_take_flex_or_tiles_but_no_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    find, there = importlib.util.find_spec, {"triton": True}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there[name] or None if name in there else find(name))
+    attention.has_triton.cache_clear()
+    assert choose_attention(cuda, DENSE) is dense_attention
+    assert choose_attention(cuda, DENSE + 1) is flex
+    assert choose_attention(cpu, DENSE) is choose_attention(cpu, DENSE + 1) is tiled_attention
+    there["triton"] = False
+    attention.has_triton.cache_clear()
+    with pytest.warns(UserWarning, match="Triton is not installed"):
+        assert choose_attention(cuda, DENSE + 1) is tiled_attention
+    attention.has_triton.cache_clear()
 
 
 def test_work_goes_with_the_members_not_with_the_row() -> None:

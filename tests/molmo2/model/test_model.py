@@ -11,9 +11,9 @@ from packed_rows import build, image
 from tiny_models import CONFIGS, QWEN
 
 import molmo2.model.recompute
-from molmo2.model.generate import PromptTensors, generate
+from molmo2.model.generate import GREEDY, PromptTensors, Sampling, generate
 from molmo2.model.mask import PAD_SEGMENT, TRUNK, AttentionMask
-from molmo2.model.molmo2 import Molmo2
+from molmo2.model.molmo2 import Molmo2, inference_dtype
 from molmo2.model.presets import PRESETS, ModelConfig
 
 
@@ -122,6 +122,47 @@ def test_eos_at_once_is_an_empty_answer() -> None:
     prompt = prompts_of(model.config)[:1]
     first = generate(model, prompt, 1, eos_id=-1)[0][0]
     assert generate(model, prompt, 5, first) == [[]]
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "dtype"),
+    [
+        ("cpu", None, torch.float32),
+        ("cuda", None, torch.bfloat16),
+        (torch.device("cuda:3"), None, torch.bfloat16),
+        ("cuda", "fp32", torch.float32),
+        ("cpu", "bf16", torch.bfloat16),
+    ],
+)
+def test_a_gpu_answers_in_bfloat16_unless_asked_otherwise(
+    device: torch.device | str, precision: str | None, dtype: torch.dtype
+) -> None:
+    assert inference_dtype(device, precision) == dtype
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="precision 'fp16': choose one of bf16, fp32"):
+        inference_dtype("cpu", "fp16")
+
+
+def test_the_precision_of_inference_leaves_the_weights_as_they_are() -> None:
+    weights = {name: tensor.detach() for name, tensor in noisy().named_parameters()}
+    before = {name: tensor.clone() for name, tensor in weights.items()}
+    model = Molmo2.for_inference(QWEN, weights, "cpu", "bf16")
+    assert not model.training and {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(weights[name], tensor) for name, tensor in before.items())
+    other = Molmo2.for_inference(QWEN, weights, "meta")  # like a GPU, it is no CPU
+    assert {(parameter.dtype, parameter.device.type) for parameter in other.parameters()} == {(torch.bfloat16, "meta")}
+
+
+def test_a_bfloat16_model_answers_on_a_cpu() -> None:
+    model = noisy()
+    weights = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    half, prompts = Molmo2.for_inference(QWEN, weights, "cpu", "bf16"), prompts_of(QWEN)
+    answers, drawn = (generate(half, prompts, 8, -1, sampling) for sampling in (GREEDY, Sampling(temperature=1.0)))
+    assert [len(row) for row in answers + drawn] == [8] * 6
+    wide = generate(Molmo2.for_inference(QWEN, weights, "cpu"), prompts, 8, -1)
+    assert [row[0] for row in answers] == [row[0] for row in wide]
 
 
 def test_prompt_tensors_come_from_arrays() -> None:
