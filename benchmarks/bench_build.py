@@ -54,7 +54,7 @@ from shards.build.pool import WorkerPool, worker_pool
 from shards.build.task import ProcessorFactory
 from shards.catalog import load_catalog
 from shards.layout import VisualLayout, VisualTokens
-from shards.media.images import encode_jpeg
+from shards.media.jpeg import encode_jpeg
 
 BASE_VOCAB = 512
 LAYOUT = VisualLayout(

@@ -43,7 +43,7 @@ from loader_peers import FAR, READERS, AbsentError, Stream, report
 from shards.build.writer import npy_bytes, write_shard
 from shards.format import FORMAT_VERSION, TOKEN_DTYPE, DatasetIndex, Totals
 from shards.layout import VisualLayout, VisualTokens
-from shards.media.images import encode_jpeg
+from shards.media.jpeg import encode_jpeg
 from shards.schema import Sample
 from shards.stream.collate import decode_crops, open_sample
 from shards.stream.loader import make_loader

@@ -21,7 +21,8 @@ from molmo2.processing.frames import frame_times, track_times
 from molmo2.processing.tiling import Pixels
 from shards import layout as geometry
 from shards.layout import VisualLayout
-from shards.media.images import encode_jpeg, load_image
+from shards.media.images import load_image
+from shards.media.jpeg import encode_jpeg
 from shards.media.types import Frames, Make, MediaError, VideoInfo
 from shards.media.video import probe_video, read_frames
 from shards.schema import Example, Limits, RejectedError, Tracks, VideoRef

@@ -1,4 +1,4 @@
-"""Decoding and encoding of still images. The processor decides the sizes that a model needs.
+"""Decoding of still images (`shards.media.jpeg` has the JPEGs of shards). The processor decides their sizes.
 
 Whatever a file holds, its pixels become RGB with 8 bits:
 
@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
-import simplejpeg
 
 from shards.media.types import MediaError, Pixels, TooLargeError
 from shards.schema import ImageRef
@@ -74,22 +73,6 @@ def rgb_pixels(image: PIL.Image.Image) -> Pixels:
     pixels = _high_depth(image) if high else _eight_bits(image, SAMPLE_BITS.get(str(raw_mode), 8))
     if turn is not None:
         pixels = np.asarray(PIL.Image.fromarray(pixels).transpose(turn))
-    return pixels
-
-
-def encode_jpeg(pixels: Pixels, quality: int = 95) -> bytes:
-    """Encode RGB uint8 [H, W, 3] as a JPEG without chroma subsampling (4:4:4)."""
-    data: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "444", fastdct=False)
-    return data
-
-
-def decode_jpeg(data: bytes | memoryview) -> Pixels:
-    """Decode a JPEG as RGB uint8 [H, W, 3] with the accurate DCT, which gives the same pixels as Pillow.
-
-    Raises:
-        ValueError: the data are not a JPEG.
-    """
-    pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
     return pixels
 
 

@@ -16,7 +16,7 @@ from toy import make_sample, write_samples
 import shards.stream.reader
 from shards.build.verify import Finding, verify_dataset
 from shards.format import BLOCK, FormatError
-from shards.media.images import decode_jpeg, encode_jpeg
+from shards.media.jpeg import decode_jpeg, encode_jpeg
 from shards.stream.dataset import Dataset, open_dataset
 from shards.stream.plan import Draw
 from shards.stream.reader import Damage, StoredSample, read_sample

@@ -14,7 +14,7 @@ import webdataset as wds
 from shards.build.writer import WriteError, npy_bytes, write_shard
 from shards.format import TOKEN_DTYPE, index_dtype, key_hash, span_hash, tar_members
 from shards.layout import VisualLayout, VisualTokens, expand
-from shards.media.images import decode_jpeg, encode_jpeg
+from shards.media.jpeg import decode_jpeg, encode_jpeg
 from shards.schema import Sample
 
 LAYOUT = VisualLayout(

@@ -14,7 +14,8 @@ import pytest
 from in_child import fail, sleep
 
 from shards.media.decode import read_decord, read_pyav
-from shards.media.images import decode_jpeg, encode_jpeg, load_image
+from shards.media.images import load_image
+from shards.media.jpeg import decode_jpeg, encode_jpeg
 from shards.media.timeline import read_timeline
 from shards.media.types import MediaError
 from shards.media.video import _in_child, probe_video, read_frames
