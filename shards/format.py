@@ -1,4 +1,4 @@
-"""Shard format, version 1: names, dtypes and the index, shared by the builder and the reader.
+"""Shard format, version 2: names, dtypes and the index, shared by the builder and the reader.
 
 `docs/shard-format.md` is the specification. The functions here work on bytes and arrays: they open no file and need no
 tokenizer.
@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pydantic
 import xxhash
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: allowed pairs of every sample, and the largest lengths of every shard
 BLOCK = 512  # bytes; tar headers and contents begin at multiples of it
 INDEX_NAME = "index.json"
 ASKED_NAME = "asked.json.gz"  # member of a sample of stage "eval"; `shards.asked` reads it
@@ -37,11 +37,12 @@ class FormatError(ValueError):
 
 
 def index_dtype(num_variants: int) -> np.dtype[np.void]:
-    """Dtype of a row of `NNNNNN.idx.npy`: one row per sample, 26 + 10 K bytes, K being the number of variants.
+    """Dtype of a row of `NNNNNN.idx.npy`: one row per sample, 26 + 14 K bytes, K being the number of variants.
 
     offset, span: the sample's byte range in the tar (first header to last padding block); xxh64: xxh3-64 of that
     span; key_hash: `key_hash(key)`; num_frames: video frames of the sample. Per variant [K]: num_crops (ViT inputs),
-    num_tokens (expanded input tokens) and loss_weight (sum of the tokens' weights).
+    num_tokens (expanded input tokens), num_pairs (pairs of tokens that attend to each other, `layout.allowed_pairs`,
+    rounded to float32) and loss_weight (sum of the tokens' weights).
     """
     k = (num_variants,)
     return np.dtype(
@@ -53,6 +54,7 @@ def index_dtype(num_variants: int) -> np.dtype[np.void]:
             ("num_frames", "<u2"),
             ("num_crops", "<u2", k),
             ("num_tokens", "<u4", k),
+            ("num_pairs", "<f4", k),
             ("loss_weight", "<f4", k),
         ]
     )
@@ -79,13 +81,19 @@ def digest(value: Any) -> str:
 
 
 class ShardInfo(pydantic.BaseModel, extra="forbid", frozen=True):
-    """Index entry of a shard, a tar and its sidecar. `name` is the stem of `000000.tar` and `000000.idx.npy`."""
+    """Index entry of a shard, a tar and its sidecar. `name` is the stem of `000000.tar` and `000000.idx.npy`.
+
+    `max_tokens` and `max_crops` are the largest of all samples and variants, so that a plan can compare them with its
+    limits and need not read the sidecars.
+    """
 
     name: str = pydantic.Field(pattern=r"^\d{6}$")
     bytes: int
     sha256: str
     samples: int
     index_sha256: str
+    max_tokens: int
+    max_crops: int
 
 
 class Totals(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -143,13 +151,23 @@ def parse_index(data: bytes, where: str) -> DatasetIndex:
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
         raise FormatError(
-            f"{where}: shard format version {version!r}, this code reads {FORMAT_VERSION}; "
-            "rebuild the dataset with tools/build_shards.py"
+            f"{where}: shard format version {version!r}, this code reads {FORMAT_VERSION}; rebuild the dataset with "
+            "tools/build_shards.py, or only its indexes, from the shards, with tools/verify_shards.py --reindex"
         )
     try:
         return DatasetIndex.model_validate(raw)
     except pydantic.ValidationError as error:
         raise FormatError(f"{where}: {error}") from None
+
+
+def row_facts(rows: npt.NDArray[np.void], data: bytes) -> dict[str, Any]:
+    """What a shard's entry in the index says about its sidecar; `data` are the bytes of the file."""
+    return {
+        "samples": len(rows),
+        "index_sha256": hashlib.sha256(data).hexdigest(),
+        "max_tokens": int(rows["num_tokens"].max(initial=0)),
+        "max_crops": int(rows["num_crops"].max(initial=0)),
+    }
 
 
 def check_sidecar(rows: npt.NDArray[np.void], shard: ShardInfo, num_variants: int, where: str) -> None:

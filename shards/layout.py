@@ -229,6 +229,16 @@ def expand(layout: VisualLayout, stored: npt.NDArray[np.void], visuals: list[dic
     )
 
 
+def allowed_pairs(tokens: Expanded) -> int:
+    """The number of (query, key) pairs of one sample's tokens that the attention mask allows."""
+    # A token sees those before it in its own branch, and a branch sees its whole trunk (branch 0).
+    counts: list[int] = np.bincount(tokens.branch).tolist()
+    trunk, *branches = counts
+    causal = sum(count * (count + 1) // 2 for count in counts)
+    visual = int(np.count_nonzero(tokens.is_visual))
+    return causal + trunk * sum(branches) + visual * (visual - 1) // 2  # visual tokens see later ones too
+
+
 def _is_bidirectional(tokens: VisualTokens, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
     lowest, table = _bidirectional_table(tokens)
     places = ids - lowest
@@ -242,9 +252,3 @@ def _bidirectional_table(tokens: VisualTokens) -> tuple[int, npt.NDArray[np.bool
     """The lowest bidirectional id, and a table that says for each id from there on whether it is bidirectional."""
     ids = np.array(tokens.bidirectional)
     return int(ids.min()), np.isin(np.arange(ids.min(), ids.max() + 1), ids)
-
-
-def expanded_length(layout: VisualLayout, stored: npt.NDArray[np.void], visuals: list[dict[str, Any]]) -> int:
-    """Number of input tokens of a stored variant after `expand`, computed without making the arrays."""
-    branches = int(stored["branch"][-1])
-    return len(stored) - branches + sum(len(visual_tokens(layout, v)) - 1 for v in visuals)

@@ -33,6 +33,7 @@ from shards.format import (
     check_sidecar,
     index_dtype,
     parse_index,
+    row_facts,
     span_hash,
     tar_members,
     whole_headers,
@@ -115,10 +116,14 @@ def repair_dataset(folder: Path, copy: Storage | None = None, *, reindex: bool =
 
 
 def _last_index(folder: Path) -> DatasetIndex:
-    """The index, or the one that a killed repair saved, or one rebuilt from the settings in `build.json`."""
+    """The index, or the one that a killed repair saved, or one rebuilt from the settings in `build.json`.
+
+    That of an older format version names no shards, so that all are scanned.
+    """
     for name in (INDEX_NAME, SET_ASIDE):
         try:
-            return parse_index((folder / name).read_bytes(), str(folder / name))
+            data = (folder / name).read_bytes()
+            return _settings_of_version_1(data) or parse_index(data, str(folder / name))
         except (FileNotFoundError, FormatError):
             continue
     try:
@@ -139,6 +144,17 @@ def _last_index(folder: Path) -> DatasetIndex:
             f"{folder}: neither {INDEX_NAME} nor build.json can be read ({type(error).__name__}: {error}): without the "
             "processor's settings no length can be computed; copy one of them from another machine, or build again"
         ) from None
+
+
+def _settings_of_version_1(data: bytes) -> DatasetIndex | None:
+    """The index of a dataset of format version 1 without its shards, whose tars are the same; None for another file."""
+    try:
+        raw = json.loads(data)
+        if not isinstance(raw, dict) or raw.get("format_version") != 1:
+            return None
+        return DatasetIndex.model_validate({**raw, "format_version": FORMAT_VERSION, "shards": ()})
+    except ValueError:
+        return None
 
 
 def _is_intact(storage: LocalStorage, info: ShardInfo) -> bool:
@@ -256,12 +272,13 @@ def _rewrite(
         name=name,
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        samples=len(rows),
-        index_sha256=hashlib.sha256(sidecar).hexdigest(),
+        **row_facts(rows, sidecar),
     )
 
 
 def _record(folder: Path, dropped: list[Finding]) -> None:
+    if not dropped:
+        return
     with open(folder / LOG_NAME, "a", encoding="utf-8") as file:
         for finding in dropped:
             file.write(json.dumps(asdict(finding)) + "\n")

@@ -31,12 +31,13 @@ from shards.format import (
     check_sidecar,
     key_hash,
     parse_index,
+    row_facts,
     span_hash,
     tar_members,
     whole_headers,
 )
-from shards.layout import VisualLayout, expand, sample_visuals, visual_crops
-from shards.media.images import decode_jpeg
+from shards.layout import VisualLayout, allowed_pairs, expand, sample_visuals, visual_crops
+from shards.media.jpeg import decode_jpeg
 from shards.storage.base import Storage
 from shards.storage.open import open_storage
 
@@ -114,6 +115,10 @@ def _verify_shard(
     except ValueError as error:
         yield {"problem": f"unusable sidecar: {error}"}
         return
+    facts, listed = row_facts(rows, sidecar), shard.model_dump()
+    for name, value in facts.items():
+        if value != listed[name]:
+            yield {"problem": f"{name} {value} in the sidecar, {listed[name]} in the index"}
     sums.update(samples=len(rows), bytes=len(data), frames=int(rows["num_frames"].sum()))
     sums.update(tokens=int(rows["num_tokens"][:, 0].sum()), crops=int(rows["num_crops"][:, 0].sum()))
     end = 0
@@ -187,6 +192,7 @@ def _verify_content(files: dict[str, bytes], row: npt.NDArray[np.void], num_vari
         facts = {
             "num_tokens": len(expanded.input_ids),
             "num_crops": sum(visual_crops(visual) for visual in visuals),
+            "num_pairs": np.float32(allowed_pairs(expanded)),
             "loss_weight": np.float32(np.sum(tokens["weight"], dtype=np.float64)),
         }
         wrong = [

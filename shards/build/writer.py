@@ -24,9 +24,10 @@ from shards.format import (
     canonical_json,
     index_dtype,
     key_hash,
+    row_facts,
     span_hash,
 )
-from shards.layout import VisualLayout, expanded_length, sample_visuals, visual_crops
+from shards.layout import VisualLayout, allowed_pairs, expand, sample_visuals, visual_crops
 from shards.schema import Sample
 
 OWNER = "nanomolmo2"  # user and group in every tar header
@@ -58,8 +59,10 @@ def index_row(layout: VisualLayout, sample: Sample) -> npt.NDArray[np.void]:
     row["num_frames"] = sum(visual["kind"] == "frame" for visual in sample.record["visuals"])
     for k, tokens in enumerate(sample.variants):
         visuals = sample_visuals(sample.record, k)
+        expanded = expand(layout, tokens, visuals)
         row["num_crops"][k] = sum(visual_crops(visual) for visual in visuals)
-        row["num_tokens"][k] = expanded_length(layout, tokens, visuals)
+        row["num_tokens"][k] = len(expanded.input_ids)
+        row["num_pairs"][k] = allowed_pairs(expanded)
         row["loss_weight"][k] = np.sum(tokens["weight"], dtype=np.float64)
     return row
 
@@ -120,7 +123,6 @@ def write_shard(
         name=name,
         bytes=path.stat().st_size,
         sha256=sha256,
-        samples=len(table),
-        index_sha256=hashlib.sha256(npy_bytes(table)).hexdigest(),
+        **row_facts(table, npy_bytes(table)),
     )
     return info, table

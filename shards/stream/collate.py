@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shards.layout import Expanded, VisualLayout, expand, split_crops, visual_crops, visual_pooling
-from shards.media.images import decode_jpeg
+from shards.layout import Expanded, VisualLayout, allowed_pairs, expand, split_crops, visual_crops, visual_pooling
+from shards.media.jpeg import decode_jpeg
 from shards.split import split_visuals
 from shards.storage.base import UnavailableError
 from shards.stream.plan import Cursor, Draw, PackSpec
@@ -227,16 +227,6 @@ def own_visuals(samples: Sequence[OpenedSample], rank: int, ranks: int) -> Itera
         last = first + len(sample.num_crops)
         yield sample, (own[(own >= first) & (own < last)] - first).tolist()
         first = last
-
-
-def allowed_pairs(tokens: Expanded) -> int:
-    """The number of (query, key) pairs of one sample's tokens that the attention mask allows."""
-    # A token sees those before it in its own branch, and a branch sees its whole trunk (branch 0).
-    counts: list[int] = np.bincount(tokens.branch).tolist()
-    trunk, *branches = counts
-    causal = sum(count * (count + 1) // 2 for count in counts)
-    visual = int(np.count_nonzero(tokens.is_visual))
-    return causal + trunk * sum(branches) + visual * (visual - 1) // 2  # visual tokens see later ones too
 
 
 def own_crops(batch: Batch, rank: int, ranks: int) -> Batch:

@@ -1,8 +1,7 @@
-"""An opened dataset: its index, and its sidecars as memory-mapped arrays for look-ups by sample number."""
+"""An opened dataset: its index, and its sidecars as memory-mapped arrays, for look-ups by sample number."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,20 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.format import (
-    INDEX_NAME,
-    DatasetIndex,
-    FormatError,
-    ShardInfo,
-    check_sidecar,
-    index_dtype,
-    npy_rows,
-    parse_index,
-)
+from shards.format import INDEX_NAME, DatasetIndex, index_dtype, parse_index
 from shards.storage.base import Storage, read_threads
 from shards.storage.local import LocalStorage
 from shards.storage.open import open_storage
 from shards.stream.cache import ShardCache, cache_dir
+from shards.stream.sidecars import load_sidecars
 
 SMALL = 64 << 10  # bytes; a dataset whose samples are smaller on average is worth caching as whole shards
 Array = npt.NDArray[Any]
@@ -88,42 +79,12 @@ class Dataset:
         return shard, row, entries
 
 
-def _load_sidecar(storage: Storage, shard: ShardInfo, num_variants: int) -> Array:
-    """Verify and memory-map a sidecar; one from a bucket is first copied to the local cache."""
-    name, dtype = f"{shard.name}.idx.npy", index_dtype(num_variants)
-    if isinstance(storage, LocalStorage):
-        local, data = storage, storage.read(name)
-    else:
-        local, data = _fetch_sidecar(storage, shard)
-        name = f"{shard.index_sha256}.npy"
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != shard.index_sha256:
-        raise ValueError(f"sha256 {digest[:16]}..., index.json says {shard.index_sha256[:16]}...")
-    start, count = npy_rows(data, dtype)
-    # A plain array over the map: looking up rows of numpy's own memmap class costs several times more.
-    return np.asarray(np.memmap(local.path(name), dtype, "r", start, (count,)))
-
-
-def _fetch_sidecar(storage: Storage, shard: ShardInfo) -> tuple[LocalStorage, bytes]:
-    """Fetch a sidecar through the local cache: the cache and the bytes. Bytes with a wrong hash are not cached."""
-    cache, name = LocalStorage(cache_dir()), f"{shard.index_sha256}.npy"
-    try:
-        data = cache.read(name)
-    except FileNotFoundError:
-        data = b""
-    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        data = storage.read(f"{shard.name}.idx.npy")
-        if hashlib.sha256(data).hexdigest() == shard.index_sha256:
-            cache.write(name, data)
-    return cache, data
-
-
 def open_dataset(root: str, name: str) -> Dataset:
     """Open `root`/`name`.
 
     Raises:
         DatasetError: the dataset does not exist, or its build has not finished.
-        FormatError: the index is damaged, or has another format version.
+        FormatError: the index or a sidecar is damaged, or has another format version.
     """
     storage = open_storage(f"{root.rstrip('/')}/{name}")
     where = f"{storage.root}/{INDEX_NAME}"
@@ -134,19 +95,9 @@ def open_dataset(root: str, name: str) -> Dataset:
             f"{where} does not exist: dataset {name} is not built, or its build has not finished; "
             "run tools/build_shards.py for its stage (finished shards are kept)"
         ) from None
-    sidecars = []
-    for shard in index.shards:
-        file = f"{storage.root}/{shard.name}.idx.npy"
-        try:
-            rows = _load_sidecar(storage, shard, index.num_variants)
-        except (FileNotFoundError, ValueError) as error:
-            raise FormatError(
-                f"{file}: cannot be used: {error}; run tools/verify_shards.py, and fetch or build it again"
-            ) from None
-        check_sidecar(rows, shard, index.num_variants, file)
-        sidecars.append(rows)
+    sidecars = load_sidecars(storage, index)
     ends = np.cumsum([len(rows) for rows in sidecars], dtype=np.int64)
-    return Dataset(name, storage, index, tuple(sidecars), ends)
+    return Dataset(name, storage, index, sidecars, ends)
 
 
 def find_dataset(roots: tuple[str, ...], name: str) -> Dataset:

@@ -8,7 +8,7 @@ import pytest
 from shards.format import FormatError, ShardInfo, check_sidecar, index_dtype, key_hash, parse_index
 
 INDEX = {
-    "format_version": 1,
+    "format_version": 2,
     "dataset": "toy",
     "stage": "sft",
     "num_variants": 4,
@@ -16,7 +16,12 @@ INDEX = {
     "source": {},
     "build": {"workers": 3},
     "totals": {"samples": 2, "annotations": 2, "tokens": 9, "crops": 0, "frames": 0, "bytes": 1024, "rejects": 0},
-    "shards": [{"name": "000000", "bytes": 1024, "sha256": "00", "samples": 2, "index_sha256": "11"}],
+    "shards": [
+        {
+            **{"name": "000000", "bytes": 1024, "sha256": "00", "samples": 2, "index_sha256": "11"},
+            **{"max_tokens": 5, "max_crops": 0},
+        }
+    ],
 }
 
 
@@ -25,14 +30,14 @@ def test_digest_depends_on_samples_and_processor_alone() -> None:
     same = parse_index(json.dumps({**INDEX, "build": {"workers": 1}}).encode(), "index.json")
     other = parse_index(json.dumps({**INDEX, "processor": {"chat_format": 2}}).encode(), "index.json")
     assert index.digest == same.digest != other.digest
-    assert index.digest == "80a53d89ca801ea6"  # pinned: a change here orphans every checkpoint
+    assert index.digest == "11a44518f4ee03d6"  # pinned: a change here orphans every checkpoint
 
 
 @pytest.mark.parametrize(
     ("data", "match"),
     [
         (b"{", "not JSON"),
-        (json.dumps({**INDEX, "format_version": 2}).encode(), "format version 2, this code reads 1"),
+        (json.dumps({**INDEX, "format_version": 1}).encode(), "format version 1, this code reads 2.*--reindex"),
         (json.dumps({**INDEX, "extra": 1}).encode(), "extra"),
         (json.dumps({**INDEX, "shards": [{**INDEX["shards"][0], "name": "../x"}]}).encode(), "name"),  # type: ignore[index]
         (b"[]", "format version None"),

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from shards.build.writer import npy_bytes, write_shard
-from shards.format import FORMAT_VERSION, TOKEN_DTYPE, DatasetIndex, ShardInfo, Totals, index_dtype, key_hash
+from shards.format import FORMAT_VERSION, TOKEN_DTYPE, DatasetIndex, ShardInfo, Totals, index_dtype, key_hash, row_facts
 from shards.layout import VisualLayout, VisualTokens
-from shards.media.images import encode_jpeg
+from shards.media.jpeg import encode_jpeg
 from shards.schema import Sample
 from shards.stream.dataset import Dataset, open_dataset
 
@@ -115,6 +115,7 @@ def write_lengths(
     folder.mkdir(parents=True)
     rows = np.zeros(len(tokens), index_dtype(tokens.shape[1]))
     rows["num_tokens"], rows["num_crops"] = tokens, crops
+    rows["num_pairs"] = tokens * (tokens + 1) / 2  # causal
     rows["loss_weight"] = np.broadcast_to(weights, tokens.shape)
     rows["key_hash"] = [key_hash(f"{name}-{i}") for i in range(len(tokens))]
     rows["offset"] = np.arange(len(tokens)) * 512
@@ -122,7 +123,6 @@ def write_lengths(
     for number, part in enumerate(np.array_split(rows, num_shards)):
         data, stem = npy_bytes(part), f"{number:06d}"
         (folder / f"{stem}.idx.npy").write_bytes(data)
-        digest = hashlib.sha256(data).hexdigest()
-        infos.append(ShardInfo(name=stem, bytes=0, sha256="", samples=len(part), index_sha256=digest))
+        infos.append(ShardInfo(name=stem, bytes=0, sha256="", **row_facts(part, data)))
     write_index(folder, infos, tokens.shape[1], PROCESSOR)
     return open_dataset(str(root), name)

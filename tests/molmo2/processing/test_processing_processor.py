@@ -26,7 +26,7 @@ from molmo2.processing.tokenizer import MOLMO2_TOKENS, train_demo_tokenizer
 from shards.catalog import Row
 from shards.convert.common import Group
 from shards.convert.reading import convert
-from shards.layout import VisualLayout, expand, expanded_length, sample_visuals
+from shards.layout import VisualLayout, expand, sample_visuals
 from shards.schema import (
     Chat,
     Cue,
@@ -58,7 +58,7 @@ def limits(**changes) -> Limits:
 
 
 def length(processor, sample: Sample, variant: int) -> int:
-    return expanded_length(processor.layout, sample.variants[variant], sample_visuals(sample.record, variant))
+    return len(expand(processor.layout, sample.variants[variant], sample_visuals(sample.record, variant)).input_ids)
 
 
 def stored_text(processor, sample: Sample, variant: int, branch: int | None = None) -> str:

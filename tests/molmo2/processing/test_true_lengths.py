@@ -10,7 +10,7 @@ from processing_cases import BASE_VOCAB, example, tiny_tokenizer, write_video
 
 from molmo2.processing.processor import Processor
 from shards.catalog import load_catalog
-from shards.layout import VisualLayout, VisualTokens, expanded_length
+from shards.layout import VisualLayout, VisualTokens, expand
 from shards.schema import PointGroup, Points, Sample, Text, TrackGroup, Tracks, VideoRef
 
 MOLMO2 = VisualLayout(
@@ -29,7 +29,9 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[int, VideoRef]:
 def process(annotation: Any, video: VideoRef, stage: str = "sft") -> Sample:
     sample = Processor(MOLMO2, tiny_tokenizer(), "sft", 2)(example(annotation, video=video), LIMITS[stage])
     visuals = sample.record["visuals"]
-    assert all(expanded_length(MOLMO2, tokens, visuals) <= LIMITS[stage].sequence_length for tokens in sample.variants)
+    assert all(
+        len(expand(MOLMO2, tokens, visuals).input_ids) <= LIMITS[stage].sequence_length for tokens in sample.variants
+    )
     return sample
 
 

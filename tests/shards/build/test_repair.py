@@ -167,3 +167,21 @@ def test_reindexing_believes_the_tars_and_not_the_indexes(damaged: Path, whole: 
     assert names == [shard["name"] for shard in index_of(whole / "demo-cap")["shards"]][1:]
     kept = {shard["name"]: shard for shard in index_of(damaged)["shards"]}
     assert all(kept[shard["name"]] == shard for shard in index_of(whole / "demo-cap")["shards"][1:])
+
+
+def test_a_dataset_of_format_version_1_needs_only_a_new_index(damaged: Path, whole: Path) -> None:
+    """Its sidecars had no pairs, and its index no largest lengths; the tars are the same."""
+    index = json.loads((damaged / INDEX_NAME).read_bytes())
+    for shard in index["shards"]:
+        del shard["max_tokens"], shard["max_crops"]
+        rows = np.load(damaged / f"{shard['name']}.idx.npy")
+        names = [name for name in rows.dtype.names if name != "num_pairs"]
+        old = np.zeros(len(rows), [(name, rows.dtype[name]) for name in names])
+        for name in names:
+            old[name] = rows[name]
+        np.save(damaged / f"{shard['name']}.idx.npy", old)
+    (damaged / INDEX_NAME).write_text(json.dumps(index | {"format_version": 1}))
+    assert "--reindex" in findings(damaged)[0]
+    list(repair_dataset(damaged, reindex=True))
+    assert tree(damaged.parent) == tree(whole)
+    assert findings(damaged) == []

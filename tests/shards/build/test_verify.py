@@ -20,7 +20,7 @@ from fork_server import python
 from shards.build.verify import Finding, find_datasets, verify_dataset
 from shards.build.writer import npy_bytes
 from shards.format import span_hash, tar_members
-from shards.media.images import encode_jpeg
+from shards.media.jpeg import encode_jpeg
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "other sidecar": (lambda d: shutil.copy(d / "000000.idx.npy", d / "000001.idx.npy"), "another sha256"),
     "extra shard": (lambda d: shutil.copy(d / "000000.tar", d / "000007.tar"), "not in the index"),
     "foreign version": (
-        lambda d: (d / "index.json").write_text((d / "index.json").read_text().replace('_version": 1', '_version": 9')),
+        lambda d: (d / "index.json").write_text((d / "index.json").read_text().replace('_version": 2', '_version": 9')),
         "format version 9",
     ),
 }

@@ -9,7 +9,7 @@ import torch
 from toy import LAYOUT, make_sample, write_samples
 
 from shards.layout import expand, visual_pooling
-from shards.media.images import decode_jpeg, encode_jpeg
+from shards.media.jpeg import decode_jpeg, encode_jpeg
 from shards.split import split_visuals
 from shards.stream.collate import (
     MEMBER,
