@@ -23,6 +23,7 @@ from torch.utils.data import Dataset as TorchDataset
 from shards.layout import VisualLayout
 from shards.storage.base import UnavailableError, take_tally
 from shards.storage.local import LocalStorage
+from shards.stream.balance import SAME_COST, PackCost, own_packs
 from shards.stream.collate import Batch, OpenedSample, ReadStats, collate, decode_crops, open_sample, own_visuals
 from shards.stream.dataset import Tars, with_cache
 from shards.stream.plan import Cursor, Draw, Plan
@@ -53,7 +54,7 @@ def micro_steps(packs_per_step: int, dp_size: int, micro_batch: int) -> int:
 
 
 class PlanSampler(Sampler[MicroSpec]):
-    """Endless sampler of this rank's micro-batches from a cursor on: rank r takes slots r, r + dp_size, ….
+    """Endless sampler of this rank's micro-batches from a cursor on; the packs of a step are dealt to ranks by `cost`.
 
     `lanes` and `read_ahead`: see `look_ahead`.
     """
@@ -67,11 +68,12 @@ class PlanSampler(Sampler[MicroSpec]):
         micro_batch: int,
         lanes: int = 1,
         read_ahead: int = 0,
+        cost: PackCost = SAME_COST,
     ) -> None:
         micro_steps(plan.settings.packs_per_step, dp_size, micro_batch)
         self.plan, self.cursor = plan, cursor
         self.dp_rank, self.dp_size, self.micro_batch = dp_rank, dp_size, micro_batch
-        self.lanes, self.read_ahead = lanes, read_ahead
+        self.lanes, self.read_ahead, self.cost = lanes, read_ahead, cost
 
     def __iter__(self) -> Iterator[MicroSpec]:
         return look_ahead(self._specs(), self.lanes, self.read_ahead)
@@ -80,7 +82,8 @@ class PlanSampler(Sampler[MicroSpec]):
         cursor = self.cursor
         while True:
             step = self.plan.step(cursor)
-            own = step.packs[self.dp_rank :: self.dp_size]
+            length = self.plan.settings.sequence_length
+            own = own_packs(step, self.cost, length, self.dp_rank, self.dp_size, self.micro_batch)
             for first in range(0, len(own), self.micro_batch):
                 yield MicroSpec(own[first : first + self.micro_batch], step.divisor, step.cursor)
             cursor = step.cursor
@@ -221,6 +224,7 @@ def make_loader(
     prefetch: int = 2,
     read_ahead: int = READ_AHEAD,
     cache: int = 0,
+    cost: PackCost = SAME_COST,
     strict: bool = False,
 ) -> Generator[Batch, None, None]:
     """Yield this rank's micro-batches from `cursor` on, without end; `micro_steps` of them make one step.
@@ -240,6 +244,7 @@ def make_loader(
         prefetch: decoded micro-batches that each worker holds ready.
         read_ahead: bytes of stored samples that this rank reads from a bucket before they are needed.
         cache: bytes of whole shards of small samples from a bucket that this machine may cache on its disk.
+        cost: cost of a pack, by which the packs of a step are dealt to the ranks; all ranks pass the same one.
         strict: allow no damaged sample.
 
     Raises:
@@ -252,7 +257,7 @@ def make_loader(
     loader = DataLoader(
         reader,
         batch_size=None,
-        sampler=PlanSampler(plan, cursor, dp_rank, dp_size, micro_batch, max(1, workers), ahead),
+        sampler=PlanSampler(plan, cursor, dp_rank, dp_size, micro_batch, max(1, workers), ahead, cost),
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=_start_worker,

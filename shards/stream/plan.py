@@ -25,7 +25,7 @@ from shards.stream.mixture import MixtureSpec, draws_before, integer_weights, ph
 from shards.stream.order import epoch_keys, key_of, permute_blocks, shuffled
 from shards.stream.packing import pack
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2  # 2: packs of like cost
 Array = npt.NDArray[Any]
 
 
@@ -50,6 +50,15 @@ class Draw(NamedTuple):
     num_tokens: int
     num_crops: int
     loss_weight: float
+    num_pairs: float = 0.0
+
+
+class PackSizes(NamedTuple):
+    """Sums over the samples of a pack; `pairs`: (query, key) pairs of tokens that the attention mask allows."""
+
+    tokens: int
+    crops: int
+    pairs: float
 
 
 class PackSpec(NamedTuple):
@@ -58,6 +67,12 @@ class PackSpec(NamedTuple):
     step: int
     slot: int
     draws: tuple[Draw, ...]
+
+    @property
+    def sizes(self) -> PackSizes:
+        """The sizes that determine what the pack costs to compute."""
+        tokens, crops, pairs = zip(*((d.num_tokens, d.num_crops, d.num_pairs) for d in self.draws), strict=True)
+        return PackSizes(sum(tokens), sum(crops), sum(pairs))
 
 
 class Cursor(NamedTuple):
@@ -189,18 +204,7 @@ class Plan:
         time = (cursor.window + (cursor.offset > 0)) * old["settings"]["window"]
         return Cursor(cursor.step, -(-time // self.settings.window), 0), changed
 
-    def _compute_window(self, window: int) -> list[tuple[Draw, ...]]:
-        """All packs of a window, in the order of training."""
-        draws = self._draws(window)
-        tokens = np.array([draw.num_tokens for draw in draws], np.int64)
-        crops = np.array([draw.num_crops for draw in draws], np.int64)
-        packs = pack(tokens, crops, self.settings.sequence_length, self.settings.max_crops)
-        order = shuffled(len(packs), key_of("packs", self.settings.seed, window)).tolist()
-        # Packing sorts samples by length; inside a pack they are shuffled.
-        place = shuffled(len(draws), key_of("members", self.settings.seed, window)).tolist()
-        return [tuple(draws[i] for i in sorted(packs[number], key=place.__getitem__)) for number in order]
-
-    def _draws(self, window: int) -> list[Draw]:
+    def window_draws(self, window: int) -> list[Draw]:
         """The draws of a window, dataset by dataset."""
         before = np.array(list(self.draws_until(window).values()))
         counts = np.array(list(self.draws_until(window + 1).values())) - before
@@ -216,6 +220,18 @@ class Plan:
             draws += draws_of(self.datasets[i], ordinals[part], epochs[part], number=i)
         return draws
 
+    def _compute_window(self, window: int) -> list[tuple[Draw, ...]]:
+        """All packs of a window, in the order of training."""
+        draws = self.window_draws(window)
+        tokens = np.array([draw.num_tokens for draw in draws], np.int64)
+        crops = np.array([draw.num_crops for draw in draws], np.int64)
+        pairs = np.array([draw.num_pairs for draw in draws], np.float64).astype(np.int64)
+        packs = pack(tokens, crops, pairs, self.settings.sequence_length, self.settings.max_crops)
+        order = shuffled(len(packs), key_of("packs", self.settings.seed, window)).tolist()
+        # Packing sorts samples by length; inside a pack they are shuffled.
+        place = shuffled(len(draws), key_of("members", self.settings.seed, window)).tolist()
+        return [tuple(draws[i] for i in sorted(packs[number], key=place.__getitem__)) for number in order]
+
 
 def draws_of(dataset: Dataset, ordinals: Array, epochs: Array | int = 0, number: int = 0) -> list[Draw]:
     """Draws of one dataset. The text variant of a sample changes with the epoch; its key hash gives the first one.
@@ -230,14 +246,17 @@ def draws_of(dataset: Dataset, ordinals: Array, epochs: Array | int = 0, number:
     variant = (epochs + entries["key_hash"]) % dataset.index.num_variants
     samples = np.arange(len(row))
     columns = [shard, row, variant, entries["offset"], entries["span"], entries["xxh64"]]
-    columns += [entries[field][samples, variant] for field in ("num_tokens", "num_crops", "loss_weight")]
+    columns += [entries[field][samples, variant] for field in ("num_tokens", "num_crops", "loss_weight", "num_pairs")]
     return [Draw(number, *values) for values in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def _check_lengths(dataset: Dataset, settings: PlanSettings) -> None:
-    limits = {"num_tokens": settings.sequence_length, "num_crops": settings.max_crops}
-    for field, limit in limits.items():
-        most = max((int(rows[field].max(initial=0)) for rows in dataset.sidecars), default=0)
+    shards = dataset.index.shards
+    limits = {
+        "num_tokens": (settings.sequence_length, max((shard.max_tokens for shard in shards), default=0)),
+        "num_crops": (settings.max_crops, max((shard.max_crops for shard in shards), default=0)),
+    }
+    for field, (limit, most) in limits.items():
         if most > limit:
             above = sum(int(np.count_nonzero((rows[field] > limit).any(axis=1))) for rows in dataset.sidecars)
             raise PlanError(
