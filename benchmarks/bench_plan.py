@@ -12,14 +12,15 @@ download the data to judge a packer: for each name a kind, and for each kind
                (and so many that the text fits), 83 tokens and a timestamp of 6 per frame
     text       log-normal around the set's median number of text tokens, over all annotations of the tree
 
-and one crop per frame. Every length is drawn once, with K = 4 variants whose text differs by up to 10 %.
+and one crop per frame. Every length is drawn once, with K = 4 variants whose text differs by up to 10 %. The text is
+one branch: a token sees all before it, and visual tokens see each other.
 
 Baselines, in the same run on the same draws: next-fit in the order of the stream, and a pool of 48 samples from which
 an exact two-dimensional knapsack takes the best pack, as Molmo2's loader does (value = tokens + 30 x crops, the token
 axis in 512 parts; samples left in the pool at the end do not count). "Least possible" is a lower bound for any packer:
 both limits as if samples were liquid, and samples that no other fits beside. Where it is above 0, lengths and limits
 leave room that nothing can fill: 16,384 tokens of video frames hold 184 crops, so a limit of 128 crops ends a pack
-early. The last line is one JSON object.
+early. The share of the time in which ranks work is simulated as plan_balance.py says. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -37,19 +39,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from plan_balance import PACKS_PER_STEP, STEPS, Table, pack_costs, table, window_costs
 from tqdm import tqdm
 
-from shards.format import FORMAT_VERSION, DatasetIndex, ShardInfo, Totals, index_dtype
+from shards.format import FORMAT_VERSION, DatasetIndex, ShardInfo, Totals, index_dtype, row_facts
 from shards.layout import VisualLayout, VisualTokens, visual_tokens
 from shards.stream.mixture import MixtureSpec
-from shards.stream.plan import Cursor, Plan, PlanSettings, StepSpec, open_plan
+from shards.stream.plan import Cursor, Draw, Plan, PlanSettings, StepSpec, open_plan
 
 LAYOUT = VisualLayout(
     tokens=VisualTokens.after(151_936), crop_size=378, patch_size=14, overlap_margin=4, image_pool=2, video_pool=3
 )
 VARIANTS = 4
 ROWS_PER_SHARD = 5_000
-FRAME_TOKENS = 83 + 6
+KNAPSACK_SAMPLES = 2_000  # it takes milliseconds for each
+VISUAL_TOKENS = 83  # of a frame, with its two delimiters
+FRAME_TOKENS = VISUAL_TOKENS + 6
 TILINGS = {(1, 1): 10, (1, 2): 8, (2, 1): 8, (2, 2): 25, (2, 3): 18, (3, 2): 10, (2, 4): 12, (4, 2): 6, (8, 1): 3}
 HIGH_TILINGS = {(3, 4): 50, (4, 4): 20, (4, 6): 20, (6, 4): 10}
 
@@ -68,6 +73,16 @@ SETTINGS = {
     "16384": Setting(16_384, 128, 128),
     "16384_192_crops": Setting(16_384, 192, 128),
     "36864": Setting(36_864, 384, 384),
+}
+
+
+# Setting, packs per step and data-parallel ranks -> the least share of working time.
+WORKING_BARS = {
+    ("36864", 128, 8): 0.97,
+    ("36864", 128, 16): 0.93,
+    ("36864", 512, 64): 0.85,
+    ("16384", 128, 8): 0.98,
+    ("16384", 128, 32): 0.94,
 }
 
 
@@ -177,21 +192,22 @@ def _images(rng: np.random.Generator, tilings: dict[tuple[int, int], int], count
     return total
 
 
-def draw_lengths(name: str, kind: Kind, size: int, limits: Setting) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and crops [size, K] of a dataset under the model of this file's docstring."""
+def draw_lengths(name: str, kind: Kind, size: int, limits: Setting) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, crops and visual tokens [size, K] of a dataset under the model of this file's docstring."""
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     rng = np.random.Generator(np.random.Philox(key))
     base = np.minimum(kind.text * np.exp(0.6 * rng.standard_normal(size)), limits.tokens - 400)[:, None]
     text = (base * rng.uniform(0.9, 1.0, (size, VARIANTS))).astype(np.int64) + 8
     if kind.name == "text":
-        return text, np.zeros_like(text)
+        return text, np.zeros_like(text), np.zeros_like(text)
     if kind.name == "video":
         wanted = (2 * kind.visual * np.exp(0.6 * rng.standard_normal(size))).astype(np.int64) + 2
         room = (
             limits.tokens - 1 - text.max(axis=1)
         ) // FRAME_TOKENS  # the builder takes fewer frames where text is long
         frames = np.maximum(np.minimum(np.minimum(wanted, limits.frames), room), 1)[:, None]
-        return text + 1 + frames * FRAME_TOKENS, np.repeat(frames, VARIANTS, axis=1)
+        frames = np.repeat(frames, VARIANTS, axis=1)
+        return text + 1 + frames * FRAME_TOKENS, frames, frames * VISUAL_TOKENS
     most = int(kind.visual)
     count = np.ones(size, np.int64) if most == 1 else np.clip(most + rng.integers(-1, 3, size), 2, 5)
     low = _images(rng, TILINGS, count)
@@ -202,16 +218,17 @@ def draw_lengths(name: str, kind: Kind, size: int, limits: Setting) -> tuple[np.
         visual = np.where(chosen[..., None], high[:, None], visual)
     over = visual[..., 0].max(axis=1) + 400 > limits.tokens  # several images that do not fit are shrunk to a few crops
     visual[over] = [4 * 410, 8]
-    return np.minimum(text + 1 + visual[..., 0], limits.tokens), visual[..., 1]
+    return np.minimum(text + 1 + visual[..., 0], limits.tokens), visual[..., 1], visual[..., 0]
 
 
 def write_dataset(root: Path, name: str, kind: Kind, size: int, limits: Setting) -> None:
     """A dataset without tars: sidecars and index.json are all that a plan reads."""
     folder = root / name
     folder.mkdir()
-    tokens, crops = draw_lengths(name, kind, size, limits)
+    tokens, crops, visual = draw_lengths(name, kind, size, limits)
     rows = np.zeros(size, index_dtype(VARIANTS))
     rows["num_tokens"], rows["num_crops"], rows["loss_weight"] = tokens, crops, 1.0
+    rows["num_pairs"] = tokens * (tokens + 1) / 2 + visual * (visual - 1) / 2
     rows["key_hash"] = np.arange(size) * 2654435761 % 2**32
     infos = []
     for number, first in enumerate(range(0, size, ROWS_PER_SHARD)):
@@ -219,8 +236,7 @@ def write_dataset(root: Path, name: str, kind: Kind, size: int, limits: Setting)
         np.save(buffer, part)
         data, stem = buffer.getvalue(), f"{number:06d}"
         (folder / f"{stem}.idx.npy").write_bytes(data)
-        sha = hashlib.sha256(data).hexdigest()
-        infos.append(ShardInfo(name=stem, bytes=0, sha256="", samples=len(part), index_sha256=sha))
+        infos.append(ShardInfo(name=stem, bytes=0, sha256="", **row_facts(part, data)))
     totals = Totals(samples=size, annotations=size, tokens=0, crops=0, frames=0, bytes=0, rejects=0)
     index = DatasetIndex(
         format_version=FORMAT_VERSION,
@@ -262,13 +278,16 @@ def mixture_spec(scale: float) -> MixtureSpec:
 # --- baselines -------------------------------------------------------------------------------------------------------
 
 
-def next_fit(lengths: np.ndarray, limits: Setting) -> int:
-    """Number of packs when samples are taken as they come and a pack closes at the first that does not fit."""
-    packs, tokens, crops = 1, 0, 0
-    for need, need_crops in lengths.tolist():
+def next_fit(lengths: np.ndarray, limits: Setting) -> list[list[int]]:
+    """Packs when samples are taken as they come and a pack closes at the first that does not fit."""
+    packs: list[list[int]] = [[]]
+    tokens = crops = 0
+    for number, (need, need_crops) in enumerate(lengths[:, :2].astype(int).tolist()):
         tokens, crops = tokens + need, crops + need_crops
         if tokens > limits.tokens or crops > limits.crops:
-            packs, tokens, crops = packs + 1, need, need_crops
+            tokens, crops = need, need_crops
+            packs.append([])
+        packs[-1].append(number)
     return packs
 
 
@@ -305,22 +324,22 @@ def least_packs(lengths: np.ndarray, limits: Setting) -> float:
     return float(max(bounds))
 
 
-def pool_knapsack(lengths: np.ndarray, limits: Setting, slots: int = 48) -> tuple[float, float]:
-    """Fill of packs taken from a pool that is topped up from the stream, and microseconds a sample."""
+def pool_knapsack(lengths: np.ndarray, limits: Setting, slots: int = 48) -> tuple[list[list[int]], float]:
+    """Packs taken from a pool that is topped up from the stream, and microseconds a sample."""
     unit = max(1, limits.tokens // 512)
-    pool: list[tuple[int, int]] = []
-    stream, filled, packs, taken = iter(lengths.tolist()), 0, 0, 0
+    needs = [(tokens, crops) for tokens, crops in lengths[:, :2].astype(int).tolist()]
+    pool: list[int] = []
+    stream, packs = iter(range(len(needs))), list[list[int]]()
     since = time.process_time()
     while True:
-        while len(pool) < slots and (sample := next(stream, None)):
-            pool.append(tuple(sample))
+        while len(pool) < slots and (sample := next(stream, None)) is not None:
+            pool.append(sample)
         if len(pool) < slots:
             break
-        chosen = best_subset(pool, limits, unit) or [0]
-        filled += sum(pool[i][0] for i in chosen)
-        taken, packs = taken + len(chosen), packs + 1
+        chosen = best_subset([needs[i] for i in pool], limits, unit) or [0]
+        packs.append([pool[i] for i in chosen])
         pool = [sample for i, sample in enumerate(pool) if i not in set(chosen)]
-    return filled / (packs * limits.tokens), (time.process_time() - since) / max(1, taken) * 1e6
+    return packs, (time.process_time() - since) / max(1, sum(map(len, packs))) * 1e6
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -340,7 +359,7 @@ def measure_plan(plans: list[Plan], limits: Setting, num_samples: int) -> tuple[
     """Fill, cost (the best of equal plans) and bounds; and the (tokens, crops) in a random order for the baselines."""
     runs = [first_steps(plan, num_samples) for plan in plans]
     packs = [pack for step in runs[0][0] for pack in step.packs]
-    lengths = np.array([(draw.num_tokens, draw.num_crops) for pack in packs for draw in pack.draws])
+    lengths = sizes_of([draw for pack in packs for draw in pack.draws])
     shuffled = np.random.Generator(np.random.Philox(0)).permutation(lengths)
     return {
         "padding": padding(lengths, len(packs), limits),
@@ -349,6 +368,27 @@ def measure_plan(plans: list[Plan], limits: Setting, num_samples: int) -> tuple[
         "samples_per_pack": len(lengths) / len(packs),
         "us": min(seconds for _, seconds in runs) / len(lengths) * 1e6,
     }, shuffled
+
+
+def sizes_of(draws: list[Draw]) -> np.ndarray:
+    """Tokens, crops and pairs of draws, float64 [n, 3]."""
+    return np.array([(draw.num_tokens, draw.num_crops, draw.num_pairs) for draw in draws], np.float64)
+
+
+def balance(plan: Plan, limits: Setting, knapsack: list[float]) -> dict[str, list[float]]:
+    """The costs of the packs of each way to make and to deal them, for `plan_balance.table`."""
+    wanted, windows = STEPS * max(PACKS_PER_STEP), list[np.ndarray]()
+    dealt: list[float] = []
+    while len(dealt) < wanted:
+        windows.append(sizes_of(plan.window_draws(len(windows))))
+        dealt += window_costs(windows[-1:], limits.tokens, limits.crops, balanced=True)
+    everything = np.random.Generator(np.random.Philox(0)).permutation(np.concatenate(windows))
+    return {
+        "dealt": dealt,
+        "best fit": window_costs(windows, limits.tokens, limits.crops, balanced=False),
+        "next fit": pack_costs(next_fit(everything, limits), everything, limits.tokens),
+        "knapsack": knapsack,
+    }
 
 
 def padding(lengths: np.ndarray, num_packs: float, limits: Setting) -> float:
@@ -364,8 +404,8 @@ def resume_seconds(root: Path, spec: MixtureSpec, settings: PlanSettings, step: 
     return time.perf_counter() - since
 
 
-def measure(name: str, scale: float, window: int) -> dict[str, float]:
-    """All figures of one setting."""
+def measure(name: str, scale: float, window: int) -> tuple[dict[str, float], Table]:
+    """All figures of one setting, and the table of working time."""
     limits = SETTINGS[name]
     settings = PlanSettings(
         sequence_length=limits.tokens, max_crops=limits.crops, packs_per_step=128, window=window, seed=0
@@ -377,16 +417,17 @@ def measure(name: str, scale: float, window: int) -> dict[str, float]:
         plans = [open_plan([str(root)], spec, settings) for _ in range(3)]
         figures, lengths = measure_plan(plans, limits, 8 * window)
         figures["samples"] = samples
-        figures["next_fit"] = padding(lengths, next_fit(lengths, limits), limits)
-        fill, figures["knapsack_us"] = pool_knapsack(lengths[:2000], limits)
-        figures["knapsack"] = 1 - fill
+        figures["next_fit"] = padding(lengths, len(next_fit(lengths, limits)), limits)
+        chosen, figures["knapsack_us"] = pool_knapsack(lengths[:KNAPSACK_SAMPLES], limits)
+        figures["knapsack"] = padding(lengths[list(itertools.chain(*chosen))], len(chosen), limits)
+        working = balance(plans[0], limits, pack_costs(chosen, lengths, limits.tokens))
         per_window = window / figures["samples_per_pack"]  # packs
         far = int(10**6 * 128 / per_window)
         pairs = [[resume_seconds(root, spec, settings, *at) for at in ((0, 0), (10**6, far))] for _ in range(3)]
         figures["resume_0"], figures["resume_1e6"] = (min(column) for column in zip(*pairs, strict=True))
     finally:
         shutil.rmtree(root)
-    return figures
+    return figures, table(working)
 
 
 def cpu_name() -> str:
@@ -403,7 +444,8 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the published number of samples")
     parser.add_argument("--window", type=int, default=4096, help="draws that are packed together")
     arguments = parser.parse_args()
-    results = {name: measure(name, arguments.scale, arguments.window) for name in SETTINGS}
+    measured = {name: measure(name, arguments.scale, arguments.window) for name in SETTINGS}
+    results = {name: figures for name, (figures, _) in measured.items()}
     rows = {
         "samples in the mixture": ("samples", "{:,.0f}"),
         "samples per pack": ("samples_per_pack", "{:.2f}"),
@@ -422,7 +464,13 @@ def main() -> None:
     )
     for label, (field, form) in rows.items():
         print(f"{label:42s}" + "".join(f"{form.format(result[field]):>16s}" for result in results.values()))
-    bars = {}
+    bars: dict[str, dict[str, float | bool]] = {}
+    for name, (_, (lines, _)) in measured.items():
+        print(f"\nshare of the time in which ranks work, {SETTINGS[name].tokens} tokens / {SETTINGS[name].crops} crops")
+        print("\n".join(lines))
+    for (name, count, dp), least in WORKING_BARS.items():
+        value = measured[name][1][1]["dealt", count][dp]
+        bars[f"working_{name}_{count}_packs_dp{dp}"] = {"value": round(value, 4), "bar": least, "ok": value >= least}
     for name, result in results.items():
         bar = 0.01 if name == "36864" else 0.005
         bars[f"padding_{name}"] = {

@@ -61,6 +61,14 @@ class Data(pydantic.BaseModel, extra="forbid", frozen=True):
         return self.mixture.without(self.leave_out)
 
 
+class MeasuredCost(pydantic.BaseModel, extra="forbid", frozen=True):
+    """What one token, one crop and one allowed pair of tokens add to the time of a pack, in any unit."""
+
+    token: float = Field(ge=0, allow_inf_nan=False)
+    crop: float = Field(ge=0, allow_inf_nan=False)
+    pair: float = Field(ge=0, allow_inf_nan=False)
+
+
 class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     """The length of a run, its batch size, precision, parallelism and checkpoints."""
 
@@ -69,6 +77,7 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     micro_batch: PositiveInt = 1  # packs that one rank (or group of sp ranks) computes at once
     sp: PositiveInt = 1  # ranks that share one pack (Ulysses sequence parallelism)
     sp_across_machines: bool = False  # let ranks of several machines share a pack: every layer waits for the network
+    pack_cost: MeasuredCost | None = None  # by which packs are dealt to ranks; null: operations, from the model's sizes
     freeze: tuple[Component, ...] = ()  # components that are not trained: no gradients, no optimizer states
     precision: Literal["fp32", "bf16"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 2

@@ -14,7 +14,7 @@ from molmo2.inspection.shares import mixture_lines
 from molmo2.model.molmo2 import Molmo2
 from molmo2.parallel.agree import write_line
 from molmo2.parallel.mesh import SINGLE
-from molmo2.training.dry_run import dry_run, this_gpu
+from molmo2.training.dry_run import GPUS, dry_run, this_gpu
 from molmo2.training.prepare import prepare
 from molmo2.training.replay import check_shard_files, find_step, show_losses, show_packs
 from molmo2.training.run import Run
@@ -53,7 +53,7 @@ def dry_run_lines(recipe: Recipe, gpu_memory: float | None = None, gpu_price: fl
     """
     needs = dry_run(recipe, this_gpu(recipe, gpu_memory, gpu_price))  # first, since it checks the model's name
     try:
-        plan = mixture_lines(recipe, STEPS_DRAWN)
+        plan = mixture_lines(recipe, STEPS_DRAWN, worlds=GPUS)
     except (ValueError, OSError) as error:  # most often the shards are not built yet
         plan = [f"plan: {error}"]
     resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
 from molmo2.config import Recipe
 from shards.stream.mixture import SCALE
-from shards.stream.plan import Cursor, Plan, open_plan
+from shards.stream.plan import Cursor, PackSizes, Plan, open_plan
 
 
 @dataclass(slots=True)
@@ -26,6 +27,7 @@ class DrawCounts:
     tokens: list[int] = field(default_factory=list)
     crops: list[int] = field(default_factory=list)
     fewest_tokens: int = sys.maxsize  # tokens of the pack with the fewest
+    sizes: list[list[PackSizes]] = field(default_factory=list)  # of the packs of each step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,9 @@ def draw_steps(plan: Plan, num_steps: int) -> DrawCounts:
                 drawn.samples[draw.dataset] += 1
                 drawn.tokens[draw.dataset] += draw.num_tokens
                 drawn.crops[draw.dataset] += draw.num_crops
-            drawn.fewest_tokens = min(drawn.fewest_tokens, sum(draw.num_tokens for draw in pack.draws))
+        sizes = [pack.sizes for pack in step.packs]
+        drawn.fewest_tokens = min(drawn.fewest_tokens, *(size.tokens for size in sizes))
+        drawn.sizes.append(sizes)
         drawn.packs += len(step.packs)
         cursor = step.cursor
     return drawn
@@ -134,17 +138,22 @@ def draw_summary(recipe: Recipe, drawn: DrawCounts) -> list[str]:
     return lines
 
 
-def mixture_lines(recipe: Recipe, num_steps: int, plan: Plan | None = None) -> list[str]:
+def mixture_lines(recipe: Recipe, num_steps: int, plan: Plan | None = None, worlds: Sequence[int] = ()) -> list[str]:
     """Lines to print: the table and the summary of a recipe's first steps, at most `num_steps`.
 
-    `plan`: the recipe's plan; None opens it.
+    `plan`: the recipe's plan; None opens it. `worlds`: numbers of ranks whose balance is printed too.
 
     Raises:
         DatasetError, FormatError, MixtureError, PlanError: see `shards.stream.plan.open_plan`.
     """
     plan = plan or open_plan(recipe.roots, recipe.data.drawn_mixture, recipe.plan_settings)
     drawn = draw_steps(plan, min(num_steps, recipe.train.steps))
-    return [*share_table(shares_of(recipe, plan, drawn)), "", *draw_summary(recipe, drawn)]
+    lines = [*share_table(shares_of(recipe, plan, drawn)), "", *draw_summary(recipe, drawn)]
+    if worlds:
+        from molmo2.inspection.balance import balance_lines  # imported here because it imports torch
+
+        lines += ["", *balance_lines(recipe, drawn.sizes, worlds)]
+    return lines
 
 
 def plan_and_draw(recipe: Recipe, num_steps: int) -> tuple[Plan, DrawCounts]:

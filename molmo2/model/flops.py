@@ -67,12 +67,14 @@ def forward_flops(config: ModelConfig, work: Workload) -> Flops:
     )
 
 
-def training_flops(forward: Flops, frozen: Collection[str] = ()) -> Flops:
-    """Operations of forward and backward, without recomputation; `frozen` names components.
+def training_flops(forward: Flops, frozen: Collection[str] = (), *, recompute: bool = False) -> Flops:
+    """Operations of forward and backward; `frozen` names components.
 
     A frozen component has no gradients of its weights, and none of its inputs if nothing before it is trained. Two
     small parts are ignored: the first layer that is trained needs no gradients of its inputs, and the attention of a
     frozen component costs as much in backward as that of a trained one.
+
+    `recompute`: also count the second forward pass of activation checkpointing, which MFU does not.
     """
     counts: dict[str, int] = {}
     trained_before = False
@@ -80,7 +82,30 @@ def training_flops(forward: Flops, frozen: Collection[str] = ()) -> Flops:
         trained = name not in frozen
         counts[name] = count * (TRAINING_FACTOR if trained else 1 + trained_before)
         trained_before |= trained
+    if recompute:
+        counts["llm"] += forward.llm
+        counts["vit"] += forward.vit if "vit" not in frozen else 0
     return Flops(**counts)
+
+
+def unit_costs(config: ModelConfig, frozen: Collection[str] = (), *, recompute: bool = False) -> tuple[int, int, int]:
+    """Operations of training per token, per crop and per allowed pair; those of a pack are nearly their sum.
+
+    Two assumptions make it a sum of what the index of a dataset knows: every crop has the visual tokens of a video
+    frame, and every other token has a loss, as only prompts have none.
+    """
+    visual = (round(config.patches_per_crop**0.5) // config.video_pool) ** 2
+    nothing = dict.fromkeys(Workload.__dataclass_fields__, 0)
+    units: tuple[dict[str, int], ...] = (
+        {"num_tokens": 1, "num_logits": 1},
+        {"num_crops": 1, "num_visual_tokens": visual, "pool_width": config.video_pool**2, "num_logits": -visual},
+        {"num_pairs": 1},
+    )
+    token, crop, pair = (
+        training_flops(forward_flops(config, Workload(**nothing | unit)), frozen, recompute=recompute).total
+        for unit in units
+    )
+    return token, crop, pair
 
 
 def attention_pairs(segment_ids: Tensor, is_visual: Tensor) -> int:

@@ -226,10 +226,8 @@ def step_flops(recipe: Recipe) -> float:
         num_pairs=(tokens**2 + visual**2) // 2,
         num_logits=tokens - visual,
     )
-    forward = forward_flops(config, work)
-    recomputed = forward.llm + (forward.vit if "vit" not in recipe.frozen else 0)
-    total = training_flops(forward, recipe.frozen).total + recipe.train.activation_checkpointing * recomputed
-    return recipe.train.packs_per_step * total
+    forward, again = forward_flops(config, work), recipe.train.activation_checkpointing
+    return recipe.train.packs_per_step * training_flops(forward, recipe.frozen, recompute=again).total
 
 
 def suggested_changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:

@@ -19,9 +19,11 @@ from molmo2.checkpoint.files import CheckpointError
 from molmo2.config import Recipe
 from molmo2.model.loss import LossSums
 from molmo2.parallel.agree import on_rank_zero, say, write_line
+from molmo2.parallel.mesh import Mesh
 from molmo2.parallel.sums import sum_over_ranks
 from molmo2.training.anomalies import LossHistory, action_for, describe
-from molmo2.training.metrics import Monitor, StepClock, batch_flops, gpu_use, read_log, speed
+from molmo2.training.cost import batch_flops, measured_balance, pack_cost, speed
+from molmo2.training.metrics import Monitor, StepClock, gpu_use, read_log
 from molmo2.training.optim import ComponentAdamW, set_learning_rates
 from molmo2.training.run import (
     ANOMALIES_NAME,
@@ -98,6 +100,7 @@ class StepSums(NamedTuple):
     dataset_loss: Tensor  # [datasets], weighted cross entropy
     dataset_weight: Tensor  # [datasets], loss weight
     dataset_tokens: Tensor  # [datasets]
+    forward_seconds: Tensor  # [dp * micro-steps], of this rank's forward passes at its own places
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +121,7 @@ class StepTotals:
     losses: dict[str, float]  # mean cross entropy of each dataset in the step
     group_losses: dict[str, float]  # mean cross entropy of each group of the mixture in the step
     tokens_of: dict[str, float]  # number of tokens of each dataset in the step
+    balance: dict[str, float]  # how the ranks shared the work, see `measured_balance`
 
 
 def record_masked(batch: Batch, run: Run) -> None:
@@ -156,16 +160,26 @@ def compute(
         watchdog.enter("forward", step, batch.slots)
         batch = agree_on_masked(run, batch, cursor)
         record_masked(batch, run)
-        loss, logged = engine(batch, len(names))
+        with clock.forward():
+            loss, logged = engine(batch, len(names))
         watchdog.enter("backward", step, batch.slots)
         engine.backward(loss, scale_wrt_gas=False)
         own = local_sums(batch, logged, run.mesh.sp, batch_flops(batch, run.model_config, frozen))
         sums = own if sums is None else StepSums(*map(torch.add, sums, own))
     assert sums is not None, "a step has a micro-step at least"
     sums = sums._replace(
-        signalled=torch.full_like(sums.loss, stop.seen), stop_file=torch.full_like(sums.loss, sees_stop_file(run))
+        signalled=torch.full_like(sums.loss, stop.seen),
+        stop_file=torch.full_like(sums.loss, sees_stop_file(run)),
+        forward_seconds=own_row(clock.forward_seconds(), run.mesh).to(sums.loss.device),
     )
-    return totals_of(sum_over_ranks(sums), names, group_of), batch.cursor
+    return totals_of(sum_over_ranks(sums), names, group_of, run.mesh.dp), batch.cursor
+
+
+def own_row(seconds: Sequence[float], mesh: Mesh) -> Tensor:
+    """This rank's seconds in the row of its group, the other rows 0, float64 [dp * n]: the sum has all ranks' times."""
+    table = torch.zeros(mesh.dp, len(seconds), dtype=torch.float64)
+    table[mesh.dp_rank] = torch.tensor(seconds, dtype=torch.float64) / mesh.sp  # the mean of the group's ranks
+    return table.flatten()
 
 
 def local_sums(batch: Batch, logged: LossSums, sp: int, flops: int) -> StepSums:
@@ -202,10 +216,11 @@ def local_sums(batch: Batch, logged: LossSums, sp: int, flops: int) -> StepSums:
         dataset_loss=logged.dataset_loss.double(),
         dataset_weight=logged.dataset_weight.double(),
         dataset_tokens=tokens,
+        forward_seconds=torch.zeros_like(tokens[:0]),  # known once a step too
     )
 
 
-def totals_of(sums: StepSums, names: Sequence[str], group_of: Mapping[str, str]) -> StepTotals:
+def totals_of(sums: StepSums, names: Sequence[str], group_of: Mapping[str, str], dp: int) -> StepTotals:
     """The numbers of a step from its sums over all ranks; `names` are those of the datasets, which are in groups."""
     vectors = (sums.dataset_loss.tolist(), sums.dataset_weight.tolist(), sums.dataset_tokens.tolist())
     rows = list(zip(names, *vectors, strict=True))
@@ -219,6 +234,7 @@ def totals_of(sums: StepSums, names: Sequence[str], group_of: Mapping[str, str])
         losses={name: loss / weight for name, loss, weight, _ in rows if weight},
         group_losses={group: loss / weight for group, (loss, weight) in groups.items() if weight},
         tokens_of={name: tokens for name, _, _, tokens in rows if tokens},
+        balance=measured_balance(sums.forward_seconds.view(dp, -1)),
     )
 
 
@@ -270,6 +286,7 @@ def measurements(
         "tokens_per_second": totals.tokens / seconds,
         **speed(totals.flops, seconds, run.mesh.world, run.recipe.logging.peak_tflops),
         "data_wait": data_wait,
+        **totals.balance,
         "seconds": seconds,
         "crops": round(totals.crops),
         "masked": round(totals.masked),
@@ -397,6 +414,7 @@ def run_steps(
         prefetch=recipe.data.prefetch,
         read_ahead=recipe.data.read_ahead_mib << 20,
         cache=recipe.data.cache_mib << 20,
+        cost=pack_cost(recipe, run.model_config),
     )
     clock, watchdog = StepClock(), Watchdog(run.mesh.rank, recipe.train.phase_deadline)
     try:

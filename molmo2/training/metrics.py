@@ -12,7 +12,7 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,9 @@ import torch
 from tqdm import tqdm
 
 from molmo2.config import Recipe
-from molmo2.model.flops import Workload, forward_flops, known_peak, training_flops
-from molmo2.model.presets import ModelConfig
 from molmo2.training.run import LOG_NAME
 from shards.atomic import write_atomic
-from shards.stream.collate import Batch, ReadStats
+from shards.stream.collate import ReadStats
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}, ETA {remaining}{postfix}]"
 
@@ -127,27 +125,8 @@ def bar_text(values: Mapping[str, Any]) -> str:
     return (
         f"loss {values['loss']:.4f} | lr {rates[-1]:.2e} | {values['tokens_per_second']:,.0f} tok/s | {use} | "
         f"wait {values['data_wait']:.0%}"
+        + (f" | ranks work {values['working_share']:.0%}" if "working_share" in values else "")
     )
-
-
-def batch_flops(batch: Batch, config: ModelConfig, frozen: Collection[str]) -> int:
-    """Operations of forward and backward over a micro-batch, all ranks of its group together; nothing is copied."""
-    work = Workload(
-        num_crops=batch.work.crops,
-        num_visual_tokens=len(batch.pooling),
-        pool_width=batch.pooling.shape[1],
-        num_tokens=batch.input_ids.numel(),
-        num_pairs=batch.work.pairs,
-        num_logits=batch.work.loss_tokens,
-    )
-    return training_flops(forward_flops(config, work), frozen).total
-
-
-def speed(flops: float, seconds: float, world: int, peak_tflops: float | None) -> dict[str, float]:
-    """TFLOP/s of a rank in a step of `flops` operations over all ranks, and MFU: its part of the peak, if known."""
-    tflops = flops / seconds / world / 1e12
-    peak = peak_tflops or known_peak()
-    return {"tflops": tflops, **({"mfu": tflops / peak} if peak else {})}
 
 
 class StepClock:
@@ -156,6 +135,7 @@ class StepClock:
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.waited = 0.0
+        self.passes: list[tuple[Any, Any]] = []
         self.seconds: dict[str, list[float]] = {"read": [], "decode": []}
 
     def waiting(self, since: float) -> None:
@@ -166,6 +146,29 @@ class StepClock:
         """Add the times to read and decode the samples of a batch."""
         self.seconds["read"] += stats.read
         self.seconds["decode"] += stats.decode
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Time a forward pass; on a GPU with events, so that the host does not wait."""
+        if torch.cuda.is_available():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self.passes.append((begin, end))
+        else:
+            since = time.perf_counter()
+            yield
+            self.passes.append((since, time.perf_counter()))
+
+    def forward_seconds(self) -> list[float]:
+        """The seconds of each forward pass since the last call; on a GPU it waits for the last one's end."""
+        passes, self.passes = self.passes, []
+        if not torch.cuda.is_available():
+            return [end - begin for begin, end in passes]
+        for _, end in passes[-1:]:
+            end.synchronize()
+        return [begin.elapsed_time(end) / 1000 for begin, end in passes]
 
     def lap(self) -> tuple[float, float, dict[str, float]]:
         """End the step: its seconds, the fraction spent waiting, and percentiles of milliseconds per sample."""

@@ -21,8 +21,8 @@ from molmo2.training.run import DATA_NAME, EVAL_NAME, LOG_NAME, REPORT_NAME, SAM
 from shards.atomic import write_atomic
 
 CURVES = (
-    *("loss", "group_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "data_wait", "fill", "gpu_utilization"),
-    "gpu_memory_gib",
+    *("loss", "group_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "data_wait", "working_share", "fill"),
+    *("gpu_utilization", "gpu_memory_gib"),
 )
 
 

@@ -76,7 +76,7 @@ def log(root: Path, name: str) -> list[dict[str, Any]]:
 
 def curve(root: Path, name: str) -> list[dict[str, Any]]:
     """The log without what a clock measured."""
-    timed = {"seconds", "tokens_per_second", "tflops", "mfu", "data_wait"}
+    timed = {"seconds", "tokens_per_second", "tflops", "mfu", "data_wait", "working_share", "slowest_rank"}
     return [
         {key: value for key, value in line.items() if key not in timed and "_ms." not in key}
         for line in log(root, name)

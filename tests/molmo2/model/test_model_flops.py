@@ -9,9 +9,18 @@ from tiny_models import CONFIGS, QWEN
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from molmo2.model.flops import TRAINING_FACTOR, Flops, Workload, attention_pairs, forward_flops, training_flops
+from molmo2.model.flops import (
+    TRAINING_FACTOR,
+    Flops,
+    Workload,
+    attention_pairs,
+    forward_flops,
+    training_flops,
+    unit_costs,
+)
 from molmo2.model.mask import PAD_SEGMENT, allowed
 from molmo2.model.molmo2 import Molmo2
+from molmo2.model.presets import PRESETS
 
 PACKED = [([image(1, 2)], [5, 7]), ([], [6]), ([{"kind": "frame"}] * 2, [4, 4, 4])]
 
@@ -63,6 +72,30 @@ def test_a_frozen_component_takes_fewer_operations(frozen: tuple[str, ...]) -> N
     both = forward.get_total_flops() + backward.get_total_flops()
     assert training_flops(counted, frozen).total == pytest.approx(both, rel=0.1)
     assert both < 0.9 * training_flops(counted).total
+
+
+@pytest.mark.parametrize("frozen", [(), ("vit",), ("llm",)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_pack_costs_the_sum_of_its_units(frozen: tuple[str, ...], recompute: bool) -> None:
+    """Exactly for frames and text that is all predicted; nearly for images and prompts."""
+    config, tokens, pairs = PRESETS["4b"], 16_384, 10**8
+
+    def close(crops: int, visual: int, width: int, logits: int) -> float:
+        work = Workload(
+            num_crops=crops,
+            num_visual_tokens=visual,
+            pool_width=width,
+            num_tokens=tokens,
+            num_pairs=pairs,
+            num_logits=logits,
+        )
+        token, crop, pair = unit_costs(config, frozen, recompute=recompute)
+        true = training_flops(forward_flops(config, work), frozen, recompute=recompute).total
+        return (token * tokens + crop * crops + pair * pairs) / true
+
+    assert close(crops=100, visual=8_100, width=9, logits=tokens - 8_100) == 1
+    assert close(crops=90, visual=90 * 150, width=4, logits=800) == pytest.approx(1, abs=0.05)
+    assert close(crops=0, visual=0, width=4, logits=tokens // 2) == pytest.approx(1, abs=0.1)
 
 
 def test_pairs_are_those_of_the_mask() -> None:

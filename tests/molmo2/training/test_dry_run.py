@@ -165,6 +165,8 @@ def test_a_dry_run_shows_recipe_and_plan_of_the_shards(tmp_path: Path, monkeypat
     steps_per_epoch = 24 / (drawn.samples[0] / 12)
     assert float(row[-2]) == pytest.approx(steps_per_epoch, abs=0.06)
     assert float(row[-1]) == pytest.approx(12 / steps_per_epoch, abs=0.01)
+    table = next(number for number, line in enumerate(lines) if line.split()[:2] == ["ranks", "dp"])
+    assert lines[table + 1].split()[:2] == ["1", "1"]
     (tmp_path / "shards/sft/toy/index.json").unlink()
     assert any(line.startswith("plan: dataset toy is in none of") for line in dry_run_lines(recipe))
 

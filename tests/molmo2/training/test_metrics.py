@@ -20,14 +20,13 @@ from molmo2.config import Recipe, load_recipe
 from molmo2.model.flops import attention_pairs
 from molmo2.model.mask import PAD_SEGMENT, allowed
 from molmo2.parallel.mesh import SINGLE
+from molmo2.training.cost import batch_flops, speed
 from molmo2.training.metrics import (
     Monitor,
     bar_text,
-    batch_flops,
     cut_log,
     gpu_use,
     read_log,
-    speed,
     summarize_run,
 )
 from molmo2.training.prepare import prepare
@@ -117,6 +116,7 @@ def test_wandb_without_a_network_has_every_number_and_the_samples(
 
 def test_the_bar_shows_mfu_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     values = line(1, 2.0)
+    assert bar_text(values | {"working_share": 0.875, "tflops": 0.5}).endswith("wait 10% | ranks work 88%")
     assert bar_text(values | speed(4e12, 2.0, 4, 2.0)) == "loss 2.0000 | lr 1.00e-01 | 50 tok/s | MFU 25.0% | wait 10%"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 NVL")
@@ -140,6 +140,8 @@ def test_a_batch_counts_its_own_pairs_on_the_host(
     assert batch.work.pairs == int(allowed(batch.segment_ids, batch.is_visual).sum()) - padding
     assert batch.work.pairs == attention_pairs(batch.segment_ids, batch.is_visual)
     assert batch.work[::2] == (len(batch.pixels), int((batch.loss_weights > 0).sum()))
+    sizes = [pack.sizes for pack in step.packs]  # from the index alone
+    assert (sum(size.crops for size in sizes), sum(size.pairs for size in sizes)) == batch.work[:2]
     draw = step.packs[0].draws[0]
     spec = MicroSpec(step.packs, step.divisor, step.cursor)
     damage = Damage(dataset="toy", shard="000000", row=draw.row, key=None, offset=draw.offset, reason="cut")

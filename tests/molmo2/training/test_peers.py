@@ -12,19 +12,26 @@ import torch
 import toy_run
 from ranks import run_ranks
 
+from molmo2.config import load_recipe
 from molmo2.training.run import OWN_FIELDS, field_digests
 from shards.stream.collate import Batch
+from shards.stream.plan import Cursor, open_plan
 
 
 @pytest.mark.dist
-def test_a_sample_that_one_rank_finds_damaged_is_masked_on_both(tmp_path: Path) -> None:
+def test_a_sample_that_one_rank_finds_damaged_is_masked_on_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     toy_run.build_toy(tmp_path / "0")
     shutil.copytree(tmp_path / "0", tmp_path / "1")
-    toy_run.write_recipe(tmp_path / "r.yaml", "r")
+    monkeypatch.setenv("MOLMO2_DATA", str(tmp_path / "0"))
+    recipe = load_recipe(toy_run.write_recipe(tmp_path / "r.yaml", "r"))
+    plan = open_plan(recipe.roots, recipe.data.drawn_mixture, recipe.plan_settings)
+    row = next(draw.row for pack in plan.step(Cursor()).packs for draw in pack.draws if draw.shard == 0)
     rows = np.load(tmp_path / "1/shards/sft/toy/000000.idx.npy")
     tar = tmp_path / "1/shards/sft/toy/000000.tar"
     data = bytearray(tar.read_bytes())
-    data[int(rows["offset"][14]) + 700] ^= 1  # of rank 1's copy alone; the first step reads it
+    data[int(rows["offset"][row]) + 700] ^= 1  # of rank 1's copy alone
     tar.write_bytes(data)
     first, second = run_ranks(2, peers_cases.read_step, str(tmp_path))
     assert not any(pack["read"] for pack in first)

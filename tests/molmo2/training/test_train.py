@@ -31,7 +31,12 @@ from molmo2.checkpoint.lookup import load_weights
 from molmo2.config import load_recipe
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS
+from molmo2.training.cost import pack_cost
 from molmo2.training.run import lock_run
+from shards.stream.balance import SAME_COST, own_packs
+from shards.stream.plan import Cursor, open_plan
+
+TINY = PRESETS["tiny"]
 
 pytestmark = pytest.mark.dist
 
@@ -222,6 +227,25 @@ def test_ranks_sp_and_zero_stage_may_change_between_runs(root: Path) -> None:
     assert_same_curve(root, "moved", "whole", 1e-5)
     names = [path.name for path in (root / "runs/moved/checkpoints").iterdir()]
     assert sorted(names) == ["step-00000005", "step-00000006"]  # the converted copies are gone
+
+
+def test_losses_are_the_same_whether_packs_are_dealt_by_cost_or_in_their_order(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOLMO2_DATA", str(root))
+    recipe = toy_run.write_recipe(root / "undealt.yaml", "undealt", steps=6)
+    train(root, recipe, "--set", "train.pack_cost={token: 0, crop: 0, pair: 0}")
+    assert_same_curve(root, "undealt", "whole", 1e-5)
+    line = log(root, "whole")[-1]
+    assert 0.5 <= line["working_share"] <= 1 and line["slowest_rank"] in {0, 1}
+    loaded = load_recipe(recipe)
+    plan, cursor, differ = open_plan(loaded.roots, loaded.data.drawn_mixture, loaded.plan_settings), Cursor(), []
+    for _ in range(6):
+        step = plan.step(cursor)
+        by_cost, in_order = (own_packs(step, cost, 256, 0, 2, 1) for cost in (pack_cost(loaded, TINY), SAME_COST))
+        differ.append(set(by_cost) != set(in_order))
+        cursor = step.cursor
+    assert any(differ)  # else nothing was dealt otherwise
 
 
 def test_a_run_resumes_without_the_weights_from_which_it_began(root: Path) -> None:
