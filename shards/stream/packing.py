@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -25,31 +25,18 @@ Ints = npt.NDArray[np.int64]
 PAIRS_PER_CROP = 10**6
 SPREAD = 90  # percent of the cost that is spread; the rest, in many cheap samples, fills the packs
 TRIES = 8  # packs that a dear sample is tried in before it is left to best fit
+BITS = 24  # of a number of tokens or crops, or of a pack: three of them are kept in one integer
+LOW = (1 << BITS) - 1
 
 
-@dataclass(slots=True)
-class _Packs:
-    """Packs under way, and the room in each, sorted: under the scarcer limit, under the other, pack number."""
+@dataclass(frozen=True, slots=True)
+class _Samples:
+    """What the samples need of the scarcer limit (`first`) and of the other one, and the order from long to short."""
 
+    first: list[int]
+    second: list[int]
     limits: tuple[int, int]
-    packs: list[list[int]] = field(default_factory=list)
-    free: list[tuple[int, int, int]] = field(default_factory=list)
-
-    def best_fit(self, samples: list[int], needs: list[tuple[int, int]]) -> None:
-        """Put each sample into the fullest pack that has room, or into a new one."""
-        free, packs = self.free, self.packs
-        for sample in samples:
-            first, second = needs[sample]
-            place = bisect_left(free, (first, second, -1))
-            while place < len(free) and free[place][1] < second:
-                place += 1
-            if place < len(free):
-                first_left, second_left, number = free.pop(place)
-            else:
-                first_left, second_left, number = (*self.limits, len(packs))
-                packs.append([])
-            packs[number].append(sample)
-            insort(free, (first_left - first, second_left - second, number))
+    by_length: Ints
 
 
 def pack(tokens: Ints, crops: Ints, pairs: Ints, max_tokens: int, max_crops: int) -> list[list[int]]:
@@ -62,59 +49,76 @@ def pack(tokens: Ints, crops: Ints, pairs: Ints, max_tokens: int, max_crops: int
         max_tokens: limit of a pack.
         max_crops: limit of a pack.
     """
-    needs, limits = _by_scarcity(tokens, crops, max_tokens, max_crops)
-    fewest = best_fit(tokens, crops, max_tokens, max_crops)
+    samples = _samples(tokens, crops, max_tokens, max_crops)
+    fewest: list[list[int]] = []
+    _fill(samples, samples.by_length, fewest, [])
     costs = crops * PAIRS_PER_CROP + pairs  # integers, whose sums are the same on every machine
-    balanced = _spread(needs, costs, _by_length(tokens, crops), limits, len(fewest))
+    balanced = _spread(samples, costs, len(fewest))
     return balanced if len(balanced) <= len(fewest) else fewest
 
 
 def best_fit(tokens: Ints, crops: Ints, max_tokens: int, max_crops: int) -> list[list[int]]:
     """Pack samples by best-fit-decreasing alone; arguments and result as in `pack`."""
-    needs, limits = _by_scarcity(tokens, crops, max_tokens, max_crops)
-    packs = _Packs(limits)
-    packs.best_fit(_by_length(tokens, crops).tolist(), needs)
-    return packs.packs
+    samples = _samples(tokens, crops, max_tokens, max_crops)
+    packs: list[list[int]] = []
+    _fill(samples, samples.by_length, packs, [])
+    return packs
 
 
-def _by_length(tokens: Ints, crops: Ints) -> Ints:
-    return np.lexsort((-crops, -tokens))  # stable: equal samples keep their order
-
-
-def _by_scarcity(
-    tokens: Ints, crops: Ints, max_tokens: int, max_crops: int
-) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-    """What each sample needs of the scarcer limit and of the other one, and the limits in that order."""
+def _samples(tokens: Ints, crops: Ints, max_tokens: int, max_crops: int) -> _Samples:
     assert len(tokens) == 0 or (tokens.max() <= max_tokens and crops.max() <= max_crops)
+    assert max(max_tokens, max_crops, len(tokens)) < LOW
+    by_length = np.lexsort((-crops, -tokens))  # stable: equal samples keep their order
     if int(crops.sum()) * max_tokens > int(tokens.sum()) * max_crops:
-        return list(zip(crops.tolist(), tokens.tolist(), strict=True)), (max_crops, max_tokens)
-    return list(zip(tokens.tolist(), crops.tolist(), strict=True)), (max_tokens, max_crops)
+        return _Samples(crops.tolist(), tokens.tolist(), (max_crops, max_tokens), by_length)
+    return _Samples(tokens.tolist(), crops.tolist(), (max_tokens, max_crops), by_length)
 
 
-def _spread(
-    needs: list[tuple[int, int]], costs: Ints, by_length: Ints, limits: tuple[int, int], count: int
-) -> list[list[int]]:
+def _room(first: int, second: int, number: int) -> int:
+    """The room left in a pack as one integer: its order is that of (first, second, number), and it costs no tuple."""
+    return (first << 2 * BITS) | (second << BITS) | number
+
+
+def _fill(samples: _Samples, numbers: Ints, packs: list[list[int]], free: list[int]) -> None:
+    """Put samples, each into the fullest pack that has room or into a new one; `free`: the sorted room in `packs`."""
+    for sample in numbers.tolist():
+        first, second = samples.first[sample], samples.second[sample]
+        place = bisect_left(free, _room(first, second, 0))
+        while place < len(free) and free[place] >> BITS & LOW < second:
+            place += 1
+        if place < len(free):
+            left = free.pop(place)
+        else:
+            left = _room(*samples.limits, len(packs))
+            packs.append([])
+        packs[left & LOW].append(sample)
+        insort(free, left - _room(first, second, 0))
+
+
+def _spread(samples: _Samples, costs: Ints, count: int) -> list[list[int]]:
     """Pack samples into `count` packs of like cost, or into more if the cheap samples do not fit any more."""
     by_cost = np.argsort(-costs, kind="stable")
     dear = by_cost[: 1 + int(np.searchsorted(np.cumsum(costs[by_cost]), int(costs.sum()) * SPREAD // 100))]
-    room = [limits] * count
+    first_left, second_left = ([limit] * count for limit in samples.limits)
     packs: list[list[int]] = [[] for _ in range(count)]
-    cheapest = [(0, number) for number in range(count)]  # a heap
-    placed = np.zeros(len(needs), np.bool_)
+    cheapest = list(range(count))  # a heap of cost << BITS | number
+    placed = np.zeros(len(costs), np.bool_)
     for sample, cost in zip(dear.tolist(), costs[dear].tolist(), strict=True):
-        first, second = needs[sample]
-        tried: list[tuple[int, int]] = []
+        first, second = samples.first[sample], samples.second[sample]
+        tried: list[int] = []
         while cheapest and len(tried) < TRIES:
-            total, number = heapq.heappop(cheapest)
-            left = (room[number][0] - first, room[number][1] - second)
-            if min(left) >= 0:
-                room[number], placed[sample] = left, True
+            item = heapq.heappop(cheapest)
+            number = item & LOW
+            if first_left[number] >= first and second_left[number] >= second:
+                first_left[number] -= first
+                second_left[number] -= second
+                placed[sample] = True
                 packs[number].append(sample)
-                tried.append((total + cost, number))
+                tried.append(item + (cost << BITS))
                 break
-            tried.append((total, number))
+            tried.append(item)
         for item in tried:
             heapq.heappush(cheapest, item)
-    rest = _Packs(limits, packs, sorted((*left, number) for number, left in enumerate(room)))
-    rest.best_fit(by_length[~placed[by_length]].tolist(), needs)
-    return [members for members in rest.packs if members]
+    free = sorted(map(_room, first_left, second_left, range(count)))
+    _fill(samples, samples.by_length[~placed[samples.by_length]], packs, free)
+    return [members for members in packs if members]
