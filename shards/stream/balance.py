@@ -12,11 +12,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from shards.stream.plan import PackSizes, PackSpec, StepSpec
-
-Floats = npt.NDArray[np.float64]
 
 
 class PackCost(NamedTuple):
@@ -82,7 +79,7 @@ def working_share(costs: Iterable[Sequence[float]], dp_size: int, micro_batch: i
     worked = lasted = 0.0
     for step in costs:
         numbers = deal(step if dealt else [0.0] * len(step), dp_size, micro_batch)
-        table: Floats = np.asarray(step)[np.array(numbers)].reshape(dp_size, -1, micro_batch).sum(axis=2)
+        table = np.asarray(step)[np.array(numbers)].reshape(dp_size, -1, micro_batch).sum(axis=2)
         worked += float(table.sum())
         lasted += dp_size * float(table.max(axis=0).sum())
     return worked / lasted if lasted else 1.0

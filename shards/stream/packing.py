@@ -50,8 +50,7 @@ def pack(tokens: Ints, crops: Ints, pairs: Ints, max_tokens: int, max_crops: int
         max_crops: limit of a pack.
     """
     samples = _samples(tokens, crops, max_tokens, max_crops)
-    fewest: list[list[int]] = []
-    _fill(samples, samples.by_length, fewest, [])
+    fewest = _fill(samples, samples.by_length, [], [])
     costs = crops * PAIRS_PER_CROP + pairs  # integers, whose sums are the same on every machine
     balanced = _spread(samples, costs, len(fewest))
     return balanced if len(balanced) <= len(fewest) else fewest
@@ -60,9 +59,7 @@ def pack(tokens: Ints, crops: Ints, pairs: Ints, max_tokens: int, max_crops: int
 def best_fit(tokens: Ints, crops: Ints, max_tokens: int, max_crops: int) -> list[list[int]]:
     """Pack samples by best-fit-decreasing alone; arguments and result as in `pack`."""
     samples = _samples(tokens, crops, max_tokens, max_crops)
-    packs: list[list[int]] = []
-    _fill(samples, samples.by_length, packs, [])
-    return packs
+    return _fill(samples, samples.by_length, [], [])
 
 
 def _samples(tokens: Ints, crops: Ints, max_tokens: int, max_crops: int) -> _Samples:
@@ -79,7 +76,7 @@ def _room(first: int, second: int, number: int) -> int:
     return (first << 2 * BITS) | (second << BITS) | number
 
 
-def _fill(samples: _Samples, numbers: Ints, packs: list[list[int]], free: list[int]) -> None:
+def _fill(samples: _Samples, numbers: Ints, packs: list[list[int]], free: list[int]) -> list[list[int]]:
     """Put samples, each into the fullest pack that has room or into a new one; `free`: the sorted room in `packs`."""
     for sample in numbers.tolist():
         first, second = samples.first[sample], samples.second[sample]
@@ -93,6 +90,7 @@ def _fill(samples: _Samples, numbers: Ints, packs: list[list[int]], free: list[i
             packs.append([])
         packs[left & LOW].append(sample)
         insort(free, left - _room(first, second, 0))
+    return packs
 
 
 def _spread(samples: _Samples, costs: Ints, count: int) -> list[list[int]]:
@@ -120,5 +118,5 @@ def _spread(samples: _Samples, costs: Ints, count: int) -> list[list[int]]:
         for item in tried:
             heapq.heappush(cheapest, item)
     free = sorted(map(_room, first_left, second_left, range(count)))
-    _fill(samples, samples.by_length[~placed[samples.by_length]], packs, free)
-    return [members for members in packs if members]
+    rest = samples.by_length[~placed[samples.by_length]]
+    return [members for members in _fill(samples, rest, packs, free) if members]
