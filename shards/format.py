@@ -36,6 +36,7 @@ class FormatError(ValueError):
     """A shard or an index is damaged, not of this format, or of another format version."""
 
 
+@functools.lru_cache(maxsize=64)
 def index_dtype(num_variants: int) -> np.dtype[np.void]:
     """Dtype of a row of `NNNNNN.idx.npy`: one row per sample, 26 + 14 K bytes, K being the number of variants.
 

@@ -80,7 +80,7 @@ class LocalStorage:
         return sorted(name for name in names if name.endswith(suffix))
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1 << 16)
 def _safe_path(root: str, name: str) -> Path:
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or not parts.parts:
