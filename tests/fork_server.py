@@ -8,7 +8,8 @@ These imports take five to ten seconds. `fork_server()` is the standard library'
 `python()` is the path of an executable that takes what python takes, a script, `-m` or `-c`, and has it run in a
 process forked from there, with the arguments, the folder, the environment and the open files of its caller. It differs
 from a new interpreter in three ways: modules are loaded already, but for the project's own and those that read the
-environment when they are loaded; options of the interpreter are not known; nothing runs at exit.
+environment when they are loaded; of the interpreter's options only `-u` is known, and has no effect; nothing runs at
+exit. Launchers start their ranks with it where PYTHON_EXEC names it.
 """
 
 import functools
@@ -133,7 +134,7 @@ def become(folder: str, variables: dict[str, str]) -> None:
 
 def _run_python(arguments: list[str]) -> None:
     """What `python` does with these arguments."""
-    first, *rest = arguments
+    first, *rest = arguments[1:] if arguments[0] == "-u" else arguments
     if first == "-c":
         code, sys.argv = rest[0], ["-c", *rest[1:]]
         sys.path.insert(0, "")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ssh_machines
 import yaml
+from fork_server import python
 from ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,10 +110,11 @@ def toy(root: Path) -> tuple[Path, str, dict[str, str]]:
 @pytest.mark.dist
 def test_accelerate_launches_it(tmp_path: Path) -> None:
     recipe, port, environment = toy(tmp_path)
-    command = [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    command = [python(), BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]  # fmt: skip
     command += ["molmo2/train.py", "--recipe", recipe]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    variables = environment | {"PYTHON_EXEC": python()}
+    run = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "on 2 ranks" in run.stdout
 
@@ -121,12 +123,13 @@ def test_accelerate_launches_it(tmp_path: Path) -> None:
 @pytest.mark.skipif(ssh_machines.why_not() is not None, reason=str(ssh_machines.why_not()))
 def test_deepspeed_starts_both_machines_of_a_hostfile_over_ssh(tmp_path: Path) -> None:
     recipe, port, environment = toy(tmp_path / "data")
+    environment["PYTHON_EXEC"] = python()
     hosts = tmp_path / "hosts"
     hosts.write_text("".join(f"{address} slots=1\n" for address in ssh_machines.ADDRESSES))
-    own = ("PATH", "MOLMO2_DATA", "DS_ACCELERATOR", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR")
+    own = ("PATH", "MOLMO2_DATA", "DS_ACCELERATOR", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "PYTHON_EXEC")
     sent = tmp_path / "sent"  # ssh does not pass these on
     sent.write_text("".join(f"{name}={environment[name]}\n" for name in own if name in environment))
-    command = [BIN / "deepspeed", "--hostfile", hosts, "--master_addr", ssh_machines.ADDRESSES[0]]
+    command = [python(), BIN / "deepspeed", "--hostfile", hosts, "--master_addr", ssh_machines.ADDRESSES[0]]
     command += ["--master_port", port, "molmo2/train.py", "--recipe", recipe]
     with ssh_machines.machines(tmp_path) as reached:
         variables = environment | {"PATH": reached["PATH"], "DS_ENV_FILE": str(sent)}

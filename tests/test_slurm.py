@@ -10,6 +10,7 @@ import pytest
 import toy_run
 import yaml
 from build_cases import make_raw, tree
+from fork_server import python
 from ranks import ROOT, SCRIPT
 from slurm_cluster import cluster, ports, slurm, wait_for, why_not
 from train_runs import BIN, log, train, variables
@@ -41,6 +42,11 @@ def submit(variables: dict[str, str], root: Path, *arguments: str) -> str:
     return slurm(environment, *command).strip()
 
 
+def forked(nodes: dict[str, str]) -> dict[str, str]:
+    """The variables with which scripts find the python of the fork server, which passes no signals on."""
+    return nodes | {"PATH": f"{Path(python()).parent}:{nodes['PATH']}"}
+
+
 def finished(variables: dict[str, str], root: Path, job: str) -> None:
     """Wait for a job, and see that it ended well."""
 
@@ -60,7 +66,9 @@ def test_two_nodes_train_like_one_machine(nodes: dict[str, str], root: Path) -> 
     alone = toy_run.write_recipe(root / "alone.yaml", "alone", steps=4)
     train(root, alone)
     recipe = toy_run.write_recipe(root / "nodes.yaml", "nodes", steps=4)
-    job = submit(nodes, root, "--ntasks-per-node=1", *SMALL, script, str(recipe), "--set", "logging.tensorboard=false")
+    job = submit(
+        forked(nodes), root, "--ntasks-per-node=1", *SMALL, script, str(recipe), "--set", "logging.tensorboard=false"
+    )
     finished(nodes, root, job)
     assert "on 2 ranks" in (root / f"molmo2-{job}.log").read_text()
     losses = [[line["loss"] for line in log(root, name)] for name in ("alone", "nodes")]
@@ -95,9 +103,9 @@ def test_deepspeeds_slurm_launcher_trains_on_both_nodes(nodes: dict[str, str], r
     recipe, hosts = toy_run.write_recipe(root / "launched.yaml", "launched", steps=2), root / "hosts"
     hosts.write_text("n1 slots=1\nn2 slots=1\n")
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports(1)[0])}
-    command = [str(BIN / "deepspeed"), "--hostfile", str(hosts), "--launcher", "slurm", "--no_ssh_check"]
+    command = [python(), str(BIN / "deepspeed"), "--hostfile", str(hosts), "--launcher", "slurm", "--no_ssh_check"]
     command += ["--master_addr", meet["MASTER_ADDR"], SCRIPT, "--recipe", str(recipe)]
-    environment = nodes | variables(root) | {"SLURM_CONF": nodes["SLURM_CONF"]} | meet
+    environment = nodes | variables(root) | {"SLURM_CONF": nodes["SLURM_CONF"], "PYTHON_EXEC": python()} | meet
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "on 2 ranks" in run.stdout
@@ -121,7 +129,7 @@ def test_an_array_builds_the_bytes_of_one_job(nodes: dict[str, str], tmp_path: P
             str(tmp_path / name),
         ]
         for array in (arrays, []) if arrays else ([],):
-            job = submit(nodes, tmp_path, *array, *SMALL, script, "sft", *options)
+            job = submit(forked(nodes), tmp_path, *array, *SMALL, script, "sft", *options)
             finished(nodes, tmp_path, job)
     alone, array = (
         {n: d for n, d in tree(tmp_path / name).items() if "report" not in n} for name in ("alone", "array")

@@ -19,6 +19,11 @@ from typing import Any
 
 import yaml
 
+try:
+    from yaml import CSafeLoader as SafeLoader  # ten times as fast
+except ImportError:  # PyYAML was installed without libyaml
+    from yaml import SafeLoader  # type: ignore[assignment]
+
 MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
@@ -91,7 +96,7 @@ def _no_such_template(name: str, templates: dict[str, Any]) -> str:
     return f"`like: {name}`: no template {name!r}; {hint} Write it under `templates:` of this file, or drop `like`"
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(SafeLoader):
     """A YAML loader that refuses merge keys and duplicate keys, which would silently change a mapping."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

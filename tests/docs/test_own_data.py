@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import toy_run
 from catalog_cases import image, video
-from ranks import free_port
 
 from shards.catalog import CatalogError, load_catalog
 
@@ -21,7 +20,7 @@ SMALL = {  # what stands on the page -> what a test can run
     "llm: {lr: 1.0e-5}": "llm: {lr: 1.0e-5}\n  freeze_base_embedding: false",
     "sequence_length: 4096": "sequence_length: 768",
     "max_crops: 128": "max_crops: 32",
-    "deepspeed molmo2": f"deepspeed --num_accelerators 1 --master_port {free_port()} molmo2",
+    "deepspeed molmo2": "python molmo2",  # one rank, in a process of the fork server
 }
 
 

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,11 +107,10 @@ class Local:
         """Results by task, and the answers of every task in the order of the documents."""
         out = self.root / ("out-" + tasks.replace(",", "-"))
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else ["-m"]
-        program = sys.executable if ranks > 1 else python()
-        command = [program, *launcher, "lmms_eval", "--model", "nanomolmo2", "--device", "cpu"]
+        command = [python(), *launcher, "lmms_eval", "--model", "nanomolmo2", "--device", "cpu"]
         command += ["--model_args", f"checkpoint={self.root / 'model'}", "--include_path", str(self.root / "tasks")]
         command += ["--tasks", tasks, "--batch_size", "4", "--log_samples", "--output_path", str(out)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(self.root / "hf")}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(self.root / "hf"), "PYTHON_EXEC": python()}
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
         found = list(out.rglob("*_results.json"))
         assert run.returncode == 0 and len(found) == 1, run.stdout[-2000:] + run.stderr[-6000:]
