@@ -22,7 +22,7 @@ import subprocess
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -30,11 +30,12 @@ import torch.distributed as dist
 import xxhash
 from safetensors.torch import save_file
 
-from molmo2.checkpoint.consolidate import Readers, open_states
 from molmo2.config import Recipe
-from molmo2.model.lora import merged, without_adapters
 from molmo2.model.presets import ModelConfig
 from shards.atomic import sync
+
+if TYPE_CHECKING:
+    from molmo2.checkpoint.consolidate import Readers
 
 FORMAT = 1  # version of the layout above; another one is refused
 META, PLAN, RECIPE, MODEL, WEIGHTS, STATES = (
@@ -344,11 +345,17 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def consolidate(directory: Path) -> Readers:
     """Functions that read the float32 weights of DeepSpeed's files, on the CPU, with adapters merged."""
+    from molmo2.checkpoint.consolidate import open_states  # loaded when a whole model is read or written
+    from molmo2.model.lora import merged
+
     return merged(open_states(directory / STATES), json.loads((directory / RECIPE).read_text()))
 
 
 def base_weights(directory: Path) -> Readers:
     """As `consolidate`, but without adapters, which are added to the weights afterwards."""
+    from molmo2.checkpoint.consolidate import open_states
+    from molmo2.model.lora import without_adapters
+
     return without_adapters(open_states(directory / STATES))
 
 

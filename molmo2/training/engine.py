@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from molmo2.config import COMPONENTS, Recipe
 from molmo2.model.attention import masked_attention
 from molmo2.model.dropout import Dropout, mixed
-from molmo2.model.lora import add_adapters
 from molmo2.model.loss import LossSums, rows_per_chunk, weighted_loss
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
@@ -243,6 +242,8 @@ def start_engine(
         The engine, the optimizer inside it, and the names of its groups in order.
     """
     if recipe.optim.lora is not None:
+        from molmo2.model.lora import add_adapters
+
         add_adapters(model, recipe.optim.lora.rank, recipe.optim.lora.alpha, recipe.train.seed)
     train = recipe.train
     model.freeze(train.freeze, recipe.optim.freeze_base_embedding)  # after LoRA, which trains the added embeddings

@@ -24,7 +24,6 @@ import pyarrow as pa
 
 from shards.atomic import file_lock, write_atomic
 from shards.format import DatasetIndex, FormatError, ShardInfo, check_sidecar, index_dtype, npy_rows
-from shards.machine import usable_cores
 from shards.storage.base import Storage
 from shards.storage.local import LocalStorage
 from shards.stream.cache import cache_dir
@@ -34,7 +33,7 @@ Facts = list[Any]  # size in bytes, times of the last change of content and of t
 # Seconds. A file that changed so recently may change once more within one tick of the file system's clock, so it is not
 # remembered.
 RECENT = 2.0
-MAX_THREADS = 8  # threads that hash the sidecars of one dataset
+THREADS = 4  # threads that hash the sidecars of one dataset
 
 
 def load_sidecars(storage: Storage, index: DatasetIndex) -> tuple[Array, ...]:
@@ -46,7 +45,7 @@ def load_sidecars(storage: Storage, index: DatasetIndex) -> tuple[Array, ...]:
     known = _Known(storage.root)
     if not all(known.has(_local(storage, shard), shard.index_sha256) for shard in index.shards):
         # The caller may itself run in one of `read_threads`, and would wait for ever for another of them.
-        with known.updating(), ThreadPoolExecutor(min(usable_cores(), MAX_THREADS)) as threads:
+        with known.updating(), ThreadPoolExecutor(THREADS) as threads:
             for _ in threads.map(lambda shard: _verify(storage, shard, known), index.shards):
                 pass
     return tuple(_map(storage, shard, index.num_variants) for shard in index.shards)

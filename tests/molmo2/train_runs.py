@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from fork_server import python
 from ranks import CPU, ROOT, SCRIPT, Launch, free_port
 
 BIN = Path(sys.executable).parent
@@ -46,9 +47,9 @@ def train(root: Path, recipe: Path, *options: str, code: int = 0, **more: Any) -
 
 
 def launch(root: Path, recipe: Path, *options: str) -> subprocess.Popen[str]:
-    """Start the trainer as a user does, with the real deepspeed launcher, on two ranks."""
-    words = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()), SCRIPT]
-    return _started(root, [*words, "--recipe", str(recipe), *options])
+    """Start the trainer with the real deepspeed launcher on two ranks, which are forked and cannot be signalled."""
+    words = [python(), str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()), SCRIPT]
+    return _started(root, [*words, "--recipe", str(recipe), *options], PYTHON_EXEC=python())
 
 
 def launch_on_two_machines(launcher: str, root: Path, recipe: Path) -> list[subprocess.Popen[str]]:
@@ -63,9 +64,9 @@ def launch_on_two_machines(launcher: str, root: Path, recipe: Path) -> list[subp
     return [_started(root, [*words, "--node_rank", str(rank), SCRIPT, "--recipe", str(recipe)]) for rank in range(2)]
 
 
-def _started(root: Path, command: list[str]) -> subprocess.Popen[str]:
+def _started(root: Path, command: list[str], **more: str) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=variables(root), start_new_session=True, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=variables(root) | more, start_new_session=True, **pipes)
 
 
 def log(root: Path, name: str) -> list[dict[str, Any]]:

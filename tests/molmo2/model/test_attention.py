@@ -156,6 +156,7 @@ def test_few_blocks_are_visited_in_vain(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_flex_attention_equals_the_dense_mask() -> None:
     """The compiled kernel, which skips empty blocks and masks none of the full ones. Forward alone, as CPUs can."""
     video = "ttt" + "".join("tt" + "v" * 81 for _ in range(9))

@@ -90,6 +90,7 @@ def test_an_export_with_it_generates_in_transformers(directory: Path, tmp_path: 
     assert output == generate(model, [prompt], 8, tokenizer.eos)[0]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_a_source_is_told(tmp_path: Path) -> None:
     run = make(tmp_path, tmp_path / "out")
     assert run.returncode == 1

@@ -164,6 +164,7 @@ def test_a_key_that_occurs_twice_is_found(whole: Path, tmp_path: Path) -> None:
     assert sum("key occurs twice, first in 000000.tar" in line for line in findings(tmp_path)) == 8
 
 
+@pytest.mark.slow
 def test_the_command_exits_with_1_on_damage(whole: Path, tmp_path: Path) -> None:
     tool = Path(__file__).parents[3] / "tools" / "verify_shards.py"
     good = subprocess.run([python(), tool, whole], capture_output=True, text=True)
