@@ -12,10 +12,12 @@ from toy import write_lengths
 from shards.stream.balance import SAME_COST, PackCost, deal, own_packs, working_share
 from shards.stream.loader import PlanSampler
 from shards.stream.mixture import MixtureSpec
-from shards.stream.plan import Cursor, PackSizes, Plan, PlanSettings
+from shards.stream.packing import best_fit
+from shards.stream.plan import Cursor, PackSizes, Plan, PlanSettings, open_plan
 
 SETTINGS = PlanSettings(sequence_length=512, max_crops=24, packs_per_step=16, window=256)
 BY_CROPS = PackCost(token=0.5, crop=100.0, pair=0.01)
+SIZE = 4  # packs of a step where steps of one window are compared
 SHAPES = [(dp, micro) for dp in (1, 2, 4, 8, 16) for micro in (1, 2, 4) if 16 % (dp * micro) == 0]
 
 sixteen_costs = st.lists(st.floats(0, 1000), min_size=16, max_size=16)
@@ -84,3 +86,36 @@ def test_dealing_changes_neither_the_packs_of_a_step_nor_its_divisor(plan: Plan,
         packs = [pack for specs in ranks for spec in specs for pack in spec.packs]
         assert tuple(sorted(packs, key=lambda pack: pack.slot)) == step.packs
         assert packs[: 16 // dp] == list(own_packs(step, cost, 512, 0, dp, micro))
+
+
+def videos_in_packs(folder: Path, windows: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Videos in the first and in the last step of each window, and the standard deviation over all steps.
+
+    One draw of twelve is a video, of up to half a pack.
+    """
+    rng = np.random.default_rng(1)
+    for name, (tokens, crops) in {"videos": ((1500, 4000), (40, 90)), "short": ((50, 400), (0, 12))}.items():
+        write_lengths(folder, name, rng.integers(*tokens, (500, 1)), rng.integers(*crops, (500, 1)))
+    groups = {"v": {"rate": 1, "datasets": {"videos": None}}, "s": {"rate": 11, "datasets": {"short": None}}}
+    settings = PlanSettings(sequence_length=9000, max_crops=180, packs_per_step=SIZE, window=400)
+    plan = open_plan([str(folder)], MixtureSpec.model_validate({"groups": groups}), settings)
+    number = [dataset.name for dataset in plan.datasets].index("videos")
+    counts = []
+    for window in range(windows):
+        packs = [sum(draw.dataset == number for draw in draws) for draws in plan._window(window)]
+        counts.append([sum(packs[i : i + SIZE]) for i in range(0, len(packs) - SIZE + 1, SIZE)])
+    first, last = (np.array([steps[i] for steps in counts]) for i in (0, -1))
+    return first, last, float(np.std([count for steps in counts for count in steps]))
+
+
+def test_balanced_packs_leave_the_expected_composition_of_a_step_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each place in a window has as many videos, on average, as another; steps differ less than with best fit alone."""
+    first, last, spread = videos_in_packs(tmp_path / "balanced", 200)
+    monkeypatch.setattr("shards.stream.plan.pack", lambda tokens, crops, pairs, *most: best_fit(tokens, crops, *most))
+    plain, _, plain_spread = videos_in_packs(tmp_path / "plain", 200)
+    error = np.sqrt((first.var() + last.var() + plain.var()) / 200)
+    assert abs(first.mean() - last.mean()) < 3 * error
+    assert abs(first.mean() - plain.mean()) < 3 * error
+    assert spread < 0.5 * plain_spread
