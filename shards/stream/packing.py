@@ -27,6 +27,7 @@ SPREAD = 90  # percent of the cost that is spread; the rest, in many cheap sampl
 TRIES = 8  # packs that a dear sample is tried in before it is left to best fit
 BITS = 24  # of a number of tokens or crops, or of a pack: three of them are kept in one integer
 LOW = (1 << BITS) - 1
+MIDDLE = LOW << BITS  # masks the room in the other limit, see `_room`
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +81,17 @@ def _fill(samples: _Samples, numbers: Ints, packs: list[list[int]], free: list[i
     """Put samples, each into the fullest pack that has room or into a new one; `free`: the sorted room in `packs`."""
     for sample in numbers.tolist():
         first, second = samples.first[sample], samples.second[sample]
-        place = bisect_left(free, _room(first, second, 0))
-        while place < len(free) and free[place] >> BITS & LOW < second:
+        needed = _room(first, second, 0)
+        place, second, end = bisect_left(free, needed), second << BITS, len(free)
+        while place < end and free[place] & MIDDLE < second:
             place += 1
-        if place < len(free):
+        if place < end:
             left = free.pop(place)
         else:
             left = _room(*samples.limits, len(packs))
             packs.append([])
         packs[left & LOW].append(sample)
-        insort(free, left - _room(first, second, 0))
+        insort(free, left - needed)
     return packs
 
 
