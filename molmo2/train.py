@@ -14,51 +14,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
-import json
-import os
-import shutil
-import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-
-from molmo2.checkpoint import files as checkpoints
-from molmo2.checkpoint.changes import check_trained_parameters, mesh_changes
-from molmo2.checkpoint.files import Checkpoint, CheckpointError
-from molmo2.config import FirstWeights, Recipe, load_recipe
-from molmo2.model.presets import PRESETS
-from molmo2.parallel.agree import AgreedError, all_ranks_ok, leave, lost_peer, on_rank_zero, say, write_line
-from molmo2.parallel.mesh import Mesh, MeshError, check_mesh, gather_machines, make_mesh
-from molmo2.training.anomalies import LossHistory
-from molmo2.training.engine import read_engine_keys, start_distributed, start_engine
-from molmo2.training.loop import Ending, Progress, StopSignal, run_steps
-from molmo2.training.metrics import cut_log, read_log, summarize_run
-from molmo2.training.prepare import prepare
-from molmo2.training.run import (
-    ANOMALIES_NAME,
-    CHANGES_NAME,
-    DATA_NAME,
-    LOG_NAME,
-    QUARANTINE_NAME,
-    SUMMARY_NAME,
-    Run,
-    TrainingError,
-    lock_run,
-)
-from molmo2.training.start import starting_model
-from shards.atomic import write_atomic
-from shards.stream.loader import QuarantineError
-from shards.stream.plan import Cursor, PlanError
-
-STOPPED = os.EX_TEMPFAIL  # 75: a signal stopped the run before its end; whoever sent it should start the run again
-
-
-# --- before the first step -------------------------------------------------------------------------------------------
+if TYPE_CHECKING:
+    from molmo2.config import FirstWeights, Recipe
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -95,6 +56,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def read_recipes(arguments: argparse.Namespace) -> list[Recipe]:
     """Load the recipes to run, in order; the first starts from the weights of `--checkpoint`."""
+    from molmo2.config import load_recipe
+
     paths = sorted(arguments.recipe.parent.glob("stage*.yaml")) if arguments.all_stages else []
     first, *others = paths or [arguments.recipe]
     init = None if arguments.checkpoint is None else named_weights(arguments.checkpoint)
@@ -103,209 +66,28 @@ def read_recipes(arguments: argparse.Namespace) -> list[Recipe]:
 
 def named_weights(name: str) -> str | FirstWeights:
     """The `init` of a recipe for a run or checkpoint of this project, or for a released or exported Molmo2."""
+    from molmo2.config import FirstWeights
     from molmo2.weights.load import is_run
 
     return name if is_run(name) else FirstWeights(molmo2=name)
 
 
-def check_start(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Refuse a `--checkpoint` that a run would not read, since it has begun from other weights and only resumes.
-
-    Raises:
-        CheckpointError: the run has begun from other weights than the recipe's `init`.
-    """
-    began, wanted = checkpoint.read(checkpoints.RECIPE)["init"], json.loads(recipe.model_dump_json())["init"]
-    if began != wanted:
-        raise CheckpointError(
-            f"--checkpoint {wanted!r}: the run is at step {checkpoint.step} and began from {began!r}; leave "
-            "--checkpoint out to resume, or begin another run with --set name=NAME"
-        )
-
-
-def form_mesh(recipe: Recipe, machines: Sequence[str]) -> Mesh:
-    """Check that ranks, packs, heads and machines fit together, and create the groups of ranks; collective."""
-    if recipe.model not in PRESETS:
-        raise ValueError(f"model {recipe.model!r} is not a preset; known: {', '.join(sorted(PRESETS))}")
-    train = recipe.train
-    check_mesh(
-        world=dist.get_world_size(),
-        sp=train.sp,
-        packs_per_step=train.packs_per_step,
-        micro_batch=train.micro_batch,
-        num_heads=PRESETS[recipe.model].text.num_heads,
-        machines=machines,
-        sp_across_machines=train.sp_across_machines,
-    )
-    return make_mesh(train.sp)
-
-
-def newest_checkpoint(recipe: Recipe) -> Checkpoint | None:
-    """The newest whole checkpoint of a run, on the disk or in its mirror."""
-    if recipe.train.mirror is None:
-        return checkpoints.find_newest(checkpoints.checkpoints_dir(recipe.run_dir), say)
-    from molmo2.checkpoint import mirror
-
-    return mirror.newest(recipe, say)
-
-
-def resume(
-    run: Run, engine: Any, checkpoint: Checkpoint | None, universal: Path | None, change_data: bool = False
-) -> Progress:
-    """Restore model, optimizer, the place in the data and the last losses from a checkpoint.
-
-    Args:
-        run: the run.
-        engine: a new engine.
-        checkpoint: the checkpoint to resume from; None starts from the beginning.
-        universal: the converted states of the checkpoint, if the number of ranks or the ZeRO stage has changed.
-        change_data: accept changed data and record the change; otherwise the plan refuses data that have changed.
-    """
-    if checkpoint is None:
-        return Progress(0, Cursor(), LossHistory())
-    state = checkpoint.read(checkpoints.PLAN)
-    cursor = take_over(run, state) if change_data else run.plan.restore(state)
-    if universal and run.recipe.train.zero_stage == 0:
-        from molmo2.checkpoint.reshard import load_whole
-
-        load_whole(engine, universal)
-    else:
-        checkpoints.load_states(engine, universal or checkpoint.path)
-    changed = checkpoints.recipe_changes(checkpoint, run.recipe)
-    if changed:
-        say(f"{run.recipe.name}: the recipe has changed since step {checkpoint.step}: {', '.join(changed)}")
-    return Progress(checkpoint.step, cursor, LossHistory(checkpoint.meta.get("losses", ())))
-
-
-def take_over(run: Run, state: dict[str, Any]) -> Cursor:
-    """Continue with this recipe's data after another plan's; the change is recorded in `data_changes.jsonl`."""
-    cursor, changed = run.plan.change_over(state)
-    if changed and run.mesh.rank == 0:
-        line = {"step": cursor.step, "cursor": cursor._asdict(), "changed": changed}
-        with open(run.recipe.run_dir / CHANGES_NAME, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        say(f"{run.recipe.name}: after step {cursor.step} the data change on purpose: {'; '.join(changed)}")
-    return cursor
-
-
-def train_stage(
-    recipe: Recipe, device: torch.device, stop: StopSignal, arguments: argparse.Namespace, given: bool
-) -> Ending:
-    """Train one stage, and return why it ended. `given`: its `init` is that of `--checkpoint`."""
-    machines = gather_machines()
-    with all_ranks_ok():
-        mesh = form_mesh(recipe, machines)
-        added = read_engine_keys(arguments.deepspeed_config)
-        run = prepare(recipe, mesh, device)
-    checkpoint = on_rank_zero(newest_checkpoint, recipe)
-    with all_ranks_ok():
-        if checkpoint and given:
-            check_start(recipe, checkpoint)
-    done = 0 if checkpoint is None else checkpoint.step
-    if done >= recipe.train.steps:
-        say(f"{recipe.name}: finished at step {done}; nothing to do")
-        if not (recipe.run_dir / SUMMARY_NAME).exists():
-            on_rank_zero(finish, recipe)
-        return "finished"
-    on_rank_zero(cut_run_after, recipe, done)
-    train = recipe.train
-    say(
-        f"{recipe.name}: steps {done + 1}-{train.steps}, {train.packs_per_step} packs of {recipe.data.sequence_length} "
-        f"tokens each, on {mesh.world} ranks (dp {mesh.dp}, sp {mesh.sp}), {train.precision}, ZeRO-{train.zero_stage}"
-    )
-    universal = None
-    with all_ranks_ok():
-        differing = mesh_changes(checkpoint, recipe) if checkpoint else []
-        if checkpoint:
-            check_trained_parameters(checkpoint, recipe)
-    if checkpoint and differing:
-        from molmo2.checkpoint.reshard import convert_checkpoint
-
-        universal = on_rank_zero(convert_checkpoint, checkpoint)
-        say(f"{recipe.name}: {', '.join(differing)}: the checkpoint was converted; the order of the data is the same")
-    check_sp = arguments.check_sp and mesh.sp > 1
-    # The engine loads all weights of a checkpoint, except frozen ones of a converted checkpoint.
-    read = checkpoint is None or universal is not None or check_sp
-    model = starting_model(run, checkpoint, whole=check_sp, read=read)
-    if check_sp:
-        from molmo2.training.check_sp import check_sequence_parallel
-
-        errors = check_sequence_parallel(model, recipe, mesh, device)
-        say(f"{recipe.name}: sp {mesh.sp} agrees with one rank to {max(errors.values()):.1e}")
-    engine, optimizer, names = start_engine(model, recipe, mesh, universal is not None, added)
-    with all_ranks_ok():
-        progress = resume(run, engine, checkpoint, universal, arguments.change_data)
-    if universal:
-        on_rank_zero(shutil.rmtree, universal)
-    ending = run_steps(run, engine, optimizer, names, progress, stop)
-    engine.destroy()
-    if ending == "finished":
-        on_rank_zero(finish, recipe)
-    else:
-        say(
-            f"{recipe.name}: stopped on request ({ending}) after step {progress.step} of {recipe.train.steps}; "
-            "start again to continue"
-        )
-    return ending
-
-
-def cut_run_after(recipe: Recipe, step: int) -> None:
-    """Remove checkpoints and log lines of steps after the one from which the run resumes."""
-    checkpoints.clear_after(checkpoints.checkpoints_dir(recipe.run_dir), step)
-    for name in (LOG_NAME, QUARANTINE_NAME, ANOMALIES_NAME, CHANGES_NAME, DATA_NAME):
-        cut_log(recipe.run_dir / name, step)
-
-
-def finish(recipe: Recipe) -> None:
-    """Write `summary.json` and print it in one line."""
-    summary = summarize_run(read_log(recipe.run_dir / LOG_NAME), recipe)
-    write_atomic(recipe.run_dir / SUMMARY_NAME, json.dumps(summary, indent=1) + "\n")
-    say(
-        f"{recipe.name}: {summary['steps']} steps, {summary['tokens']:,} tokens, "
-        f"loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}, {summary['seconds']:.0f} s; "
-        f"everything is in {recipe.run_dir}"
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, and return the exit code; an error that a user can mend is printed in one message, with code 1."""
+    """Do what the command line asks for, and return the exit code."""
     arguments = parse_arguments(argv)
+    recipes = functools.partial(read_recipes, arguments)
+    # Torch and DeepSpeed take seconds to load, so they wait until the command line has been read.
     if arguments.dry_run or arguments.inspect is not None or arguments.replay is not None:
         from molmo2.inspection.look import look
 
-        return look(functools.partial(read_recipes, arguments), arguments)
-    try:
-        device = start_distributed()
-    except MeshError as error:
-        write_line(f"train.py: {error}", sys.stderr)
-        return 1
-    stop = StopSignal()
-    ending: Ending = "finished"
-    try:
-        with all_ranks_ok():
-            recipes = read_recipes(arguments)
-        for number, recipe in enumerate(recipes):
-            given = number == 0 and arguments.checkpoint is not None
-            with ExitStack() as lock:
-                on_rank_zero(lock.enter_context, lock_run(recipe.run_dir))
-                ending = train_stage(recipe, device, stop, arguments, given)
-            if ending != "finished":
-                break
-            gc.collect()
-    except AgreedError:
-        return 1
-    except (TrainingError, CheckpointError, QuarantineError, PlanError, MeshError, OSError) as error:
-        write_line(f"train.py: rank {dist.get_rank()}: {error}", sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if not lost_peer(error):
-            raise
-        write_line(f"train.py: rank {dist.get_rank()}: stopped, because another rank has ended", sys.stderr)
-        return 1
-    dist.barrier()  # a launcher kills the other ranks when the first has exited with another code than 0
-    dist.destroy_process_group()
-    return STOPPED if ending == "signal" else 0
+        return look(recipes, arguments)
+    from molmo2.training.stages import run_stages
+
+    return run_stages(recipes, arguments)
 
 
 if __name__ == "__main__":
     if code := main():
+        from molmo2.parallel.agree import leave
+
         leave(code)
