@@ -32,7 +32,6 @@ from safetensors.torch import save_file
 
 from molmo2.checkpoint.consolidate import Readers, open_states
 from molmo2.config import Recipe
-from molmo2.model.lora import merged, without_adapters
 from molmo2.model.presets import ModelConfig
 from shards.atomic import sync
 
@@ -344,11 +343,18 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def consolidate(directory: Path) -> Readers:
     """Functions that read the float32 weights of DeepSpeed's files, on the CPU, with adapters merged."""
-    return merged(open_states(directory / STATES), json.loads((directory / RECIPE).read_text()))
+    states, recipe = open_states(directory / STATES), json.loads((directory / RECIPE).read_text())
+    if recipe["optim"].get("lora") is None:
+        return states
+    from molmo2.model.lora import merged
+
+    return merged(states, recipe)
 
 
 def base_weights(directory: Path) -> Readers:
     """As `consolidate`, but without adapters, which are added to the weights afterwards."""
+    from molmo2.model.lora import without_adapters
+
     return without_adapters(open_states(directory / STATES))
 
 

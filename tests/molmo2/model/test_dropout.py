@@ -54,11 +54,14 @@ def test_a_mask_hangs_on_pack_place_and_token_alone() -> None:
 def test_training_draws_by_step_and_slot_and_evaluation_does_not() -> None:
     batch = engine_cases.make(engine_cases.BATCHES[0])
     module = TrainingModule(engine_cases.model(), engine_cases.recipe(residual_dropout=0.2), SINGLE).train()
-    losses = [module(one)[0].item() for one in (batch, batch, replace(batch, step=1), replace(batch, slots=(1,)))]
+    losses = [
+        module(module.place(one))[0].item()
+        for one in (batch, batch, replace(batch, step=1), replace(batch, slots=(1,)))
+    ]
     assert losses[0] == losses[1]
     assert len(set(losses)) == 3
     plain = TrainingModule(engine_cases.model(), engine_cases.recipe(), SINGLE).train()
-    assert module.eval()(batch)[0].item() == plain(batch)[0].item() not in losses
+    assert module.eval()(module.place(batch))[0].item() == plain(plain.place(batch))[0].item() not in losses
     response = engine_cases.recipe(residual_dropout=0.2, dropout_on="response")
     rates = TrainingModule(engine_cases.model(), response, SINGLE)._dropout(batch, slice(0, 48))
     assert rates is not None and torch.equal(rates.rates > 0, batch.loss_weights > 0)
@@ -70,7 +73,7 @@ def test_ranks_that_share_a_pack_drop_what_one_rank_drops() -> None:
     ranks = run_ranks(2, engine_cases.gradients, (True, (6, 3), 0.2))
     for number, case in enumerate(engine_cases.BATCHES):
         alone.zero_grad()
-        loss, logged = alone(engine_cases.make(case))
+        loss, logged = alone(alone.place(engine_cases.make(case)))
         loss.backward()
         largest = max(p.grad.abs().max() for p in alone.parameters() if p.grad is not None)
         for rank in ranks:

@@ -24,7 +24,7 @@ def test_sequence_parallel_gradients_equal_one_rank(world: int, checkpointing: b
     ranks = run_ranks(world, engine_cases.gradients, (checkpointing, heads, 0.0))
     for number, case in enumerate(engine_cases.BATCHES):
         module = TrainingModule(engine_cases.model(heads), engine_cases.recipe(), SINGLE).train()
-        loss, logged = module(engine_cases.make(case))
+        loss, logged = module(module.place(engine_cases.make(case)))
         loss.backward()
         wanted = {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
         for rank in ranks:
@@ -49,7 +49,7 @@ def summed_gradients(heads: tuple[int, int]) -> dict[str, Tensor]:
     """Gradients of a step over all batches in one process, without an engine."""
     module = TrainingModule(engine_cases.model(heads), engine_cases.recipe(), SINGLE).train()
     for case in engine_cases.BATCHES:
-        module(engine_cases.make(case))[0].backward()
+        module(module.place(engine_cases.make(case)))[0].backward()
     return {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
 
 
@@ -160,9 +160,9 @@ def test_no_gradient_is_computed_for_a_frozen_vision_transformer(offload: bool) 
         module.model.freeze(freeze)
         module.model.set_checkpointing(offload, offload=offload)
         batch = engine_cases.make(engine_cases.BATCHES[0])
-        saved[freeze] = saved_bytes(module.model, lambda m=module, b=batch: m(b)[0])
+        saved[freeze] = saved_bytes(module.model, lambda m=module, b=batch: m(m.place(b))[0])
         with FlopCounterMode(display=False) as counter:
-            module(batch)[0].backward()
+            module(module.place(batch))[0].backward()
         counts[freeze] = sum(counter.get_flop_counts()["TrainingModule.model.vit"].values())
         missing = {name for name, parameter in module.model.named_parameters() if parameter.grad is None}
         assert missing == {name for name, _ in module.model.named_parameters() if freeze and name.startswith("vit.")}
