@@ -51,14 +51,17 @@ class LossPlaces(NamedTuple):
 
 
 class PlacedBatch(NamedTuple):
-    """A batch on the device that computes it, with what a rank does with it."""
+    """A batch on the device that computes it, with what a rank does with it, and seeds of dropout, int32 [B, 2]."""
 
     batch: Batch
     visual: VisualPlaces
     loss: LossPlaces
+    seeds: Tensor
 
 
-def place_batch(batch: Batch, mesh: Mesh, patches_per_crop: int, device: torch.device | str = "cpu") -> PlacedBatch:
+def place_batch(
+    batch: Batch, mesh: Mesh, patches_per_crop: int, device: torch.device | str = "cpu", seeds: Tensor | None = None
+) -> PlacedBatch:
     """Find a rank's part of a batch in host memory, and copy both to a device without waiting for it.
 
     Args:
@@ -66,6 +69,7 @@ def place_batch(batch: Batch, mesh: Mesh, patches_per_crop: int, device: torch.d
         mesh: this rank's place.
         patches_per_crop: patches of one crop.
         device: where the batch is computed.
+        seeds: see `PlacedBatch`; without them there is no dropout.
     """
 
     def moved(tensor: Tensor) -> Tensor:
@@ -79,6 +83,7 @@ def place_batch(batch: Batch, mesh: Mesh, patches_per_crop: int, device: torch.d
         batch.to(device),
         visual._replace(pooling=moved(visual.pooling), gathered=moved(visual.gathered)),
         LossPlaces(*map(moved, loss)),
+        moved(torch.zeros(len(batch.slots), 2, dtype=torch.int32) if seeds is None else seeds),
     )
 
 

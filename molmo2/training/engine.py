@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from molmo2.config import COMPONENTS, Recipe
 from molmo2.model.attention import masked_attention
-from molmo2.model.dropout import Dropout, mixed
+from molmo2.model.dropout import Dropout, seed_words
 from molmo2.model.loss import LossSums, rows_per_chunk, weighted_loss
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
@@ -76,7 +76,8 @@ class TrainingModule(nn.Module):
 
     def place(self, batch: Batch, device: torch.device | str = "cpu") -> PlacedBatch:
         """Find what this rank does with a batch in host memory, and copy it to a device."""
-        return place_batch(batch, self.mesh, self.model.config.patches_per_crop, device)
+        seeds = seed_words((self.train_settings.seed, batch.step, slot) for slot in batch.slots)
+        return place_batch(batch, self.mesh, self.model.config.patches_per_crop, device, seeds)
 
     def forward(self, placed: PlacedBatch, num_datasets: int = 1) -> tuple[Tensor, LossSums]:
         """Compute the loss of one micro-batch; all ranks must call it together. It never waits for the device.
@@ -96,7 +97,7 @@ class TrainingModule(nn.Module):
         length = x.shape[1] // mesh.sp
         own = slice(mesh.sp_rank * length, (mesh.sp_rank + 1) * length)
         mask = AttentionMask(batch.segment_ids, batch.is_visual)
-        dropout = self._dropout(batch, own)
+        dropout = self._dropout(placed, own)
         hidden = model.decode(x[:, own], batch.position_ids[:, own], mask, attend=self.attend, dropout=dropout)
         loss_of = functools.partial(
             weighted_loss,
@@ -112,13 +113,12 @@ class TrainingModule(nn.Module):
         logged = both.detach()
         return both.sum() * mesh.world, sums._replace(cross_entropy=logged[0], z=logged[1])
 
-    def _dropout(self, batch: Batch, own: slice) -> Dropout | None:
-        settings = self.train_settings
+    def _dropout(self, placed: PlacedBatch, own: slice) -> Dropout | None:
+        settings, weights = self.train_settings, placed.batch.loss_weights
         if not (self.training and settings.residual_dropout):
             return None
-        hit = torch.ones_like(batch.loss_weights) if settings.dropout_on == "all" else batch.loss_weights > 0
-        packs = tuple(mixed(settings.seed, batch.step, slot) for slot in batch.slots)
-        return Dropout(rates=hit[:, own] * settings.residual_dropout, packs=packs, start=own.start)
+        hit = torch.ones_like(weights) if settings.dropout_on == "all" else weights > 0
+        return Dropout(rates=hit[:, own] * settings.residual_dropout, seeds=placed.seeds, start=own.start)
 
 
 def start_distributed() -> torch.device:

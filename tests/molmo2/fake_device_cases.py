@@ -49,14 +49,14 @@ def gpu_attention() -> Iterator[None]:
         yield
 
 
-def run(preset: ModelConfig, batch: Batch, device: str, dtype: torch.dtype, **train: Any) -> dict[str, Any]:
+def run(preset: ModelConfig, batch: Batch, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """Forward and loss of a batch, on `DEVICE` backward too; the devices and dtypes of what came of it."""
     placed = place_batch(batch, SINGLE, preset.patches_per_crop)
     with ExitStack() as stack, FakeTensorMode() as fake, gpu_attention():
         torch.set_default_dtype(dtype)
         try:
             with torch.device(device):
-                module = TrainingModule(Molmo2(preset), engine_cases.recipe(**train), SINGLE).train()
+                module = TrainingModule(Molmo2(preset), engine_cases.recipe(residual_dropout=0.1), SINGLE).train()
         finally:
             torch.set_default_dtype(torch.float32)
 
@@ -67,7 +67,7 @@ def run(preset: ModelConfig, batch: Batch, device: str, dtype: torch.dtype, **tr
         module.model.set_checkpointing(device == "cuda", chunk_crops=2 if preset is engine_cases.CONFIG else 192)
         if device == DEVICE:
             stack.enter_context(mock.patch.object(loss_file, "checkpoint", lambda f, *a, **options: f(*a)))
-        loss, sums = module(PlacedBatch(placed.batch._map_tensors(faked), *parts), 3)
+        loss, sums = module(PlacedBatch(placed.batch._map_tensors(faked), *parts, faked(placed.seeds)), 3)
         if device == DEVICE:
             loss.backward()
     missing = [name for name, parameter in module.named_parameters() if parameter.grad is None]

@@ -78,7 +78,7 @@ def test_a_read_is_noticed(read: Callable[[Tensor], Any]) -> None:
 @pytest.mark.parametrize("zero_stage", [0, 3])
 @pytest.mark.parametrize("case", engine_cases.BATCHES)
 def test_no_value_is_read_in_forward_loss_and_backward(case: tuple[int, int, bool], zero_stage: int) -> None:
-    module = training_module(zero_stage=zero_stage)
+    module = training_module(zero_stage=zero_stage, residual_dropout=0.1)
     module.attend = dense_attention  # tiles are for CPUs: their bounds are read once
     placed = module.place(engine_cases.make(case))
     with no_reads():
