@@ -141,10 +141,20 @@ def start_distributed() -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
+        let_segments_grow()
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False)
     _free_name_of_shared_memory()
     return torch.device(accelerator.current_device_name())
+
+
+def let_segments_grow() -> None:
+    """Make the GPU's allocator extend its segments, unless the environment configures it; before the first use of CUDA.
+
+    Packs differ in their numbers of crops and of rows with loss, which leaves segments of fixed sizes in pieces.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _take_rank_from_slurm() -> None:
@@ -209,7 +219,7 @@ def deepspeed_config(
         "zero_optimization": {
             "stage": train.zero_stage,
             **offload,
-            "overlap_comm": False,
+            "overlap_comm": train.overlaps_reduction,
             # One sub-group for each component: ZeRO-3 steps one sub-group at a time, and clipping needs the norm of
             # the component's whole gradient.
             "sub_group_size": 10**12,
@@ -250,6 +260,7 @@ def start_engine(
         betas=recipe.optim.betas,
         eps=recipe.optim.eps,
         weight_decay=recipe.optim.weight_decay,
+        fused=get_accelerator().device_name() == "cuda" and "optimizer" not in recipe.train.offload,
     )
     names = [group["name"] for group in optimizer.param_groups]
     engine, *_ = deepspeed.initialize(
