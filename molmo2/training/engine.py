@@ -38,6 +38,7 @@ from molmo2.parallel.vision import encode_shared
 from molmo2.training.optim import ComponentAdamW, parameter_groups
 from shards.stream.collate import Batch
 
+PAD_CROPS = 8  # on a GPU crops are padded to a multiple: a chunk of up to 32 then has one of four shapes
 # The DeepSpeed keys that a user may set: they neither change what is computed nor contradict the recipe.
 ENGINE_KEYS = frozenset({"aio", "comms_logger", "dump_state", "flops_profiler", "memory_breakdown"})
 ZERO_KEYS = frozenset(
@@ -252,6 +253,8 @@ def start_engine(
     train = recipe.train
     model.freeze(train.freeze, recipe.optim.freeze_base_embedding)  # after LoRA, which trains the added embeddings
     model.set_checkpointing(train.activation_checkpointing, train.chunk_crops, "activations" in train.offload)
+    if get_accelerator().device_name() == "cuda":
+        model.vit.pad_crops = PAD_CROPS
     components = model.parameter_groups()
     assert set(components) == set(COMPONENTS)
     optimizer = ComponentAdamW(

@@ -23,7 +23,7 @@ from molmo2.model.presets import PRESETS, ModelConfig
 from molmo2.parallel.mesh import SINGLE
 from molmo2.parallel.places import PlacedBatch, place_batch
 from molmo2.training.check_sp import check_pack
-from molmo2.training.engine import TrainingModule
+from molmo2.training.engine import PAD_CROPS, TrainingModule
 from shards.stream.collate import Batch
 
 DEVICE = "unreal"
@@ -63,6 +63,7 @@ def run(preset: ModelConfig, batch: Batch, device: str, dtype: torch.dtype) -> d
         def faked(value: Any) -> Any:
             return fake.from_tensor(value).to(device) if isinstance(value, Tensor) else value
 
+        module.model.vit.pad_crops = PAD_CROPS
         parts = [part._make(map(faked, part)) for part in (placed.visual, placed.loss)]
         module.model.set_checkpointing(device == "cuda", chunk_crops=2 if preset is engine_cases.CONFIG else 192)
         if device == DEVICE:
