@@ -41,8 +41,9 @@ from molmo2.model.loss import weighted_loss
 from molmo2.model.mask import MEMBER, TRUNK, AttentionMask
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS
-from molmo2.parallel.loss_rows import split_loss_rows
+from molmo2.parallel.loss_rows import take_loss_rows
 from molmo2.parallel.mesh import make_mesh
+from molmo2.parallel.places import find_loss_places, find_visual_places
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
 from molmo2.training.dry_run import activation_bytes, measure_saved, saved_bytes
@@ -124,16 +125,18 @@ def whole_pack(rank: int, world: int, folder: str, answers: Any) -> None:
     weights = (segments == 1).float()
     before, since = peak_memory("cpu"), time.perf_counter()
     own = torch.from_numpy(split_visuals([1] * FRAMES, counts.tolist(), world)[rank].crops)
-    features, touch = encode_shared(
-        model.encode_visuals, pixels[own], pooling, torch.ones(FRAMES, dtype=torch.int64), counts,
-        config.patches_per_crop, config.crop_size, mesh,
-    )  # fmt: skip
+    places = find_visual_places(pooling, torch.ones(FRAMES, dtype=torch.int64), counts, config.patches_per_crop, mesh)
+    features, touch = encode_shared(model.encode_visuals, pixels[own], places, config.crop_size, mesh)
     x = model.embed(ids, features) + touch
     part = slice(mesh.sp_rank * length // world, (mesh.sp_rank + 1) * length // world)
     attend = ulysses(tiled_attention, mesh, config.text.num_heads, config.text.num_kv_heads)
     hidden = model.decode(x[:, part], torch.arange(length)[None, part], AttentionMask(segments, visual), attend=attend)
-    rows = split_loss_rows(hidden, ids.clamp(max=511), weights, torch.zeros_like(ids), mesh)
-    loss = sum(weighted_loss(*rows[:3], model.lm_head, 1e-4, 4096)[:2]) / weights.sum()
+    rows = find_loss_places(ids.clamp(max=511), weights, torch.zeros_like(ids), mesh)
+    sums = weighted_loss(
+        take_loss_rows(hidden, rows, mesh), model.lm_head, labels=rows.labels, weights=rows.weights,
+        z_loss=1e-4, chunk_rows=4096,
+    )  # fmt: skip
+    loss = (sums.cross_entropy + sums.z) / weights.sum()
     loss.backward()
     norm = torch.stack([p.grad.square().sum() for p in model.parameters() if p.grad is not None]).sum()
     total = torch.stack([loss.detach(), norm])

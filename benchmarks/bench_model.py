@@ -204,11 +204,13 @@ def text_loss(model: Molmo2, batch: Batch, features: Tensor | None) -> Tensor:
     """The language model's part of `trained_loss`."""
     mask = AttentionMask(batch.segment_ids, batch.is_visual)
     hidden = model.decode(model.embed(batch.input_ids, features), batch.position_ids, mask)
-    weights = (batch.labels != IGNORED).float()
-    rows = rows_per_chunk(model.config.text.vocab_size)
-    return weighted_loss(hidden, batch.labels.clamp(min=0), weights, model.lm_head, 0.0, rows).cross_entropy / (
-        weights.sum()
-    )
+    kept = batch.labels != IGNORED
+    labels, rows = batch.labels[kept], rows_per_chunk(model.config.text.vocab_size)
+    sums = weighted_loss(
+        hidden[kept], model.lm_head, labels=labels, weights=torch.ones_like(labels, dtype=torch.float32),
+        z_loss=0.0, chunk_rows=rows,
+    )  # fmt: skip
+    return sums.cross_entropy / len(labels)
 
 
 def their_loss(reference: Any, config: ModelConfig, batch: Batch) -> Loss:

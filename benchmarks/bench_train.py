@@ -110,7 +110,7 @@ def bare(recipe_path: Path) -> dict[str, Any]:
     for batches in steps:
         since = time.perf_counter()
         for batch in batches:
-            module(batch.to(device))[0].backward()
+            module(module.place(batch, device))[0].backward()
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":

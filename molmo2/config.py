@@ -126,6 +126,15 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
         """
         return CHUNK_CROPS if self.activation_checkpointing and self.zero_stage < 3 else None
 
+    @property
+    def overlaps_reduction(self) -> bool:
+        """Whether DeepSpeed reduces gradients beside backward, on a stream of its own; it can from ZeRO-2 on.
+
+        With sequence parallelism backward has collectives of its groups too. Collectives of two groups whose order
+        differs between ranks can wait for each other for ever.
+        """
+        return self.sp == 1 and self.zero_stage >= 2
+
 
 class OptimGroup(pydantic.BaseModel, extra="forbid", frozen=True):
     """Learning rate and clipping of one component: linear warm-up to `lr`, then cosine; gradient norm up to `clip`."""

@@ -346,9 +346,13 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def consolidate(directory: Path) -> Readers:
     """Functions that read the float32 weights of DeepSpeed's files, on the CPU, with adapters merged."""
     from molmo2.checkpoint.consolidate import open_states  # loaded when a whole model is read or written
+
+    states, recipe = open_states(directory / STATES), json.loads((directory / RECIPE).read_text())
+    if recipe["optim"].get("lora") is None:
+        return states
     from molmo2.model.lora import merged
 
-    return merged(open_states(directory / STATES), json.loads((directory / RECIPE).read_text()))
+    return merged(states, recipe)
 
 
 def base_weights(directory: Path) -> Readers:

@@ -19,6 +19,9 @@ from molmo2.eval.questions import as_batch, first_draws, read_samples
 from molmo2.eval.runner import ALONE, Ranks, Subject, left_out, open_built
 from molmo2.model.loss import rows_per_chunk, weighted_loss
 from molmo2.model.mask import AttentionMask
+from molmo2.parallel.loss_rows import take_loss_rows
+from molmo2.parallel.mesh import SINGLE
+from molmo2.parallel.places import place_batch
 from shards.stream.collate import Batch
 from shards.stream.dataset import Tars
 from shards.stream.plan import Draw
@@ -27,12 +30,15 @@ from shards.stream.plan import Draw
 @torch.no_grad()
 def loss_sums(subject: Subject, batch: Batch) -> tuple[float, float]:
     """The sums of weighted cross entropy and of loss weights over a batch."""
-    model, batch = subject.model, batch.to(subject.device)
+    model = subject.model
+    placed = place_batch(batch, SINGLE, model.config.patches_per_crop, subject.device)
+    batch, rows = placed.batch, placed.loss
     features = model.encode_visuals(batch.pixels, batch.pooling) if len(batch.pixels) else None
     x = model.embed(batch.input_ids, features)
     hidden = model.decode(x, batch.position_ids, AttentionMask(batch.segment_ids, batch.is_visual))
     chunk = rows_per_chunk(model.config.text.vocab_size)
-    sums = weighted_loss(hidden, batch.labels, batch.loss_weights, model.lm_head, 0.0, chunk)
+    taken = take_loss_rows(hidden, rows, SINGLE)
+    sums = weighted_loss(taken, model.lm_head, labels=rows.labels, weights=rows.weights, z_loss=0.0, chunk_rows=chunk)
     return float(sums.cross_entropy), float(batch.loss_weights.double().sum())
 
 

@@ -1,19 +1,24 @@
-"""Dropout on the outputs of sublayers (the residual branches), with masks that depend only on a token's place.
+"""Dropout on the outputs of sublayers (the residual branches), with masks that depend only on an element's place.
 
-A mask is drawn from (seed, step, pack, sublayer, block of tokens) and never from a generator's state. It is therefore
-the same after a resume, in recomputed activations, and for any distribution of packs over ranks. CPU and CUDA draw
-different numbers from the same seed.
+A mask is a hash of (seed, step, pack, sublayer, token, channel) in integer arithmetic, and never of a generator's
+state. It is therefore the same after a resume, in recomputed activations, for any distribution of packs over ranks, for
+any slice of a pack and on every device.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-BLOCK = 1024  # tokens whose mask has one seed: a rank with a slice of a pack draws only the blocks of its slice
+# A 32-bit mixer: every bit of the input changes each bit of the output with a probability near 1/2. Shifts of int32 are
+# arithmetic, so the bits that they fill in are cut off. Factors above 2^31 are written as their negative equivalents.
+ROUNDS = ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32))
+LAST_SHIFT = 16
+CHANNEL, SUBLAYER = 0x5BD1E995, 0x2545F491  # odd factors that spread small numbers over 32 bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,31 +27,38 @@ class Dropout:
 
     Attributes:
         rates: float32 [B, S] in [0, 1): the probability that a channel of a token is dropped.
-        packs: a seed for each of the B rows, from (seed, step, pack).
+        seeds: int32 [B, 2], the seed of each row, from (seed, step, pack); see `seed_words`.
         start: index in the pack of the slice's first token.
     """
 
     rates: Tensor
-    packs: tuple[int, ...]
+    seeds: Tensor
     start: int = 0
 
     def __call__(self, x: Tensor, place: int) -> Tensor:
         """Apply dropout to [B, S, d], keeping the expectation; `place` is the index of the sublayer in the model."""
-        dropped = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        generator = torch.Generator(x.device)
-        end = self.start + x.shape[1]
-        for row, pack in enumerate(self.packs):
-            for block in range(self.start // BLOCK, -(-end // BLOCK)):
-                first, last = max(self.start, block * BLOCK), min(end, (block + 1) * BLOCK)
-                generator.manual_seed(mixed(pack, place, block))
-                drawn = torch.rand(BLOCK, x.shape[2], generator=generator, device=x.device)
-                own = slice(first - self.start, last - self.start)
-                part = drawn[first - block * BLOCK : last - block * BLOCK]
-                torch.lt(part, self.rates[row, own, None], out=dropped[row, own])
+        token = torch.arange(self.start, self.start + x.shape[1], dtype=torch.int32, device=x.device)
+        channel = torch.arange(x.shape[2], dtype=torch.int32, device=x.device)
+        keys = _mixed(self.seeds ^ (place + 1) * SUBLAYER % 2**31)
+        first, second = _mixed(_mixed(keys[:, :, None] + token) ^ keys.flip(1)[:, :, None])[..., None].unbind(1)
+        bits = _mixed(first ^ _mixed(channel * CHANNEL), second)
+        dropped = (bits & (2**31 - 1)) < (self.rates * 2**31).int()[..., None]
         return x.masked_fill(dropped, 0) * (1 / (1 - self.rates))[..., None].to(x.dtype)
 
 
-def mixed(*numbers: int) -> int:
-    """A seed below 2^63 from any integers."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+def _mixed(x: Tensor, added: Tensor | int = 0) -> Tensor:
+    """Mix the bits of int32 numbers; `added` enters between the two rounds."""
+    (shift, factor), (next_shift, next_factor) = ROUNDS
+    x = (x ^ _shifted(x, shift)) * factor + added
+    x = (x ^ _shifted(x, next_shift)) * next_factor
+    return x ^ _shifted(x, LAST_SHIFT)
+
+
+def _shifted(x: Tensor, places: int) -> Tensor:
+    return (x >> places) & (2 ** (32 - places) - 1)
+
+
+def seed_words(seeds: Iterable[tuple[int, ...]]) -> Tensor:
+    """One seed from each tuple of integers: int32 [n, 2], on the CPU."""
+    digests = b"".join(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest() for numbers in seeds)
+    return torch.frombuffer(bytearray(digests), dtype=torch.int32).view(-1, 2)

@@ -1,4 +1,4 @@
-"""Weighted cross entropy with z-loss, computed only for the rows that carry loss.
+"""Weighted cross entropy with z-loss, computed in chunks of rows, and the head inside which that is done.
 
 The result is the sum over the local rows, not their mean. The trainer divides by the loss weight of the whole step, so
 that a token's weight does not depend on its rank, micro-batch or pack. Nothing here communicates.
@@ -7,10 +7,10 @@ that a token's weight does not depend on its rank, micro-batch or pack. Nothing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 2**30  # logits and their gradients of one chunk of rows fill about this many bytes
@@ -38,51 +38,56 @@ def rows_per_chunk(vocabulary: int) -> int:
     return max(1, CHUNK_BYTES // (BYTES_PER_LOGIT * vocabulary))
 
 
+class Head(nn.Linear):
+    """The language model's head, which maps hidden states to logits."""
+
+    def forward(self, rows: Tensor, use: Callable[[Tensor, Callable[[Tensor], Tensor]], Any] | None = None) -> Any:
+        """The logits of `rows`, or `use(rows, head)`, in which `head` may be called any number of times.
+
+        Under ZeRO-3 every call of a module is a collective. A call of `use` is one, however many rows a rank has.
+        """
+        return super().forward(rows) if use is None else use(rows, super().forward)
+
+
 def weighted_loss(
     hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    *,
     labels: Tensor,
     weights: Tensor,
-    head: Callable[[Tensor], Tensor],
     z_loss: float,
     chunk_rows: int,
-    num_chunks: int = 1,
     datasets: Tensor | None = None,
     num_datasets: int = 1,
 ) -> LossSums:
-    """Sum the loss of the rows with weight > 0.
+    """Sum the loss of rows; rows without weight cost as much as others, so the caller leaves them out.
 
     Args:
-        hidden: [..., d], final-normed; one row or more.
-        labels: [...] int64, already shifted.
-        weights: [...] float32.
-        head: rows [n, d] -> logits [n, vocabulary]; it must be the module that owns the weight, so that its hooks run.
+        hidden: [n, d], final-normed; one row or more.
+        head: rows [n, d] -> logits [n, vocabulary].
+        labels: [n] int64, already shifted.
+        weights: [n] float32.
         z_loss: factor of the z-loss.
         chunk_rows: rows whose logits exist at once; each chunk is recomputed in backward.
-        num_chunks: the minimum number of chunks; extra ones compute a row of weight 0. Under ZeRO-3 every call of
-            `head` is a collective, so all ranks must agree on the number. It is at least 1, so that a rank without
-            any row calls `head` too.
-        datasets: [...] int64, the dataset of each row, below `num_datasets`; None: all rows are of dataset 0.
+        datasets: [n] int64, the dataset of each row, below `num_datasets`; None: all rows are of dataset 0.
         num_datasets: number of datasets with sums of their own.
 
     Returns:
         The sums; the first two are connected to `hidden` and to the head even when no row carries loss.
     """
-    rows, labels, weights = hidden.flatten(0, -2), labels.flatten(), weights.flatten()
-    datasets = torch.zeros_like(labels) if datasets is None else datasets.flatten()
-    chunks = (weights > 0).nonzero().squeeze(1).split(chunk_rows)
-    idle = torch.zeros(1, dtype=torch.int64, device=rows.device)
-    sums = rows.new_zeros(2, dtype=torch.float32)
-    dataset_loss, dataset_weight = rows.new_zeros(2, num_datasets, dtype=torch.float32)
-    for part in range(max(num_chunks, len(chunks))):
-        busy = part < len(chunks) and len(chunks[part]) > 0
-        index = chunks[part] if busy else idle
-        weight = weights[index] * busy
-        inputs = (rows.index_select(0, index), labels[index], weight, head, z_loss)
-        both, cross_entropy = checkpoint(_chunk_sums, *inputs, use_reentrant=False, preserve_rng_state=False)
+    sums, parts = hidden.new_zeros(2, dtype=torch.float32), []
+    for chunk in zip(hidden.split(chunk_rows), labels.split(chunk_rows), weights.split(chunk_rows), strict=True):
+        both, part = checkpoint(_chunk_sums, *chunk, head, z_loss, use_reentrant=False, preserve_rng_state=False)
         sums = sums + both
-        dataset_loss.index_add_(0, datasets[index], weight * cross_entropy.detach())
-        dataset_weight.index_add_(0, datasets[index], weight)
-    return LossSums(sums[0], sums[1], dataset_loss, dataset_weight)
+        parts.append(part.detach())
+    datasets = torch.zeros_like(labels) if datasets is None else datasets
+    empty = hidden.new_zeros(num_datasets, dtype=torch.float32)
+    return LossSums(
+        cross_entropy=sums[0],
+        z=sums[1],
+        dataset_loss=empty.index_add(0, datasets, weights * torch.cat(parts)),
+        dataset_weight=empty.index_add(0, datasets, weights),
+    )
 
 
 def _chunk_sums(

@@ -15,6 +15,7 @@ from molmo2.model.attention import masked_attention
 from molmo2.model.connector import Connector
 from molmo2.model.decoder import Attend, Cache, Decoder, Mask
 from molmo2.model.dropout import Dropout
+from molmo2.model.loss import Head
 from molmo2.model.mask import AttentionMask
 from molmo2.model.presets import ModelConfig
 from molmo2.model.vit import VisionTransformer
@@ -44,7 +45,7 @@ class Molmo2(nn.Module):
         self.vit = VisionTransformer(config.vit, config.patch_size, config.patches_per_crop)
         self.connector = Connector(config.connector, config.vit, config.text)
         self.text = Decoder(config.text)
-        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.lm_head = Head(config.text.hidden_size, config.text.vocab_size, bias=False)
 
     @classmethod
     def with_weights(cls, config: ModelConfig, weights: Mapping[str, Tensor]) -> Molmo2:
@@ -176,4 +177,5 @@ class Molmo2(nn.Module):
         """Logits [B, S, base vocabulary] of a batch from the loader; `pixels` may be empty."""
         features = self.encode_visuals(pixels, pooling) if pixels.shape[0] else None
         hidden = self.decode(self.embed(input_ids, features), position_ids, AttentionMask(segment_ids, is_visual))
-        return self.lm_head(hidden)
+        logits: Tensor = self.lm_head(hidden)
+        return logits

@@ -13,12 +13,13 @@ from torch.utils.checkpoint import checkpoint
 def recomputed(layer: Callable[..., Tensor], x: Tensor, *others: Any, offload: bool) -> Tensor:
     """Compute `layer(x, *others)` and save only `x` for the backward pass; with `offload`, in CPU memory.
 
-    Gradients flow to `x` and to parameters, not to `others`.
+    Gradients flow to `x` and to parameters, not to `others`. No layer may draw random numbers from a generator: its
+    state is not kept for the recomputation.
     """
     if not offload:
-        return checkpoint(layer, x, *others, use_reentrant=False)
+        return checkpoint(layer, x, *others, use_reentrant=False, preserve_rng_state=False)
     if not x.requires_grad:  # everything before the layer is frozen; reentrant checkpointing would give no gradient
         x = x.detach().requires_grad_()
     with save_on_cpu(pin_memory=x.is_cuda):
         # Only reentrant checkpointing saves its input with saved-tensor hooks, which do the offloading.
-        return checkpoint(layer, x, *others, use_reentrant=True)
+        return checkpoint(layer, x, *others, use_reentrant=True, preserve_rng_state=False)

@@ -73,13 +73,20 @@ class VisionTransformer(nn.Module):
         self.config, self.patch_size = config, patch_size
         self.checkpointing = self.offload = False
         self.chunk_crops: int | None = None  # crops computed at once; None: all
+        self.pad_crops = 1  # crops are padded to a multiple of this number, so that kernels see few shapes
         self.patch_embedding = nn.Linear(patch_size * patch_size * 3, config.hidden_size)
         self.positions = nn.Parameter(torch.empty(num_patches, config.hidden_size))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode uint8 [N, H, W, 3] to [N, patches, hidden * feature layers]."""
-        return torch.cat([self._encode(part) for part in pixels.split(self.chunk_crops or max(1, len(pixels)))])
+        padded = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, self.num_padded(len(pixels))))
+        parts = [self._encode(part) for part in padded.split(self.chunk_crops or max(1, len(padded)))]
+        return torch.cat(parts)[: len(pixels)]
+
+    def num_padded(self, num_crops: int) -> int:
+        """The number of black crops that are computed beside `num_crops`, less than `pad_crops`."""
+        return -num_crops % self.pad_crops
 
     def _encode(self, pixels: Tensor) -> Tensor:
         patches = to_patches(pixels, self.patch_size).to(self.patch_embedding.weight.dtype)

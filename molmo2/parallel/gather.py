@@ -15,16 +15,16 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, mesh: Mesh) -> Tensor:
         ctx.mesh = mesh
-        value = value.contiguous()
-        blocks = [torch.empty_like(value) for _ in range(mesh.sp)]
-        dist.all_gather(blocks, value, group=mesh.sp_group)
-        return torch.cat(blocks)
+        gathered = value.new_empty(mesh.sp * value.shape[0], *value.shape[1:])
+        dist.all_gather_into_tensor(gathered, value.contiguous(), group=mesh.sp_group)
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.mesh.sp_group)
-        return total.chunk(ctx.mesh.sp)[ctx.mesh.sp_rank], None
+        whole = gradients[0].contiguous()
+        own = whole.new_empty(whole.shape[0] // ctx.mesh.sp, *whole.shape[1:])
+        dist.reduce_scatter_tensor(own, whole, group=ctx.mesh.sp_group)
+        return own, None
 
 
 def all_gather(value: Tensor, mesh: Mesh) -> Tensor:

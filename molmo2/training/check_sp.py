@@ -75,13 +75,13 @@ def check_sequence_parallel(model: Molmo2, recipe: Recipe, mesh: Mesh, device: t
     copy = Molmo2.with_weights(model.config, weights).train()
     copy.set_checkpointing(train.activation_checkpointing, train.chunk_crops, "activations" in train.offload)
     length = check_length(recipe.data.sequence_length, train.sp)
-    batch = check_pack(model.config, length, recipe.data.max_crops).to(device)
-    loss = _backward(TrainingModule(copy, recipe, SINGLE), batch)
+    batch = check_pack(model.config, length, recipe.data.max_crops)
+    loss = _backward(TrainingModule(copy, recipe, SINGLE), batch, device)
     alone = {}
     for name, parameter in copy.named_parameters():
         alone[name] = torch.zeros_like(parameter, device="cpu") if parameter.grad is None else parameter.grad.cpu()
         parameter.grad = None
-    shared_loss = _backward(TrainingModule(copy, recipe, mesh), own_crops(batch, mesh.sp_rank, mesh.sp))
+    shared_loss = _backward(TrainingModule(copy, recipe, mesh), own_crops(batch, mesh.sp_rank, mesh.sp), device)
     dist.all_reduce(shared_loss)
     shared_loss /= mesh.dp  # all groups ran the same pack
     floors = _floors(copy, alone, tolerance.floor)
@@ -112,9 +112,9 @@ def check_length(sequence_length: int, sp: int) -> int:
     return max(whole, sequence_length // 4 // (sp * BLOCK) * (sp * BLOCK))
 
 
-def _backward(module: TrainingModule, batch: Batch) -> Tensor:
+def _backward(module: TrainingModule, batch: Batch, device: torch.device) -> Tensor:
     """Run a pack forward and backward; its local loss, float64."""
-    loss, logged = module(batch)
+    loss, logged = module(module.place(batch, device))
     loss.backward()
     return (logged.cross_entropy + logged.z).double()
 

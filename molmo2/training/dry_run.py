@@ -143,6 +143,7 @@ def state_bytes(recipe: Recipe, config: ModelConfig, world: int) -> dict[str, fl
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     half, stage = recipe.train.precision == "bf16", recipe.train.zero_stage
+    buckets = 3 if recipe.train.overlaps_reduction else 2  # one is filled while another is reduced
     return {
         "parameters": total * (2 if half else 4) / (world if stage == 3 else 1),
         "gradients": trained * 4 / (world if stage >= 2 else 1),  # accumulated in float32
@@ -150,7 +151,7 @@ def state_bytes(recipe: Recipe, config: ModelConfig, world: int) -> dict[str, fl
         if "optimizer" in recipe.train.offload
         # two moments in float32, and float32 master weights when the model is bfloat16
         else trained * (12 if half else 8) / (world if stage >= 1 else 1),
-        "buckets": 2 * min(BUCKET, trained) * (2 if half else 4) if stage else 0,
+        "buckets": buckets * min(BUCKET, trained) * (2 if half else 4) if stage else 0,
     }
 
 

@@ -8,6 +8,7 @@ of the whole step, and gradients are exact for any dp, sp, micro-batch and stage
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -25,17 +26,19 @@ from torch import Tensor, nn
 
 from molmo2.config import COMPONENTS, Recipe
 from molmo2.model.attention import masked_attention
-from molmo2.model.dropout import Dropout, mixed
+from molmo2.model.dropout import Dropout, seed_words
 from molmo2.model.loss import LossSums, rows_per_chunk, weighted_loss
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
-from molmo2.parallel.loss_rows import split_loss_rows
+from molmo2.parallel.loss_rows import take_loss_rows
 from molmo2.parallel.mesh import Mesh, MeshError
+from molmo2.parallel.places import PlacedBatch, place_batch
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
 from molmo2.training.optim import ComponentAdamW, parameter_groups
 from shards.stream.collate import Batch
 
+PAD_CROPS = 8  # on a GPU crops are padded to a multiple: a chunk of up to 32 then has one of four shapes
 # The DeepSpeed keys that a user may set: they neither change what is computed nor contradict the recipe.
 ENGINE_KEYS = frozenset({"aio", "comms_logger", "dump_state", "flops_profiler", "memory_breakdown"})
 ZERO_KEYS = frozenset(
@@ -72,59 +75,51 @@ class TrainingModule(nn.Module):
         self.chunk_rows = rows_per_chunk(model.config.text.vocab_size)
         self.attend = ulysses(masked_attention, mesh, model.config.text.num_heads, model.config.text.num_kv_heads)
 
-    def forward(self, batch: Batch, num_datasets: int = 1) -> tuple[Tensor, LossSums]:
-        """Compute the loss of one micro-batch; all ranks must call it together.
+    def place(self, batch: Batch, device: torch.device | str = "cpu") -> PlacedBatch:
+        """Find what this rank does with a batch in host memory, and copy it to a device."""
+        seeds = seed_words((self.train_settings.seed, batch.step, slot) for slot in batch.slots)
+        return place_batch(batch, self.mesh, self.model.config.patches_per_crop, device, seeds)
+
+    def forward(self, placed: PlacedBatch, num_datasets: int = 1) -> tuple[Tensor, LossSums]:
+        """Compute the loss of one micro-batch; all ranks must call it together. It never waits for the device.
 
         Args:
-            batch: the micro-batch; its dataset ids are below `num_datasets`.
+            placed: the micro-batch; its dataset ids are below `num_datasets`.
             num_datasets: number of datasets with sums of their own.
 
         Returns:
             The loss for backward (scalar: world * local sum / W), and the local sums for the log, detached; in them
             `cross_entropy` and `z` are divided by W.
         """
-        model, mesh = self.model, self.mesh
-        features, touch = encode_shared(
-            model.encode_visuals,
-            batch.pixels,
-            batch.pooling,
-            batch.visual_crops,
-            batch.visual_tokens,
-            model.config.patches_per_crop,
-            model.config.crop_size,
-            mesh,
-        )
+        model, mesh, batch, rows = self.model, self.mesh, placed.batch, placed.loss
+        crop_size = model.config.crop_size
+        features, touch = encode_shared(model.encode_visuals, batch.pixels, placed.visual, crop_size, mesh)
         x = model.embed(batch.input_ids, features) + touch
         length = x.shape[1] // mesh.sp
         own = slice(mesh.sp_rank * length, (mesh.sp_rank + 1) * length)
         mask = AttentionMask(batch.segment_ids, batch.is_visual)
-        dropout = self._dropout(batch, own)
+        dropout = self._dropout(placed, own)
         hidden = model.decode(x[:, own], batch.position_ids[:, own], mask, attend=self.attend, dropout=dropout)
-        rows = split_loss_rows(hidden, batch.labels, batch.loss_weights, batch.dataset_ids, mesh)
-        sums = weighted_loss(
-            *(rows.hidden, rows.labels, rows.weights, model.lm_head, self.train_settings.z_loss, self.chunk_rows),
-            num_chunks=self._num_chunks(rows.weights),
+        loss_of = functools.partial(
+            weighted_loss,
+            labels=rows.labels,
+            weights=rows.weights,
+            z_loss=self.train_settings.z_loss,
+            chunk_rows=self.chunk_rows,
             datasets=rows.datasets,
             num_datasets=num_datasets,
         )
+        sums = model.lm_head(take_loss_rows(hidden, rows, mesh), loss_of)
         both = torch.stack([sums.cross_entropy, sums.z]) / batch.divisor
         logged = both.detach()
         return both.sum() * mesh.world, sums._replace(cross_entropy=logged[0], z=logged[1])
 
-    def _dropout(self, batch: Batch, own: slice) -> Dropout | None:
-        settings = self.train_settings
+    def _dropout(self, placed: PlacedBatch, own: slice) -> Dropout | None:
+        settings, weights = self.train_settings, placed.batch.loss_weights
         if not (self.training and settings.residual_dropout):
             return None
-        hit = torch.ones_like(batch.loss_weights) if settings.dropout_on == "all" else batch.loss_weights > 0
-        packs = tuple(mixed(settings.seed, batch.step, slot) for slot in batch.slots)
-        return Dropout(rates=hit[:, own] * settings.residual_dropout, packs=packs, start=own.start)
-
-    def _num_chunks(self, weights: Tensor) -> int:
-        if self.train_settings.zero_stage < 3:
-            return 1
-        count = (weights > 0).sum().div(self.chunk_rows, rounding_mode="floor") + 1
-        dist.all_reduce(count, op=dist.ReduceOp.MAX)
-        return int(count)
+        hit = torch.ones_like(weights) if settings.dropout_on == "all" else weights > 0
+        return Dropout(rates=hit[:, own] * settings.residual_dropout, seeds=placed.seeds, start=own.start)
 
 
 def start_distributed() -> torch.device:
@@ -147,10 +142,20 @@ def start_distributed() -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
+        let_segments_grow()
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False)
     _free_name_of_shared_memory()
     return torch.device(accelerator.current_device_name())
+
+
+def let_segments_grow() -> None:
+    """Make the GPU's allocator extend its segments, unless the environment configures it; before the first use of CUDA.
+
+    Packs differ in their numbers of crops and of rows with loss, which leaves segments of fixed sizes in pieces.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _take_rank_from_slurm() -> None:
@@ -215,7 +220,7 @@ def deepspeed_config(
         "zero_optimization": {
             "stage": train.zero_stage,
             **offload,
-            "overlap_comm": False,
+            "overlap_comm": train.overlaps_reduction,
             # One sub-group for each component: ZeRO-3 steps one sub-group at a time, and clipping needs the norm of
             # the component's whole gradient.
             "sub_group_size": 10**12,
@@ -248,6 +253,8 @@ def start_engine(
     train = recipe.train
     model.freeze(train.freeze, recipe.optim.freeze_base_embedding)  # after LoRA, which trains the added embeddings
     model.set_checkpointing(train.activation_checkpointing, train.chunk_crops, "activations" in train.offload)
+    if get_accelerator().device_name() == "cuda":
+        model.vit.pad_crops = PAD_CROPS
     components = model.parameter_groups()
     assert set(components) == set(COMPONENTS)
     optimizer = ComponentAdamW(
@@ -256,6 +263,7 @@ def start_engine(
         betas=recipe.optim.betas,
         eps=recipe.optim.eps,
         weight_decay=recipe.optim.weight_decay,
+        fused=get_accelerator().device_name() == "cuda" and "optimizer" not in recipe.train.offload,
     )
     names = [group["name"] for group in optimizer.param_groups]
     engine, *_ = deepspeed.initialize(

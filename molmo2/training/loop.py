@@ -160,11 +160,12 @@ def compute(
         watchdog.enter("forward", step, batch.slots)
         batch = agree_on_masked(run, batch, cursor)
         record_masked(batch, run)
+        placed = engine.module.place(batch, run.device)
         with clock.forward():
-            loss, logged = engine(batch, len(names))
+            loss, logged = engine(placed, len(names))
         watchdog.enter("backward", step, batch.slots)
         engine.backward(loss, scale_wrt_gas=False)
-        own = local_sums(batch, logged, run.mesh.sp, batch_flops(batch, run.model_config, frozen))
+        own = local_sums(placed.batch, logged, run.mesh.sp, batch_flops(batch, run.model_config, frozen))
         sums = own if sums is None else StepSums(*map(torch.add, sums, own))
     assert sums is not None, "a step has a micro-step at least"
     sums = sums._replace(

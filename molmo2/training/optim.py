@@ -27,7 +27,7 @@ class ComponentAdamW(torch.optim.AdamW):
         partitioned: whether each rank holds only a part of every gradient (ZeRO 1-3), so that squares are summed over
             the ranks. ZeRO 1 and 2 show one flat partition per group; ZeRO 3 calls `step` once per group, the
             other groups being empty, which is why empty groups are skipped.
-        options: betas, eps and weight_decay.
+        options: betas, eps, weight_decay and fused.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, partitioned: bool, **options: Any) -> None:
@@ -66,6 +66,9 @@ class ComponentAdamW(torch.optim.AdamW):
             return None
         for gradients, scale in scales.values():
             torch._foreach_mul_(gradients, scale)
+        if self.defaults["fused"]:
+            for parameter, state in self.state.items():
+                state["step"] = state["step"].to(parameter.device)  # a checkpoint may have left the number on the CPU
         return super().step(closure)
 
 

@@ -102,19 +102,22 @@ def show_losses(run: Run, step: StepSpec, fresh: Molmo2 | None = None) -> Iterat
     module = TrainingModule(model, run.recipe, run.mesh).to(run.device, dtype).eval()
     reader = pack_reader(run.plan, run.layout)
     for pack in step.packs:
-        batch = reader.read(MicroSpec((pack,), step.divisor, step.cursor)).to(run.device)
-        losses = member_losses(module, batch, len(pack.draws))
+        batch = reader.read(MicroSpec((pack,), step.divisor, step.cursor))
+        losses = member_losses(module, batch, len(pack.draws), run.device)
         yield _heading(run, pack)
         for draw, loss in zip(pack.draws, losses, strict=True):
             yield f"  {_place(run.plan, draw)}, loss {'none: masked' if loss is None else format(loss, '.4f')}"
 
 
 @torch.no_grad()
-def member_losses(module: TrainingModule, batch: Batch, num_members: int) -> list[float | None]:
-    """Mean weighted cross entropy of every member of a batch of one pack; None for a member without loss."""
+def member_losses(
+    module: TrainingModule, batch: Batch, num_members: int, device: torch.device | str
+) -> list[float | None]:
+    """Mean weighted cross entropy of every member of a batch of one pack, in host memory; None for one without loss."""
     inside = batch.segment_ids != PAD_SEGMENT
     members = torch.where(inside, batch.segment_ids // MEMBER, 0).long()
-    _, logged = module(dataclasses.replace(batch, dataset_ids=members), num_members)  # in place of datasets
+    batch = dataclasses.replace(batch, dataset_ids=members)  # in place of datasets
+    _, logged = module(module.place(batch, device), num_members)
     pairs = zip(logged.dataset_loss.tolist(), logged.dataset_weight.tolist(), strict=True)
     return [total / weight if weight else None for total, weight in pairs]
 

@@ -126,7 +126,7 @@ def differing_fields(batch: Batch, run: Run) -> list[str]:
 
 
 def agree_on_masked(run: Run, batch: Batch, cursor: Cursor) -> Batch:
-    """The batch on the run's device, with every sample masked that any rank of its group found damaged; collective.
+    """The batch with every sample masked that any rank of its group found damaged, in host memory; collective.
 
     Args:
         run: the run.
@@ -137,7 +137,7 @@ def agree_on_masked(run: Run, batch: Batch, cursor: Cursor) -> Batch:
         TrainingError: the ranks still have different packs after masking.
     """
     if not differing_fields(batch, run):
-        return batch.to(run.device)
+        return batch
     gathered: list[tuple[Damage, ...]] = [()] * run.mesh.sp
     dist.all_gather_object(gathered, batch.masked, group=run.mesh.sp_group)
     step = run.plan.step(cursor)
@@ -151,4 +151,4 @@ def agree_on_masked(run: Run, batch: Batch, cursor: Cursor) -> Batch:
             f"step {batch.step + 1}: rank {run.mesh.rank} and its sp peers read different packs (slots {batch.slots}, "
             f"fields {', '.join(differing)}); check the shards with tools/verify_shards.py on every machine"
         )
-    return batch.to(run.device)
+    return batch

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 
 from molmo2.checkpoint import files as checkpoints
-from molmo2.checkpoint.changes import check_trained_parameters, mesh_changes
 from molmo2.checkpoint.files import Checkpoint, CheckpointError
 from molmo2.config import Recipe
 from molmo2.model.presets import PRESETS
@@ -155,10 +154,12 @@ def train_stage(
         f"{recipe.name}: steps {done + 1}-{train.steps}, {train.packs_per_step} packs of {recipe.data.sequence_length} "
         f"tokens each, on {mesh.world} ranks (dp {mesh.dp}, sp {mesh.sp}), {train.precision}, ZeRO-{train.zero_stage}"
     )
-    universal = None
+    universal, differing = None, list[str]()
     with all_ranks_ok():
-        differing = mesh_changes(checkpoint, recipe) if checkpoint else []
         if checkpoint:
+            from molmo2.checkpoint.changes import check_trained_parameters, mesh_changes
+
+            differing = mesh_changes(checkpoint, recipe)
             check_trained_parameters(checkpoint, recipe)
     if checkpoint and differing:
         from molmo2.checkpoint.reshard import convert_checkpoint

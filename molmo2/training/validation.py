@@ -94,7 +94,7 @@ def losses(run: Run, engine: Any, plan: Plan) -> dict[str, float]:
         for pack in own:
             batch = reader.read(MicroSpec((pack,), step.divisor, step.cursor))
             batch = agree_on_masked(dataclasses.replace(run, plan=plan), batch, cursor)
-            _, logged = engine(batch, len(plan.datasets))
+            _, logged = engine(engine.module.place(batch, run.device), len(plan.datasets))
             sums = ValidationSums(
                 masked=sums.masked + len(batch.masked) / mesh.sp,
                 dataset_loss=sums.dataset_loss + logged.dataset_loss,

@@ -123,7 +123,7 @@ def gradients(how: tuple[bool, tuple[int, int], float]) -> list[tuple[Tensor, di
     for case in BATCHES:
         module = TrainingModule(model(heads), recipe(sp=mesh.sp, residual_dropout=dropout), mesh).train()
         module.model.set_checkpointing(checkpointing, chunk_crops=1 if checkpointing else None)
-        loss, logged = module(own_crops(make(case), mesh.sp_rank, mesh.sp))
+        loss, logged = module(module.place(own_crops(make(case), mesh.sp_rank, mesh.sp)))
         loss.backward()
         logged = torch.cat([value.flatten() for value in logged])
         dist.all_reduce(logged)
@@ -157,7 +157,7 @@ def engine_gradients(cases: list[tuple[int, tuple[int, int]]]) -> list[dict[str,
         with mock.patch.object(engine_file, "ComponentAdamW", GradientDescent):
             engine, _, _ = start_engine(start, recipe(zero_stage=stage, sp=mesh.sp), mesh)
         for number in range(mesh.dp_rank, len(BATCHES), mesh.dp):
-            loss, _ = engine(own_crops(make(BATCHES[number]), mesh.sp_rank, mesh.sp))
+            loss, _ = engine(engine.module.place(own_crops(make(BATCHES[number]), mesh.sp_rank, mesh.sp)))
             engine.backward(loss, scale_wrt_gas=False)
         engine.step()
         parameters = dict(engine.module.model.named_parameters())
@@ -185,7 +185,7 @@ def count_collectives(checkpointing: bool) -> tuple[Counter[str], Counter[str]]:
     mesh = make_mesh(dist.get_world_size())
     module = TrainingModule(model(), recipe(sp=mesh.sp), mesh).train()
     module.model.set_checkpointing(checkpointing)
-    own = own_crops(make(BATCHES[0]), mesh.sp_rank, mesh.sp)
+    own = module.place(own_crops(make(BATCHES[0]), mesh.sp_rank, mesh.sp))
     with Collectives() as forward:
         loss, _ = module(own)
     with Collectives() as backward:
@@ -213,7 +213,7 @@ def train(settings: list[tuple[Any, ...]]) -> list[list[Step]]:
             set_learning_rates(optimizer, names, run.optim, step, 2)
             total = torch.zeros(1, dtype=torch.float64)
             for number in range(mesh.dp_rank, len(BATCHES), mesh.dp):
-                loss, _ = engine(own_crops(make(BATCHES[number]), mesh.sp_rank, mesh.sp))
+                loss, _ = engine(engine.module.place(own_crops(make(BATCHES[number]), mesh.sp_rank, mesh.sp)))
                 engine.backward(loss, scale_wrt_gas=False)
                 total += loss.item() / mesh.world
             engine.step()
@@ -242,7 +242,7 @@ def train_frozen(settings: list[tuple[int, tuple[str, ...], tuple[str, ...]]]) -
         mesh, before = make_mesh(1), model().parameter_groups()
         engine, optimizer, names = start_engine(model(), run, mesh)
         set_learning_rates(optimizer, names, run.optim, 1, 1)
-        loss, _ = engine(make(BATCHES[mesh.dp_rank]))
+        loss, _ = engine(engine.module.place(make(BATCHES[mesh.dp_rank])))
         engine.backward(loss, scale_wrt_gas=False)
         engine.step()
         states = [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.numel() > 1]
@@ -271,7 +271,7 @@ def train_alone() -> tuple[Molmo2, list[Step]]:
         set_learning_rates(optimizer, [group["name"] for group in groups], run.optim, step, 2)
         optimizer.zero_grad()
         for case in BATCHES:
-            loss = module(make(case))[0]
+            loss = module(module.place(make(case)))[0]
             loss.backward()
             total += loss.item()
         optimizer.step()

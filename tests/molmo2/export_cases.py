@@ -41,7 +41,7 @@ def save_in_mid_run(root: str) -> dict[str, dict[str, Tensor]]:
         mesh = make_mesh(1)
         engine, optimizer, names = start_engine(engine_cases.model(), run, mesh)
         set_learning_rates(optimizer, names, run.optim, 1, 6)
-        loss, _ = engine(engine_cases.batch(1, 2, divisor=10.0 * mesh.world))
+        loss, _ = engine(engine.module.place(engine_cases.batch(1, 2, divisor=10.0 * mesh.world)))
         engine.backward(loss, scale_wrt_gas=False)
         engine.step()
         assert engine.was_step_applied()

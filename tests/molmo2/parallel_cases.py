@@ -9,8 +9,9 @@ import torch.distributed as dist
 from deepspeed.sequence.layer import DistributedAttention
 
 from molmo2.model.loss import weighted_loss
-from molmo2.parallel.loss_rows import split_loss_rows
+from molmo2.parallel.loss_rows import take_loss_rows
 from molmo2.parallel.mesh import gather_machines, make_mesh
+from molmo2.parallel.places import find_loss_places, find_visual_places
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
 from shards.split import split_visuals
@@ -113,7 +114,8 @@ def vision(cases: list[tuple[list[int], list[int]]]) -> list[tuple[torch.Tensor,
         pixels, pooling, weight = vision_inputs(crops, tokens)
         counts = torch.tensor(crops, dtype=torch.int64), torch.tensor(tokens, dtype=torch.int64)
         pixels = pixels[torch.from_numpy(split_visuals(crops, tokens, mesh.sp)[mesh.sp_rank].crops)]
-        features, touch = encode_shared(encoder(projection), pixels, pooling, *counts, PATCHES, CROP, mesh)
+        places = find_visual_places(pooling, *counts, PATCHES, mesh)
+        features, touch = encode_shared(encoder(projection), pixels, places, CROP, mesh)
         own = torch.arange(len(features)) % mesh.sp == mesh.sp_rank
         ((features * weight).sum(1)[own].sum() + touch).backward()
         assert projection.grad is not None  # the tower ran, also on a rank without a visual
@@ -144,6 +146,15 @@ def row_inputs(places: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
     return hidden, head, labels, weights
 
 
+def loss_of(
+    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, chunk_rows: int
+) -> torch.Tensor:
+    """The loss of rows with its z term, under a head that is a matrix."""
+    options = {"labels": labels.flatten(), "weights": weights.flatten(), "z_loss": 1e-4, "chunk_rows": chunk_rows}
+    sums = weighted_loss(hidden.flatten(0, -2), lambda x: x @ head.T, **options)
+    return sums.cross_entropy + sums.z
+
+
 def loss_rows(
     cases: dict[str, list[tuple[int, int]]],
 ) -> dict[str, tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -155,9 +166,10 @@ def loss_rows(
         step = ROW_LENGTH // mesh.sp
         slice_ = hidden[:, mesh.sp_rank * step : (mesh.sp_rank + 1) * step].clone().requires_grad_()
         head.requires_grad_()
-        rows = split_loss_rows(slice_, labels, weights, labels, mesh)
+        rows = find_loss_places(labels, weights, labels, mesh)
         assert torch.equal(rows.datasets, rows.labels)
-        loss = sum(weighted_loss(*rows[:3], lambda x, head=head: x @ head.T, 1e-4, chunk_rows=2)[:2])
+        hidden = take_loss_rows(slice_, rows, mesh)
+        loss = loss_of(hidden, head, rows.labels, rows.weights, chunk_rows=2)
         loss.backward()
         assert slice_.grad is not None and head.grad is not None
         results[name] = (int((rows.weights > 0).sum()), loss.detach(), slice_.grad, head.grad)

@@ -205,13 +205,11 @@ def test_flex_attention_compiles_two_graphs_for_twelve_lengths(graphs: CompileCo
     assert 1 <= graphs.frame_count <= 2
 
 
-def test_flex_attention_never_falls_back_to_all_scores(
-    graphs: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
-    flex_error(1300)
-    with pytest.raises(FailOnRecompileLimitHit):  # another number of rows is another kind of input
-        flex_error(1300, batch=2)
+def test_flex_attention_never_falls_back_to_all_scores(graphs: CompileCounterWithBackend) -> None:
+    with torch._dynamo.config.patch(recompile_limit=1):
+        flex_error(1300)
+        with pytest.raises(FailOnRecompileLimitHit):  # another number of rows is another kind of input
+            flex_error(1300, batch=2)
 
 
 @pytest.mark.parametrize("queries", [1, 37])

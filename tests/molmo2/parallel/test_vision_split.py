@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 
 from molmo2.parallel.mesh import SINGLE
+from molmo2.parallel.places import find_visual_places
 from molmo2.parallel.vision import encode_shared
 from shards.split import split_visuals
 
@@ -88,7 +89,8 @@ def test_one_rank_without_a_visual_still_runs_the_tower() -> None:
     projection = torch.ones(12, 5, requires_grad=True)
     pixels, pooling, _ = parallel_cases.vision_inputs([], [])
     none = torch.zeros(0, dtype=torch.int64)
-    features, touch = encode_shared(parallel_cases.encoder(projection), pixels, pooling, none, none, 4, 4, SINGLE)
+    places = find_visual_places(pooling, none, none, 4, SINGLE)
+    features, touch = encode_shared(parallel_cases.encoder(projection), pixels, places, 4, SINGLE)
     assert features.shape == (0, 5)
     touch.backward()
     assert projection.grad is not None

@@ -1,5 +1,8 @@
 """Ranks, sequence parallelism, ZeRO stages and micro-steps change nothing: loss, gradients, norms, trained weights."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import engine_cases
@@ -24,7 +27,7 @@ def test_sequence_parallel_gradients_equal_one_rank(world: int, checkpointing: b
     ranks = run_ranks(world, engine_cases.gradients, (checkpointing, heads, 0.0))
     for number, case in enumerate(engine_cases.BATCHES):
         module = TrainingModule(engine_cases.model(heads), engine_cases.recipe(), SINGLE).train()
-        loss, logged = module(engine_cases.make(case))
+        loss, logged = module(module.place(engine_cases.make(case)))
         loss.backward()
         wanted = {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
         for rank in ranks:
@@ -49,7 +52,7 @@ def summed_gradients(heads: tuple[int, int]) -> dict[str, Tensor]:
     """Gradients of a step over all batches in one process, without an engine."""
     module = TrainingModule(engine_cases.model(heads), engine_cases.recipe(), SINGLE).train()
     for case in engine_cases.BATCHES:
-        module(engine_cases.make(case))[0].backward()
+        module(module.place(engine_cases.make(case)))[0].backward()
     return {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
 
 
@@ -68,8 +71,8 @@ def assert_same_gradients(gradients: dict[str, Tensor], wanted: dict[str, Tensor
 def test_a_step_has_two_exchanges_a_layer_and_two_gathers(checkpointing: bool) -> None:
     layers = engine_cases.CONFIG.text.num_layers
     for forward, backward in run_ranks(2, engine_cases.count_collectives, checkpointing):
-        assert forward == {"alltoall_base_": 2 * layers, "allgather_": 2}
-        assert backward == {"alltoall_base_": 2 * layers * (2 if checkpointing else 1), "allreduce_": 2}
+        assert forward == {"alltoall_base_": 2 * layers, "_allgather_base_": 2}
+        assert backward == {"alltoall_base_": 2 * layers * (2 if checkpointing else 1), "_reduce_scatter_base_": 2}
 
 
 SETTINGS = [  # precision, ZeRO stage, sp, base embedding frozen, offload
@@ -160,9 +163,9 @@ def test_no_gradient_is_computed_for_a_frozen_vision_transformer(offload: bool) 
         module.model.freeze(freeze)
         module.model.set_checkpointing(offload, offload=offload)
         batch = engine_cases.make(engine_cases.BATCHES[0])
-        saved[freeze] = saved_bytes(module.model, lambda m=module, b=batch: m(b)[0])
+        saved[freeze] = saved_bytes(module.model, lambda m=module, b=batch: m(m.place(b))[0])
         with FlopCounterMode(display=False) as counter:
-            module(batch)[0].backward()
+            module(module.place(batch))[0].backward()
         counts[freeze] = sum(counter.get_flop_counts()["TrainingModule.model.vit"].values())
         missing = {name for name, parameter in module.model.named_parameters() if parameter.grad is None}
         assert missing == {name for name, _ in module.model.named_parameters() if freeze and name.startswith("vit.")}
@@ -175,6 +178,26 @@ def test_deepspeed_is_told_neither_to_clip_nor_to_split_sequences() -> None:
     assert config["gradient_clipping"] == 0.0
     assert config["managed_gradient_accumulation"] is False
     assert not {"sequence_parallel_size", "train_batch_size", "gradient_accumulation_steps"} & set(config)
+
+
+@pytest.mark.parametrize("sp", [1, 2])
+@pytest.mark.parametrize("stage", range(4))
+def test_reduction_overlaps_backward_where_no_group_has_collectives_of_its_own(stage: int, sp: int) -> None:
+    """And where DeepSpeed allows it: from stage 2 on."""
+    config = deepspeed_config(engine_cases.recipe(sp=sp, zero_stage=stage))
+    assert config["zero_optimization"]["overlap_comm"] == (sp == 1 and stage >= 2)
+
+
+@pytest.mark.parametrize("given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:99"}])
+def test_the_allocator_takes_the_setting_after_torch_and_deepspeed_were_imported(given: dict[str, str]) -> None:
+    code = (
+        "import torch; from molmo2.training.engine import let_segments_grow; let_segments_grow(); "
+        "print('settings:', torch._C._accelerator_getAllocatorSettings())"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")} | given
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    expected = next(iter(given.values()), "expandable_segments:True")
+    assert run.stdout.splitlines()[-1].strip() == f"settings: {expected}".strip()
 
 
 def test_a_user_may_add_buffers_and_nothing_that_the_recipe_decides(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from molmo2.config import Optim, OptimGroup
 from molmo2.training.optim import ComponentAdamW, learning_rate, parameter_groups, set_learning_rates
@@ -34,9 +35,26 @@ def test_schedule_warms_up_then_falls_to_the_final_fraction() -> None:
     assert learning_rate(OptimGroup(lr=2.0, warmup_steps=0), 1, 1, 0.1) == pytest.approx(0.2)
 
 
-def test_clips_each_component_to_its_own_norm() -> None:
+def test_a_fused_update_moves_numbers_of_steps_to_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A converted checkpoint has them on the CPU, which the fused kernel refuses; the GPU has no values here."""
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda value: True)  # the norm is finite
+    with FakeTensorMode(), torch.device("cuda"):
+        parameter = torch.nn.Parameter(torch.ones(3))
+        groups = [{"params": [parameter], "name": "llm", "max_norm": 1.0}]
+        optimizer = ComponentAdamW(groups, partitioned=False, fused=True)
+        for _ in range(2):
+            parameter.grad = torch.ones(3)
+            optimizer.step()
+            assert optimizer.state[parameter]["step"].device.type == "cuda"
+            optimizer.state[parameter]["step"] = torch.ones((), device="cpu")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_clips_each_component_to_its_own_norm(fused: bool) -> None:
     ours, theirs = components(), components()
-    optimizer = ComponentAdamW(parameter_groups(ours, OPTIM), partitioned=False, betas=OPTIM.betas, eps=OPTIM.eps)
+    optimizer = ComponentAdamW(
+        parameter_groups(ours, OPTIM), partitioned=False, betas=OPTIM.betas, eps=OPTIM.eps, fused=fused
+    )
     references = {name: torch.optim.AdamW(theirs[name], betas=OPTIM.betas, eps=OPTIM.eps) for name in theirs}
     for step in range(1, 4):
         rates = set_learning_rates(optimizer, ["vit", "connector", "llm"], OPTIM, step, 10)
