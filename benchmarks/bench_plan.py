@@ -236,7 +236,7 @@ def write_dataset(root: Path, name: str, kind: Kind, size: int, limits: Setting)
         np.save(buffer, part)
         data, stem = buffer.getvalue(), f"{number:06d}"
         (folder / f"{stem}.idx.npy").write_bytes(data)
-        infos.append(ShardInfo(name=stem, bytes=0, sha256="", **row_facts(part, data)))
+        infos.append(ShardInfo(name=stem, bytes=0, sha256="0" * 64, **row_facts(part, data)))
     totals = Totals(samples=size, annotations=size, tokens=0, crops=0, frames=0, bytes=0, rejects=0)
     index = DatasetIndex(
         format_version=FORMAT_VERSION,

@@ -12,7 +12,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +80,10 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()[:16]
 
 
+Count = Annotated[int, pydantic.Field(ge=0)]
+Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]  # the cache names files by it
+
+
 class ShardInfo(pydantic.BaseModel, extra="forbid", frozen=True):
     """Index entry of a shard, a tar and its sidecar. `name` is the stem of `000000.tar` and `000000.idx.npy`.
 
@@ -87,25 +91,25 @@ class ShardInfo(pydantic.BaseModel, extra="forbid", frozen=True):
     limits and need not read the sidecars.
     """
 
-    name: str = pydantic.Field(pattern=r"^\d{6}$")
-    bytes: int
-    sha256: str
-    samples: int
-    index_sha256: str
-    max_tokens: int
-    max_crops: int
+    name: str = pydantic.Field(pattern=r"^[0-9]{6}$")
+    bytes: Count
+    sha256: Sha256
+    samples: Count
+    index_sha256: Sha256
+    max_tokens: Count
+    max_crops: Count
 
 
 class Totals(pydantic.BaseModel, extra="forbid", frozen=True):
     """Sums over the dataset. `annotations` counts the branches of all samples; `tokens`, `crops`: of variant 0."""
 
-    samples: int
-    annotations: int
-    tokens: int
-    crops: int
-    frames: int
-    bytes: int
-    rejects: int
+    samples: Count
+    annotations: Count
+    tokens: Count
+    crops: Count
+    frames: Count
+    bytes: Count
+    rejects: Count
 
 
 class DatasetIndex(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -217,11 +221,10 @@ def tar_members(span: bytes) -> dict[str, memoryview]:
         name = header[:100].rstrip(b"\0").decode("ascii", "replace")
         if len(header) < BLOCK or header[156:157] not in {b"0", b"\0"} or header[345:346] != b"\0":
             raise FormatError(f"no plain tar header at byte {position} of the sample")
-        try:
-            size = int(header[124:136].rstrip(b"\0 "), 8)
-        except ValueError:
-            raise FormatError(f"no size in the tar header of {name!r}") from None
-        start = position + BLOCK
+        digits = header[124:136].rstrip(b"\0 ")
+        if not digits.isdigit() or digits.strip(b"01234567"):  # a minus would send the loop back to this header
+            raise FormatError(f"no size in the tar header of {name!r}: {digits!r}; build or fetch the shard again")
+        size, start = int(digits, 8), position + BLOCK
         if start + size > len(span):
             raise FormatError(f"member {name!r} ends past the sample")
         members[name] = view[start : start + size]
@@ -232,14 +235,16 @@ def tar_members(span: bytes) -> dict[str, memoryview]:
 def whole_headers(data: bytes) -> Iterator[tuple[int, int, str]]:
     """Yield (start, end, key) of every member in `data` that has a tar header with a valid checksum.
 
-    Damage elsewhere in `data` is ignored. The end is the expected offset of the next header; a truncated member ends
-    with `data`.
+    Damage elsewhere in `data` is ignored, and so is a header whose size is negative: it would lead back to itself. The
+    end is the expected offset of the next header; a truncated member ends with `data`.
     """
     position = 0
     while position + BLOCK <= len(data):
         try:
             member = tarfile.TarInfo.frombuf(data[position : position + BLOCK], "ascii", "strict")
         except (tarfile.HeaderError, UnicodeDecodeError):
+            member = None
+        if member is None or member.size < 0:
             position += BLOCK
             continue
         end = position + BLOCK + -(-member.size // BLOCK) * BLOCK
