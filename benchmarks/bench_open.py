@@ -25,8 +25,8 @@ import numpy as np
 from bench_plan import LAYOUT, ROWS_PER_SHARD, VARIANTS, cpu_name
 from tqdm import tqdm
 
-from shards.build.writer import npy_bytes
-from shards.format import FORMAT_VERSION, DatasetIndex, ShardInfo, Totals, index_dtype, row_facts
+from shards.build.writer import npy_bytes, row_facts
+from shards.format import FORMAT_VERSION, DatasetIndex, ShardInfo, Totals, index_dtype
 
 OPEN = """
 import json, resource, sys, time

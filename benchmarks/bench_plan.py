@@ -42,7 +42,8 @@ import numpy as np
 from plan_balance import PACKS_PER_STEP, STEPS, Table, pack_costs, table, window_costs
 from tqdm import tqdm
 
-from shards.format import FORMAT_VERSION, DatasetIndex, ShardInfo, Totals, index_dtype, row_facts
+from shards.build.writer import row_facts
+from shards.format import FORMAT_VERSION, DatasetIndex, ShardInfo, Totals, index_dtype
 from shards.layout import VisualLayout, VisualTokens, visual_tokens
 from shards.stream.mixture import MixtureSpec
 from shards.stream.plan import Cursor, Draw, Plan, PlanSettings, StepSpec, open_plan

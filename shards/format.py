@@ -164,16 +164,6 @@ def parse_index(data: bytes, where: str) -> DatasetIndex:
         raise FormatError(f"{where}: {error}") from None
 
 
-def row_facts(rows: npt.NDArray[np.void], data: bytes) -> dict[str, Any]:
-    """What a shard's entry in the index says about its sidecar; `data` are the bytes of the file."""
-    return {
-        "samples": len(rows),
-        "index_sha256": hashlib.sha256(data).hexdigest(),
-        "max_tokens": int(rows["num_tokens"].max(initial=0)),
-        "max_crops": int(rows["num_crops"].max(initial=0)),
-    }
-
-
 def check_sidecar(rows: npt.NDArray[np.void], shard: ShardInfo, num_variants: int, where: str) -> None:
     """Check a loaded sidecar against its entry in the index.
 

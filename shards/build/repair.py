@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.build.verify import Finding, verify_span
-from shards.build.writer import index_row, npy_bytes
+from shards.build.writer import index_row, npy_bytes, row_facts
 from shards.format import (
     BLOCK,
     FORMAT_VERSION,
@@ -33,7 +33,6 @@ from shards.format import (
     check_sidecar,
     index_dtype,
     parse_index,
-    row_facts,
     span_hash,
     tar_members,
     whole_headers,

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.asked import read_asked
+from shards.build.writer import row_facts
 from shards.format import (
     ASKED_NAME,
     INDEX_NAME,
@@ -31,7 +32,6 @@ from shards.format import (
     check_sidecar,
     key_hash,
     parse_index,
-    row_facts,
     span_hash,
     tar_members,
     whole_headers,

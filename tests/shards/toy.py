@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from shards.build.writer import npy_bytes, write_shard
-from shards.format import FORMAT_VERSION, TOKEN_DTYPE, DatasetIndex, ShardInfo, Totals, index_dtype, key_hash, row_facts
+from shards.build.writer import npy_bytes, row_facts, write_shard
+from shards.format import FORMAT_VERSION, TOKEN_DTYPE, DatasetIndex, ShardInfo, Totals, index_dtype, key_hash
 from shards.layout import VisualLayout, VisualTokens
 from shards.media.jpeg import encode_jpeg
 from shards.schema import Sample
