@@ -51,7 +51,7 @@ from molmo2.training.run import (
     lock_run,
 )
 from molmo2.training.start import starting_model
-from shards.atomic import write_atomic
+from shards.atomic import append_to, write_atomic
 from shards.stream.loader import QuarantineError
 from shards.stream.plan import Cursor, PlanError
 
@@ -181,7 +181,7 @@ def take_over(run: Run, state: dict[str, Any]) -> Cursor:
     cursor, changed = run.plan.change_over(state)
     if changed and run.mesh.rank == 0:
         line = {"step": cursor.step, "cursor": cursor._asdict(), "changed": changed}
-        with open(run.recipe.run_dir / CHANGES_NAME, "a", encoding="utf-8") as file:
+        with append_to(run.recipe.run_dir / CHANGES_NAME) as file:
             file.write(json.dumps(line) + "\n")
         say(f"{run.recipe.name}: after step {cursor.step} the data change on purpose: {'; '.join(changed)}")
     return cursor

@@ -32,7 +32,7 @@ from molmo2.checkpoint.files import (
 )
 from molmo2.checkpoint.untrusted import BAD_META, listed_files
 from molmo2.config import Recipe
-from shards.atomic import file_lock
+from shards.atomic import append_to, file_lock
 from shards.storage.base import Storage
 from shards.storage.open import open_storage
 from shards.stream.cache import cache_dir
@@ -157,7 +157,7 @@ class Sender:
                 str(self.url),
                 *map(str, self.keep),
             ]
-            with open(self.log, "ab") as log:
+            with append_to(self.log) as log:
                 # It runs in a session of its own, so that a signal to the ranks does not end it.
                 self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         return self.process is not None

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from shards.atomic import append_to
 from shards.build.verify import Finding, verify_span
 from shards.build.writer import index_row, npy_bytes, row_facts
 from shards.format import (
@@ -278,6 +279,6 @@ def _rewrite(
 def _record(folder: Path, dropped: list[Finding]) -> None:
     if not dropped:
         return
-    with open(folder / LOG_NAME, "a", encoding="utf-8") as file:
+    with append_to(folder / LOG_NAME) as file:
         for finding in dropped:
             file.write(json.dumps(asdict(finding)) + "\n")
