@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 
 from molmo2.checkpoint import files as checkpoints
-from molmo2.checkpoint.changes import check_trained_parameters, mesh_changes
 from molmo2.checkpoint.files import Checkpoint, CheckpointError
 from molmo2.config import FirstWeights, Recipe, load_recipe
 from molmo2.model.presets import PRESETS
@@ -170,8 +169,9 @@ def resume(
         load_whole(engine, universal)
     else:
         checkpoints.load_states(engine, universal or checkpoint.path)
-    changed = checkpoints.recipe_changes(checkpoint, run.recipe)
-    if changed:
+    from molmo2.checkpoint.changes import recipe_changes
+
+    if changed := recipe_changes(checkpoint, run.recipe):
         say(f"{run.recipe.name}: the recipe has changed since step {checkpoint.step}: {', '.join(changed)}")
     return Progress(checkpoint.step, cursor, LossHistory(checkpoint.meta.get("losses", ())))
 
@@ -212,10 +212,12 @@ def train_stage(
         f"{recipe.name}: steps {done + 1}-{train.steps}, {train.packs_per_step} packs of {recipe.data.sequence_length} "
         f"tokens each, on {mesh.world} ranks (dp {mesh.dp}, sp {mesh.sp}), {train.precision}, ZeRO-{train.zero_stage}"
     )
-    universal = None
-    with all_ranks_ok():
-        differing = mesh_changes(checkpoint, recipe) if checkpoint else []
-        if checkpoint:
+    universal, differing = None, list[str]()
+    if checkpoint:
+        from molmo2.checkpoint.changes import check_trained_parameters, mesh_changes
+
+        with all_ranks_ok():
+            differing = mesh_changes(checkpoint, recipe)
             check_trained_parameters(checkpoint, recipe)
     if checkpoint and differing:
         from molmo2.checkpoint.reshard import convert_checkpoint

@@ -10,8 +10,6 @@ import functools
 import hashlib
 import json
 import re
-import tarfile
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import numpy as np
@@ -30,6 +28,10 @@ KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 # One stored token. `branch` 0 is the shared trunk (BOS and visuals), annotation i is branch i + 1. `weight` is the
 # loss weight of *predicting* this token. The last token of a branch (EOS) is a label only and never an input.
 TOKEN_DTYPE = np.dtype([("id", "<i4"), ("branch", "<i2"), ("weight", "<f4")])
+
+
+# Exceptions that members of any content raise when they are parsed, expanded or decoded.
+ODD_SAMPLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 class FormatError(ValueError):
@@ -68,6 +70,11 @@ def key_hash(key: str) -> int:
 def span_hash(data: bytes | memoryview) -> int:
     """xxh3-64 of a sample's bytes."""
     return xxhash.xxh3_64_intdigest(data)
+
+
+def printable(text: str) -> str:
+    """The text with escapes in place of control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -150,7 +157,7 @@ def parse_index(data: bytes, where: str) -> DatasetIndex:
     """
     try:
         raw = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: not JSON ({error}); rebuild the dataset with tools/build_shards.py") from None
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
@@ -193,6 +200,12 @@ def npy_rows(data: bytes | memoryview, dtype: np.dtype[Any]) -> tuple[int, int]:
     return start, count
 
 
+def read_rows(data: bytes | memoryview, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The rows of such a file, as a view of its bytes; raises as `npy_rows`."""
+    start, count = npy_rows(data, dtype)
+    return np.frombuffer(data, dtype, count, start)
+
+
 @functools.lru_cache(maxsize=64)
 def _npy_header(dtype: np.dtype[Any]) -> bytes:
     """The .npy header of rows of a dtype, with `%d` in place of their number."""
@@ -220,23 +233,3 @@ def tar_members(span: bytes) -> dict[str, memoryview]:
         members[name] = view[start : start + size]
         position = start + -(-size // BLOCK) * BLOCK
     return members
-
-
-def whole_headers(data: bytes) -> Iterator[tuple[int, int, str]]:
-    """Yield (start, end, key) of every member in `data` that has a tar header with a valid checksum.
-
-    Damage elsewhere in `data` is ignored, and so is a header whose size is negative: it would lead back to itself. The
-    end is the expected offset of the next header; a truncated member ends with `data`.
-    """
-    position = 0
-    while position + BLOCK <= len(data):
-        try:
-            member = tarfile.TarInfo.frombuf(data[position : position + BLOCK], "ascii", "strict")
-        except (tarfile.HeaderError, UnicodeDecodeError):
-            member = None
-        if member is None or member.size < 0:
-            position += BLOCK
-            continue
-        end = position + BLOCK + -(-member.size // BLOCK) * BLOCK
-        yield position, min(end, len(data)), member.name.split(".", 1)[0]
-        position = end

@@ -336,21 +336,6 @@ def clear_after(directory: Path, step: int) -> None:
             os.replace(path, aside)
 
 
-def recipe_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
-    """Settings that differ from the recipe in a checkpoint, as "train.steps 10 -> 20"."""
-    old, new = (_flat(value) for value in (checkpoint.read(RECIPE), json.loads(recipe.model_dump_json())))
-    return [
-        f"{name} {old.get(name)} -> {new.get(name)}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)
-    ]
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {prefix + name: item}
-    return flat
-
-
 def consolidate(directory: Path) -> Readers:
     """Functions that read the float32 weights of DeepSpeed's files, on the CPU, with adapters merged."""
     return merged(open_states(directory / STATES), json.loads((directory / RECIPE).read_text()))
