@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pydantic
 import pytest
 
 from shards.download.archives import ArchiveError, unpack
+from shards.download.connect import FetchError, FetchLimits, connect
 from shards.download.manifest import File, stored_manifest
 from shards.sources.paths import own_file
 
@@ -144,3 +146,9 @@ def test_names_that_no_disk_takes_are_an_archive_error(
 def test_own_files_are_known_by_any_spelling() -> None:
     assert all(own_file(Path(name)) for name in OWN if ".." not in name)
     assert not any(map(own_file, map(Path, ("a.json", "x/manifest.json", "media/a.jpg", "data/.download/x"))))
+
+
+@pytest.mark.parametrize("address", ["fec0::1", "feff::1", "fe80::1", "fd00::1", "::1", "::ffff:10.0.0.1", "ff02::1"])
+def test_private_addresses_are_not_asked(address: str) -> None:
+    with pytest.raises(FetchError, match="private address"):
+        connect(f"http://[{address}]/", FetchLimits(), time.monotonic() + 5)

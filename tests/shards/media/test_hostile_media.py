@@ -7,6 +7,7 @@ import io
 import struct
 from pathlib import Path
 
+import av
 import numpy as np
 import PIL.EpsImagePlugin
 import PIL.Image
@@ -16,6 +17,7 @@ from shards.convert.masks import _mask
 from shards.download.connect import FetchError
 from shards.download.urls import check_image
 from shards.media.images import FORMATS, image_size, load_image
+from shards.media.timeline import read_timeline
 from shards.media.types import MediaError
 from shards.schema import ImageRef, RejectedError
 
@@ -97,3 +99,29 @@ def test_bytes_that_are_no_image_are_a_recorded_failure(data: bytes) -> None:
         assert error.reason in {"not an image", "too many pixels"}
     with pytest.raises(MediaError):
         load_image(ImageRef(data=data))
+
+
+@pytest.mark.parametrize("name", ["list.m3u8", "list.mp4", "list.ffconcat"])
+def test_a_playlist_shows_no_video_from_elsewhere(tmp_path: Path, name: str) -> None:
+    write_video(tmp_path / "private.mp4")
+    playlists = {
+        "m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\nfile://{tmp_path}/private.mp4\n#EXT-X-ENDLIST\n",
+        "ffconcat": f"ffconcat version 1.0\nfile {tmp_path}/private.mp4\n",
+    }
+    assert read_timeline(str(tmp_path / "private.mp4")).width == 64
+    for number, text in enumerate(playlists.values()):
+        path = tmp_path / f"{number}-{name}"
+        path.write_text(text)
+        with pytest.raises((MediaError, av.error.FFmpegError)):
+            read_timeline(str(path))
+
+
+def write_video(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for level in range(0, 200, 10):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), level, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
