@@ -30,8 +30,6 @@ CODECS_WITHOUT_ZERO_RUNS = COUNTED_BY_DECORD | {"av1", "libdav1d"}
 COMPLAINT = re.compile(r"\[([^\]]+) @ 0x[0-9a-f]+\] *(.+)")  # a line of libav's log: who, what
 # libav's names of the containers that are read; none of them names other files.
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,apng,h264,hevc,m4v,ivf,obu,av1,mjpeg,nut"
-    "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,apng,h264,hevc,m4v,ivf,obu,av1,mjpeg,nut,rm,wtv"
-)
 UPRIGHT = (1, 0, 0, 1)  # the display matrix of a video that is not turned
 
 Turn = tuple[int, int, int, int]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import itertools
 import json
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import webdataset as wds
 from toy import LAYOUT, write_dataset
 
 from shards.build.repair import repair_dataset
@@ -321,3 +324,20 @@ def test_no_finding_or_damage_moves_the_terminal() -> None:
     damage = Damage(dataset="a", shard="b", row=1, key=escape, offset=0, reason=escape)
     for text in (str(Finding(dataset="a", problem=escape, key=escape)), str(damage)):
         assert text.isprintable() and r"\x1b[2J" in text
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/shard-format.md"])
+def test_the_pages_read_shards_with_webdataset_without_pickles(tmp_path: Path, page: str) -> None:
+    """The members that the pages name are decoded, and a pickle beside them stays bytes."""
+    text = (Path(__file__).parents[2] / page).read_text()
+    (only,) = re.findall(r"\.decode\(\"rgb8\", only=(\[.*?\])\)", text)
+    mark = tmp_path / "ran"
+    folder = write_dataset(tmp_path, "toy", 5)
+    code = b"cos\nmkdir\n(V" + str(mark).encode() + b"\ntR."
+    reshaped(folder, 4, lambda files: files.update({"a.pkl": code, "pth": code, "a.pickle.gz": gzip.compress(code)}))
+    samples = list(wds.WebDataset(str(folder / "000000.tar"), shardshuffle=False).decode("rgb8", only=json.loads(only)))
+    assert not mark.exists()
+    assert samples[4]["000.jpg"].shape == (48, 48, 3) and samples[4]["json"]["key"] == "toy-00004"
+    with pytest.raises(wds.autodecode.DecodingError):  # what the pages warn of
+        list(wds.WebDataset(str(folder / "000000.tar"), shardshuffle=False).decode("rgb8"))
+    assert mark.exists()
