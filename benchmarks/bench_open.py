@@ -25,8 +25,8 @@ import numpy as np
 from bench_plan import LAYOUT, ROWS_PER_SHARD, VARIANTS, cpu_name
 from tqdm import tqdm
 
-from shards.build.writer import npy_bytes
-from shards.format import FORMAT_VERSION, DatasetIndex, ShardInfo, Totals, index_dtype, row_facts
+from shards.build.writer import npy_bytes, row_facts
+from shards.format import FORMAT_VERSION, DatasetIndex, ShardInfo, Totals, index_dtype
 
 OPEN = """
 import json, resource, sys, time
@@ -55,7 +55,7 @@ def write_rows(root: Path, num_rows: int) -> None:
     data, infos = npy_bytes(rows), []
     for number in tqdm(range(num_rows // ROWS_PER_SHARD), desc="sidecars", leave=False):
         (folder / f"{number:06d}.idx.npy").write_bytes(data)
-        infos.append(ShardInfo(name=f"{number:06d}", bytes=0, sha256="", **row_facts(rows, data)))
+        infos.append(ShardInfo(name=f"{number:06d}", bytes=0, sha256="0" * 64, **row_facts(rows, data)))
     totals = dict.fromkeys(Totals.model_fields, 0) | {"samples": len(infos) * ROWS_PER_SHARD}
     index = DatasetIndex(
         format_version=FORMAT_VERSION,

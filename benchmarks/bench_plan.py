@@ -42,7 +42,8 @@ import numpy as np
 from plan_balance import PACKS_PER_STEP, STEPS, Table, pack_costs, table, window_costs
 from tqdm import tqdm
 
-from shards.format import FORMAT_VERSION, DatasetIndex, ShardInfo, Totals, index_dtype, row_facts
+from shards.build.writer import row_facts
+from shards.format import FORMAT_VERSION, DatasetIndex, ShardInfo, Totals, index_dtype
 from shards.layout import VisualLayout, VisualTokens, visual_tokens
 from shards.stream.mixture import MixtureSpec
 from shards.stream.plan import Cursor, Draw, Plan, PlanSettings, StepSpec, open_plan
@@ -236,7 +237,7 @@ def write_dataset(root: Path, name: str, kind: Kind, size: int, limits: Setting)
         np.save(buffer, part)
         data, stem = buffer.getvalue(), f"{number:06d}"
         (folder / f"{stem}.idx.npy").write_bytes(data)
-        infos.append(ShardInfo(name=stem, bytes=0, sha256="", **row_facts(part, data)))
+        infos.append(ShardInfo(name=stem, bytes=0, sha256="0" * 64, **row_facts(part, data)))
     totals = Totals(samples=size, annotations=size, tokens=0, crops=0, frames=0, bytes=0, rejects=0)
     index = DatasetIndex(
         format_version=FORMAT_VERSION,

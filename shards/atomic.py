@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 
 class LockHeldError(Exception):
@@ -39,6 +40,13 @@ def write_atomic(path: Path, content: bytes | str, *, durable: bool = False) -> 
     """Replace a file by `content`, a text as UTF-8; see `replacing`."""
     with replacing(path, durable=durable) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def append_to(path: Path) -> TextIO:
+    """Open a text file to append to it; a link in its place is refused, since it could lead anywhere."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "is a link, and is not written to; remove it", str(path))
+    return open(path, "a", encoding="utf-8")
 
 
 def create_atomic(path: Path, content: bytes) -> bool:

@@ -10,9 +10,7 @@ import functools
 import hashlib
 import json
 import re
-import tarfile
-from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +28,10 @@ KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 # One stored token. `branch` 0 is the shared trunk (BOS and visuals), annotation i is branch i + 1. `weight` is the
 # loss weight of *predicting* this token. The last token of a branch (EOS) is a label only and never an input.
 TOKEN_DTYPE = np.dtype([("id", "<i4"), ("branch", "<i2"), ("weight", "<f4")])
+
+
+# Exceptions that members of any content raise when they are parsed, expanded or decoded.
+ODD_SAMPLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 class FormatError(ValueError):
@@ -71,6 +73,11 @@ def span_hash(data: bytes | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
+def printable(text: str) -> str:
+    """The text with escapes in place of control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def canonical_json(value: Any) -> bytes:
     """JSON bytes that depend on nothing but the value: sorted keys, no spaces, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
@@ -81,6 +88,10 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()[:16]
 
 
+Count = Annotated[int, pydantic.Field(ge=0)]
+Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]  # the cache names files by it
+
+
 class ShardInfo(pydantic.BaseModel, extra="forbid", frozen=True):
     """Index entry of a shard, a tar and its sidecar. `name` is the stem of `000000.tar` and `000000.idx.npy`.
 
@@ -88,25 +99,25 @@ class ShardInfo(pydantic.BaseModel, extra="forbid", frozen=True):
     limits and need not read the sidecars.
     """
 
-    name: str = pydantic.Field(pattern=r"^\d{6}$")
-    bytes: int
-    sha256: str
-    samples: int
-    index_sha256: str
-    max_tokens: int
-    max_crops: int
+    name: str = pydantic.Field(pattern=r"^[0-9]{6}$")
+    bytes: Count
+    sha256: Sha256
+    samples: Count
+    index_sha256: Sha256
+    max_tokens: Count
+    max_crops: Count
 
 
 class Totals(pydantic.BaseModel, extra="forbid", frozen=True):
     """Sums over the dataset. `annotations` counts the branches of all samples; `tokens`, `crops`: of variant 0."""
 
-    samples: int
-    annotations: int
-    tokens: int
-    crops: int
-    frames: int
-    bytes: int
-    rejects: int
+    samples: Count
+    annotations: Count
+    tokens: Count
+    crops: Count
+    frames: Count
+    bytes: Count
+    rejects: Count
 
 
 class DatasetIndex(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -147,7 +158,7 @@ def parse_index(data: bytes, where: str) -> DatasetIndex:
     """
     try:
         raw = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: not JSON ({error}); rebuild the dataset with tools/build_shards.py") from None
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
@@ -159,16 +170,6 @@ def parse_index(data: bytes, where: str) -> DatasetIndex:
         return DatasetIndex.model_validate(raw)
     except pydantic.ValidationError as error:
         raise FormatError(f"{where}: {error}") from None
-
-
-def row_facts(rows: npt.NDArray[np.void], data: bytes) -> dict[str, Any]:
-    """What a shard's entry in the index says about its sidecar; `data` are the bytes of the file."""
-    return {
-        "samples": len(rows),
-        "index_sha256": hashlib.sha256(data).hexdigest(),
-        "max_tokens": int(rows["num_tokens"].max(initial=0)),
-        "max_crops": int(rows["num_crops"].max(initial=0)),
-    }
 
 
 def check_sidecar(rows: npt.NDArray[np.void], shard: ShardInfo, num_variants: int, where: str) -> None:
@@ -200,6 +201,12 @@ def npy_rows(data: bytes | memoryview, dtype: np.dtype[Any]) -> tuple[int, int]:
     return start, count
 
 
+def read_rows(data: bytes | memoryview, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The rows of such a file, as a view of its bytes; raises as `npy_rows`."""
+    start, count = npy_rows(data, dtype)
+    return np.frombuffer(data, dtype, count, start)
+
+
 @functools.lru_cache(maxsize=64)
 def _npy_header(dtype: np.dtype[Any]) -> bytes:
     """The .npy header of rows of a dtype, with `%d` in place of their number."""
@@ -218,31 +225,12 @@ def tar_members(span: bytes) -> dict[str, memoryview]:
         name = header[:100].rstrip(b"\0").decode("ascii", "replace")
         if len(header) < BLOCK or header[156:157] not in {b"0", b"\0"} or header[345:346] != b"\0":
             raise FormatError(f"no plain tar header at byte {position} of the sample")
-        try:
-            size = int(header[124:136].rstrip(b"\0 "), 8)
-        except ValueError:
-            raise FormatError(f"no size in the tar header of {name!r}") from None
-        start = position + BLOCK
+        digits = header[124:136].rstrip(b"\0 ")
+        if not digits.isdigit() or digits.strip(b"01234567"):  # a minus would send the loop back to this header
+            raise FormatError(f"no size in the tar header of {name!r}: {digits!r}; build or fetch the shard again")
+        size, start = int(digits, 8), position + BLOCK
         if start + size > len(span):
             raise FormatError(f"member {name!r} ends past the sample")
         members[name] = view[start : start + size]
         position = start + -(-size // BLOCK) * BLOCK
     return members
-
-
-def whole_headers(data: bytes) -> Iterator[tuple[int, int, str]]:
-    """Yield (start, end, key) of every member in `data` that has a tar header with a valid checksum.
-
-    Damage elsewhere in `data` is ignored. The end is the expected offset of the next header; a truncated member ends
-    with `data`.
-    """
-    position = 0
-    while position + BLOCK <= len(data):
-        try:
-            member = tarfile.TarInfo.frombuf(data[position : position + BLOCK], "ascii", "strict")
-        except (tarfile.HeaderError, UnicodeDecodeError):
-            position += BLOCK
-            continue
-        end = position + BLOCK + -(-member.size // BLOCK) * BLOCK
-        yield position, min(end, len(data)), member.name.split(".", 1)[0]
-        position = end

@@ -84,8 +84,18 @@ class VisualLayout:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> VisualLayout:
-        """Inverse of `to_json`."""
-        return cls(**{**value, "tokens": VisualTokens(**value["tokens"])})
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError, TypeError, KeyError: a field is missing, unknown, or no number that a model could have.
+        """
+        layout = cls(**{**value, "tokens": VisualTokens(**value["tokens"])})
+        numbers = [*value["tokens"].values(), *(size for name, size in value.items() if name != "tokens")]
+        if not all(type(number) is int and 0 <= number < 2**31 for number in numbers) or layout.crop_size > 4096:
+            raise ValueError(f"layout: not numbers, or a crop of more than 4096 pixels: {value}")
+        if not layout.patch_size or min(layout.image_pool, layout.video_pool, layout.window_patches) < 1:
+            raise ValueError(f"layout: crops without patches of their own: {value}")
+        return layout
 
     def canvas_size(self, tiling: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the canvas that `tiling` = (rows, cols) of crops cover."""
@@ -151,8 +161,19 @@ def visual_pooling(layout: VisualLayout, visual: dict[str, Any]) -> IntArray:
 
 
 def visual_crops(visual: dict[str, Any]) -> int:
-    """Number of ViT inputs of a visual: 1 for a frame, 1 + rows * cols for an image."""
-    return 1 if visual["kind"] == "frame" else 1 + visual["tiling"][0] * visual["tiling"][1]
+    """Number of ViT inputs of a visual: 1 for a frame, 1 + rows * cols for an image.
+
+    Raises:
+        ValueError: the kind is another one, or rows and cols are not two positive integers.
+    """
+    if visual["kind"] == "frame":
+        return 1
+    if visual["kind"] != "image":
+        raise ValueError(f"a visual of kind {visual['kind']!r}")
+    rows, cols = visual["tiling"]
+    if not (type(rows) is type(cols) is int and rows > 0 and cols > 0):
+        raise ValueError(f"a tiling of {rows!r} x {cols!r} crops")
+    return 1 + rows * cols
 
 
 def split_crops(
@@ -191,10 +212,15 @@ def expand(layout: VisualLayout, stored: npt.NDArray[np.void], visuals: list[dic
     The last token of every branch (EOS) is a label only. Positions of each branch continue from the end of the trunk.
 
     Raises:
-        ValueError: the numbers of placeholders and of visuals differ, or branches are out of order.
+        ValueError: a token is neither of the text's vocabulary nor a placeholder, the numbers of placeholders and of
+            visuals differ, or branches are out of order.
     """
     ids, branch = np.ascontiguousarray(stored["id"]), stored["branch"].astype(np.int64)
-    holders = np.flatnonzero((ids == layout.tokens.image) | (ids == layout.tokens.video))
+    # Ids of visuals lie above the vocabulary; as unsigned numbers, negative ones lie above both.
+    holders = np.flatnonzero(ids.view(np.uint32) >= layout.tokens.im_start)
+    for number in ids[holders].tolist():
+        if number not in (layout.tokens.image, layout.tokens.video):
+            raise ValueError(f"token {number} is neither text (below {layout.tokens.im_start}) nor a placeholder")
     if len(holders) != len(visuals):
         raise ValueError(f"{len(holders)} visual placeholders for {len(visuals)} visuals")
     steps = branch[1:] - branch[:-1]

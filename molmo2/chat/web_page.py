@@ -8,6 +8,7 @@ in Host and Origin must be its own). The page is one file and loads nothing else
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -84,8 +85,9 @@ def lines_of(answer: Answer, question: ChatRequest) -> Iterator[dict[str, Any]]:
             for piece in answer(turns, images, video):
                 text += piece
                 yield {"text": piece}
-        except (ValueError, OSError) as error:
-            yield {"error": str(error).replace(f"{folder}/", "")}
+        except Exception as error:  # decoders raise anything for odd files; the page must hear of it
+            said = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+            yield {"error": said.replace(f"{folder}/", "")}
             return
     yield {"points": [{"at": p.at, "id": p.id, "x": p.x, "y": p.y} for p in parse_points(text)]}
 
@@ -98,6 +100,7 @@ def _write(path: Path, data: bytes) -> Path:
 class _Handler(BaseHTTPRequestHandler):
     server: ChatServer
     protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds without a byte after which a connection is closed
 
     def do_GET(self) -> None:
         if not self._trusted():
@@ -118,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._trusted():
             return
         length = self.headers.get("Content-Length", "")
-        if self.path != "/ask" or not length.isdigit():
+        if self.path != "/ask" or not re.fullmatch(r"[0-9]{1,18}", length):
             self._refuse(404 if self.path != "/ask" else 411, "POST /ask with a Content-Length")
             return
         if int(length) > MAX_BYTES:

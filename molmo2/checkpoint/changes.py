@@ -5,6 +5,9 @@ Both are checked before the engine is built. The conversion for other ranks is i
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import torch.distributed as dist
 
 from molmo2.checkpoint.files import RECIPE, Checkpoint, CheckpointError
@@ -49,3 +52,18 @@ def check_trained_parameters(checkpoint: Checkpoint, recipe: Recipe) -> None:
             "with optimizer states; restore the setting, or begin a new run (another name) with "
             f"`init: {checkpoint.path}`"
         )
+
+
+def recipe_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
+    """Settings that differ from the recipe in a checkpoint, as "train.steps 10 -> 20"."""
+    old, new = (_flat(value) for value in (checkpoint.read(RECIPE), json.loads(recipe.model_dump_json())))
+    return [
+        f"{name} {old.get(name)} -> {new.get(name)}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)
+    ]
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {prefix + name: item}
+    return flat

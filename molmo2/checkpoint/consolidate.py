@@ -35,7 +35,7 @@ def open_states(states: Path) -> Readers:
 
 
 def _map_all(states: Path, pattern: str) -> list[dict[str, Any]]:
-    """Map the files of all ranks, in the order of the ranks; they are of our own run, and their hashes were checked."""
+    """Map the files of all ranks, in the order of the ranks; `find_damage` has checked what their pickles name."""
     files = sorted(states.glob(pattern), key=lambda file: [int(number) for number in re.findall(r"\d+", file.name)])
     return [torch.load(file, map_location="cpu", mmap=True, weights_only=False) for file in files]
 

@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -37,6 +38,7 @@ from shards.atomic import sync
 if TYPE_CHECKING:
     from molmo2.checkpoint.consolidate import Readers
 
+STEP_NAME = re.compile(r"step-[0-9]{8,12}")
 FORMAT = 1  # version of the layout above; another one is refused
 META, PLAN, RECIPE, MODEL, WEIGHTS, STATES = (
     "meta.json",
@@ -267,8 +269,13 @@ def step_of(name: str) -> int:
     return int(name.removeprefix("step-"))
 
 
+def step_folders(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, the oldest first; other names, such as `step-old`, are left alone."""
+    return sorted(path for path in directory.glob("step-*") if STEP_NAME.fullmatch(path.name))
+
+
 def _rotate(directory: Path, keep_last: int, keep_every: int | None, in_use: Collection[Path]) -> None:
-    for name in superseded((path.name for path in directory.glob("step-*")), keep_last, keep_every):
+    for name in superseded((path.name for path in step_folders(directory)), keep_last, keep_every):
         path = directory / name
         if path in in_use:
             continue
@@ -281,14 +288,16 @@ def _rotate(directory: Path, keep_last: int, keep_every: int | None, in_use: Col
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None; reads every file."""
+    """What is wrong with a checkpoint, or None; reads every file, and unpickles none."""
+    from molmo2.checkpoint.untrusted import BAD_META, find_foreign_code, listed_files
+
     try:
         meta = json.loads((path / META).read_text())
-        files = meta["files"]
+        files = listed_files(meta)
     except FileNotFoundError:
         return f"no {META}: it was never finished"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{META} cannot be read: {error}"
+    except BAD_META as error:
+        return f"{META} cannot be read: {type(error).__name__}: {error}"
     if meta.get("format") != FORMAT:
         return f"checkpoint format {meta.get('format')!r}, this code reads {FORMAT}"
     for name, (size, digest) in files.items():
@@ -299,12 +308,12 @@ def find_damage(path: Path) -> str | None:
             return f"{name} has {file.stat().st_size} bytes of {size}"
         if file_hash(file) != digest:
             return f"{name} does not match its hash"
-    return None
+    return find_foreign_code(path / STATES)
 
 
 def find_newest(directory: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint in a directory, or None; each damaged one is reported with `say`."""
-    for path in sorted(directory.glob("step-*"), reverse=True):
+    for path in reversed(step_folders(directory)):
         wrong = find_damage(path)
         if wrong is None:
             return Checkpoint(path, json.loads((path / META).read_text()))
@@ -321,26 +330,11 @@ def clear_after(directory: Path, step: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in [path for kind in (".tmp-*", ".old-*", ".universal-*") for path in directory.glob(kind)]:
         shutil.rmtree(leftover, ignore_errors=True)
-    for path in directory.glob("step-*"):
+    for path in step_folders(directory):
         if step_of(path.name) > step:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)
-
-
-def recipe_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
-    """Settings that differ from the recipe in a checkpoint, as "train.steps 10 -> 20"."""
-    old, new = (_flat(value) for value in (checkpoint.read(RECIPE), json.loads(recipe.model_dump_json())))
-    return [
-        f"{name} {old.get(name)} -> {new.get(name)}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)
-    ]
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {prefix + name: item}
-    return flat
 
 
 def consolidate(directory: Path) -> Readers:

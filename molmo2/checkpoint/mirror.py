@@ -23,15 +23,16 @@ from pathlib import Path
 
 from molmo2.checkpoint.files import (
     META,
+    STEP_NAME,
     Checkpoint,
-    CheckpointError,
     checkpoints_dir,
     find_damage,
     find_newest,
     step_of,
 )
+from molmo2.checkpoint.untrusted import BAD_META, listed_files
 from molmo2.config import Recipe
-from shards.atomic import file_lock
+from shards.atomic import append_to, file_lock
 from shards.storage.base import Storage
 from shards.storage.open import open_storage
 from shards.stream.cache import cache_dir
@@ -48,7 +49,8 @@ def mirror_url(recipe: Recipe) -> str | None:
 
 def steps(store: Storage) -> list[str]:
     """Names of the whole copies in a mirror, the newest first."""
-    return sorted((name.split("/")[0] for name in store.list(f"/{META}") if name.startswith("step-")), reverse=True)
+    folders = (name.removesuffix(f"/{META}") for name in store.list(f"/{META}"))
+    return sorted((name for name in folders if STEP_NAME.fullmatch(name)), reverse=True)
 
 
 def fetch(url: str, directory: Path, after: int, say: Callable[[str], None]) -> None:
@@ -59,30 +61,39 @@ def fetch(url: str, directory: Path, after: int, say: Callable[[str], None]) -> 
             return
         temporary = directory / f".tmp-{name}"
         shutil.rmtree(temporary, ignore_errors=True)
-        meta = store.read(f"{name}/{META}")
-        for file in json.loads(meta)["files"]:
-            _get(store, f"{name}/{file}", temporary, file)
-        (temporary / META).write_bytes(meta)
-        wrong = find_damage(temporary)
+        wrong = _download(store, name, temporary) or find_damage(temporary)
         if wrong is None:
             shutil.rmtree(directory / name, ignore_errors=True)
             os.replace(temporary, directory / name)
             say(f"{directory / name}: brought back from {url}")
             return
         say(f"{url}/{name}: skipped: {wrong}")
-        shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _get(store: Storage, name: str, directory: Path, file: str) -> None:
-    target = directory / file
-    if not target.resolve().is_relative_to(directory.resolve()):
-        raise CheckpointError(f"{store.root}/{name}: its meta.json names a file outside of the checkpoint: {file!r}")
+def _download(store: Storage, name: str, target: Path) -> str | None:
+    """Download the files that a copy's meta.json names, and return why it is no copy of a checkpoint, or None."""
+    meta = store.read(f"{name}/{META}")
+    try:
+        files = listed_files(json.loads(meta))
+    except BAD_META as error:
+        return f"{META} cannot be read: {type(error).__name__}: {error}"
+    for file, (size, _) in files.items():
+        try:
+            _get(store, f"{name}/{file}", target / file, size)
+        except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            return f"{file}: {error}"
+    target.mkdir(parents=True, exist_ok=True)
+    (target / META).write_bytes(meta)
+    return None
+
+
+def _get(store: Storage, name: str, target: Path, size: int) -> None:
+    """Download a file, or as much of it as its copy should have."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target, "wb") as out:
-        offset = 0
-        while data := store.read(name, offset, CHUNK):
+        while (offset := out.tell()) < size and (data := store.read(name, offset, min(CHUNK, size - offset))):
             out.write(data)
-            offset += len(data)
 
 
 def newest(recipe: Recipe, say: Callable[[str], None]) -> Checkpoint | None:
@@ -146,7 +157,7 @@ class Sender:
                 str(self.url),
                 *map(str, self.keep),
             ]
-            with open(self.log, "ab") as log:
+            with append_to(self.log) as log:
                 # It runs in a session of its own, so that a signal to the ranks does not end it.
                 self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         return self.process is not None

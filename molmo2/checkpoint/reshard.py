@@ -96,7 +96,7 @@ def _bridge(states: Path) -> None:
     there, and the step counts with the optimizer.
     """
     path = states / "zero" / "optimizer_state.pt"
-    optimizer = torch.load(path, weights_only=False)  # safe: our own run wrote it, and its hash was checked
+    optimizer = torch.load(path, weights_only=False)  # `find_damage` checked its origin
     folders = [folder for folder in (states / "zero").iterdir() if folder.is_dir()]
     if (states / PARTITIONED).exists():
         step = optimizer["optimizer_state_dict"]["state"][0]["step"]

@@ -20,6 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from shards.atomic import append_to
 from shards.format import digest
 
 
@@ -87,8 +88,8 @@ class Store:
         """A function that appends an answer to the rank's file and flushes it, so that other processes can read it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"rank-{rank:05d}.jsonl"
-        _drop_half_line(path)
-        with path.open("a", encoding="utf-8") as file:
+        with append_to(path) as file:
+            _drop_half_line(path)
 
             def write(line: Line) -> None:
                 file.write(json.dumps(line._asdict()) + "\n")

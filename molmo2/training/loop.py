@@ -37,6 +37,7 @@ from molmo2.training.run import (
     agree_on_masked,
 )
 from molmo2.training.watchdog import Watchdog
+from shards.atomic import append_to
 from shards.stream.collate import PAD_SEGMENT, Batch
 from shards.stream.loader import make_loader, micro_steps
 from shards.stream.plan import Cursor
@@ -128,7 +129,7 @@ def record_masked(batch: Batch, run: Run) -> None:
     """Write damaged samples to `quarantine.jsonl` and report them on stderr; one rank of a group does it."""
     if not batch.masked or run.mesh.sp_rank:
         return
-    with open(run.recipe.run_dir / QUARANTINE_NAME, "a", encoding="utf-8") as file:
+    with append_to(run.recipe.run_dir / QUARANTINE_NAME) as file:
         for damage in batch.masked:
             file.write(json.dumps({"step": batch.step + 1, **asdict(damage)}) + "\n")
             write_line(f"masked in step {batch.step + 1}: {damage}", sys.stderr)
@@ -257,7 +258,7 @@ def update(run: Run, engine: Any, optimizer: ComponentAdamW, progress: Progress,
             action = action_for(kind, history, settings)
     if kind is not None and run.mesh.rank == 0:
         line = describe(run.plan.step(progress.cursor), run.plan.datasets, kind, totals.loss, action)
-        with open(run.recipe.run_dir / ANOMALIES_NAME, "a", encoding="utf-8") as file:
+        with append_to(run.recipe.run_dir / ANOMALIES_NAME) as file:
             file.write(json.dumps(line) + "\n")
         write_line(f"step {line['step']}: {kind}, loss {totals.loss:.4g}: {action}; packs: {file.name}", sys.stderr)
     if action == "stop":
@@ -316,7 +317,7 @@ def record_data(run: Run, progress: Progress) -> None:
         }
         for name, weight in run.plan.weights.items()
     }
-    with open(run.recipe.run_dir / DATA_NAME, "a", encoding="utf-8") as file:
+    with append_to(run.recipe.run_dir / DATA_NAME) as file:
         file.write(json.dumps({"step": progress.step, "windows": window, "datasets": line}) + "\n")
 
 
@@ -353,7 +354,7 @@ def judge(run: Run, engine: Any, step: int, monitor: Monitor | None) -> None:
     values, samples = validate(run, engine)
     if monitor is None:
         return
-    with open(run.recipe.run_dir / EVAL_NAME, "a", encoding="utf-8") as file:
+    with append_to(run.recipe.run_dir / EVAL_NAME) as file:
         file.write(json.dumps({"step": step, **values}) + "\n")
     monitor.plot(step, {f"held_out.{name}": value for name, value in values.items()})
     images = write_samples(run.recipe.run_dir, step, samples)

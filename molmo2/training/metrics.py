@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from molmo2.config import Recipe
 from molmo2.training.run import LOG_NAME
-from shards.atomic import write_atomic
+from shards.atomic import append_to, write_atomic
 from shards.stream.collate import ReadStats
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}, ETA {remaining}{postfix}]"
@@ -56,7 +56,7 @@ class Monitor:
 
     def __init__(self, recipe: Recipe, start: int) -> None:
         directory = recipe.run_dir
-        self.file = open(directory / LOG_NAME, "a", encoding="utf-8")
+        self.file = append_to(directory / LOG_NAME)
         self.bar = tqdm(
             total=recipe.train.steps,
             initial=start,

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-from molmo2.checkpoint.files import META, PLAN, Checkpoint, checkpoints_dir, find_damage
+from molmo2.checkpoint.files import META, PLAN, Checkpoint, checkpoints_dir, find_damage, step_folders
 from molmo2.checkpoint.lookup import load_weights
 from molmo2.model.molmo2 import Molmo2, inference_dtype
 from molmo2.training.anomalies import sample_name
 from molmo2.training.engine import TrainingModule
 from molmo2.training.run import Run
-from shards.format import tar_members
+from shards.format import INDEX_NAME, tar_members
+from shards.storage.base import read_threads
 from shards.stream.collate import MEMBER, PAD_SEGMENT, Batch
-from shards.stream.dataset import DatasetError, shard_problems
+from shards.stream.dataset import Dataset, DatasetError
 from shards.stream.loader import pack_reader
 from shards.stream.plan import Cursor, Draw, PackSpec, Plan, StepSpec
 from shards.stream.read_ahead import MicroSpec
@@ -47,7 +48,7 @@ def find_step(run: Run, number: int) -> StepSpec:
 
 def _before(run: Run, number: int) -> Checkpoint | None:
     """The newest whole checkpoint of the run that was written before step `number`."""
-    for path in sorted(checkpoints_dir(run.recipe.run_dir).glob("step-*"), reverse=True):
+    for path in reversed(step_folders(checkpoints_dir(run.recipe.run_dir))):
         if int(path.name.removeprefix("step-")) < number and find_damage(path) is None:
             return Checkpoint(path, json.loads((path / META).read_text()))
     return None
@@ -150,3 +151,15 @@ def _messages(plan: Plan, draw: Draw) -> Iterator[str]:
         text = " ".join(message["content"].split())
         short = text if len(text) <= TEXT_LENGTH else f"{text[:TEXT_LENGTH]} ... ({len(text)} characters)"
         yield f"    [{message['branch']}] {message['role']}: {short}"
+
+
+def shard_problems(datasets: Iterable[Dataset]) -> list[str]:
+    """The tars that are missing or have another size than the index says, one line each; it reads none of them."""
+    tars = [(dataset.storage, shard) for dataset in datasets for shard in dataset.index.shards]
+    sizes = read_threads().map(lambda tar: tar[0].size(f"{tar[1].name}.tar"), tars)
+    return [
+        f"{storage.root}/{shard.name}.tar: "
+        + ("missing" if size is None else f"{size:,} bytes, {shard.bytes:,} in {INDEX_NAME}")
+        for (storage, shard), size in zip(tars, sizes, strict=True)
+        if size != shard.bytes
+    ]

@@ -43,7 +43,7 @@ from molmo2.training.run import (
     lock_run,
 )
 from molmo2.training.start import starting_model
-from shards.atomic import write_atomic
+from shards.atomic import append_to, write_atomic
 from shards.stream.loader import QuarantineError
 from shards.stream.plan import Cursor, PlanError
 
@@ -112,8 +112,9 @@ def resume(
         load_whole(engine, universal)
     else:
         checkpoints.load_states(engine, universal or checkpoint.path)
-    changed = checkpoints.recipe_changes(checkpoint, run.recipe)
-    if changed:
+    from molmo2.checkpoint.changes import recipe_changes
+
+    if changed := recipe_changes(checkpoint, run.recipe):
         say(f"{run.recipe.name}: the recipe has changed since step {checkpoint.step}: {', '.join(changed)}")
     return Progress(checkpoint.step, cursor, LossHistory(checkpoint.meta.get("losses", ())))
 
@@ -123,7 +124,7 @@ def take_over(run: Run, state: dict[str, Any]) -> Cursor:
     cursor, changed = run.plan.change_over(state)
     if changed and run.mesh.rank == 0:
         line = {"step": cursor.step, "cursor": cursor._asdict(), "changed": changed}
-        with open(run.recipe.run_dir / CHANGES_NAME, "a", encoding="utf-8") as file:
+        with append_to(run.recipe.run_dir / CHANGES_NAME) as file:
             file.write(json.dumps(line) + "\n")
         say(f"{run.recipe.name}: after step {cursor.step} the data change on purpose: {'; '.join(changed)}")
     return cursor

@@ -7,41 +7,44 @@ digest, so a training run that resumes refuses it by name.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from shards.build.verify import Finding, verify_span
-from shards.build.writer import index_row, npy_bytes
+from shards.atomic import append_to
+from shards.build.verify import Finding, verify_images, verify_span
+from shards.build.writer import index_row, npy_bytes, row_facts
 from shards.format import (
     BLOCK,
     FORMAT_VERSION,
     INDEX_NAME,
     KEY_PATTERN,
+    ODD_SAMPLE,
     REJECTS_NAME,
+    TOKEN_DTYPE,
     DatasetIndex,
     FormatError,
     ShardInfo,
     Totals,
-    check_sidecar,
     index_dtype,
     parse_index,
-    row_facts,
+    read_rows,
     span_hash,
     tar_members,
-    whole_headers,
 )
 from shards.layout import VisualLayout
 from shards.schema import Sample
 from shards.storage.base import Storage
 from shards.storage.local import LocalStorage
+from shards.tar_headers import whole_headers
 
 SET_ASIDE, LOG_NAME = "repair.json", "repairs.jsonl"
 TAR_RECORD = tarfile.RECORDSIZE  # bytes; the length of a tar is a multiple of it
@@ -98,13 +101,14 @@ def repair_dataset(folder: Path, copy: Storage | None = None, *, reindex: bool =
             for suffix in (".tar", ".idx.npy"):
                 storage.path(name + suffix).unlink(missing_ok=True)
         else:
-            info = _rewrite(storage, name, info, rows, spans, bool(dropped))
+            old, info = info, _rewrite(storage, name, info, rows, spans, bool(dropped))
             shards.append(info)
+            intact = intact and info == old
             counts = {"samples": len(rows), "bytes": info.bytes, "frames": int(rows["num_frames"].sum())}
             counts |= {f"{n}s": int(rows[f"num_{n}s"][:, 0].sum()) for n in ("token", "crop")}
             for total, value in {**counts, "annotations": annotations}.items():
                 sums[total] += value
-        if not intact:
+        if not intact or dropped:
             _record(folder, dropped)
             yield Repaired(shard=name, fetched=fetched, unchecked=unchecked, kept=len(rows), dropped=tuple(dropped))
     if not shards:
@@ -139,7 +143,7 @@ def _last_index(folder: Path) -> DatasetIndex:
             totals=Totals(**dict.fromkeys(Totals.model_fields, 0)),
             shards=(),
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, *ODD_SAMPLE) as error:
         raise RepairError(
             f"{folder}: neither {INDEX_NAME} nor build.json can be read ({type(error).__name__}: {error}): without the "
             "processor's settings no length can be computed; copy one of them from another machine, or build again"
@@ -153,7 +157,7 @@ def _settings_of_version_1(data: bytes) -> DatasetIndex | None:
         if not isinstance(raw, dict) or raw.get("format_version") != 1:
             return None
         return DatasetIndex.model_validate({**raw, "format_version": FORMAT_VERSION, "shards": ()})
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -192,39 +196,67 @@ def _fetch(storage: LocalStorage, copy: Storage | None, info: ShardInfo) -> bool
     return True
 
 
+class _Scan(NamedTuple):
+    """The intact samples of a shard as sidecar rows and bytes, damage of the others, and the annotations left."""
+
+    rows: npt.NDArray[np.void]
+    spans: list[bytes]
+    dropped: list[Finding]
+    annotations: int
+
+
 def _scan(
     storage: LocalStorage, name: str, info: ShardInfo | None, num_variants: int, layout: VisualLayout, dataset: str
-) -> tuple[npt.NDArray[np.void], list[bytes], list[Finding], int]:
-    """Sidecar rows and spans of the intact samples of a shard, damage of the others, and number of annotations left."""
+) -> _Scan:
+    """Scan a shard by its sidecar, or without it where the tar is whole and the sidecar would cost samples."""
     try:
         data = storage.read(f"{name}.tar")
     except FileNotFoundError:
         lost = Finding(dataset=dataset, shard=f"{name}.tar", problem=f"missing: {info.samples if info else 0} samples")
-        return np.zeros(0, index_dtype(num_variants)), [], [lost], 0
+        return _Scan(np.zeros(0, index_dtype(num_variants)), [], [lost], 0)
+    scan = _scan_spans(_spans(storage, name, info, num_variants, data), data, name, num_variants, layout, dataset)
+    if not scan.dropped or not _has_tar(storage, info):
+        return scan
+    walked = ((None, offset, span) for offset, span in _walk(data))
+    again = _scan_spans(walked, data, name, num_variants, layout, dataset)
+    return again if len(again.rows) > len(scan.rows) else scan
+
+
+def _scan_spans(
+    places: Iterable[tuple[npt.NDArray[np.void] | None, int, int]],
+    data: bytes,
+    name: str,
+    num_variants: int,
+    layout: VisualLayout,
+    dataset: str,
+) -> _Scan:
     rows, spans, dropped, annotations, end = [], [], [], 0, 0
-    for old, offset, span in _spans(storage, name, info, num_variants, data):
+    for old, offset, span in places:
         key = next((key for _, _, key in whole_headers(data[offset : offset + span])), "")
         try:
             row = _row(data[offset : offset + span], key, num_variants, layout) if old is None else old.copy()
             annotations += verify_span(data[offset : offset + span], key, row, num_variants, layout)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except ODD_SAMPLE as error:
             dropped.append(Finding(dataset=dataset, shard=f"{name}.tar", key=key, offset=offset, problem=str(error)))
             continue
         row["offset"], end = end, end + span
         rows.append(row)
         spans.append(data[offset : offset + span])
-    return (np.stack(rows) if rows else np.zeros(0, index_dtype(num_variants))), spans, dropped, annotations
+    table = np.stack(rows) if rows else np.zeros(0, index_dtype(num_variants))
+    return _Scan(table, spans, dropped, annotations)
 
 
 def _spans(
     storage: LocalStorage, name: str, info: ShardInfo | None, num_variants: int, data: bytes
 ) -> Iterator[tuple[npt.NDArray[np.void] | None, int, int]]:
     """Sidecar row (None if the sidecar cannot be trusted), offset and length of every sample of a tar."""
-    if info is None or not _has_sidecar(storage, info):
+    rows = None
+    if info is not None and _has_sidecar(storage, info):
+        with contextlib.suppress(FormatError):
+            rows = read_rows(storage.read(f"{name}.idx.npy"), index_dtype(num_variants))
+    if rows is None:
         yield from ((None, offset, span) for offset, span in _walk(data))
         return
-    rows = np.load(io.BytesIO(storage.read(f"{name}.idx.npy")), allow_pickle=False)
-    check_sidecar(rows, info, num_variants, name)
     yield from ((row, int(row["offset"]), int(row["span"])) for row in rows)
 
 
@@ -246,8 +278,10 @@ def _row(span: bytes, key: str, num_variants: int, layout: VisualLayout) -> npt.
     if not KEY_PATTERN.fullmatch(key):
         raise FormatError(f"no key: {key[:40]!r}")
     files = {name.split(".", 1)[1]: bytes(data) for name, data in tar_members(span).items()}
-    tokens = [np.load(io.BytesIO(files[f"tokens{k}.npy"]), allow_pickle=False) for k in range(num_variants)]
-    row = index_row(layout, Sample(key=key, record=json.loads(files["json"]), variants=tuple(tokens)))
+    tokens = [read_rows(files[f"tokens{k}.npy"], TOKEN_DTYPE) for k in range(num_variants)]
+    record = json.loads(files["json"])
+    verify_images(files, record["visuals"], layout)  # first, since a tiling without its image could fill the memory
+    row = index_row(layout, Sample(key=key, record=record, variants=tuple(tokens)))
     row["span"], row["xxh64"] = len(span), span_hash(span)
     return row
 
@@ -260,14 +294,16 @@ def _rewrite(
     spans: list[bytes],
     changed: bool,
 ) -> ShardInfo:
-    """Write a shard with the samples that are left, if that changes it; returns its entry in the index."""
-    if info is not None and not changed and _is_intact(storage, info):
-        return info
-    data = b"".join(spans)
-    data += b"\0" * (-(len(data) + 2 * BLOCK) % TAR_RECORD + 2 * BLOCK)
+    """Write what has changed of a shard with the samples that are left; returns its entry in the index, made anew."""
     sidecar = npy_bytes(rows)
-    storage.write(f"{name}.tar", data)
-    storage.write(f"{name}.idx.npy", sidecar)
+    if not changed and _has_tar(storage, info):
+        data = storage.read(f"{name}.tar")
+    else:
+        data = b"".join(spans)
+        data += b"\0" * (-(len(data) + 2 * BLOCK) % TAR_RECORD + 2 * BLOCK)
+        storage.write(f"{name}.tar", data)
+    if not _has_sidecar(storage, info) or info is None or hashlib.sha256(sidecar).hexdigest() != info.index_sha256:
+        storage.write(f"{name}.idx.npy", sidecar)
     return ShardInfo(
         name=name,
         bytes=len(data),
@@ -279,6 +315,6 @@ def _rewrite(
 def _record(folder: Path, dropped: list[Finding]) -> None:
     if not dropped:
         return
-    with open(folder / LOG_NAME, "a", encoding="utf-8") as file:
+    with append_to(folder / LOG_NAME) as file:
         for finding in dropped:
             file.write(json.dumps(asdict(finding)) + "\n")

@@ -7,7 +7,6 @@ samples that the sidecar lists, or if a sample does not expand to the lengths th
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import posixpath
 from collections import Counter
@@ -19,27 +18,31 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.asked import read_asked
+from shards.build.writer import row_facts
 from shards.format import (
     ASKED_NAME,
     INDEX_NAME,
     KEY_PATTERN,
+    ODD_SAMPLE,
     REJECTS_NAME,
     TOKEN_DTYPE,
     DatasetIndex,
     FormatError,
     ShardInfo,
     check_sidecar,
+    index_dtype,
     key_hash,
     parse_index,
-    row_facts,
+    printable,
+    read_rows,
     span_hash,
     tar_members,
-    whole_headers,
 )
 from shards.layout import VisualLayout, allowed_pairs, expand, sample_visuals, visual_crops
-from shards.media.jpeg import decode_jpeg
+from shards.media.jpeg import decode_jpeg, jpeg_size
 from shards.storage.base import Storage
 from shards.storage.open import open_storage
+from shards.tar_headers import whole_headers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +57,7 @@ class Finding:
 
     def __str__(self) -> str:
         place = [self.dataset, self.shard, self.key, f"byte {self.offset}" if self.offset >= 0 else ""]
-        return f"{' / '.join(part for part in place if part)}: {self.problem}"
+        return printable(f"{' / '.join(part for part in place if part)}: {self.problem}")
 
 
 def find_datasets(root: str) -> list[str]:
@@ -72,7 +75,7 @@ def verify_dataset(folder: str) -> Iterator[Finding | ShardInfo]:
     except FileNotFoundError:
         yield Finding(dataset=name, problem=f"no {INDEX_NAME}: the build has not finished; run tools/build_shards.py")
         return
-    except (FormatError, KeyError, TypeError) as error:
+    except ODD_SAMPLE as error:
         yield Finding(dataset=name, problem=f"unusable {INDEX_NAME}: {error}")
         return
     seen: dict[str, str] = {}
@@ -110,7 +113,7 @@ def _verify_shard(
         yield {"problem": "the sidecar has another sha256 than the index says"}
         return
     try:
-        rows = np.load(io.BytesIO(sidecar), allow_pickle=False)
+        rows = read_rows(sidecar, index_dtype(index.num_variants))
         check_sidecar(rows, shard, index.num_variants, f"{shard.name}.idx.npy")
     except ValueError as error:
         yield {"problem": f"unusable sidecar: {error}"}
@@ -130,7 +133,7 @@ def _verify_shard(
         key = _key(data[offset:end], int(row["key_hash"]))
         try:
             sums["annotations"] += verify_span(data[offset:end], key, row, index.num_variants, layout)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except ODD_SAMPLE as error:
             problem = str(error) if isinstance(error, FormatError) else f"{type(error).__name__}: {error}"
             yield {"problem": problem, "key": key, "offset": offset}
         if key and key in seen:
@@ -145,7 +148,7 @@ def verify_span(span: bytes, key: str, row: npt.NDArray[np.void], num_variants: 
 
     Raises:
         FormatError: something differs from the sidecar.
-        ValueError, KeyError, IndexError, TypeError, AttributeError: a member cannot be parsed.
+        ODD_SAMPLE: any of these exceptions: a member cannot be parsed.
     """
     if len(span) != row["span"]:
         raise FormatError(f"cut short: {len(span)} of {int(row['span'])} bytes")
@@ -162,36 +165,31 @@ def verify_span(span: bytes, key: str, row: npt.NDArray[np.void], num_variants: 
 def _verify_content(files: dict[str, bytes], row: npt.NDArray[np.void], num_variants: int, layout: VisualLayout) -> int:
     """Compare a sample's files with its sidecar row; returns its number of annotations. Raises like `verify_span`."""
     record = json.loads(files["json"])
-    images = {int(n[:-4]): decode_jpeg(d).shape for n, d in files.items() if n.endswith(".jpg")}
     asked_names = {ASKED_NAME} & set(files)
     expected = asked_names | {
         "json",
         *(f"tokens{k}.npy" for k in range(num_variants)),
-        *(f"{i:03d}.jpg" for i in range(len(images))),
+        *(f"{i:03d}.jpg" for i in range(sum(name.endswith(".jpg") for name in files))),
     }
     if set(files) != expected:
         raise FormatError(f"members {sorted(set(files) ^ expected)} are missing or unexpected")
-    size = layout.crop_size
-    for visual in record["visuals"]:
-        if images[visual["view"]] != (size, size, 3):
-            raise FormatError(f"image {visual['view']} is {images[visual['view']]}, wanted {size} x {size}")
-        if visual["kind"] == "image" and images[visual["canvas"]][:2] != layout.canvas_size(tuple(visual["tiling"])):
-            raise FormatError(
-                f"image {visual['canvas']} is {images[visual['canvas']]}, not of tiling {visual['tiling']}"
-            )
+    verify_images(files, record["visuals"], layout)
     num_frames = sum(visual["kind"] == "frame" for visual in record["visuals"])
     if num_frames != row["num_frames"]:
         raise FormatError(f"{num_frames} frames, the sidecar says {row['num_frames']}")
     annotations, num_asked = 0, len(read_asked(files[ASKED_NAME])) if asked_names else None
     for k in range(num_variants):
-        tokens = np.load(io.BytesIO(files[f"tokens{k}.npy"]), allow_pickle=False)
-        if tokens.dtype != TOKEN_DTYPE:
-            raise FormatError(f"variant {k}: tokens of dtype {tokens.dtype}")
+        tokens = read_rows(files[f"tokens{k}.npy"], TOKEN_DTYPE)
+        if not (np.isfinite(tokens["weight"]) & (tokens["weight"] >= 0)).all():
+            raise FormatError(f"variant {k}: a loss weight is negative, infinite or undefined")
         visuals = sample_visuals(record, k)
+        num_crops = sum(visual_crops(visual) for visual in visuals)
+        if num_crops > row["num_crops"][k]:  # compared first, since a tiling could fill the memory
+            raise FormatError(f"variant {k}: num_crops {num_crops}, the sidecar says {row['num_crops'][k]}")
         expanded = expand(layout, tokens, visuals)
         facts = {
             "num_tokens": len(expanded.input_ids),
-            "num_crops": sum(visual_crops(visual) for visual in visuals),
+            "num_crops": num_crops,
             "num_pairs": np.float32(allowed_pairs(expanded)),
             "loss_weight": np.float32(np.sum(tokens["weight"], dtype=np.float64)),
         }
@@ -204,6 +202,30 @@ def _verify_content(files: dict[str, bytes], row: npt.NDArray[np.void], num_vari
     if num_asked not in {None, annotations}:
         raise FormatError(f"{num_asked} annotations in {ASKED_NAME}, {annotations} branches")
     return annotations
+
+
+def verify_images(files: dict[str, bytes], visuals: list[dict[str, Any]], layout: VisualLayout) -> None:
+    """Compare the sizes in the headers of the images with the visuals, then decode them: a small file can be of any.
+
+    Raises:
+        FormatError, ODD_SAMPLE: an image is missing, damaged, of another size, or of no visual.
+    """
+    images = {int(name[:-4]): jpeg_size(data) for name, data in files.items() if name.endswith(".jpg")}
+    for visual in visuals:
+        visual_crops(visual)  # raises for an odd tiling
+    size = layout.crop_size
+    for visual in visuals:
+        if images[visual["view"]] != (size, size):
+            raise FormatError(f"image {visual['view']} is {images[visual['view']]}, wanted {size} x {size}")
+        if visual["kind"] == "image" and images[visual["canvas"]] != layout.canvas_size(tuple(visual["tiling"])):
+            raise FormatError(
+                f"image {visual['canvas']} is {images[visual['canvas']]}, not of tiling {visual['tiling']}"
+            )
+    used = {visual[name] for visual in visuals for name in ("view", "canvas") if name in visual}
+    for number in images:
+        if number not in used:
+            raise FormatError(f"image {number} belongs to no visual")
+        decode_jpeg(files[f"{number:03d}.jpg"])
 
 
 def _key(span: bytes, hashed: int) -> str:

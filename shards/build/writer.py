@@ -24,7 +24,6 @@ from shards.format import (
     canonical_json,
     index_dtype,
     key_hash,
-    row_facts,
     span_hash,
 )
 from shards.layout import VisualLayout, allowed_pairs, expand, sample_visuals, visual_crops
@@ -126,3 +125,13 @@ def write_shard(
         **row_facts(table, npy_bytes(table)),
     )
     return info, table
+
+
+def row_facts(rows: npt.NDArray[np.void], data: bytes) -> dict[str, Any]:
+    """What a shard's entry in the index says about its sidecar; `data` are the bytes of the file."""
+    return {
+        "samples": len(rows),
+        "index_sha256": hashlib.sha256(data).hexdigest(),
+        "max_tokens": int(rows["num_tokens"].max(initial=0)),
+        "max_crops": int(rows["num_crops"].max(initial=0)),
+    }

@@ -6,6 +6,7 @@ its loss weight. The converter defines what a column means; the recipe defines h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +22,7 @@ from shards.catalog.row import (
     Exclusion,
     Filter,
     Folder,
+    FolderName,
     Lookup,
     Masks,
     Row,
@@ -92,7 +94,7 @@ class Catalog(Strict):
     tokenizer: str
     stages: dict[Stage, StageSettings]
     rows: tuple[Row, ...]
-    folders: dict[str, Folder] = pydantic.Field(default_factory=dict)
+    folders: dict[FolderName, Folder] = pydantic.Field(default_factory=dict)
     left_out: dict[str, str] = pydantic.Field(default_factory=dict)
     evaluation: Catalog | None = None
 
@@ -228,6 +230,8 @@ def load_catalog(name: str) -> Catalog:
     content = _merge_files(path) if path.is_dir() else read_catalog_file(path)
     own = frozenset(content)
     if base := content.pop("base", None):
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", str(base)):
+            raise CatalogError(f"{path}: `base` {base!r} is no name of a catalog of this project, such as molmo2")
         content = {**_merge_files(here / base), **content}
     if evaluation := content.pop("evaluation", None):
         joined = load_catalog(str(path.parent / evaluation) if evaluation.endswith(".yaml") else evaluation)

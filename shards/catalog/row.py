@@ -11,12 +11,27 @@ import re
 import string
 import typing
 from collections.abc import Callable, Iterable
+from pathlib import PurePosixPath
 from typing import Any, Literal, Self
 
 import pydantic
 
+from shards.sources.paths import inside, own_file
+
 STAGES = ("pretraining", "sft", "long", "eval")
 Stage = Literal["pretraining", "sft", "long", "eval"]
+
+
+def _named(path: str) -> str:
+    if own_file(PurePosixPath(inside(path))):
+        raise ValueError(f"path {path!r} is that of a file of the downloader itself")
+    return path
+
+
+Inside = typing.Annotated[str, pydantic.AfterValidator(inside)]  # a path or a glob relative to a raw folder
+Named = typing.Annotated[str, pydantic.AfterValidator(_named)]  # the same of a file or folder that is written
+FolderName = typing.Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Hex = typing.Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Strict(pydantic.BaseModel):
@@ -49,9 +64,9 @@ class Download(Strict):
     repo: str | None = None
     revision: str | None = None
     include: tuple[str, ...] = ()
-    urls: dict[str, str] = {}
-    sha256: dict[str, str] = {}
-    extract: dict[str, str] = {}
+    urls: dict[Named, str] = {}
+    sha256: dict[Named, Hex] = {}
+    extract: dict[Inside, Named] = {}
     url_column: str | None = None
     sha256_column: str | None = None
     instructions: str = ""
@@ -237,8 +252,8 @@ class Exclusion(Strict):
 
     column: str
     keep: bool = False
-    files: str
-    raw: str | None = None
+    files: Inside
+    raw: FolderName | None = None
     table: TableFormat = TableFormat()
     values: str
     template: str = "{value}"
@@ -263,7 +278,7 @@ class Skip(Strict):
 
     columns: tuple[str, ...] = pydantic.Field(min_length=1)
     rows: typing.Annotated[tuple[Any, ...], pydantic.BeforeValidator(_frozen)] = ()
-    files: str = ""
+    files: typing.Literal[""] | Inside = ""
     table: TableFormat = TableFormat()
     values: tuple[str | tuple[str, ...], ...] = ()
     source: str = pydantic.Field(min_length=1)
@@ -302,7 +317,7 @@ class Lookup(Strict):
     """
 
     name: str
-    files: str
+    files: Inside
     table: TableFormat = TableFormat()
     key: str | None = None
     column: str | None = None
@@ -325,7 +340,7 @@ class Masks(Strict):
         above: threshold: a pixel with a greater value belongs to the mask. Not used if ids are pixel values.
     """
 
-    files: str
+    files: Inside
     objects: str | None = None
     above: int = 0
 
@@ -398,13 +413,13 @@ class Row(Strict):
 
     name: str = pydantic.Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")
     layout_of: str | None = None
-    raw: str | None = None
+    raw: FolderName | None = None
     source: dict[str, str] = {}
     size: Size = Size()
     paper: dict[str, Any] = {}
     download: Download | None = None
     stages: tuple[Stage, ...] = pydantic.Field(min_length=1)
-    files: dict[Literal["train", "validation"], str]
+    files: dict[Literal["train", "validation"], Inside]
     table: TableFormat = TableFormat()
     converter: str
     columns: dict[str, str]
@@ -418,8 +433,8 @@ class Row(Strict):
     exclude: tuple[Exclusion, ...] = ()
     options: dict[str, Any] = {}
     loss_weight: dict[Stage, float] = {}
-    media: typing.Annotated[tuple[str, ...], pydantic.BeforeValidator(_as_tuple)] = ()
-    media_from: tuple[str, ...] = ()
+    media: typing.Annotated[tuple[Inside, ...], pydantic.BeforeValidator(_as_tuple)] = ()
+    media_from: tuple[FolderName, ...] = ()
     media_roots: typing.Annotated[tuple[str, ...], pydantic.BeforeValidator(_as_tuple)] = ()
     benchmark: typing.Annotated[tuple[BenchmarkSpec, ...], pydantic.BeforeValidator(_as_tuple)] = ()
     notes: tuple[str, ...] = ()

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import PIL.Image
 
 from shards.catalog import Masks
+from shards.media.images import open_image
 from shards.schema import RejectedError
 from shards.sources.paths import at, is_system_file
 
@@ -76,7 +76,7 @@ def _files(masks: Masks, root: Path, values: Mapping[str, Any]) -> list[Path]:
 
 def _mask(path: Path, value: int | None, above: int) -> dict[str, Any]:
     try:
-        with PIL.Image.open(path) as opened:
+        with open_image(path) as opened:
             values = opened.mode in {"1", "L", "P"} or opened.mode.startswith("I")  # "I": objects beyond number 255
             pixels = np.asarray(opened if values else opened.convert("L"))
     except MemoryError:

@@ -76,9 +76,14 @@ def public_addresses(host: str, port: int, allow_private: bool) -> list[str]:
     for text in addresses:
         address = ipaddress.ip_address(text.partition("%")[0])
         inner = _embedded(address)
-        if not allow_private and any(not a.is_global or a.is_multicast or a.is_reserved for a in (address, inner)):
+        if not allow_private and not all(map(_is_public, (address, inner))):
             raise FetchError("private address")
     return addresses
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    local = isinstance(address, ipaddress.IPv6Address) and address.is_site_local  # fec0::/10 counts as global
+    return address.is_global and not (address.is_multicast or address.is_reserved or local)
 
 
 def _embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

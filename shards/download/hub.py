@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import pydantic
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -41,11 +42,15 @@ def list_files(repo: str, revision: str | None, include: Sequence[str]) -> Listi
     except Exception as error:
         raise _explained(error, repo, revision) from None
     wanted = set(filter_repo_objects((e.path for e in entries), allow_patterns=patterns(include)))
-    files = [
-        File(path=entry.path, bytes=entry.size, sha256=entry.lfs.sha256 if entry.lfs else None)
-        for entry in sorted(entries, key=lambda e: e.path)
-        if isinstance(entry, RepoFile) and entry.path in wanted
-    ]
+    try:
+        files = [
+            File(path=entry.path, bytes=entry.size, sha256=entry.lfs.sha256 if entry.lfs else None)
+            for entry in sorted(entries, key=lambda e: e.path)
+            if isinstance(entry, RepoFile) and entry.path in wanted
+        ]
+    except pydantic.ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise DownloadError(f"{repo}@{commit}: {reason}; exclude it with `include` in the catalog") from None
     if not files or commit is None:
         raise DownloadError(f"{repo}@{commit}: no file matches {', '.join(include)}; correct `include` in the catalog")
     return Listing(repo=repo, commit=commit, files=tuple(files))

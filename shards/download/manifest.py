@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pydantic
 
 from shards.atomic import write_atomic
 from shards.catalog import Catalog, Download, Row, split_of
-from shards.sources.paths import is_system_file
+from shards.sources.paths import inside, is_system_file, own_file
 
 MANIFEST = "manifest.json"
 STATE = ".download"
@@ -24,6 +24,13 @@ class File(pydantic.BaseModel, extra="forbid", frozen=True):
     path: str
     bytes: int
     sha256: str | None = None
+
+    @pydantic.field_validator("path")
+    @classmethod
+    def _inside(cls, path: str) -> str:
+        if own_file(PurePosixPath(inside(path))):
+            raise ValueError(f"path {path!r} is that of a file of the downloader itself")
+        return path
 
 
 class Listing(pydantic.BaseModel, extra="forbid", frozen=True):

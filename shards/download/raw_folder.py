@@ -278,7 +278,7 @@ def _extract(download: Download, folder: Path) -> tuple[dict[str, int], tuple[st
                 num_files[path] = recorded.files
                 continue
             try:
-                num_files[path] = unpack(archive, folder / target)
+                num_files[path] = unpack(archive, folder / target, raw=folder)
             except ArchiveError as error:
                 raise DownloadError(str(error)) from None
             write_json(mark, _Unpacked(bytes=archive.stat().st_size, files=num_files[path]))

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from shards.atomic import write_atomic
+from shards.atomic import append_to, write_atomic
 from shards.download.connect import FetchError, FetchLimits, host_of
 from shards.download.fetch import HostPauses, fetch_bytes
 from shards.download.hub import DownloadError
@@ -167,7 +167,7 @@ def fetch_media(
     reasons: Counter[str] = Counter()
     pauses = HostPauses()
     with (
-        (folder / FAILURES).open("a") as log,
+        append_to(folder / FAILURES) as log,
         tqdm(total=len(todo), unit="image", desc=name, smoothing=0.05) as bar,
         warnings.catch_warnings(),
     ):

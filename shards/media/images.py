@@ -17,7 +17,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,8 @@ import PIL.Image
 from shards.media.types import MediaError, Pixels, TooLargeError
 from shards.schema import ImageRef
 
+# The formats that are read. Others that Pillow knows run programs (EPS starts Ghostscript) or have rarely been tested.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "DDS")
 MAX_PIXELS = 200_000_000  # largest image that is decoded
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = {
@@ -97,13 +99,27 @@ def _with_image(ref: ImageRef, use: Callable[[PIL.Image.Image], Result]) -> Resu
         raise MediaError(f"{where}: not a readable image ({type(error).__name__}: {error})") from None
 
 
+def open_image(source: str | Path | IO[bytes]) -> PIL.Image.Image:
+    """Open an image of one of `FORMATS`, which its bytes tell and not its name; every image of others is opened here.
+
+    Raises:
+        MediaError: it has too many pixels (`TooLargeError`); Pillow raises exceptions of any other type.
+    """
+    image = PIL.Image.open(source, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise TooLargeError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are read")
+    return image
+
+
 def _opened(where: str, source: str | io.BytesIO, use: Callable[[PIL.Image.Image], Result]) -> Result:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # damaged EXIF counts as none, and large images have their own limit
-        with PIL.Image.open(source) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise TooLargeError(f"{where}: {image.width} x {image.height} pixels, at most {MAX_PIXELS} are read")
-            return use(image)
+        try:
+            with open_image(source) as image:
+                return use(image)
+        except TooLargeError as error:
+            raise TooLargeError(f"{where}: {error}") from None
 
 
 def _png_data(ref: ImageRef) -> bytes:

@@ -13,6 +13,12 @@ def encode_jpeg(pixels: npt.NDArray[np.uint8], quality: int = 95) -> bytes:
     return data
 
 
+def jpeg_size(data: bytes | memoryview) -> tuple[int, int]:
+    """Height and width of a JPEG, from its header; raises as `decode_jpeg`."""
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    return height, width
+
+
 def decode_jpeg(data: bytes | memoryview) -> npt.NDArray[np.uint8]:
     """Decode a JPEG as RGB uint8 [H, W, 3] with the accurate DCT, which gives the same pixels as Pillow.
 

@@ -28,6 +28,8 @@ ZERO_RUN = bytes(64)  # a run of zeros this long marks a hole left by a broken d
 # The entropy coding of these codecs never leaves a run of zeros, so a ZERO_RUN in their packets is damage.
 CODECS_WITHOUT_ZERO_RUNS = COUNTED_BY_DECORD | {"av1", "libdav1d"}
 COMPLAINT = re.compile(r"\[([^\]]+) @ 0x[0-9a-f]+\] *(.+)")  # a line of libav's log: who, what
+# libav's names of the containers that are read; none of them names other files.
+CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,apng,h264,hevc,m4v,ivf,obu,av1,mjpeg,nut"
 UPRIGHT = (1, 0, 0, 1)  # the display matrix of a video that is not turned
 
 Turn = tuple[int, int, int, int]
@@ -194,11 +196,12 @@ def _closed(packets: list[Packet]) -> bool:
 def opened(path: str) -> Iterator[tuple[Any, Any, list[tuple[str, str]]]]:
     """Open a video file: the container, its first video stream that is not cover art, and libav's error messages.
 
-    Messages of the opening itself are left out: opening probes streams that are not used.
+    Messages of the opening itself are left out: opening probes streams that are not used. A playlist (m3u8, concat) is
+    refused: it names other files, which could lie anywhere.
     """
     import av
 
-    with complaints(), av.open(path) as container, complaints() as messages:
+    with complaints(), av.open(path, options={"format_whitelist": CONTAINERS}) as container, complaints() as messages:
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not streams:
             raise MediaError(f"{path}: no video stream")

@@ -137,6 +137,7 @@ class MediaFiles:
             for root in (self.root, *self.others):
                 folders = [root]
                 if star:  # the row does not hold the name of the folder
+                    self._below(root / before, root)  # a column may lead upwards
                     matches = (root / before).glob("*")
                     folders = sorted(p for p in matches if p.is_dir() and not is_system_file(p.relative_to(root)))
                 places = [

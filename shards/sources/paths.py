@@ -5,18 +5,40 @@ A path "meta.id" also goes through lists: "answers.text" is the texts of all ans
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import unquote
 
+# Names at the top of a raw folder that the downloader and the Hub's client use, in lower case.
+OWN_NAMES = frozenset({".download", ".cache", ".unpacking", "manifest.json", "failures.jsonl"})
+_FETCHED = re.compile(r"media/[0-9a-f]{2}/[0-9a-f]{64}")
 SYSTEM_NAMES = frozenset({".DS_Store", "__MACOSX", "Thumbs.db", "desktop.ini"})
 
 
 def is_system_file(path: Path) -> bool:
     """Whether an operating system made a file or its folder, such as macOS's `._1.jpg`; no dataset means such files."""
     return any(part in SYSTEM_NAMES or part.startswith("._") for part in path.parts)
+
+
+def own_file(path: PurePath) -> bool:
+    """Whether a path in a raw folder belongs to the downloader: its state, its manifest, or an image behind a URL."""
+    lowered = path.as_posix().lower()
+    return lowered.partition("/")[0] in OWN_NAMES or _FETCHED.fullmatch(lowered) is not None
+
+
+def inside(path: str) -> str:
+    """Check that a path leads to a place below the folder that it is relative to, whatever that folder holds.
+
+    Raises:
+        ValueError: the path is empty, absolute, leads upwards, or holds a backslash or a zero byte.
+    """
+    parts = PurePath(path)
+    if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path or "\0" in path:
+        raise ValueError(f"path {path!r} leads outside of its folder; give one below it, without '..' and backslashes")
+    return path
 
 
 def spellings(folder: Path, name: str) -> Iterator[Path]:

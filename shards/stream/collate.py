@@ -16,8 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from shards.format import ODD_SAMPLE
 from shards.layout import Expanded, VisualLayout, allowed_pairs, expand, split_crops, visual_crops, visual_pooling
-from shards.media.jpeg import decode_jpeg
+from shards.media.jpeg import decode_jpeg, jpeg_size
 from shards.split import split_visuals
 from shards.storage.base import UnavailableError
 from shards.stream.plan import Cursor, Draw, PackSpec
@@ -171,13 +172,15 @@ def open_sample(layout: VisualLayout, draw: Draw, sample: StoredSample) -> Opene
     """Expand a sample's tokens.
 
     Raises:
-        ReadError: the lengths differ from those that the plan packed by, or a visual lacks a field.
+        ReadError: the lengths differ from those that the plan packed by, or a token or visual is odd.
     """
     try:
-        tokens = expand(layout, sample.tokens, sample.visuals)
         num_crops = tuple(visual_crops(visual) for visual in sample.visuals)
+        if sum(num_crops) > draw.num_crops:  # compared first, since a tiling could fill the memory
+            raise ValueError(f"{sum(num_crops)} crops, the index says {draw.num_crops}")
+        tokens = expand(layout, sample.tokens, sample.visuals)
         pooling = tuple(visual_pooling(layout, visual) for visual in sample.visuals)
-    except (KeyError, TypeError, ValueError) as error:
+    except ODD_SAMPLE as error:
         raise ReadError(f"{type(error).__name__}: {error}") from None
     lengths = (len(tokens.input_ids), sum(num_crops))
     if lengths != (draw.num_tokens, draw.num_crops):
@@ -199,10 +202,11 @@ def decode_crops(layout: VisualLayout, sample: StoredSample, visuals: Sequence[i
     decoded: dict[int, Pixels] = {}  # the view and the canvas of an image of one tile are the same file
 
     def decode(number: int, height: int, width: int) -> Pixels:
+        size = jpeg_size(sample.images[number])  # in the header: a small file could be of any size
+        if size != (height, width):
+            raise ValueError(f"image {number} is {size}, its tiling says {(height, width)}")
         if number not in decoded:
             decoded[number] = decode_jpeg(sample.images[number])
-        if decoded[number].shape != (height, width, 3):
-            raise ValueError(f"image {number} is {decoded[number].shape}, its tiling says {(height, width, 3)}")
         return decoded[number]
 
     def crops(visual: dict[str, Any]) -> Pixels:
@@ -214,7 +218,7 @@ def decode_crops(layout: VisualLayout, sample: StoredSample, visuals: Sequence[i
 
     try:
         return [crops(sample.visuals[number]) for number in visuals]
-    except (KeyError, TypeError, ValueError) as error:
+    except ODD_SAMPLE as error:
         raise ReadError(f"{type(error).__name__}: {error}") from None
 
 
@@ -227,6 +231,16 @@ def own_visuals(samples: Sequence[OpenedSample], rank: int, ranks: int) -> Itera
         last = first + len(sample.num_crops)
         yield sample, (own[(own >= first) & (own < last)] - first).tolist()
         first = last
+
+
+def odd_weights(samples: Sequence[OpenedSample]) -> list[OpenedSample]:
+    """Samples whose loss weights do not sum to the index's, or hold a negative, infinite or undefined one."""
+    weights = np.concatenate([sample.stored.tokens["weight"] for sample in samples]).astype(np.float64)
+    starts = np.cumsum([0, *(len(sample.stored.tokens) for sample in samples[:-1])])
+    wanted = np.array([sample.draw.loss_weight for sample in samples])
+    close = np.isclose(np.add.reduceat(weights, starts), wanted, rtol=1e-6, atol=0)
+    close &= np.minimum.reduceat(weights, starts) >= 0
+    return [samples[number] for number in np.flatnonzero(~close).tolist()]
 
 
 def own_crops(batch: Batch, rank: int, ranks: int) -> Batch:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.format import INDEX_NAME, DatasetIndex, index_dtype, parse_index
-from shards.storage.base import Storage, read_threads
+from shards.storage.base import Storage
 from shards.storage.local import LocalStorage
 from shards.storage.open import open_storage
 from shards.stream.cache import ShardCache, cache_dir
@@ -113,18 +113,6 @@ def find_dataset(roots: tuple[str, ...], name: str) -> Dataset:
         f"dataset {name} is in none of {', '.join(roots)} (no finished {INDEX_NAME}); "
         "build it with tools/build_shards.py, or take it out of the recipe's mixture"
     )
-
-
-def shard_problems(datasets: Iterable[Dataset]) -> list[str]:
-    """The tars that are missing or have another size than the index says, one line each; it reads none of them."""
-    tars = [(dataset.storage, shard) for dataset in datasets for shard in dataset.index.shards]
-    sizes = read_threads().map(lambda tar: tar[0].size(f"{tar[1].name}.tar"), tars)
-    return [
-        f"{storage.root}/{shard.name}.tar: "
-        + ("missing" if size is None else f"{size:,} bytes, {shard.bytes:,} in {INDEX_NAME}")
-        for (storage, shard), size in zip(tars, sizes, strict=True)
-        if size != shard.bytes
-    ]
 
 
 def setting_differences(found: Any, wanted: Any, path: str = "") -> list[str]:

@@ -24,7 +24,16 @@ from shards.layout import VisualLayout
 from shards.storage.base import UnavailableError, take_tally
 from shards.storage.local import LocalStorage
 from shards.stream.balance import SAME_COST, PackCost, own_packs
-from shards.stream.collate import Batch, OpenedSample, ReadStats, collate, decode_crops, open_sample, own_visuals
+from shards.stream.collate import (
+    Batch,
+    OpenedSample,
+    ReadStats,
+    collate,
+    decode_crops,
+    odd_weights,
+    open_sample,
+    own_visuals,
+)
 from shards.stream.dataset import Tars, with_cache
 from shards.stream.plan import Cursor, Draw, Plan
 from shards.stream.read_ahead import MicroSpec, ReadAhead, look_ahead
@@ -32,6 +41,7 @@ from shards.stream.reader import Damage, ReadError, read_sample, to_damage
 
 LOG = logging.getLogger(__name__)
 READ_AHEAD = 256 << 20  # bytes of samples that a rank reads from a bucket before they are needed
+Timed = Sequence[tuple[OpenedSample | Damage, float]]  # samples, each with the seconds that reading it took
 BUDGET = 0.001  # largest fraction of a dataset's samples that may be damaged; one sample always may, unless strict
 
 
@@ -150,22 +160,28 @@ class PackReader(TorchDataset[Batch | UnavailableError]):
         except ReadError as error:  # its checksum is right, so a retry would not help: it was built wrong
             return to_damage(tars, draw, sample.key, str(error)), time.perf_counter() - since
 
-    def _batch(self, spec: MicroSpec, timed: Sequence[tuple[OpenedSample | Damage, float]]) -> Batch:
+    def _batch(self, spec: MicroSpec, timed: Timed) -> Batch:
         """Decode and collate samples; `timed` holds each with the seconds that reading it took."""
         samples, crops, seconds = [sample for sample, _ in timed], [], []
         opened = [sample for sample in samples if isinstance(sample, OpenedSample)]
+        for sample in odd_weights(opened) if opened else ():
+            return self._batch(spec, self._masked(timed, sample, "loss weights that are not those of the index"))
         for sample, visuals in own_visuals(opened, *self.share):
             since = time.perf_counter()
             try:
                 crops += decode_crops(self.layout, sample.stored, visuals)
             except ReadError as error:  # without this sample the splits differ: begin again
-                damaged = to_damage(self.tars[sample.draw.dataset], sample.draw, sample.stored.key, str(error))
-                return self._batch(spec, [(damaged if item is sample else item, taken) for item, taken in timed])
+                return self._batch(spec, self._masked(timed, sample, str(error)))
             seconds.append(time.perf_counter() - since)
         reads = ReadStats(tuple(taken for _, taken in timed), tuple(seconds), take_tally())
         return collate(
             *(self.layout, spec.packs, samples, crops), self.sequence_length, spec.divisor, spec.cursor, reads
         )
+
+    def _masked(self, timed: Timed, sample: OpenedSample, reason: str) -> Timed:
+        """The same samples with a `Damage` in place of one."""
+        damage = to_damage(self.tars[sample.draw.dataset], sample.draw, sample.stored.key, reason)
+        return [(damage if item is sample else item, taken) for item, taken in timed]
 
 
 def pack_reader(plan: Plan, layout: VisualLayout, share: tuple[int, int] = (0, 1), cache: int = 0) -> PackReader:

@@ -225,6 +225,14 @@ class Plan:
         draws = self.window_draws(window)
         tokens = np.array([draw.num_tokens for draw in draws], np.int64)
         crops = np.array([draw.num_crops for draw in draws], np.int64)
+        weights = np.array([draw.loss_weight for draw in draws], np.float64)
+        too_long = (tokens > self.settings.sequence_length) | (crops > self.settings.max_crops)
+        if (odd := np.flatnonzero(too_long | ~((weights >= 0) & np.isfinite(weights)))).size:
+            draw = draws[odd[0]]
+            raise PlanError(
+                f"{self.datasets[draw.dataset].name}, shard {draw.shard}, sample {draw.row}: {draw.num_tokens} tokens, "
+                f"{draw.num_crops} crops and a loss weight of {draw.loss_weight} cannot be; run tools/verify_shards.py"
+            )
         pairs = np.array([draw.num_pairs for draw in draws], np.float64).astype(np.int64)
         packs = pack(tokens, crops, pairs, self.settings.sequence_length, self.settings.max_crops)
         order = shuffled(len(packs), key_of("packs", self.settings.seed, window)).tolist()

@@ -21,12 +21,13 @@ import numpy.typing as npt
 from shards.format import (
     ASKED_NAME,
     INDEX_NAME,
+    ODD_SAMPLE,
     TOKEN_DTYPE,
     FormatError,
-    npy_rows,
+    printable,
+    read_rows,
     span_hash,
     tar_members,
-    whole_headers,
 )
 from shards.layout import sample_visuals
 from shards.storage.base import UnavailableError, tally
@@ -71,7 +72,8 @@ class Damage:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.dataset}/{self.shard}.tar, sample {self.row} ({self.key}) at byte {self.offset}: {self.reason}"
+        place = f"{self.dataset}/{self.shard}.tar, sample {self.row} ({self.key}) at byte {self.offset}"
+        return printable(f"{place}: {self.reason}")
 
 
 def read_sample(tars: Tars, draw: Draw) -> StoredSample | Damage:
@@ -99,6 +101,8 @@ def read_sample(tars: Tars, draw: Draw) -> StoredSample | Damage:
             reason, failure = str(error), None
     if failure is not None and not _is_lost_alone(tars, failure):
         raise _unavailable(tars, draw, failure) from None
+    from shards.tar_headers import whole_headers
+
     key = next((key for _, _, key in whole_headers(span)), None)
     return to_damage(tars, draw, key, f"{reason} ({ATTEMPTS} reads)")
 
@@ -154,11 +158,9 @@ def parse_sample(span: bytes, variant: int) -> StoredSample:
     try:
         fields = {name.split(".", 1)[1]: data for name, data in members.items()}
         record = json.loads(str(fields["json"], "utf-8"))
-        stored = fields[f"tokens{variant}.npy"]
-        start, count = npy_rows(stored, TOKEN_DTYPE)
-        tokens = np.frombuffer(stored, TOKEN_DTYPE, count, start)
+        tokens = read_rows(fields[f"tokens{variant}.npy"], TOKEN_DTYPE)
         visuals = sample_visuals(record, variant)
         images = {int(name[:-4]): data for name, data in fields.items() if name.endswith(".jpg")}
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except ODD_SAMPLE as error:
         raise ReadError(f"{type(error).__name__}: {error}") from None
     return StoredSample(key=key, tokens=tokens, visuals=visuals, images=images, asked=fields.get(ASKED_NAME))

@@ -1,6 +1,7 @@
 """Atomic writes and locks: what a failed block, a second process and a killed process leave behind."""
 
 import contextlib
+import re
 import subprocess
 import sys
 import threading
@@ -8,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from shards.atomic import LockHeldError, create_atomic, file_lock, remove_temporary_files, replacing, write_atomic
+import shards
+from shards.atomic import (
+    LockHeldError,
+    append_to,
+    create_atomic,
+    file_lock,
+    remove_temporary_files,
+    replacing,
+    write_atomic,
+)
 
 HOLD = """
 import sys
@@ -103,3 +113,25 @@ def test_locks_exclude_each_other_until_the_holder_is_killed(tmp_path: Path, hel
             timer.join()
     with file_lock(lock):
         assert lock.stat().st_ino == inode
+
+
+def test_a_link_is_not_appended_to(tmp_path: Path) -> None:
+    with append_to(tmp_path / "log") as file:
+        file.write("ü\n")
+    with append_to(tmp_path / "log") as file:
+        file.write("2\n")
+    assert (tmp_path / "log").read_bytes() == b"\xc3\xbc\n2\n"
+    for target in ("log", "missing", "/dev/null"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(target)
+        with pytest.raises(OSError, match="is a link, and is not written to; remove it"):
+            append_to(tmp_path / "link")
+    assert (tmp_path / "log").read_bytes() == b"\xc3\xbc\n2\n" and not (tmp_path / "missing").exists()
+
+
+def test_everything_that_is_appended_to_is_opened_there() -> None:
+    """Files of unfinished downloads and locks are opened by themselves: their names cannot be in an archive."""
+    root = Path(shards.__file__).resolve().parents[1]
+    files = [file for name in ("shards", "molmo2", "tools") for file in (root / name).rglob("*.py")]
+    opening = {file.name for file in files if re.search(r'open\([^\n]*"ab?"', file.read_text())}
+    assert opening == {"atomic.py", "fetch.py"}

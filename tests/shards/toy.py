@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from shards.build.writer import npy_bytes, write_shard
-from shards.format import FORMAT_VERSION, TOKEN_DTYPE, DatasetIndex, ShardInfo, Totals, index_dtype, key_hash, row_facts
+from shards.build.writer import npy_bytes, row_facts, write_shard
+from shards.format import FORMAT_VERSION, TOKEN_DTYPE, DatasetIndex, ShardInfo, Totals, index_dtype, key_hash
 from shards.layout import VisualLayout, VisualTokens
 from shards.media.jpeg import encode_jpeg
 from shards.schema import Sample
@@ -123,6 +123,6 @@ def write_lengths(
     for number, part in enumerate(np.array_split(rows, num_shards)):
         data, stem = npy_bytes(part), f"{number:06d}"
         (folder / f"{stem}.idx.npy").write_bytes(data)
-        infos.append(ShardInfo(name=stem, bytes=0, sha256="", **row_facts(part, data)))
+        infos.append(ShardInfo(name=stem, bytes=0, sha256="0" * 64, **row_facts(part, data)))
     write_index(folder, infos, tokens.shape[1], PROCESSOR)
     return open_dataset(str(root), name)

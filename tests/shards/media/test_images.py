@@ -217,7 +217,7 @@ def test_size_and_pixels_have_the_same_limits(tmp_path: Path, read) -> None:
 
 @pytest.mark.parametrize("error", [NotImplementedError, RuntimeError, TypeError, KeyError, struct.error, SyntaxError])
 def test_any_error_of_a_decoder_is_one_of_the_image(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise error("odd file")
 
     monkeypatch.setattr(PIL.Image, "open", broken)

@@ -163,7 +163,7 @@ def test_samples_that_were_built_wrong(dataset: Dataset) -> None:
         open_sample(LAYOUT, draw, replace(sample, visuals=[{"kind": "image", "view": 0, "canvas": 1}]))
     small = encode_jpeg(np.zeros((40, 48, 3), np.uint8))
     wrong_images = {
-        r"image 0 is \(40, 48, 3\), its tiling says \(48, 48, 3\)": sample.images | {0: small},
+        r"image 0 is \(40, 48\), its tiling says \(48, 48\)": sample.images | {0: small},
         "KeyError: 1": {0: sample.images[0]},
         "ValueError": sample.images | {0: b"no jpeg"},
     }
