@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from shards.layout import VisualTokens
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 PAD = "<|endoftext|>"
@@ -87,7 +89,7 @@ class Tokenizer:
                     f"{base_vocab} + {offset}); use the model's own tokenizer, or add the tokens with write_tokenizer"
                 )
         self.visual = VisualTokens.after(base_vocab)
-        names = _special_names(self.directory)
+        names = _special_names(tokenizer_config(self.directory))
         self.turn_start, self.eos = self._id(TURN_START), self._id(TURN_END)
         self.bos = self._id(names.get("bos_token") or names.get("eos_token") or TURN_END)
         self.pad = self._id(names.get("pad_token") or PAD)
@@ -107,13 +109,21 @@ class Tokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
-def _special_names(directory: Path) -> dict[str, str]:
-    """The values of `bos_token`, `eos_token` and `pad_token` in `tokenizer_config.json`, as far as they are set."""
-    path = directory / "tokenizer_config.json"
+def tokenizer_config(directory: Path) -> dict[str, Any]:
+    """The content of `tokenizer_config.json`; empty if there is no such file.
+
+    Raises:
+        TokenizerError: the file is not JSON.
+    """
+    path = directory / TOKENIZER_CONFIG
     try:
-        config = json.loads(path.read_bytes()) if path.exists() else {}
+        return dict(json.loads(path.read_bytes())) if path.exists() else {}
     except ValueError as error:
         raise TokenizerError(f"{path}: not JSON ({error})") from None
+
+
+def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """The values of `bos_token`, `eos_token` and `pad_token` in `tokenizer_config.json`, as far as they are set."""
     names = {}
     for key in ("bos_token", "eos_token", "pad_token"):
         value = config.get(key)
@@ -150,7 +160,7 @@ def write_tokenizer(tokenizer: tokenizers.Tokenizer, directory: str | Path, base
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (directory / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def train_demo_tokenizer(texts: Iterable[str], directory: str | Path, base_vocab: int = 512) -> None:
