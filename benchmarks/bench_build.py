@@ -46,9 +46,10 @@ from molmo2.demo.image_sets import IMAGE_QA_SCHEMA
 from molmo2.demo.video_sets import QA_SCHEMA
 from molmo2.processing.contract import JPEG_QUALITY, STAGE_MODES
 from molmo2.processing.frames import frame_times
+from molmo2.processing.new_tokenizer import train_demo_tokenizer
 from molmo2.processing.processor import Processor
 from molmo2.processing.tiling import canvas, choose_tiling, view
-from molmo2.processing.tokenizer import Tokenizer, train_demo_tokenizer
+from molmo2.processing.tokenizer import Tokenizer
 from shards.build.builder import build_dataset
 from shards.build.pool import WorkerPool, worker_pool
 from shards.build.task import ProcessorFactory

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from molmo2.demo.image_sets import DemoExample
 from molmo2.demo.sets import SETS, DemoSet, is_complete, make_set, texts
-from molmo2.processing.tokenizer import train_demo_tokenizer
+from molmo2.processing.new_tokenizer import train_demo_tokenizer
 from shards.command import run
 
 

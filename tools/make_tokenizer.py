@@ -18,7 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from molmo2.config import data_path
 from molmo2.model.presets import PRESETS
-from molmo2.processing.tokenizer import MOLMO2_TOKENS, Tokenizer, TokenizerError, write_tokenizer
+from molmo2.processing.new_tokenizer import write_tokenizer
+from molmo2.processing.tokenizer import MOLMO2_TOKENS, Tokenizer, TokenizerError
 from shards.command import run
 
 NAME = "tokenizer.json"

@@ -128,6 +128,7 @@ def model_card(
         "differences": differences,
         "fps": FPS,
         "num_frames": NUM_FRAMES,
+        "thin_side": 2 * config.overlap_margin * config.patch_size,
         "remote_code": remote_code,
     }
     return fill_template("export/model_card.md.jinja", **values)

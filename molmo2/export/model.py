@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,12 @@ from molmo2.export.check import FPS, MAX_CROPS, ExportError, check
 from molmo2.export.remote_code import copy_remote_code
 from molmo2.export.upload import MARK
 from molmo2.model.presets import ModelConfig
-from molmo2.processing.tokenizer import Tokenizer
+from molmo2.processing.tokenizer import TOKENIZER_CONFIG, Tokenizer, tokenizer_config
 from molmo2.weights.names import hub_config, write_hub
 
 TEMPLATE = Path(__file__).parents[1] / "processing" / "chat_template.jinja"
 TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -85,11 +85,15 @@ def export_model(
 def write_files(config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer, directory: Path) -> None:
     """Write all files that transformers reads."""
     write_hub(weights, directory)
-    write_settings(directory / "config.json", hub_config(config))
+    written_by = {"transformers_version": version("transformers")}
+    write_settings(directory / "config.json", hub_config(config) | written_by)
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
-    write_settings(directory / "generation_config.json", ids)
-    write_settings(directory / "processor_config.json", processor_config(config))
+    write_settings(directory / "generation_config.json", ids | written_by)
+    for name, settings in processor_configs(config).items():
+        write_settings(directory / name, settings)
     shutil.copyfile(TEMPLATE, directory / "chat_template.jinja")
+    settings = tokenizer_config(tokenizer.directory) | {"model_max_length": config.text.max_positions}
+    write_settings(directory / TOKENIZER_CONFIG, settings)
     for name in TOKENIZER_FILES:
         if (tokenizer.directory / name).exists():
             shutil.copyfile(tokenizer.directory / name, directory / name)
@@ -110,9 +114,10 @@ def replace_directory(new: Path, old: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def processor_config(config: ModelConfig) -> dict[str, Any]:
-    """`processor_config.json` with both media processors; every flag is explicit, since their defaults differ."""
+def processor_configs(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """The processor's files, as in a release; every flag is explicit, since defaults differ between engines."""
     pixels = {
+        "processor_class": "Molmo2Processor",
         "size": {"height": config.crop_size, "width": config.crop_size},
         "patch_size": config.patch_size,
         "image_mean": [0.5] * 3,
@@ -125,20 +130,22 @@ def processor_config(config: ModelConfig) -> dict[str, Any]:
         "do_convert_rgb": True,
     }
     return {
-        "processor_class": "Molmo2Processor",
-        "image_use_col_tokens": True,
-        "use_single_crop_col_tokens": False,
-        "use_single_crop_start_token": True,
-        "video_use_col_tokens": False,
-        "use_frame_special_tokens": True,
-        "image_processor": {
+        "processor_config.json": {
+            "processor_class": "Molmo2Processor",
+            "image_use_col_tokens": True,
+            "use_single_crop_col_tokens": False,
+            "use_single_crop_start_token": True,
+            "video_use_col_tokens": False,
+            "use_frame_special_tokens": True,
+        },
+        "preprocessor_config.json": {
             "image_processor_type": "Molmo2ImageProcessor",
             "max_crops": MAX_CROPS,
             "overlap_margins": [config.overlap_margin] * 2,
             "pooling_size": [config.image_pool] * 2,
             **pixels,
         },
-        "video_processor": {
+        "video_preprocessor_config.json": {
             "video_processor_type": "Molmo2VideoProcessor",
             "frame_sample_mode": "uniform_last_frame",
             "max_fps": FPS,

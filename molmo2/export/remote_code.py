@@ -13,17 +13,12 @@ from typing import Any
 
 from molmo2.export.check import ExportError
 
-# A release's file with an `auto_map` -> the place of the same settings in an export: its file, and the key in it.
-PLACES: dict[str, tuple[str, str | None]] = {
-    "config.json": ("config.json", None),
-    "processor_config.json": ("processor_config.json", None),
-    "preprocessor_config.json": ("processor_config.json", "image_processor"),
-    "video_preprocessor_config.json": ("processor_config.json", "video_processor"),
-}
+# Files of a release, and of an export, that may have an `auto_map`.
+FILES = ("config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def copy_remote_code(source: Path, directory: Path) -> list[str]:
-    """Copy `source`/*.py into an export and set `auto_map` in its `config.json` and `processor_config.json`.
+    """Copy `source`/*.py into an export and set `auto_map` in its `FILES`.
 
     Args:
         source: a downloaded release; its `config.json` must have an `auto_map`.
@@ -48,13 +43,13 @@ def copy_remote_code(source: Path, directory: Path) -> list[str]:
     modules = {file.stem for file in files}
     if not (source / "config.json").exists():
         raise ExportError(f"{source}: no config.json; its auto_map must name the classes of the code")
-    for name, (target, key) in PLACES.items():
+    for name in FILES:
         if (source / name).exists():
             auto_map = _read_auto_map(source / name, modules)
             if name == "config.json" and not auto_map:
                 raise ExportError(f"{source / name}: no auto_map; this release does not use remote code")
             if auto_map:
-                _set_auto_map(directory / target, key, auto_map)
+                _set_auto_map(directory / name, auto_map)
     for file in files:
         shutil.copyfile(file, directory / file.name)
     return [file.name for file in files]
@@ -80,7 +75,6 @@ def _localise(reference: Any) -> Any:
     return reference if reference is None else reference.rpartition("--")[2]
 
 
-def _set_auto_map(path: Path, key: str | None, auto_map: dict[str, Any]) -> None:
-    config = json.loads(path.read_text())
-    (config[key] if key else config)["auto_map"] = auto_map
+def _set_auto_map(path: Path, auto_map: dict[str, Any]) -> None:
+    config = json.loads(path.read_text()) | {"auto_map": auto_map}
     path.write_text(json.dumps(config, indent=2) + "\n")

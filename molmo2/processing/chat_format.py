@@ -1,8 +1,9 @@
-"""The chat format: it encodes messages as ChatML tokens with loss weights, in the branches of a message tree.
+r"""The chat format: it encodes messages as ChatML tokens with loss weights, in the branches of a message tree.
 
 A stored variant is a trunk (BOS, visual placeholders and the text between them) and one branch per annotation. There
-are no system turns: a system message is the start of the first question. User turns carry no loss, and every answer
-ends with `<|im_end|>`, which carries loss too.
+are no system turns: a system message is the start of the first question. Texts are encoded without surrounding space:
+an answer is tokenized by itself, and must give the same tokens after "assistant\n" in one string. User turns carry no
+loss, and every answer ends with `<|im_end|>`, which carries loss too.
 `chat_template.jinja` beside this file is the same format for users of an exported model.
 """
 
@@ -33,7 +34,7 @@ class Branch:
 def encode_user(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a user turn and of the start of the assistant's turn, after which the model answers."""
     end = [tokenizer.eos, *tokenizer.encode("\n"), tokenizer.turn_start]
-    return [tokenizer.turn_start, *tokenizer.encode(f"user\n{text}"), *end, *tokenizer.encode("assistant\n")]
+    return [tokenizer.turn_start, *tokenizer.encode(f"user\n{text.strip()}"), *end, *tokenizer.encode("assistant\n")]
 
 
 def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> Branch:
@@ -47,8 +48,8 @@ def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> Branch
     for i, message in enumerate(messages):
         if message.role == "user":
             piece = [*(tokenizer.encode("\n") if i else []), *encode_user(tokenizer, message.content)]
-        elif message.content.strip():
-            piece = [*tokenizer.encode(message.content), tokenizer.eos]
+        elif answer_text := message.content.strip():
+            piece = [*tokenizer.encode(answer_text), tokenizer.eos]
         else:
             raise RejectedError(f"empty answer to {messages[i - 1].content[:80]!r}")
         ids += piece

@@ -20,7 +20,8 @@ from molmo2.processing.points import SEPARATORS, format_points, format_tracks
 from shards.schema import Annotation, Chat, Choice, PointGroup, Points, RejectedError, Text, TrackGroup, Tracks
 
 # Styles whose questions are in natural language after pretraining; all others begin with the style's name.
-_DEMO = frozenset(
+# `chat_template.jinja` has the same list.
+PLAIN_STYLES = frozenset(
     "point_count pointing cosyn_point user_qa long_caption short_caption video_long_caption video_short_caption "
     "video_point_track_per_frame video_point_track_start_end video_single_point_track_start_end video_transcript "
     "video_clip_caption_start_end video_clip_caption_start_end_in_seconds video_clip_transcript_start_end "
@@ -83,7 +84,7 @@ def render_messages(
 def _prefix(annotation: Annotation, answer: str, mode: str, rng: np.random.Generator | None) -> str:
     style = annotation.style
     if mode != "pretraining":
-        plain = style in _DEMO or isinstance(annotation, Choice) or "multiple_choice" in style
+        plain = style in PLAIN_STYLES or isinstance(annotation, Choice) or "multiple_choice" in style
         return "" if plain else f"{style}:"
     if isinstance(annotation, Points | Tracks):  # the number of points determines the length
         return f"{style}:"
@@ -101,7 +102,7 @@ def _template(style: str, rng: np.random.Generator | None, **values: str) -> str
     """A random template of the style with its {names} replaced; "" for an academic style without templates."""
     options = templates().get(style)
     if options is None:
-        if style in _DEMO or values:
+        if style in PLAIN_STYLES or values:
             raise RejectedError(f"style {style!r} has neither a question nor a template in {TEMPLATES_FOLDER.name}/")
         return ""
     text = _pick(options, rng)

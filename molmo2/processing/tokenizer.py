@@ -1,22 +1,24 @@
 """The tokenizer: a directory with `tokenizer.json`, loaded with `tokenizers`, with Molmo2's tokens at fixed ids.
 
-All text of datasets and users is encoded as ordinary text: "<im_patch>" or "<|im_end|>" in a question gives the tokens
-of its letters, never the special id. Special ids get into a sequence only through the attributes of `Tokenizer`.
-`write_tokenizer` adds Molmo2's tokens to a byte-level tokenizer; `train_demo_tokenizer` trains a tiny one.
+All text of datasets and users is encoded as ordinary text: "<im_patch>" or "<|im_end|>" in a question never gives the
+special id. `escape` breaks such strings with a space, because the tokenizers of other engines would find the token in
+them; `chat_template.jinja` does the same. Special ids get into a sequence only through the attributes of `Tokenizer`.
+`molmo2.processing.new_tokenizer` makes such a directory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from shards.layout import VisualTokens
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 PAD = "<|endoftext|>"
@@ -36,15 +38,19 @@ MOLMO2_TOKENS = (
     "<|vit_index|>",
     "<|vit_loc|>",
 )
-# Qwen's pre-tokenization: each digit is a piece of its own, and a word includes the space before it.
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# How special tokens begin, those of Molmo2 and of its language models, and the fillers of the embedding table.
+_OPENINGS = ("<|", "|<", "<im_", "<low_res_im_", "<frame_")
 
 
 class TokenizerError(ValueError):
     """A tokenizer is missing or unreadable, or does not have Molmo2's tokens at their ids."""
+
+
+def escape(text: str) -> str:
+    """The text with a space in every string that could be a special token: "<|im_end|>" becomes "< |im_end|>"."""
+    for opening in _OPENINGS:
+        text = text.replace(opening, f"{opening[0]} {opening[1:]}")
+    return text
 
 
 class Tokenizer:
@@ -86,8 +92,14 @@ class Tokenizer:
                     f"{path}: token {token} has id {number}, the model wants {base_vocab + offset} (base vocabulary "
                     f"{base_vocab} + {offset}); use the model's own tokenizer, or add the tokens with write_tokenizer"
                 )
+        for token in value["added_tokens"]:
+            if token["special"] and escape(token["content"]) == token["content"]:
+                raise TokenizerError(
+                    f"{path}: special token {token['content']!r} in a text could not be told from the token itself; "
+                    f"special tokens must begin with one of {', '.join(_OPENINGS)}"
+                )
         self.visual = VisualTokens.after(base_vocab)
-        names = _special_names(self.directory)
+        names = _special_names(tokenizer_config(self.directory))
         self.turn_start, self.eos = self._id(TURN_START), self._id(TURN_END)
         self.bos = self._id(names.get("bos_token") or names.get("eos_token") or TURN_END)
         self.pad = self._id(names.get("pad_token") or PAD)
@@ -99,21 +111,29 @@ class Tokenizer:
         return int(number)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` as ordinary text, without BOS or EOS."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Ids of the escaped `text` as ordinary text, without BOS or EOS."""
+        return self._tokenizer.encode(escape(text), add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
-def _special_names(directory: Path) -> dict[str, str]:
-    """The values of `bos_token`, `eos_token` and `pad_token` in `tokenizer_config.json`, as far as they are set."""
-    path = directory / "tokenizer_config.json"
+def tokenizer_config(directory: Path) -> dict[str, Any]:
+    """The content of `tokenizer_config.json`; empty if there is no such file.
+
+    Raises:
+        TokenizerError: the file is not JSON.
+    """
+    path = directory / TOKENIZER_CONFIG
     try:
-        config = json.loads(path.read_bytes()) if path.exists() else {}
+        return dict(json.loads(path.read_bytes())) if path.exists() else {}
     except ValueError as error:
         raise TokenizerError(f"{path}: not JSON ({error})") from None
+
+
+def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """The values of `bos_token`, `eos_token` and `pad_token` in `tokenizer_config.json`, as far as they are set."""
     names = {}
     for key in ("bos_token", "eos_token", "pad_token"):
         value = config.get(key)
@@ -121,54 +141,3 @@ def _special_names(directory: Path) -> dict[str, str]:
         if value:
             names[key] = value
     return names
-
-
-def write_tokenizer(tokenizer: tokenizers.Tokenizer, directory: str | Path, base_vocab: int) -> None:
-    """Add Molmo2's tokens to `tokenizer` at `base_vocab` + offset, and write it in the layout of transformers.
-
-    Ids between the tokenizer's own and `base_vocab` are filled with unused tokens, because the embedding table may
-    have more rows than the tokenizer has entries.
-
-    Raises:
-        TokenizerError: the tokenizer already has more than `base_vocab` entries.
-    """
-    tokenizer.add_special_tokens([PAD, TURN_START, TURN_END])
-    size = tokenizer.get_vocab_size()
-    if size > base_vocab:
-        raise TokenizerError(f"the tokenizer has {size} entries, the base vocabulary only {base_vocab}")
-    tokenizer.add_special_tokens([f"|<EXTRA_TOKENS_{i}>|" for i in range(base_vocab - size)])
-    tokenizer.add_special_tokens(list(MOLMO2_TOKENS))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": TURN_END,
-        "eos_token": TURN_END,
-        "pad_token": PAD,
-        "padding_side": "left",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 36864,
-    }
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def train_demo_tokenizer(texts: Iterable[str], directory: str | Path, base_vocab: int = 512) -> None:
-    """Train a byte-level BPE on `texts` and write it; the same texts give the same bytes."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    num_named = 3  # <|endoftext|>, <|im_start|>, <|im_end|>
-    trainer = trainers.BpeTrainer(
-        vocab_size=base_vocab - num_named,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    write_tokenizer(tokenizer, directory, base_vocab)

@@ -280,6 +280,7 @@ def write_hub(weights: Mapping[str, Tensor], directory: Path, shard_bytes: int =
             save_file(shard, path, {"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{directory}: weights cannot be written ({error}); is the disk full?") from None
+        path.chmod(0o644)  # safetensors lets only the owner read a new file
         parts.append((path, list(shard)))
         total += sum(tensor.nbytes for tensor in shard.values())
     if len(parts) == 1:
@@ -312,7 +313,8 @@ def _shards(tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> Iterator
 def hub_config(config: ModelConfig) -> dict[str, Any]:
     """The content of `config.json` with the keys of the released checkpoints, which transformers and vLLM read."""
     tokens = VisualTokens.after(config.text.vocab_size)
-    no_dropout = {"residual_dropout": 0.0, "attention_dropout": 0.0}
+    # Without `attn_implementation` the released code computes all scores of a layer at once.
+    shared = {"attn_implementation": "sdpa", "residual_dropout": 0.0, "attention_dropout": 0.0}
     return {
         "architectures": ["Molmo2ForConditionalGeneration"],
         "model_type": "molmo2",
@@ -345,7 +347,7 @@ def hub_config(config: ModelConfig) -> dict[str, Any]:
             "image_num_pos": config.patches_per_crop,
             "float32_attention": True,
             "initializer_range": 0.02,
-            **no_dropout,
+            **shared,
         },
         "adapter_config": {
             "model_type": "molmo2",
@@ -361,9 +363,9 @@ def hub_config(config: ModelConfig) -> dict[str, Any]:
             "float32_attention": True,
             "image_feature_dropout": 0.0,
             "initializer_range": 0.02,
-            **no_dropout,
+            **shared,
         },
-        "text_config": _hub_text_config(config.text) | no_dropout,
+        "text_config": _hub_text_config(config.text) | shared,
     }
 
 

@@ -12,8 +12,8 @@ from molmo2.eval.runner import Subject
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS
 from molmo2.processing.contract import ProcessorSettings
+from molmo2.processing.new_tokenizer import train_demo_tokenizer
 from molmo2.processing.processor import build_processor
-from molmo2.processing.tokenizer import train_demo_tokenizer
 from shards.build.builder import build_dataset
 from shards.catalog import Row, load_catalog
 from shards.stream.dataset import open_dataset

@@ -11,8 +11,9 @@ import tokenizers
 from PIL import Image
 from tokenizers import decoders, models, pre_tokenizers
 
+from molmo2.processing.new_tokenizer import write_tokenizer
 from molmo2.processing.processor import Processor
-from molmo2.processing.tokenizer import Tokenizer, write_tokenizer
+from molmo2.processing.tokenizer import Tokenizer
 from shards.layout import VisualLayout, VisualTokens
 from shards.schema import Annotation, Example, ImageRef, Limits, Source, VideoRef
 
@@ -42,9 +43,9 @@ def tiny_tokenizer() -> Tokenizer:
     return Tokenizer(tokenizer_dir(), BASE_VOCAB)
 
 
-def tiny_layout(crop_size: int = 84) -> VisualLayout:
+def tiny_layout(crop_size: int = 84, base_vocab: int = BASE_VOCAB) -> VisualLayout:
     return VisualLayout(
-        tokens=VisualTokens.after(BASE_VOCAB),
+        tokens=VisualTokens.after(base_vocab),
         crop_size=crop_size,
         patch_size=14,
         overlap_margin=1,
@@ -73,8 +74,8 @@ def example(*annotations: Annotation, key: str = "k", **fields) -> Example:
 
 
 @functools.cache
-def reference_processor():
-    """transformers' Molmo2Processor with the geometry of `tiny_layout`."""
+def reference_processor(directory: str | None = None):
+    """transformers' Molmo2Processor with the geometry of `tiny_layout` and a tokenizer."""
     from transformers import AutoTokenizer
     from transformers.models.molmo2 import Molmo2ImageProcessor, Molmo2Processor, Molmo2VideoProcessor
 
@@ -91,7 +92,7 @@ def reference_processor():
             do_convert_rgb=True,
             do_sample_frames=False,
         ),
-        AutoTokenizer.from_pretrained(tokenizer_dir()),
+        AutoTokenizer.from_pretrained(directory or tokenizer_dir()),
         chat_template=TEMPLATE.read_text(),
         use_single_crop_col_tokens=False,
     )

@@ -15,8 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from molmo2.model.presets import PRESETS
 from molmo2.processing.contract import ProcessorSettings
+from molmo2.processing.new_tokenizer import write_tokenizer
 from molmo2.processing.processor import build_processor
-from molmo2.processing.tokenizer import write_tokenizer
 from shards.build.writer import npy_bytes, write_shard
 from shards.format import FORMAT_VERSION, DatasetIndex, Totals
 from shards.schema import Example, ImageRef, Limits, Source, Text

@@ -11,8 +11,8 @@ from typing import Any
 
 from molmo2.demo.sets import SETS, make_set, texts
 from molmo2.processing.contract import ProcessorSettings
+from molmo2.processing.new_tokenizer import train_demo_tokenizer
 from molmo2.processing.processor import build_processor
-from molmo2.processing.tokenizer import train_demo_tokenizer
 from shards.build.builder import Built, build_dataset
 from shards.build.pool import worker_pool
 from shards.build.task import ProcessorFactory

@@ -40,8 +40,9 @@ import yaml
 from tokenizers import decoders, models, pre_tokenizers
 
 from molmo2.processing.contract import STAGE_MODES
+from molmo2.processing.new_tokenizer import write_tokenizer
 from molmo2.processing.processor import Processor
-from molmo2.processing.tokenizer import Tokenizer, write_tokenizer
+from molmo2.processing.tokenizer import Tokenizer
 from shards.build.builder import build_dataset
 from shards.catalog import Catalog, Row, Stage, load_catalog
 from shards.download.urls import media_path

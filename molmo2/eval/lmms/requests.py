@@ -116,7 +116,9 @@ def _turns(messages: Sequence[Mapping[str, Any]], *, named: bool) -> tuple[Turn,
                 number += 1
                 text = _join(text, f"Image {number}" if named and (turns or text) else "", " ")
             elif part["type"] == "text":
-                text = _join(text, part["text"], " ")
+                text = _join(text, part["text"].strip(), " ")
+        if message["role"] == "system" and text:
+            text = f"System: {text}"
         before = turns.pop()[1] if turns and turns[-1][0] == role else ""
         turns.append((role, _join(before, text, "\n")))
     roles = [role for role, _ in turns]
@@ -126,10 +128,8 @@ def _turns(messages: Sequence[Mapping[str, Any]], *, named: bool) -> tuple[Turn,
 
 
 def _join(before: str, after: str, separator: str) -> str:
-    """Join two texts, with the separator unless there is white space between them or one is empty."""
-    if not before or not after or before[-1].isspace() or after[0].isspace():
-        return before + after
-    return before + separator + after
+    """Join two texts, with the separator unless one is empty."""
+    return separator.join(filter(None, [before, after]))
 
 
 def _image(image: Any) -> ImageRef:

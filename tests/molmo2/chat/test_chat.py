@@ -14,7 +14,7 @@ from molmo2.export.card import About
 from molmo2.export.model import export_model
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS
-from molmo2.processing.tokenizer import train_demo_tokenizer
+from molmo2.processing.new_tokenizer import train_demo_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
 

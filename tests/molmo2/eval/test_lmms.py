@@ -20,8 +20,8 @@ from molmo2.model.generate import GREEDY
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS
 from molmo2.processing.contract import ProcessorSettings
+from molmo2.processing.new_tokenizer import train_demo_tokenizer
 from molmo2.processing.processor import build_processor
-from molmo2.processing.tokenizer import train_demo_tokenizer
 from shards.schema import Turn
 
 pytestmark = pytest.mark.skipif(

@@ -71,7 +71,7 @@ def test_a_question_about_images() -> None:
 
 def test_images_among_the_text_leave_their_names() -> None:
     assert said(user(shown("a"), "Like this?", shown("b"), "or\n", shown("c"))) == [
-        ("user", "Like this? Image 2 or\nImage 3")
+        ("user", "Like this? Image 2 or Image 3")
     ]
     assert said(user("See ", shown("a"), "what?")) == [("user", "See what?")]  # one image needs no name
 
@@ -80,7 +80,7 @@ def test_conversations() -> None:
     system = {"role": "system", "content": "Be short."}
     answer = {"role": "assistant", "content": "yes"}
     assert said(system, user("a?"), user("b?"), answer, user("c?")) == [
-        ("user", "Be short.\na?\nb?"),
+        ("user", "System: Be short.\na?\nb?"),
         ("assistant", "yes"),
         ("user", "c?"),
     ]

@@ -6,12 +6,14 @@ import dataclasses
 import json
 import resource
 import socket
+import stat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from exports import ABOUT, ORIGIN, exported, noisy, reload, run_tool, weights_of, write_checkpoint
 from PIL import Image
 from processing_cases import noise, tokenizer_dir
@@ -114,10 +116,13 @@ def test_files_have_the_released_layout(tmp_path: Path) -> None:
         "export.json",
         "generation_config.json",
         "model.safetensors",
+        "preprocessor_config.json",
         "processor_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "video_preprocessor_config.json",
     }
+    assert {stat.S_IMODE(path.stat().st_mode) & 0o044 for path in out.iterdir()} == {0o044}
     with safe_open(out / "model.safetensors", "pt") as file:
         shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
     assert len(shapes) == 106
@@ -127,6 +132,10 @@ def test_files_have_the_released_layout(tmp_path: Path) -> None:
     assert shapes["model.transformer.blocks.2.self_attn.att_proj.weight"] == [64 + 32 + 32, 64]
     config = json.loads((out / "config.json").read_text())
     assert config["vit_config"]["image_num_pos"] == 36 and config["adapter_config"]["vit_layers"] == [3, 1]
+    parts = [config[name] for name in ("text_config", "vit_config", "adapter_config")]
+    assert [part["attn_implementation"] for part in parts] == ["sdpa"] * 3
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert config["transformers_version"] == generation["transformers_version"] == transformers.__version__
     report = json.loads((out / "export.json").read_text())
     assert report["origin"] == ORIGIN
     assert set(report["largest_logit_difference"]) == {"text", "image", "two images", "video"}
@@ -144,7 +153,8 @@ def test_transformers_reads_every_setting(tmp_path: Path) -> None:
         assert processor.do_resize and processor.do_rescale and processor.do_normalize and processor.do_convert_rgb
     assert preprocess.image_processor.overlap_margins == [1, 1] and preprocess.image_processor.patch_size == 14
     assert preprocess.image_processor.size["height"] == preprocess.video_processor.size["height"] == 84
-    assert preprocess.tokenizer.padding_side == "left"
+    assert preprocess.tokenizer.padding_side == "left" and preprocess.tokenizer.model_max_length == 4096
+    assert preprocess.video_processor.num_frames == 384 and preprocess.image_processor.max_crops == 8
     tokenizer, generation = Tokenizer(tokenizer_dir(), 320), theirs.generation_config
     ids = (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id)
     assert ids == (tokenizer.bos, tokenizer.eos, tokenizer.pad) and not generation.do_sample
@@ -212,15 +222,15 @@ def test_a_difference_in_one_kind_of_prompt_is_refused(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Settings that only several images, or only videos, depend on."""
-    wrong = export.processor_config(QWEN)
+    wrong = export.processor_configs(QWEN)
     if kind == "video":
-        wrong["video_processor"]["image_mean"] = [0.4] * 3
+        wrong["video_preprocessor_config.json"]["image_mean"] = [0.4] * 3
     else:
         template = (export.TEMPLATE).read_text()
         assert "Image " in template
         (tmp_path / "wrong.jinja").write_text(template.replace("Image ", "Picture "))
         monkeypatch.setattr(export, "TEMPLATE", tmp_path / "wrong.jinja")
-    monkeypatch.setattr(export, "processor_config", lambda config: wrong)
+    monkeypatch.setattr(export, "processor_configs", lambda config: wrong)
     with pytest.raises(ExportError, match=f"{kind}"):
         exported(noisy(QWEN), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -111,10 +111,11 @@ def test_remote_code_lies_beside_the_weights_and_transformers_ignores_it(release
         "AutoModelForImageTextToText": "modeling_molmo2.Molmo2ForConditionalGeneration",
     }
     assert "hidden_size" not in config
-    processor = json.loads((out / "processor_config.json").read_text())
+    names = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+    processor, images, videos = (json.loads((out / name).read_text()) for name in names)
     assert processor["auto_map"] == {"AutoProcessor": "processing_molmo2.Molmo2Processor"}
-    assert processor["image_processor"]["auto_map"]["AutoImageProcessor"][0].startswith("image_processing_molmo2.")
-    assert set(processor["video_processor"]["auto_map"]) == {"AutoVideoProcessor"}
+    assert images["auto_map"]["AutoImageProcessor"] == ["image_processing_molmo2.Molmo2ImageProcessor", None]
+    assert set(videos["auto_map"]) == {"AutoVideoProcessor"} and videos["num_frames"] == 384
     model, preprocess = reload(out)  # the code raises when it runs
     assert type(model).__module__.startswith("transformers.") and type(preprocess).__module__.startswith(
         "transformers."

@@ -23,10 +23,10 @@ from molmo2.inspection.facts import InspectionError, count_reasons, facts_of, fi
 from molmo2.inspection.inventory import commands, inventory
 from molmo2.inspection.originals import AnnotationView, ExampleView, lines, view_examples
 from molmo2.inspection.samples import tokenizer_of, view_sample
+from molmo2.processing.new_tokenizer import train_demo_tokenizer
 from molmo2.processing.pictures import MOST_FRAMES, _shown
 from molmo2.processing.points import parse_points
 from molmo2.processing.prompts import Message
-from molmo2.processing.tokenizer import train_demo_tokenizer
 from shards.catalog import load_catalog
 from shards.stream.dataset import Dataset, open_dataset
 

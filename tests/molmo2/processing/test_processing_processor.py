@@ -21,11 +21,8 @@ from processing_cases import (
 
 from molmo2.model.presets import PRESETS
 from molmo2.processing.contract import ProcessorSettings
+from molmo2.processing.new_tokenizer import train_demo_tokenizer
 from molmo2.processing.processor import build_processor
-from molmo2.processing.tokenizer import MOLMO2_TOKENS, train_demo_tokenizer
-from shards.catalog import Row
-from shards.convert.common import Group
-from shards.convert.reading import convert
 from shards.layout import VisualLayout, expand, sample_visuals
 from shards.schema import (
     Chat,
@@ -37,14 +34,12 @@ from shards.schema import (
     Points,
     RejectedError,
     Sample,
-    Source,
     Text,
     TrackGroup,
     Tracks,
     Turn,
     VideoRef,
 )
-from shards.sources.media_files import MediaFiles
 
 DOG = Points(style="pointing", label="dog", groups=(PointGroup(at=1, points=((0.5, 0.5),)),))
 
@@ -116,63 +111,6 @@ def test_text_prompt_equals_transformers() -> None:
     want = theirs([], "hello")["input_ids"][0]
     assert len(want) == 25 and got.input_ids.tolist() == want.tolist()
     assert got.pixels.shape == (0, 84, 84, 3) and got.pooling.shape == (0, 4)
-
-
-def test_conversation_prompt_equals_transformers() -> None:
-    said = [("user", "a b"), ("assistant", "c"), ("user", "d")]
-    reference = reference_processor()
-    text = reference.apply_chat_template([{"role": r, "content": c} for r, c in said], add_generation_prompt=True)
-    turns = tuple(Turn(role=role, text=content) for role, content in said)
-    got = tiny_processor().prompt(example(Chat(style="text_sft", turns=turns)), LIMITS)
-    assert got.input_ids.tolist() == reference(text=text, return_tensors="np")["input_ids"][0].tolist()
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        [("system", " Be brief.\n"), ("user", "Who are you?")],
-        [("system", "Be brief."), ("user", "a b"), ("assistant", "c"), ("user", "d")],
-        [("system", ""), ("user", "d")],
-    ],
-)
-@pytest.mark.parametrize("parts", [False, True])
-def test_a_system_message_is_folded_as_in_training(said: list[tuple[str, str]], parts: bool, tmp_path) -> None:
-    """The converter of conversations and the exported template make the same tokens of a system message."""
-    messages = [{"role": r, "content": [{"type": "text", "text": c}] if parts and c else c} for r, c in said]
-    reference = reference_processor()
-    text = reference.apply_chat_template(messages, add_generation_prompt=True)
-    start = f"System: {said[0][1].strip()}\n" if said[0][1] else ""
-    assert text.startswith(f"<|im_start|>user\n{start}{said[1][1]}<|im_end|>") and "system\n" not in text
-    row = Row(
-        name="mine",
-        stages=("sft",),
-        files={"train": "*"},
-        converter="chat",
-        columns={"messages": "messages"},
-        options={"style": "text_sft"},
-    )
-    answered = {"messages": [*messages, {"role": "assistant", "content": "x"}]}
-    source, media = Source(file="f", row=0), MediaFiles(root=tmp_path)
-    group = Group(row=row, stage="sft", media=media, key="mine-0", sources=(source,), values=(answered,))
-    (converted,) = convert(group)
-    got = tiny_processor().prompt(converted, LIMITS)
-    assert got.input_ids.tolist() == reference(text=text, return_tensors="np")["input_ids"][0].tolist()
-
-
-def test_a_later_system_message_is_refused_by_the_template() -> None:
-    messages = [{"role": r, "content": "x"} for r in ("user", "assistant", "system", "user")]
-    with pytest.raises(Exception, match="a system message must be the first message"):
-        reference_processor().apply_chat_template(messages, add_generation_prompt=True)
-
-
-@pytest.mark.parametrize("token", [*MOLMO2_TOKENS, "<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-def test_special_tokens_in_texts_stay_letters(token: str) -> None:
-    processor = tiny_processor()
-    sample = processor(example(qa(f"What is {token}?", f"It is {token}.")), LIMITS)
-    plain = processor(example(qa("What is ?", "It is .")), LIMITS)
-    special = {processor.tokenizer._tokenizer.token_to_id(token)}
-    counts = [sum(int(i) in special for i in made.variants[0]["id"]) for made in (sample, plain)]
-    assert counts[0] == counts[1] and f"It is {token}." in stored_text(processor, sample, 0)
 
 
 def test_training_and_prompt_share_every_token() -> None:

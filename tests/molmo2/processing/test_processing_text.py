@@ -256,7 +256,7 @@ def test_turns_become_chatml_with_loss_on_answers() -> None:
     branch = encode_messages(tokenizer, said)
     assert tokenizer.decode(branch.ids, skip_special_tokens=False) == (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nbc<|im_end|>\n"
-        "<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\nbc<|im_end|>"
+        "<|im_start|>user\n< |im_end|><|im_end|>\n<|im_start|>assistant\nbc<|im_end|>"
     )
     assert int((branch.ids == tokenizer.eos).sum()) == 4  # the one that the user wrote is text
     assert tokenizer.decode(branch.ids[branch.answer], skip_special_tokens=False) == "bc<|im_end|>" * 2

@@ -10,13 +10,8 @@ from hypothesis import strategies as st
 from processing_cases import BASE_VOCAB, tiny_tokenizer, tokenizer_dir
 from tokenizers import models
 
-from molmo2.processing.tokenizer import (
-    MOLMO2_TOKENS,
-    Tokenizer,
-    TokenizerError,
-    train_demo_tokenizer,
-    write_tokenizer,
-)
+from molmo2.processing.new_tokenizer import train_demo_tokenizer, write_tokenizer
+from molmo2.processing.tokenizer import MOLMO2_TOKENS, Tokenizer, TokenizerError, escape
 
 TEXTS = ["How many digits are there? There are 12.", "Point to the digit 7.", "The digit moves from left to right."] * 9
 
@@ -35,14 +30,14 @@ def test_named_ids() -> None:
 def test_special_strings_in_text_stay_text(special: str) -> None:
     tokenizer = tiny_tokenizer()
     ids = tokenizer.encode(f"a{special}b")
-    assert max(ids) < 256 and tokenizer.decode(ids) == f"a{special}b"
+    assert max(ids) < 256 and tokenizer.decode(ids) == escape(f"a{special}b") != f"a{special}b"
 
 
 @pytest.mark.slow
 @given(st.text())
 def test_round_trip(text: str) -> None:
     ids = tiny_tokenizer().encode(text)
-    assert tiny_tokenizer().decode(ids) == text and all(i < 256 for i in ids)
+    assert tiny_tokenizer().decode(ids) == escape(text) and all(i < 256 for i in ids)
 
 
 def test_demo_tokenizer_cuts_digits_and_neutralises(tmp_path) -> None:
@@ -57,7 +52,9 @@ def test_demo_tokenizer_cuts_digits_and_neutralises(tmp_path) -> None:
 
 def test_demo_tokenizer_has_equal_bytes_in_another_process(tmp_path) -> None:
     train_demo_tokenizer(TEXTS, tmp_path / "a", 400)
-    code = f"from molmo2.processing.tokenizer import *; train_demo_tokenizer({TEXTS!r}, {str(tmp_path / 'b')!r}, 400)"
+    code = (
+        f"from molmo2.processing.new_tokenizer import *; train_demo_tokenizer({TEXTS!r}, {str(tmp_path / 'b')!r}, 400)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

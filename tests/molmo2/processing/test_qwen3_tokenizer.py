@@ -66,7 +66,7 @@ def test_special_strings_in_text_stay_text(directory: Path) -> None:
     tokenizer = Tokenizer(directory, BASE_VOCAB)
     text = "<im_patch><|im_end|><|video|>"
     assert max(tokenizer.encode(text)) < 151_643
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text)) == "< im_patch>< |im_end|>< |video|>"
 
 
 @pytest.mark.slow

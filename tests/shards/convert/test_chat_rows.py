@@ -122,8 +122,10 @@ def test_media_as_parts_of_a_message(root: Path) -> None:
     parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Like"},
              {"type": "image_url", "image_url": {"url": "b.png"}}, {"type": "text", "text": "this?"}]  # fmt: skip
     example = converted(root, asked(parts))
-    assert said(example)[0] == "Like\nImage 2\nthis?" and names(example) == ["a.png", "b.png"]
-    clip = [{"type": "video", "video": "v.mp4"}, {"type": "text", "text": "Bright?"}]
+    assert said(example)[0] == "Like Image 2 this?" and names(example) == ["a.png", "b.png"]
+    untyped = [{"image": "a.png"}, "Like", {"image_url": {"url": "b.png"}}, {"text": "this?"}]
+    assert converted(root, asked(untyped)) == example
+    clip = [{"type": "video_url", "video_url": {"url": "v.mp4"}}, {"type": "text", "text": "Bright?"}]
     example = converted(root, asked(clip), start=1.0, end=2.0)
     assert said(example)[0] == "Bright?" and example.video is not None
     assert (Path(example.video.path).name, example.video.start, example.video.end) == ("v.mp4", 1.0, 2.0)
