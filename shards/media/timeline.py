@@ -153,8 +153,8 @@ def _shape(path: str, packet: Any) -> Shape | None:
     codec.flush_buffers()
     if frame is None:
         return None
-    matrix = next((bytes(side) for side in frame.side_data if side.type == Type.DISPLAYMATRIX), None)
-    a, b, _, c, d = (1, 0, 0, 0, 1) if matrix is None else np.sign(np.frombuffer(matrix, np.int32, 5)).tolist()
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)  # iterating gives values in PyAV 18 and keys in 19
+    a, b, _, c, d = (1, 0, 0, 0, 1) if matrix is None else np.sign(np.frombuffer(bytes(matrix), np.int32, 5)).tolist()
     if abs(a) + abs(b) != 1 or abs(a) != abs(d) or abs(b) != abs(c):
         raise MediaError(f"{path}: turned by other than a quarter turn")
     return (*((frame.height, frame.width) if a else (frame.width, frame.height)), (a, b, c, d))
