@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -314,7 +315,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), init: str | Fir
         malformed = [item for item in overrides if "=" not in item]
         if malformed:
             raise RecipeError(f"{path}: --set {' '.join(malformed)}: write key.path=value")
-        values = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides))), resolve=True)
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        if resolver := re.search(r"\$\{[^{}]*:", OmegaConf.to_yaml(merged)):
+            raise RecipeError(
+                f"{path}: {resolver[0]}...}}: a recipe may refer to its own keys only, `${{train.steps}}`, as it is "
+                "stored with the run; give a value of the environment with --set"
+            )
+        values = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError as error:
         raise RecipeError(f"{path}: no such recipe or mixture: {error.filename}") from None
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:

@@ -21,9 +21,11 @@ SEPARATORS = {"html-v1": "\t", "html-v2": ";"}  # Molmo2's name of the format ->
 NO_TRACKS = "No tracks available."
 SCALE = 1000  # coordinates are integers from 0 to this
 
-_TAG = re.compile(r"<(points|tracks)\b[^>]*?coords=\"(?P<coords>[0-9\t:;,. ]*)")
+# A model may write anything: each pattern reads a text in one pass, and no number is longer than a point can have.
+_TAG = re.compile(r"<(points|tracks)\b[^<>]*?coords=\"(?P<coords>[0-9\t:;,. ]*)")
 _GROUP_BREAK = re.compile(r"[\t:,;]")
-_TRIPLE = re.compile(r"(\d+) +(\d{3,4}) +(\d{3,4})(?!\d)")
+_AT = re.compile(r"\d{1,9}(\.\d{1,9})?")
+_TRIPLE = re.compile(r"(?<!\d)(\d{1,9}) +(\d{3,4}) +(\d{3,4})(?!\d)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def _parse_tag(tag: re.Match[str]) -> list[ParsedPoint]:
     points: list[ParsedPoint] = []
     for group in _GROUP_BREAK.split(tag["coords"]):
         at, _, rest = group.strip().partition(" ")
-        if not re.fullmatch(r"\d+(\.\d+)?", at):
+        if not _AT.fullmatch(at):
             continue
         ids: set[int] = set()
         for match in _TRIPLE.finditer(rest):

@@ -104,6 +104,16 @@ def test_overrides_reach_any_depth_and_keep_types() -> None:
     assert recipe.optim.llm == load_recipe(DEMO).optim.llm
 
 
+@pytest.mark.parametrize("value", ["${oc.env:TOKEN}", "a${oc.decode:'${oc.env:TOKEN}'}", "${oc.env:NONE,x}"])
+def test_a_recipe_takes_nothing_from_the_environment(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a recipe resolves is stored with the run, in its report and in the card of an export."""
+    monkeypatch.setenv("TOKEN", "secret")
+    with pytest.raises(RecipeError, match="may refer to its own keys only") as error:
+        load_recipe(DEMO, [f"name={value}"])
+    assert "secret" not in str(error.value)
+    assert load_recipe(DEMO, ["name=run-${train.steps}"]).name == "run-700"
+
+
 def test_unreadable_recipes_are_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such recipe"):
         load_recipe(tmp_path / "absent.yaml")

@@ -85,3 +85,24 @@ def test_parse_drops_what_cannot_be() -> None:
 def test_coordinates_must_be_numbers() -> None:
     with pytest.raises(RejectedError, match="a coordinate is nan"):
         format_points([PointGroup(at=1, points=((float("nan"), 0.5),))], "x", seconds=False, separator=";")
+
+
+LONG = 200_000
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<points " * LONG,
+        '<points coords="1 ' + "1" * LONG,
+        '<points coords="' + "9" * LONG + ' 1 500 500">',
+        '<points coords="1 ' + "1 " * LONG,
+        '<tracks coords="' + "1 1 500 500 " * LONG,
+        '<points coords="' * LONG,
+    ],
+    ids=["tags", "digits", "time", "numbers", "points", "quotes"],
+)
+def test_long_nonsense_is_read_in_one_pass(text: str) -> None:
+    """Reading that took time with the square of the length would need minutes."""
+    assert all(point.id == 1 for point in parse_points(text))
