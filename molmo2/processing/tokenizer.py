@@ -127,9 +127,12 @@ def tokenizer_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / TOKENIZER_CONFIG
     try:
-        return dict(json.loads(path.read_bytes())) if path.exists() else {}
-    except ValueError as error:
+        value = json.loads(path.read_bytes()) if path.exists() else {}
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path}: is not a JSON object")
+    return value
 
 
 def _special_names(config: Mapping[str, Any]) -> dict[str, str]:

@@ -22,9 +22,9 @@ from molmo2.model.presets import (
     VitConfig,
     config_differences,
 )
+from molmo2.weights.config_types import CONFIG, ForeignConfigError, checks_types
 from shards.layout import VisualTokens
 
-CONFIG = "config.json"
 _TEXT_FIXED = {"hidden_act": "silu", "attention_bias": False, "qkv_bias": False, "use_qk_norm": True}
 _VISION_FIXED = {"hidden_act": "gelu_pytorch_tanh", "attention_bias": True}
 _ADAPTER_FIXED = {"hidden_act": "silu", "attention_bias": True, "mlp_bias": False, "pooling_attention_mask": True}
@@ -39,10 +39,6 @@ _TOKEN_KEYS = {
     "frame_start": "frame_start_token_id",
     "frame_end": "frame_end_token_id",
 }
-
-
-class ForeignConfigError(ValueError):
-    """A `config.json` cannot be read, or describes a model that this code does not support."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,7 +91,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ForeignConfigError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ForeignConfigError(f"{path}: is not a JSON object")
@@ -105,6 +101,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 # --- Molmo2 ----------------------------------------------------------------------------------------------------------
 
 
+@checks_types
 def read_molmo2(directory: Path) -> ModelConfig:
     """Read the configuration of a Molmo2 directory in the released ("hub") or native form.
 
@@ -204,6 +201,7 @@ def _pooling(directory: Path) -> dict[str, int]:
 # --- base models -----------------------------------------------------------------------------------------------------
 
 
+@checks_types
 def read_base_text(directory: Path) -> tuple[TextConfig, bool]:
     """Read the language model of a Qwen3 or Olmo-3 directory, and whether its head is tied to the embedding.
 
@@ -222,6 +220,7 @@ def read_base_text(directory: Path) -> tuple[TextConfig, bool]:
     return text, bool(top.value.get("tie_word_embeddings", False))
 
 
+@checks_types
 def read_siglip(directory: Path, features: tuple[int, ...]) -> tuple[VitConfig, int, int, int]:
     """Read the vision transformer of a SigLIP or SigLIP2 directory, up to the last block of `features`.
 

@@ -33,7 +33,8 @@ from molmo2.model.mask import TRUNK
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS, ModelConfig, config_differences
 from molmo2.weights import names as hub
-from molmo2.weights.config_json import ForeignConfigError, read_base_text, read_molmo2
+from molmo2.weights.config_json import read_base_text, read_molmo2
+from molmo2.weights.config_types import ForeignConfigError
 from molmo2.weights.load import open_model
 from molmo2.weights.names import WeightsError
 from molmo2.weights.pretrained import PretrainedError, first_weights, load_released, locate
@@ -264,6 +265,28 @@ def changed(directory: Path, copy: Path, **values: Any) -> Path:
         (config[above[0]] if above else config)[last] = value
     (copy / "config.json").write_text(json.dumps(config))
     return copy
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container of a JSON value with each of its keys."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(value[key])
+
+
+@pytest.mark.parametrize("wrong", [None, "x", [], {}, True, -1, 0, 1.5, float("inf"), [[]], 10**30], ids=repr)
+def test_any_value_of_a_wrong_type_is_one_error(wrong: Any, tmp_path: Path) -> None:
+    config = hub.hub_config(PRESETS["8b"])
+    raised = 0
+    for above, key in places(config):
+        before, above[key] = above[key], wrong
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        try:
+            read_molmo2(tmp_path)
+        except ForeignConfigError:
+            raised += 1
+        above[key] = before
+    assert raised > 20  # keys that other code needs may have any value
 
 
 @pytest.mark.parametrize(
