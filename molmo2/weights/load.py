@@ -12,7 +12,7 @@ from molmo2.checkpoint.files import RECIPE
 from molmo2.checkpoint.lookup import load_weights, open_checkpoint
 from molmo2.config import data_path
 from molmo2.model.presets import ModelConfig
-from molmo2.weights.config_json import CONFIG
+from molmo2.weights.config_types import CONFIG
 from molmo2.weights.pretrained import PretrainedError, load_released, locate
 
 

@@ -233,6 +233,8 @@ def _whole_body(response: urllib3.BaseHTTPResponse, offset: int, length: int | N
     while chunk := response.read1(CHUNK):
         chunks.append(chunk)
         received += len(chunk)
+        if expected is not None and received > expected:
+            raise _TransientError(f"more than the {expected} bytes that were announced")
         if time.monotonic() > until:
             raise _TransientError(f"{received} bytes in {ATTEMPT:.0f} s: too slow")
     if expected is not None and received != expected:

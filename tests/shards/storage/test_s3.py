@@ -186,12 +186,18 @@ def short(exchange: Exchange) -> None:
     exchange.send = len(exchange.body)
 
 
+def endless(exchange: Exchange) -> None:
+    """Megabytes where kilobytes were asked for."""
+    exchange.body += bytes(2**24)
+    exchange.send = len(exchange.body)
+
+
 def other_range(exchange: Exchange) -> None:
     exchange.headers = {"Content-Range": "bytes 7-9/10"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [slow_down, reset, cut, short, other_range], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", [slow_down, reset, cut, short, endless, other_range], ids=lambda change: change.__name__)
 def test_passing_faults_give_the_right_bytes(
     proxy: tuple[list[Fault], list[str]], local: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[..., None]
 ) -> None:
