@@ -24,6 +24,7 @@ from yaml import YAMLError
 
 from shards.stream.mixture import MixtureSpec
 from shards.stream.plan import PlanSettings
+from shards.stream.reader import DAMAGE_BUDGET
 
 CHUNK_CROPS = 32  # crops that the vision transformer recomputes at once; they take about 1 GiB with So400m
 Component = Literal["vit", "connector", "llm"]
@@ -36,7 +37,7 @@ class RecipeError(ValueError):
 
 
 class Data(pydantic.BaseModel, extra="forbid", frozen=True):
-    """The data of a run. Only the last four settings may change without changing the batches."""
+    """The data of a run. Only the last five settings may change without changing the batches."""
 
     roots: tuple[str, ...] = Field(min_length=1)  # folders of datasets; a dataset is taken from the first that has it
     mixture: MixtureSpec
@@ -49,6 +50,7 @@ class Data(pydantic.BaseModel, extra="forbid", frozen=True):
     workers: NonNegativeInt = 2  # reader processes per rank; 0 reads in the training process
     prefetch: PositiveInt = 4  # decoded micro-batches that each worker holds ready
     read_ahead_mib: NonNegativeInt = 256  # MiB of stored samples that a rank reads ahead from a bucket
+    damage_budget: float = Field(default=DAMAGE_BUDGET, ge=0, lt=1)  # fraction of a dataset; 0: none may be
     cache_mib: NonNegativeInt = 0  # MiB of a machine's disk to cache shards of tiny samples from a bucket
 
     @pydantic.model_validator(mode="after")

@@ -20,9 +20,10 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
@@ -95,12 +96,13 @@ def save(
     plan_state: dict[str, Any],
     *,
     sp: int,
-    losses: Sequence[float] = (),
+    history: Mapping[str, Any] = MappingProxyType({}),
     in_use: Collection[Path] = (),
 ) -> Path:
     """Write a checkpoint and delete the superseded ones; every rank must call it.
 
-    `losses`: the last losses, with which a resumed run detects loss spikes. `in_use`: checkpoints that stay for now.
+    `history`, which a resumed run needs to know of the steps before, is kept in `meta.json`. Checkpoints that are
+    `in_use` stay for now.
 
     Raises:
         CheckpointError: on every rank, if any could not write, for example because its disk is full; earlier
@@ -112,7 +114,7 @@ def save(
     first = dist.get_rank() == 0
     _agree(final, temporary, _attempt(lambda: _make_empty(temporary)) if first else None)
     _agree(final, temporary, _write_states(engine, temporary))
-    meta = _meta(recipe, step, sp) | {"losses": list(losses)}
+    meta = _meta(recipe, step, sp) | dict(history)
     finish = functools.partial(_finish, temporary, final, recipe, model_config, plan_state, meta)
     _agree(final, temporary, _attempt(finish) if first else None)
     if first:

@@ -9,9 +9,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from molmo2.checkpoint import files as checkpoints
@@ -39,8 +41,9 @@ from molmo2.training.run import (
 from molmo2.training.watchdog import Watchdog
 from shards.atomic import append_to
 from shards.stream.collate import PAD_SEGMENT, Batch
-from shards.stream.loader import make_loader, micro_steps
+from shards.stream.loader import Quarantine, make_loader, micro_steps
 from shards.stream.plan import Cursor
+from shards.stream.reader import Damage
 
 if TYPE_CHECKING:
     from molmo2.checkpoint.mirror import Sender  # loaded by runs that have a mirror
@@ -74,11 +77,15 @@ Ending = Literal["finished", "signal", "stop file"]  # why a run ended
 
 @dataclass(slots=True)
 class Progress:
-    """The state of a run beside weights and optimizer: steps done, the place in the data, the last losses."""
+    """The state of a run beside weights and optimizer.
+
+    Steps done, the place in the data, the last losses, and the damaged samples that all ranks have found.
+    """
 
     step: int
     cursor: Cursor
     history: LossHistory
+    quarantine: Quarantine
 
 
 class StepSums(NamedTuple):
@@ -143,15 +150,20 @@ def compute(
     watchdog: Watchdog,
     cursor: Cursor,
     stop: StopSignal,
+    quarantine: Quarantine,
 ) -> tuple[StepTotals, Cursor]:
     """Accumulate the gradients of one step in the engine: forward and backward over all its micro-batches.
 
     Returns:
         The step's sums, and the place in the data after it.
+
+    Raises:
+        QuarantineError: all ranks together have found more damaged samples than a dataset may have; on every rank.
     """
     train, step, names = run.recipe.train, cursor.step + 1, [dataset.name for dataset in run.plan.datasets]
     frozen, group_of = run.recipe.frozen, run.recipe.data.mixture.group_of
     sums: StepSums | None = None
+    damages: list[Damage] = []
     for _ in range(micro_steps(train.packs_per_step, run.mesh.dp, train.micro_batch)):
         watchdog.enter("data", step)
         since = time.perf_counter()
@@ -161,6 +173,7 @@ def compute(
         watchdog.enter("forward", step, batch.slots)
         batch = agree_on_masked(run, batch, cursor)
         record_masked(batch, run)
+        damages += batch.masked
         placed = engine.module.place(batch, run.device)
         with clock.forward():
             loss, logged = engine(placed, len(names))
@@ -174,7 +187,12 @@ def compute(
         stop_file=torch.full_like(sums.loss, sees_stop_file(run)),
         forward_seconds=own_row(clock.forward_seconds(), run.mesh).to(sums.loss.device),
     )
-    return totals_of(sum_over_ranks(sums), names, group_of, run.mesh.dp), batch.cursor
+    totals = totals_of(sum_over_ranks(sums), names, group_of, run.mesh.dp)
+    if totals.masked:
+        gathered: list[list[Damage]] = [[] for _ in range(run.mesh.world)]
+        dist.all_gather_object(gathered, damages)
+        quarantine.add(chain.from_iterable(gathered))
+    return totals, batch.cursor
 
 
 def own_row(seconds: Sequence[float], mesh: Mesh) -> Tensor:
@@ -324,11 +342,14 @@ def record_data(run: Run, progress: Progress) -> None:
 def save_checkpoint(run: Run, engine: Any, progress: Progress, sender: Sender | None) -> None:
     """Write a checkpoint and begin to copy it to the mirror; when writing fails, `train.on_full_disk` decides."""
     recipe, state = run.recipe, run.plan.state(progress.cursor)
-    losses = tuple(progress.history.losses)
+    history = {
+        "losses": list(progress.history.losses),
+        "damages": [asdict(damage) for damage in progress.quarantine.damages.values()],
+    }
     in_use = sender.in_use if sender is not None else ()
     try:
         path = checkpoints.save(
-            engine, recipe, run.model_config, progress.step, state, sp=run.mesh.sp, losses=losses, in_use=in_use
+            engine, recipe, run.model_config, progress.step, state, sp=run.mesh.sp, history=history, in_use=in_use
         )
     except CheckpointError as error:  # raised by all ranks together
         if recipe.train.on_full_disk == "stop":
@@ -417,12 +438,14 @@ def run_steps(
         read_ahead=recipe.data.read_ahead_mib << 20,
         cache=recipe.data.cache_mib << 20,
         cost=pack_cost(recipe, run.model_config),
+        damage_budget=None,  # the damaged samples of all ranks count together, see `compute`
     )
     clock, watchdog = StepClock(), Watchdog(run.mesh.rank, recipe.train.phase_deadline)
     try:
         for step in range(progress.step + 1, steps + 1):
             rates = set_learning_rates(optimizer, names, recipe.optim, step, steps)
-            totals, cursor = compute(run, engine, batches, clock, watchdog, progress.cursor, stop)
+            found = progress.quarantine
+            totals, cursor = compute(run, engine, batches, clock, watchdog, progress.cursor, stop, found)
             watchdog.enter("update", step)
             updated = update(run, engine, optimizer, progress, totals)
             progress.step, progress.cursor = step, cursor

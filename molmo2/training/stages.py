@@ -44,8 +44,9 @@ from molmo2.training.run import (
 )
 from molmo2.training.start import starting_model
 from shards.atomic import append_to, write_atomic
-from shards.stream.loader import QuarantineError
+from shards.stream.loader import Quarantine, QuarantineError
 from shards.stream.plan import Cursor, PlanError
+from shards.stream.reader import Damage
 
 STOPPED = os.EX_TEMPFAIL  # 75: a signal stopped the run before its end; whoever sent it should start the run again
 
@@ -102,8 +103,9 @@ def resume(
         universal: the converted states of the checkpoint, if the number of ranks or the ZeRO stage has changed.
         change_data: accept changed data and record the change; otherwise the plan refuses data that have changed.
     """
+    datasets, budget = run.plan.datasets, run.recipe.data.damage_budget
     if checkpoint is None:
-        return Progress(0, Cursor(), LossHistory())
+        return Progress(0, Cursor(), LossHistory(), Quarantine(datasets, budget))
     state = checkpoint.read(checkpoints.PLAN)
     cursor = take_over(run, state) if change_data else run.plan.restore(state)
     if universal and run.recipe.train.zero_stage == 0:
@@ -116,7 +118,8 @@ def resume(
 
     if changed := recipe_changes(checkpoint, run.recipe):
         say(f"{run.recipe.name}: the recipe has changed since step {checkpoint.step}: {', '.join(changed)}")
-    return Progress(checkpoint.step, cursor, LossHistory(checkpoint.meta.get("losses", ())))
+    quarantine = Quarantine(datasets, budget, (Damage(**damage) for damage in checkpoint.meta.get("damages", ())))
+    return Progress(checkpoint.step, cursor, LossHistory(checkpoint.meta.get("losses", ())), quarantine)
 
 
 def take_over(run: Run, state: dict[str, Any]) -> Cursor:

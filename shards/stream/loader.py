@@ -34,15 +34,14 @@ from shards.stream.collate import (
     open_sample,
     own_visuals,
 )
-from shards.stream.dataset import Tars, with_cache
+from shards.stream.dataset import Dataset, Tars, with_cache
 from shards.stream.plan import Cursor, Draw, Plan
 from shards.stream.read_ahead import MicroSpec, ReadAhead, look_ahead
-from shards.stream.reader import Damage, ReadError, read_sample, to_damage
+from shards.stream.reader import DAMAGE_BUDGET, Damage, ReadError, read_sample, to_damage
 
 LOG = logging.getLogger(__name__)
 READ_AHEAD = 256 << 20  # bytes of samples that a rank reads from a bucket before they are needed
 Timed = Sequence[tuple[OpenedSample | Damage, float]]  # samples, each with the seconds that reading it took
-BUDGET = 0.001  # largest fraction of a dataset's samples that may be damaged; one sample always may, unless strict
 
 
 class QuarantineError(ValueError):
@@ -190,29 +189,40 @@ def pack_reader(plan: Plan, layout: VisualLayout, share: tuple[int, int] = (0, 1
 
 
 class Quarantine:
-    """The damaged samples so far, counted against each dataset's budget."""
+    """The damaged samples so far, counted against each dataset's budget.
 
-    def __init__(self, sizes: dict[str, int], strict: bool) -> None:
-        self.allowed = {name: 0 if strict else max(1, int(size * BUDGET)) for name, size in sizes.items()}
-        self.seen: dict[tuple[str, str, int], Damage] = {}
+    Args:
+        datasets: the datasets of the plan.
+        budget: the fraction of a dataset's samples that may be damaged; one sample may, unless it is 0.
+        damages: samples that were found before, which are not reported again.
+    """
 
-    def add(self, damages: tuple[Damage, ...]) -> None:
+    def __init__(self, datasets: Iterable[Dataset], budget: float, damages: Iterable[Damage] = ()) -> None:
+        self.allowed = {dataset.name: max(1, int(len(dataset) * budget)) if budget else 0 for dataset in datasets}
+        self.damages = {_place(damage): damage for damage in damages}
+
+    def add(self, damages: Iterable[Damage]) -> None:
         """Record damaged samples; the same sample counts once.
 
         Raises:
             QuarantineError: a dataset has more of them than its budget.
         """
-        for item in damages:
-            if (place := (item.dataset, item.shard, item.row)) not in self.seen:
-                self.seen[place] = item
-                LOG.warning("masked: %s", item)
-        for name, count in Counter(dataset for dataset, _, _ in self.seen).items():
-            if count > self.allowed[name]:
-                listed = "\n  ".join(str(seen) for seen in self.seen.values() if seen.dataset == name)
+        for damage in damages:
+            if _place(damage) not in self.damages:
+                self.damages[_place(damage)] = damage
+                LOG.warning("masked: %s", damage)
+        for name, count in Counter(damage.dataset for damage in self.damages.values()).items():
+            if count > self.allowed.get(name, count):  # a dataset may have left the mixture
+                listed = "\n  ".join(str(damage) for damage in self.damages.values() if damage.dataset == name)
                 raise QuarantineError(
                     f"{count} damaged samples in {name}, {self.allowed[name]} allowed:\n  {listed}\n"
-                    "check the shards with tools/verify_shards.py and fetch or build them again"
+                    "check the shards with tools/verify_shards.py and fetch or build them again; data.damage_budget "
+                    "sets the fraction of a dataset that may be damaged"
                 )
+
+
+def _place(damage: Damage) -> tuple[str, str, int]:
+    return damage.dataset, damage.shard, damage.row
 
 
 def _start_worker(_: int) -> None:
@@ -241,7 +251,7 @@ def make_loader(
     read_ahead: int = READ_AHEAD,
     cache: int = 0,
     cost: PackCost = SAME_COST,
-    strict: bool = False,
+    damage_budget: float | None = DAMAGE_BUDGET,
 ) -> Generator[Batch, None, None]:
     """Yield this rank's micro-batches from `cursor` on, without end; `micro_steps` of them make one step.
 
@@ -261,7 +271,7 @@ def make_loader(
         read_ahead: bytes of stored samples that this rank reads from a bucket before they are needed.
         cache: bytes of whole shards of small samples from a bucket that this machine may cache on its disk.
         cost: cost of a pack, by which the packs of a step are dealt to the ranks; all ranks pass the same one.
-        strict: allow no damaged sample.
+        damage_budget: see `Quarantine`, for the samples of this rank; None leaves counting to the caller.
 
     Raises:
         ValueError: the packs of a step cannot be divided equally among the ranks.
@@ -280,7 +290,7 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # seeds of workers; else they are drawn from torch's global generator
     )
-    quarantine = Quarantine({dataset.name: len(dataset) for dataset in plan.datasets}, strict)
+    quarantine = None if damage_budget is None else Quarantine(plan.datasets, damage_budget)
 
     def batches() -> Generator[Batch, None, None]:
         others = set(multiprocessing.active_children())
@@ -290,7 +300,8 @@ def make_loader(
             for batch in iterator:
                 if isinstance(batch, UnavailableError):
                     raise batch
-                quarantine.add(batch.masked)
+                if quarantine is not None:
+                    quarantine.add(batch.masked)
                 yield batch
         finally:
             reader.ahead.close()

@@ -34,6 +34,7 @@ from shards.storage.base import UnavailableError, tally
 from shards.stream.dataset import Tars
 from shards.stream.plan import Draw
 
+DAMAGE_BUDGET = 0.001  # largest fraction of a dataset's samples that may be damaged; one sample may, unless it is 0
 ATTEMPTS = 3  # reads of a sample before it counts as damaged
 PAUSE = 0.05  # seconds before the second attempt; doubles, with jitter
 JITTER = random.Random()  # used for pauses only: no data depends on it

@@ -427,6 +427,49 @@ def test_too_much_damage_ends_the_run_with_the_list(root: Path, tmp_path: Path) 
     assert not list((data / "runs/r/checkpoints").glob("step-*"))
 
 
+def test_damaged_samples_count_together_over_ranks_and_restarts(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One damaged sample is met in step 2 and one in step 3, by the two ranks; the budget of the dataset is one."""
+    data = copied(root, tmp_path)
+    monkeypatch.setenv("MOLMO2_DATA", str(data))
+    recipe = load_recipe(toy_run.write_recipe(tmp_path / "r.yaml", "r"))
+    plan = open_plan(recipe.roots, recipe.data.drawn_mixture, recipe.plan_settings)
+    cost = pack_cost(recipe, PRESETS["tiny"])
+    first: dict[tuple[int, int], tuple[int, int]] = {}  # shard and row -> the step and the rank that first read it
+    cursor = Cursor()
+    for number in range(1, 6):
+        step = plan.step(cursor)
+        for rank in (0, 1):
+            for pack in own_packs(step, cost, recipe.data.sequence_length, rank, 2, recipe.train.micro_batch):
+                for draw in pack.draws:
+                    first.setdefault((draw.shard, draw.row), (number, rank))
+        cursor = step.cursor
+    for wanted in ((2, 0), (3, 1)):
+        shard, row = next(place for place, found in first.items() if found == wanted)
+        entry = plan.datasets[0].sidecars[shard][row]
+        with open(data / f"shards/sft/toy/{shard:06d}.tar", "r+b") as file:
+            file.seek(int(entry["offset"]) + 600)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
+    for name, ranks in (("alone", 1), ("pair", 2)):
+        output = train(data, toy_run.write_recipe(tmp_path / f"{name}.yaml", name), ranks=ranks, code=1)
+        assert "2 damaged samples in toy, 1 allowed:" in output
+        assert [line["step"] for line in log(data, name)] == [1, 2]
+        assert "Traceback" not in output
+    parts = toy_run.write_recipe(tmp_path / "parts.yaml", "parts", steps=2)
+    train(data, parts)
+    output = train(data, parts, "--set", "train.steps=6", code=1)
+    assert "2 damaged samples in toy, 1 allowed:" in output
+    assert len(log(data, "parts")) == 2
+    train(data, parts, "--set", "train.steps=6", "data.damage_budget=0.9")
+    assert len(log(data, "parts")) == 6
+    output = train(data, toy_run.write_recipe(tmp_path / "none.yaml", "none"), "--set", "data.damage_budget=0", code=1)
+    assert "1 damaged samples in toy, 0 allowed:" in output
+    assert len(log(data, "none")) == 1
+
+
 def test_a_full_disk_is_told_and_nothing_is_taken_for_whole(root: Path, tmp_path: Path) -> None:
     data = copied(root, tmp_path)
     limit = 1_000_000  # bytes of a file; the states of the tiny model are larger

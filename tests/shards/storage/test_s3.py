@@ -197,7 +197,9 @@ def other_range(exchange: Exchange) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [slow_down, reset, cut, short, endless, other_range], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change", [slow_down, reset, cut, short, endless, other_range], ids=lambda change: change.__name__
+)
 def test_passing_faults_give_the_right_bytes(
     proxy: tuple[list[Fault], list[str]], local: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[..., None]
 ) -> None:

@@ -281,7 +281,7 @@ def test_the_budget_ends_at_the_same_batch_for_any_workers(damaged: Any) -> None
 
 def test_strict_stops_at_the_first(damaged: Any) -> None:
     with pytest.raises(QuarantineError, match="1 damaged samples in big, 0 allowed"):
-        list(itertools.islice(make_loader(damaged(3), Cursor(), LAYOUT, strict=True), 200))
+        list(itertools.islice(make_loader(damaged(3), Cursor(), LAYOUT, damage_budget=0), 200))
 
 
 def test_a_missing_tar_is_damage_too(damaged: Any, tmp_path: Path) -> None:
