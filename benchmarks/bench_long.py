@@ -36,10 +36,10 @@ from torch import Tensor
 from molmo2.config import load_recipe
 from molmo2.model.attention import dense_attention, flex, tiled_attention
 from molmo2.model.connector import Connector
-from molmo2.model.flops import attention_pairs
 from molmo2.model.loss import weighted_loss
 from molmo2.model.mask import MEMBER, TRUNK, AttentionMask
 from molmo2.model.molmo2 import Molmo2
+from molmo2.model.pairs import attention_pairs
 from molmo2.model.presets import PRESETS
 from molmo2.parallel.loss_rows import take_loss_rows
 from molmo2.parallel.mesh import make_mesh
@@ -107,7 +107,7 @@ def whole_pack(rank: int, world: int, folder: str, answers: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{world}", rank=rank, world_size=world)
     mesh, config = make_mesh(world), PRESETS["tiny"]
     model = Molmo2(config).init_weights()
-    model.set_checkpointing(True)
+    model.set_recompute("full")
     model.train()
     length, words = LENGTHS[-1], 60
     frame = torch.arange(length - words) // (PER_FRAME + 3)
@@ -160,9 +160,7 @@ def modelled(world: int) -> float:
     kept = dataclasses.replace(measure_saved(config, torch.float32), connector=frame)
     recipe = load_recipe(ROOT / "recipes/demo/stage3.yaml")
     data = recipe.data.model_copy(update={"sequence_length": LENGTHS[-1], "max_crops": FRAMES})
-    train = recipe.train.model_copy(
-        update={"sp": world, "micro_batch": 1, "activation_checkpointing": True, "chunk_crops": FRAMES}
-    )
+    train = recipe.train.model_copy(update={"sp": world, "micro_batch": 1, "recompute": "full", "chunk_crops": FRAMES})
     parts = activation_bytes(recipe.model_copy(update={"data": data, "train": train}), config, kept)
     return sum(parts[name] for name in ("language model", "vision", "connector"))
 
