@@ -33,7 +33,7 @@ import torch.distributed as dist
 from bench_plan import cpu_name
 from torch import Tensor
 
-from molmo2.config import load_recipe
+from molmo2.model.activations import MicroBatch, activation_bytes, measure_saved, saved_bytes
 from molmo2.model.attention import dense_attention, flex, tiled_attention
 from molmo2.model.connector import Connector
 from molmo2.model.loss import weighted_loss
@@ -46,7 +46,6 @@ from molmo2.parallel.mesh import make_mesh
 from molmo2.parallel.places import find_loss_places, find_visual_places
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
-from molmo2.training.dry_run import activation_bytes, measure_saved, saved_bytes
 from shards.split import split_visuals
 
 LENGTHS = (1024, 2048, 4096, 8192, 16_384, 36_864)
@@ -158,10 +157,8 @@ def modelled(world: int) -> float:
     pooling = torch.randint(0, config.patches_per_crop, (PER_FRAME, 9))
     frame = saved_bytes(connector, lambda: connector(features, pooling)) + features.nbytes
     kept = dataclasses.replace(measure_saved(config, torch.float32), connector=frame)
-    recipe = load_recipe(ROOT / "recipes/demo/stage3.yaml")
-    data = recipe.data.model_copy(update={"sequence_length": LENGTHS[-1], "max_crops": FRAMES})
-    train = recipe.train.model_copy(update={"sp": world, "micro_batch": 1, "recompute": "full", "chunk_crops": FRAMES})
-    parts = activation_bytes(recipe.model_copy(update={"data": data, "train": train}), config, kept)
+    batch = MicroBatch(tokens=LENGTHS[-1] / world, crops=-(-FRAMES // world), recompute="full", sp=world, item_size=4)
+    parts = activation_bytes(config, kept, batch)
     return sum(parts[name] for name in ("language model", "vision", "connector"))
 
 

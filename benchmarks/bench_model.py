@@ -209,7 +209,7 @@ def text_loss(model: Molmo2, batch: Batch, features: Tensor | None) -> Tensor:
     labels, rows = batch.labels[kept], rows_per_chunk(model.config.text.vocab_size)
     sums = weighted_loss(
         hidden[kept], model.lm_head, labels=labels, weights=torch.ones_like(labels, dtype=torch.float32),
-        z_loss=0.0, chunk_rows=rows,
+        z_loss=0.0, chunk_rows=rows, sums_of=model.lm_head.chunk_sums,
     )  # fmt: skip
     return sums.cross_entropy / len(labels)
 

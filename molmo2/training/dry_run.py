@@ -12,29 +12,22 @@ host the processes themselves, which share most of torch's memory, and what a bu
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from molmo2.config import Recipe, Recompute
-from molmo2.model.connector import Connector
-from molmo2.model.decoder import Decoder
+from molmo2.model.activations import MicroBatch, SavedBytes, activation_bytes, measure_saved
 from molmo2.model.flops import PEAK_TFLOPS, Workload, known_peak, step_flops
-from molmo2.model.loss import CHUNK_BYTES
-from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS, ModelConfig
-from molmo2.model.vit import VisionTransformer
 from molmo2.parallel.mesh import MeshError, check_mesh
 
 GIB = 2**30
 LEVELS: tuple[Recompute, ...] = typing.get_args(Recompute)
 ALLOCATOR_MARGIN = 1.1  # fragmentation and buffers too small to model
-LAYER_PEAK = 1.3  # peak memory of one layer in backward, relative to its saved activations: gradients come on top
 BUCKET = 5 * 10**8  # parameters that DeepSpeed reduces or gathers at once; its default
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128)  # numbers of GPUs that the table lists
 MACHINE_GPUS = 8  # GPUs of one machine, at most
@@ -64,90 +57,6 @@ def this_gpu(recipe: Recipe, memory_gib: float | None = None, price: float | Non
     return Gpu(memory_gib=memory_gib, peak_tflops=peak, price=price)
 
 
-@dataclass(frozen=True, slots=True)
-class SavedBytes:
-    """Bytes of activations that autograd saves for backward, by what is recomputed.
-
-    Attributes:
-        layer: one language model layer of which nothing is recomputed, bytes per token.
-        layer_light: one at `recompute: light`, bytes per token: its input, and inputs and result of attention.
-        layer_input: the input of such a layer, bytes per token.
-        norm: the norm after the last layer, bytes per token.
-        block: one vision transformer block, bytes per crop.
-        block_input: the input of such a block, bytes per crop.
-        connector: the connector, bytes per frame.
-    """
-
-    layer: int
-    layer_light: int
-    layer_input: int
-    norm: int
-    block: int
-    block_input: int
-    connector: int
-
-
-def saved_bytes(modules: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Bytes of the tensors that autograd saves for the backward pass of `run`, without parameters."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in modules.parameters()}
-    sizes: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(count, lambda tensor: tensor):
-        output = run()
-    assert output.requires_grad
-    return sum(sizes.values())
-
-
-def measure_saved(config: ModelConfig, dtype: torch.dtype) -> SavedBytes:
-    """Measure the saved activations of this model on one layer of each kind and a few tokens."""
-    tokens = 64
-    with torch.device("meta"):
-        decoder = Decoder(config.text)
-        vit = VisionTransformer(config.vit, config.patch_size, config.patches_per_crop)
-        connector = Connector(config.connector, config.vit, config.text)
-    parts = (decoder.layers[0], decoder.norm, vit.blocks[0])
-    layer, norm, block = (part.to_empty(device="cpu").to(dtype) for part in parts)
-    connector.to_empty(device="cpu").to(dtype)
-
-    x = torch.zeros(1, tokens, config.text.hidden_size, dtype=dtype, requires_grad=True)
-    rope = decoder.rope(torch.arange(tokens)[None])[False]
-    mask = AttentionMask(torch.zeros(1, tokens, dtype=torch.int32), torch.zeros(1, tokens, dtype=torch.bool))
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    crop = torch.zeros(1, config.patches_per_crop, config.vit.hidden_size, dtype=dtype, requires_grad=True)
-    side = round(config.patches_per_crop**0.5)
-    window = config.video_pool**2
-    pooling = torch.arange((side // config.video_pool) ** 2 * window).view(-1, window)
-    features = torch.zeros(
-        1,
-        config.patches_per_crop,
-        config.vit.hidden_size * len(config.vit.feature_layers),
-        dtype=dtype,
-        requires_grad=True,
-    )
-    per_token = {}
-    for level in ("none", "light"):
-        decoder.recompute = level
-        per_token[level] = saved_bytes(layer, lambda: decoder.run_layer(layer, x, rope, mask, attend)) // tokens
-    return SavedBytes(
-        layer=per_token["none"],
-        layer_light=per_token["light"],
-        layer_input=x.nbytes // tokens,
-        norm=saved_bytes(norm, lambda: norm(x)) // tokens,
-        block=saved_bytes(block, lambda: block(crop)),
-        block_input=crop.nbytes,
-        connector=saved_bytes(connector, lambda: connector(features, pooling)) + features.nbytes,
-    )
-
-
 def state_bytes(recipe: Recipe, config: ModelConfig, world: int) -> dict[str, float]:
     """Bytes of parameters, gradients, optimizer states and DeepSpeed's buffers on one of `world` GPUs."""
     with torch.device("meta"):
@@ -168,53 +77,25 @@ def state_bytes(recipe: Recipe, config: ModelConfig, world: int) -> dict[str, fl
     }
 
 
-def kept_bytes(recipe: Recipe, config: ModelConfig, kept: SavedBytes) -> dict[str, float]:
-    """Bytes of activations that one GPU keeps from the forward pass of a full micro-batch to its backward pass."""
-    train, tokens, crops = recipe.train, *_sizes(recipe)
-    if train.recompute == "light":
-        # The result of attention is kept before and after its exchange.
-        exchanged = config.text.num_heads * config.text.head_dim * _item_size(recipe) if train.sp > 1 else 0
-        text = kept.layer_light + exchanged
-    else:
-        text = kept.layer if train.recompute == "none" else kept.layer_input
-    vision = 0 if "vit" in train.freeze else kept.block if train.recompute == "none" else kept.block_input
-    inputs = 0 if "activations" in train.offload else 1
-    return {
-        "language model": tokens * (inputs * text * config.text.num_layers + kept.norm),
-        "vision": inputs * crops * vision * config.vit.num_layers,
-        "connector": crops * kept.connector,
-    }
-
-
-def activation_bytes(recipe: Recipe, config: ModelConfig, kept: SavedBytes) -> dict[str, float]:
-    """Bytes of activations on one GPU in a full micro-batch, with what backward makes again of one layer."""
-    train, tokens, crops = recipe.train, *_sizes(recipe)
-    at_once = min(crops, train.chunk_crops or crops)
-    parts = kept_bytes(recipe, config, kept)
-    if train.recompute != "none":
-        parts["language model"] += tokens * LAYER_PEAK * kept.layer
-        parts["vision"] += at_once * LAYER_PEAK * kept.block
-    if "vit" in train.freeze:  # one block at a time
-        parts["vision"] = at_once * kept.block
-    heads = config.text.num_heads + 2 * config.text.num_kv_heads
-    exchanged = 2 * tokens * heads * config.text.head_dim * _item_size(recipe)
-    return parts | {"logits": CHUNK_BYTES, "exchange": exchanged if train.sp > 1 else 0}
-
-
-def _sizes(recipe: Recipe) -> tuple[float, int]:
-    """Tokens and crops of one GPU in a full micro-batch."""
+def micro_batch(recipe: Recipe) -> MicroBatch:
+    """A full micro-batch of the recipe, as one GPU computes it."""
     train, data = recipe.train, recipe.data
-    return train.micro_batch * data.sequence_length / train.sp, train.micro_batch * -(-data.max_crops // train.sp)
-
-
-def _item_size(recipe: Recipe) -> int:
-    return 2 if recipe.train.precision == "bf16" else 4
+    return MicroBatch(
+        tokens=train.micro_batch * data.sequence_length / train.sp,
+        crops=train.micro_batch * -(-data.max_crops // train.sp),
+        recompute=train.recompute,
+        chunk_crops=train.chunk_crops,
+        sp=train.sp,
+        item_size=2 if train.precision == "bf16" else 4,
+        vit_frozen="vit" in train.freeze,
+        offload="activations" in train.offload,
+    )
 
 
 def memory(recipe: Recipe, world: int, kept: SavedBytes) -> dict[str, float]:
     """Peak memory of one of `world` GPUs by its parts, in bytes; the values add up to the total."""
     config = PRESETS[recipe.model]
-    parts = state_bytes(recipe, config, world) | activation_bytes(recipe, config, kept)
+    parts = state_bytes(recipe, config, world) | activation_bytes(config, kept, micro_batch(recipe))
     return {name: ALLOCATOR_MARGIN * value for name, value in parts.items()}
 
 
@@ -231,7 +112,8 @@ def host_memory(recipe: Recipe, world: int, kept: SavedBytes) -> dict[str, float
     model.text.embedding.base.requires_grad_(not recipe.optim.freeze_base_embedding)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     ranks = min(world, MACHINE_GPUS)
-    tokens, crops = _sizes(recipe)
+    batch = micro_batch(recipe)
+    tokens, crops = batch.tokens, batch.crops
     activations = tokens * kept.layer_input * config.text.num_layers + crops * kept.block_input * config.vit.num_layers
     states = trained * (12 if train.precision == "bf16" else 8) / (world if train.zero_stage else 1)
     pixels = crops * config.crop_size**2 * 3  # uint8; all else in a batch is small beside them

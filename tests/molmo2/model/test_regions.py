@@ -13,12 +13,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from molmo2.config import RecipeError
+from molmo2.model.activations import saved_bytes
 from molmo2.model.lora import add_adapters
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import RopeScaling
 from molmo2.model.regions import compile_regions
 from molmo2.parallel.mesh import SINGLE
-from molmo2.training.dry_run import saved_bytes
 from molmo2.training.engine import TrainingModule
 from shards.stream.collate import Batch
 

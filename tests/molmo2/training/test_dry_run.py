@@ -13,6 +13,7 @@ from fork_server import python
 from molmo2.config import Recipe, load_recipe
 from molmo2.inspection.look import dry_run_lines
 from molmo2.inspection.shares import draw_steps
+from molmo2.model.activations import SavedBytes, activation_bytes, kept_bytes, measure_saved, saved_bytes
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS
@@ -20,15 +21,11 @@ from molmo2.training.dry_run import (
     ALLOCATOR_MARGIN,
     GIB,
     Gpu,
-    SavedBytes,
-    activation_bytes,
     dry_run,
     host_memory,
-    kept_bytes,
-    measure_saved,
     memory,
+    micro_batch,
     operations,
-    saved_bytes,
     this_gpu,
 )
 from shards.stream.plan import open_plan
@@ -80,9 +77,9 @@ def test_activations_of_a_whole_model_are_as_estimated(level: str) -> None:
     recipe = load_recipe(STAGE1, [*settings, "train.micro_batch=1", "model=tiny"])
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "fp32"})})
     kept = measure_saved(config, torch.float32)
-    parts = kept_bytes(recipe, config, kept)
+    parts = kept_bytes(config, kept, micro_batch(recipe))
     assert saved_bytes(model, run) == pytest.approx(sum(parts.values()), rel=0.1)
-    whole = activation_bytes(recipe, config, kept)
+    whole = activation_bytes(config, kept, micro_batch(recipe))
     assert all((whole[name] == parts[name]) == (level == "none" or name == "connector") for name in parts)
 
 

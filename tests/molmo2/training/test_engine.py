@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from molmo2.checkpoint.lookup import load_weights
+from molmo2.model.activations import saved_bytes
 from molmo2.parallel.mesh import SINGLE
-from molmo2.training.dry_run import saved_bytes
 from molmo2.training.engine import TrainingModule, deepspeed_config, read_engine_keys
 
 
