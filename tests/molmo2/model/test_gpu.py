@@ -41,7 +41,9 @@ def test_backends_equal_float32_of_the_whole_mask(backend) -> None:
         shapes = [(1, heads, length, 128) for heads in (32, 8, 8, 32)]
         q, k, v, gradient = (torch.randn(shape, generator=generator).to(DEVICE).bfloat16() for shape in shapes)
 
-        def results(attend, dtype: torch.dtype, tensors=(q, k, v), gradient=gradient, mask=row(length)):
+        mask = row(length)
+
+        def results(attend, dtype: torch.dtype, tensors=(q, k, v), gradient=gradient, mask=mask):
             leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
             out = attend(*leaves, mask)
             return [out, *torch.autograd.grad(out, leaves, gradient.to(dtype))]
@@ -83,9 +85,8 @@ def steps(device: str, level: str, compiled: bool) -> list[tuple[float, dict[str
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_step_equals_that_of_a_cpu(compiled: bool, level: str) -> None:
     """In float32."""
-    for (loss, wanted), (found, gradients) in zip(
-        steps("cpu", "none", False), steps(DEVICE, level, compiled), strict=True
-    ):
+    on_cpu, on_gpu = steps("cpu", "none", False), steps(DEVICE, level, compiled)
+    for (loss, wanted), (found, gradients) in zip(on_cpu, on_gpu, strict=True):
         assert found == pytest.approx(loss, rel=1e-4)
         largest = max(gradient.abs().max().item() for gradient in wanted.values())
         for name, gradient in wanted.items():
