@@ -33,20 +33,19 @@ import torch.distributed as dist
 from bench_plan import cpu_name
 from torch import Tensor
 
-from molmo2.config import load_recipe
+from molmo2.model.activations import MicroBatch, activation_bytes, measure_saved, saved_bytes
 from molmo2.model.attention import dense_attention, flex, tiled_attention
 from molmo2.model.connector import Connector
-from molmo2.model.flops import attention_pairs
 from molmo2.model.loss import weighted_loss
 from molmo2.model.mask import MEMBER, TRUNK, AttentionMask
 from molmo2.model.molmo2 import Molmo2
+from molmo2.model.pairs import attention_pairs
 from molmo2.model.presets import PRESETS
 from molmo2.parallel.loss_rows import take_loss_rows
 from molmo2.parallel.mesh import make_mesh
 from molmo2.parallel.places import find_loss_places, find_visual_places
 from molmo2.parallel.ulysses import ulysses
 from molmo2.parallel.vision import encode_shared
-from molmo2.training.dry_run import activation_bytes, measure_saved, saved_bytes
 from shards.split import split_visuals
 
 LENGTHS = (1024, 2048, 4096, 8192, 16_384, 36_864)
@@ -107,7 +106,7 @@ def whole_pack(rank: int, world: int, folder: str, answers: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{world}", rank=rank, world_size=world)
     mesh, config = make_mesh(world), PRESETS["tiny"]
     model = Molmo2(config).init_weights()
-    model.set_checkpointing(True)
+    model.set_recompute("full")
     model.train()
     length, words = LENGTHS[-1], 60
     frame = torch.arange(length - words) // (PER_FRAME + 3)
@@ -158,12 +157,8 @@ def modelled(world: int) -> float:
     pooling = torch.randint(0, config.patches_per_crop, (PER_FRAME, 9))
     frame = saved_bytes(connector, lambda: connector(features, pooling)) + features.nbytes
     kept = dataclasses.replace(measure_saved(config, torch.float32), connector=frame)
-    recipe = load_recipe(ROOT / "recipes/demo/stage3.yaml")
-    data = recipe.data.model_copy(update={"sequence_length": LENGTHS[-1], "max_crops": FRAMES})
-    train = recipe.train.model_copy(
-        update={"sp": world, "micro_batch": 1, "activation_checkpointing": True, "chunk_crops": FRAMES}
-    )
-    parts = activation_bytes(recipe.model_copy(update={"data": data, "train": train}), config, kept)
+    batch = MicroBatch(tokens=LENGTHS[-1] / world, crops=-(-FRAMES // world), recompute="full", sp=world, item_size=4)
+    parts = activation_bytes(config, kept, batch)
     return sum(parts[name] for name in ("language model", "vision", "connector"))
 
 

@@ -40,10 +40,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molmo2.model.flops import TRAINING_FACTOR, Flops, Workload, attention_pairs, forward_flops, known_peak
+from molmo2.model.flops import TRAINING_FACTOR, Flops, Workload, forward_flops, known_peak
 from molmo2.model.loss import rows_per_chunk, weighted_loss
 from molmo2.model.mask import MEMBER, TRUNK, AttentionMask, allowed
 from molmo2.model.molmo2 import Molmo2
+from molmo2.model.pairs import attention_pairs
 from molmo2.model.presets import PRESETS, ConnectorConfig, ModelConfig, TextConfig, VitConfig
 from molmo2.model.vit import to_patches
 
@@ -208,7 +209,7 @@ def text_loss(model: Molmo2, batch: Batch, features: Tensor | None) -> Tensor:
     labels, rows = batch.labels[kept], rows_per_chunk(model.config.text.vocab_size)
     sums = weighted_loss(
         hidden[kept], model.lm_head, labels=labels, weights=torch.ones_like(labels, dtype=torch.float32),
-        z_loss=0.0, chunk_rows=rows,
+        z_loss=0.0, chunk_rows=rows, sums_of=model.lm_head.chunk_sums,
     )  # fmt: skip
     return sums.cross_entropy / len(labels)
 
@@ -375,7 +376,7 @@ def measure_gpu(name: str, num_tokens: int, num_crops: int, num_rounds: int, pea
     """Prints a line of the table; returns the figures by bar."""
     device, case = torch.device("cuda"), Case(PRESETS[name], num_tokens, num_crops)
     model = make_ours(case.config, device, torch.bfloat16)
-    model.set_checkpointing(True)
+    model.set_recompute("full")
     batch = make_batch(case, device)
     torch.cuda.reset_peak_memory_stats()
     times = rounds_of({"ours": (model, functools.partial(trained_loss, model, batch))}, num_rounds)["ours"]

@@ -1,7 +1,7 @@
 """The share of the time in which ranks work, simulated on the packs of several packers; a part of bench_plan.py.
 
 Every micro-step ends when its slowest rank does, as under ZeRO-2 and 3, and a pack lasts as long as its operations take
-with the 4b model and activation checkpointing: those of its crops, its tokens (a row is padded) and its allowed pairs.
+with the 4b model and every layer recomputed: those of its crops, its tokens (a row is padded) and its allowed pairs.
 Four ways to make packs and to hand them to ranks:
 
     dealt        packs balanced by cost, dealt to ranks by cost: what the loader does
@@ -24,7 +24,7 @@ from shards.stream.order import key_of, shuffled
 from shards.stream.packing import best_fit, pack
 from shards.stream.plan import PackSizes
 
-COST = PackCost(*unit_costs(PRESETS["4b"], recompute=True))
+COST = PackCost(*unit_costs(PRESETS["4b"], level="full"))
 RANKS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 PACKS_PER_STEP = (128, 512, 4096)
 STEPS = 2  # of the most packs

@@ -27,6 +27,7 @@ from shards.stream.plan import PlanSettings
 from shards.stream.reader import DAMAGE_BUDGET
 
 CHUNK_CROPS = 32  # crops that the vision transformer recomputes at once; they take about 1 GiB with So400m
+Recompute = Literal["none", "light", "full"]
 Component = Literal["vit", "connector", "llm"]
 COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
 Fraction = typing.Annotated[float, Field(ge=0, le=1)]
@@ -84,7 +85,8 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     freeze: tuple[Component, ...] = ()  # components that are not trained: no gradients, no optimizer states
     precision: Literal["fp32", "bf16"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 2
-    activation_checkpointing: bool = True
+    recompute: Recompute = "full"  # activations computed again in backward; "light": all but those around attention
+    compile: bool | None = None  # torch.compile for the parts of layers; null: on a GPU, except under ZeRO-3
     offload: tuple[Literal["activations", "optimizer"], ...] = ()  # kept in CPU memory: slower, with less GPU memory
     z_loss: float = Field(default=1e-4, ge=0)  # factor of weight * logsumexp^2
     residual_dropout: float = Field(default=0.0, ge=0, lt=1)  # on the output of every sublayer of the language model
@@ -114,11 +116,18 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
             raise ValueError("freeze: every component is frozen, so nothing is trained; leave one out")
         if "optimizer" in self.offload and self.zero_stage == 0:
             raise ValueError("offload of the optimizer needs zero_stage 1, 2 or 3")
-        if "activations" in self.offload and not self.activation_checkpointing:
-            raise ValueError(
-                "offload of activations needs activation_checkpointing: only the inputs of layers are offloaded"
-            )
+        if "activations" in self.offload and self.recompute != "full":
+            raise ValueError("offload of activations needs recompute: full, since only inputs of layers are offloaded")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile: ZeRO-3 gathers parameters inside layers; use zero_stage 2, or compile: false")
         return self
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _check_old_name(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "activation_checkpointing" in values:
+            raise ValueError("activation_checkpointing was replaced: write recompute: full for true, none for false")
+        return values
 
     @property
     def chunk_crops(self) -> int | None:
@@ -127,7 +136,7 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
         Under ZeRO-3 every call of a layer is a collective, and ranks have different numbers of crops, so each rank
         makes one call with all its crops.
         """
-        return CHUNK_CROPS if self.activation_checkpointing and self.zero_stage < 3 else None
+        return CHUNK_CROPS if self.recompute != "none" and self.zero_stage < 3 else None
 
     @property
     def overlaps_reduction(self) -> bool:

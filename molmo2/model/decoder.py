@@ -5,9 +5,10 @@ The attention function is an argument, `attend(q, k, v, mask)`, so the model doe
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,19 +30,7 @@ class Mask(Protocol):
 Attend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
 
 
-class Cache:
-    """Keys and values of every layer so far, [B, Hkv, tokens, D] each."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values of new tokens to a layer, and return all of the layer's."""
-        if layer in self.layers:
-            old_k, old_v = self.layers[layer]
-            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
-        self.layers[layer] = (k, v)
-        return k, v
+Extend = Callable[..., tuple[Tensor, Tensor]]  # (number of a layer, new keys and values) -> all keys and values of it
 
 
 class RMSNorm(nn.Module):
@@ -92,9 +81,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """Grouped-query attention with normalised queries and keys."""
 
-    def __init__(self, config: TextConfig, layer: int) -> None:
+    def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.layer, self.head_dim, self.per_head = layer, config.head_dim, config.qk_norm == "qwen3"
+        self.head_dim, self.per_head = config.head_dim, config.qk_norm == "qwen3"
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
@@ -111,25 +100,23 @@ class SelfAttention(nn.Module):
             x = norm(x)
         return x.transpose(1, 2)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, attend: Attend, cache: Cache | None
-    ) -> Tensor:
-        """Map [B, S, d] to [B, S, d]."""
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, S, D], keys and values [B, Hkv, S, D] of x [B, S, d]."""
         q = rotate(self._heads(self.q_proj(x), self.q_norm), *rope)
         k = rotate(self._heads(self.k_proj(x), self.k_norm), *rope)
-        v = self._heads(self.v_proj(x), None)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        return q, k, self._heads(self.v_proj(x), None)
 
 
 class Layer(nn.Module):
-    """One decoder layer; with `norm_after` the norms act on the outputs of the sublayers (Olmo-3)."""
+    """One decoder layer; with `norm_after` the norms act on the outputs of the sublayers (Olmo-3).
 
-    def __init__(self, config: TextConfig, layer: int) -> None:
+    It has two halves, before and after attention, and each is one graph when compiled.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.layer, self.norm_after = layer, config.norm_after
-        self.attention = SelfAttention(config, layer)
+        self.norm_after = config.norm_after
+        self.attention = SelfAttention(config)
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -139,23 +126,17 @@ class Layer(nn.Module):
     def _mlp(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Mask,
-        attend: Attend,
-        cache: Cache | None,
-        dropout: Dropout | None = None,
-    ) -> Tensor:
-        """Map [B, S, d] to [B, S, d]."""
-        if self.norm_after:
-            added = self.attention_norm(self.attention(x, rope, mask, attend, cache))
-        else:
-            added = self.attention(self.attention_norm(x), rope, mask, attend, cache)
-        x = x + (dropout(added, 2 * self.layer) if dropout else added)
+    def pre(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x [B, S, d]; see `SelfAttention.project`."""
+        return self.attention.project(x if self.norm_after else self.attention_norm(x), rope)
+
+    def post(self, x: Tensor, attended: Tensor, dropout: Dropout | None = None, keys: Tensor | None = None) -> Tensor:
+        """The output [B, S, d] of x and the attention's result [B, H, S, D]; `keys` [2, B, 2] of the sublayers."""
+        added = self.attention.o_proj(attended.transpose(1, 2).flatten(2))
+        added = self.attention_norm(added) if self.norm_after else added
+        x = x + (added if dropout is None or keys is None else dropout(added, keys[0]))
         added = self.mlp_norm(self._mlp(x)) if self.norm_after else self._mlp(self.mlp_norm(x))
-        return x + (dropout(added, 2 * self.layer + 1) if dropout else added)
+        return x + (added if dropout is None or keys is None else dropout(added, keys[1]))
 
 
 class Embedding(nn.Module):
@@ -176,14 +157,20 @@ class Embedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder layers: embeddings to final hidden states."""
+    """The decoder layers: embeddings to final hidden states.
+
+    `pre` and `post` are the halves of a layer, of which `compile_regions` puts compiled ones into an instance.
+    """
+
+    pre: Callable[..., tuple[Tensor, Tensor, Tensor]] = staticmethod(Layer.pre)
+    post: Callable[..., Tensor] = staticmethod(Layer.post)
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = self.offload = False
+        self.recompute, self.offload = "none", False  # see `Molmo2.set_recompute`
         self.embedding = Embedding(config)
-        self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def rope(self, position_ids: Tensor) -> dict[bool, tuple[Tensor, Tensor]]:
@@ -204,16 +191,45 @@ class Decoder(nn.Module):
         position_ids: Tensor,
         mask: Mask,
         attend: Attend,
-        cache: Cache | None = None,
+        extend: Extend | None = None,
         dropout: Dropout | None = None,
     ) -> Tensor:
         """Map embeddings [B, S, d] and positions [B, S] to final-normed hidden states [B, S, d]."""
         tables = self.rope(position_ids)
         scaled = self.config.rope_scaling.layers if self.config.rope_scaling else ()
+        keys = None if dropout is None else dropout.keys(2 * len(self.layers)).unflatten(0, (-1, 2))
         for number, layer in enumerate(self.layers):
-            arguments = (x, tables[number in scaled], mask, attend, cache, dropout)
-            if self.checkpointing and self.training:
-                x = recomputed(layer, *arguments, offload=self.offload)
-            else:
-                x = layer(*arguments)
+            past = None if extend is None else functools.partial(extend, number)
+            place = None if keys is None else keys[number]
+            x = self.run_layer(layer, x, tables[number in scaled], mask, attend, past, dropout, place)
         return self.norm(x)
+
+    def run_layer(self, layer: nn.Module, x: Tensor, *others: Any) -> Tensor:
+        """Map x [B, S, d] to [B, S, d] by one layer, and save for backward what `recompute` says.
+
+        `others`: cosine and sine, mask, attention, and of the cache, the dropout and its keys what there is.
+        """
+        level = self.recompute if self.training else "none"
+        if level != "full":
+            return self._run_halves(layer, level == "light", x, *others)
+        return recomputed(functools.partial(self._run_halves, layer, False), x, *others, offload=self.offload)
+
+    def _run_halves(
+        self,
+        layer: nn.Module,
+        light: bool,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Mask,
+        attend: Attend,
+        extend: Extend | None = None,
+        dropout: Dropout | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:
+        pre, post = functools.partial(self.pre, layer), functools.partial(self.post, layer)
+        if light:  # queries, keys and values are inputs of attention, which saves them with its result
+            pre, post = (functools.partial(recomputed, half, offload=False) for half in (pre, post))
+        q, k, v = pre(x, rope)
+        if extend is not None:
+            k, v = extend(k, v)
+        return post(x, attend(q, k, v, mask), dropout, keys)

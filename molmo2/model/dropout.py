@@ -35,11 +35,15 @@ class Dropout:
     seeds: Tensor
     start: int = 0
 
-    def __call__(self, x: Tensor, place: int) -> Tensor:
-        """Apply dropout to [B, S, d], keeping the expectation; `place` is the index of the sublayer in the model."""
+    def keys(self, sublayers: int) -> Tensor:
+        """The keys of the masks of so many sublayers, int32 [sublayers, B, 2]."""
+        places = (torch.arange(1, sublayers + 1, device=self.seeds.device) * SUBLAYER % 2**31).int()
+        return _mixed(self.seeds ^ places[:, None, None])
+
+    def __call__(self, x: Tensor, keys: Tensor) -> Tensor:
+        """Apply dropout to [B, S, d], keeping the expectation; `keys`: int32 [B, 2], those of the sublayer."""
         token = torch.arange(self.start, self.start + x.shape[1], dtype=torch.int32, device=x.device)
         channel = torch.arange(x.shape[2], dtype=torch.int32, device=x.device)
-        keys = _mixed(self.seeds ^ (place + 1) * SUBLAYER % 2**31)
         first, second = _mixed(_mixed(keys[:, :, None] + token) ^ keys.flip(1)[:, :, None])[..., None].unbind(1)
         bits = _mixed(first ^ _mixed(channel * CHANNEL), second)
         dropped = (bits & (2**31 - 1)) < (self.rates * 2**31).int()[..., None]

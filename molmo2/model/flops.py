@@ -8,12 +8,10 @@ as the forward pass; MFU does not count recomputed activations.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor
 
-from molmo2.model.mask import MEMBER, PAD_SEGMENT, TRUNK
 from molmo2.model.presets import ConnectorConfig, ModelConfig, TextConfig, VitConfig
 
 # Dense bfloat16 peaks of GPUs in TFLOP/s, from NVIDIA's data sheets, by a part of the name that torch gives.
@@ -30,7 +28,7 @@ class Workload:
         num_visual_tokens: rows of the pooling table.
         pool_width: patches in a row of the pooling table, padding included.
         num_tokens: tokens of the language model, padding included.
-        num_pairs: (query, key) pairs of tokens that the mask allows, see `attention_pairs`.
+        num_pairs: (query, key) pairs of tokens that the mask allows, see `molmo2.model.pairs`.
         num_logits: tokens whose logits are computed.
     """
 
@@ -67,14 +65,12 @@ def forward_flops(config: ModelConfig, work: Workload) -> Flops:
     )
 
 
-def training_flops(forward: Flops, frozen: Collection[str] = (), *, recompute: bool = False) -> Flops:
+def training_flops(forward: Flops, frozen: Collection[str] = ()) -> Flops:
     """Operations of forward and backward; `frozen` names components.
 
     A frozen component has no gradients of its weights, and none of its inputs if nothing before it is trained. Two
     small parts are ignored: the first layer that is trained needs no gradients of its inputs, and the attention of a
     frozen component costs as much in backward as that of a trained one.
-
-    `recompute`: also count the second forward pass of activation checkpointing, which MFU does not.
     """
     counts: dict[str, int] = {}
     trained_before = False
@@ -82,13 +78,20 @@ def training_flops(forward: Flops, frozen: Collection[str] = (), *, recompute: b
         trained = name not in frozen
         counts[name] = count * (TRAINING_FACTOR if trained else 1 + trained_before)
         trained_before |= trained
-    if recompute:
-        counts["llm"] += forward.llm
-        counts["vit"] += forward.vit if "vit" not in frozen else 0
     return Flops(**counts)
 
 
-def unit_costs(config: ModelConfig, frozen: Collection[str] = (), *, recompute: bool = False) -> tuple[int, int, int]:
+def step_flops(config: ModelConfig, work: Workload, frozen: Collection[str] = (), level: str = "none") -> int:
+    """Operations of training with what is recomputed at a `level` of `Molmo2.set_recompute`, which MFU leaves out."""
+    forward = forward_flops(config, work)
+    total = training_flops(forward, frozen).total
+    if level == "none":
+        return total
+    again = replace(work, num_pairs=0) if level == "light" else work  # "light" keeps the result of attention
+    return total + forward_flops(config, again).llm + (forward.vit if "vit" not in frozen else 0)
+
+
+def unit_costs(config: ModelConfig, frozen: Collection[str] = (), level: str = "none") -> tuple[int, int, int]:
     """Operations of training per token, per crop and per allowed pair; those of a pack are nearly their sum.
 
     Two assumptions make it a sum of what the index of a dataset knows: every crop has the visual tokens of a video
@@ -101,42 +104,14 @@ def unit_costs(config: ModelConfig, frozen: Collection[str] = (), *, recompute: 
         {"num_crops": 1, "num_visual_tokens": visual, "pool_width": config.video_pool**2, "num_logits": -visual},
         {"num_pairs": 1},
     )
-    token, crop, pair = (
-        training_flops(forward_flops(config, Workload(**nothing | unit)), frozen, recompute=recompute).total
-        for unit in units
-    )
+    token, crop, pair = (step_flops(config, Workload(**nothing | unit), frozen, level) for unit in units)
     return token, crop, pair
-
-
-def attention_pairs(segment_ids: Tensor, is_visual: Tensor) -> int:
-    """The number of pairs that Molmo2's mask allows, computed without the mask; padding tokens are not counted.
-
-    It is correct for rows as the loader makes them: visual tokens are only in trunks, and a branch follows its trunk.
-
-    Args:
-        segment_ids: int [B, S], see `molmo2.model.mask`.
-        is_visual: bool [B, S].
-    """
-    total = 0
-    for row, visual in zip(segment_ids.long(), is_visual, strict=True):
-        row, visual = row[row != PAD_SEGMENT], visual[row != PAD_SEGMENT]
-        total += int(sum(_causal(count) for count in row.unique(return_counts=True)[1]))
-        member, is_trunk = row // MEMBER, row % MEMBER == TRUNK
-        size = int(member.max()) + 1 if len(row) else 0
-        trunk, seeing = (torch.bincount(member[part], minlength=size) for part in (is_trunk, visual))
-        total += int((trunk * torch.bincount(member[~is_trunk], minlength=size)).sum())  # a branch sees its trunk
-        total += int((seeing * (seeing - 1) // 2).sum())  # visual tokens see later ones too
-    return total
 
 
 def known_peak() -> float | None:
     """Dense bfloat16 peak of this machine's GPU in TFLOP/s; None without a GPU or for one not in `PEAK_TFLOPS`."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
-
-
-def _causal(count: Tensor) -> Tensor:
-    return count * (count + 1) // 2
 
 
 def _vit_crop(vit: VitConfig, patches: int, patch_size: int) -> int:

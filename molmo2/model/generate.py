@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molmo2.model.decoder import Cache
 from molmo2.model.mask import PAD_SEGMENT, TRUNK, AttentionMask, KeyMask
 from molmo2.model.molmo2 import Molmo2
 
@@ -47,6 +46,21 @@ def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
     return torch.stack([F.pad(row, (length - len(row), 0), value=value) for row in rows])
 
 
+class Cache:
+    """Keys and values of every layer so far, [B, Hkv, tokens, D] each."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values of new tokens to a layer, and return all of the layer's."""
+        if layer in self.layers:
+            old_k, old_v = self.layers[layer]
+            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+        self.layers[layer] = (k, v)
+        return k, v
+
+
 def prefill(model: Molmo2, prompts: Sequence[PromptTensors], cache: Cache) -> tuple[Tensor, Tensor]:
     """Run the prompts and fill the cache.
 
@@ -61,7 +75,7 @@ def prefill(model: Molmo2, prompts: Sequence[PromptTensors], cache: Cache) -> tu
     pixels, pooling = join_visuals(prompts, model.config.patches_per_crop)
     features = model.encode_visuals(pixels, pooling) if pixels.shape[0] else None
     mask = AttentionMask(segment_ids, is_visual)
-    return model.decode(model.embed(input_ids, features), position_ids, mask, cache=cache)[:, -1:], valid
+    return model.decode(model.embed(input_ids, features), position_ids, mask, extend=cache.extend)[:, -1:], valid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +137,7 @@ def stream(
         if not left or bool(finished.all()):
             return
         valid = F.pad(valid, (0, 1), value=True)
-        hidden = model.decode(model.embed(token[:, None], None), position_ids, KeyMask(valid), cache=cache)
+        hidden = model.decode(model.embed(token[:, None], None), position_ids, KeyMask(valid), extend=cache.extend)
         position_ids = position_ids + 1
 
 

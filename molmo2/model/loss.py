@@ -38,8 +38,23 @@ def rows_per_chunk(vocabulary: int) -> int:
     return max(1, CHUNK_BYTES // (BYTES_PER_LOGIT * vocabulary))
 
 
+def chunk_sums(
+    rows: Tensor, labels: Tensor, weights: Tensor, head: Callable[[Tensor], Tensor], z: float
+) -> tuple[Tensor, Tensor]:
+    """The sums of cross entropy and z-loss [2], and the cross entropy of each row [n]."""
+    logits = head(rows).float()
+    lse = logits.logsumexp(-1)
+    cross_entropy = lse - logits.gather(-1, labels[:, None]).squeeze(-1)
+    return torch.stack([(weights * cross_entropy).sum(), z * (weights * lse.square()).sum()]), cross_entropy
+
+
 class Head(nn.Linear):
-    """The language model's head, which maps hidden states to logits."""
+    """The language model's head, which maps hidden states to logits.
+
+    `chunk_sums` is that of `weighted_loss`; `compile_regions` puts a compiled function into an instance.
+    """
+
+    chunk_sums = staticmethod(chunk_sums)
 
     def forward(self, rows: Tensor, use: Callable[[Tensor, Callable[[Tensor], Tensor]], Any] | None = None) -> Any:
         """The logits of `rows`, or `use(rows, head)`, in which `head` may be called any number of times.
@@ -57,6 +72,7 @@ def weighted_loss(
     weights: Tensor,
     z_loss: float,
     chunk_rows: int,
+    sums_of: Callable[..., tuple[Tensor, Tensor]] = chunk_sums,
     datasets: Tensor | None = None,
     num_datasets: int = 1,
 ) -> LossSums:
@@ -69,6 +85,7 @@ def weighted_loss(
         weights: [n] float32.
         z_loss: factor of the z-loss.
         chunk_rows: rows whose logits exist at once; each chunk is recomputed in backward.
+        sums_of: `chunk_sums`, or its compiled form.
         datasets: [n] int64, the dataset of each row, below `num_datasets`; None: all rows are of dataset 0.
         num_datasets: number of datasets with sums of their own.
 
@@ -77,7 +94,7 @@ def weighted_loss(
     """
     sums, parts = hidden.new_zeros(2, dtype=torch.float32), []
     for chunk in zip(hidden.split(chunk_rows), labels.split(chunk_rows), weights.split(chunk_rows), strict=True):
-        both, part = checkpoint(_chunk_sums, *chunk, head, z_loss, use_reentrant=False, preserve_rng_state=False)
+        both, part = checkpoint(sums_of, *chunk, head, z_loss, use_reentrant=False, preserve_rng_state=False)
         sums = sums + both
         parts.append(part.detach())
     datasets = torch.zeros_like(labels) if datasets is None else datasets
@@ -88,13 +105,3 @@ def weighted_loss(
         dataset_loss=empty.index_add(0, datasets, weights * torch.cat(parts)),
         dataset_weight=empty.index_add(0, datasets, weights),
     )
-
-
-def _chunk_sums(
-    rows: Tensor, labels: Tensor, weights: Tensor, head: Callable[[Tensor], Tensor], z: float
-) -> tuple[Tensor, Tensor]:
-    """The sums of cross entropy and z-loss [2], and the cross entropy of each row [n]."""
-    logits = head(rows).float()
-    lse = logits.logsumexp(-1)
-    cross_entropy = lse - logits.gather(-1, labels[:, None]).squeeze(-1)
-    return torch.stack([(weights * cross_entropy).sum(), z * (weights * lse.square()).sum()]), cross_entropy

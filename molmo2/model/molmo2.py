@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from molmo2.model.attention import masked_attention
 from molmo2.model.connector import Connector
-from molmo2.model.decoder import Attend, Cache, Decoder, Mask
+from molmo2.model.decoder import Attend, Decoder, Extend, Mask
 from molmo2.model.dropout import Dropout
 from molmo2.model.loss import Head
 from molmo2.model.mask import AttentionMask
@@ -101,13 +101,17 @@ class Molmo2(nn.Module):
                 std = stds.get(name, parameter.shape[-1] ** -0.5)
                 yield name, torch.empty(parameter.shape).normal_(0, std, generator=generator)
 
-    def set_checkpointing(self, enabled: bool, chunk_crops: int | None = None, offload: bool = False) -> None:
-        """Set activation checkpointing: each layer's activations are recomputed in backward instead of saved.
+    def set_recompute(self, level: str, chunk_crops: int | None = None, offload: bool = False) -> None:
+        """Set which activations are computed again in backward instead of saved.
 
-        `chunk_crops`: the vision transformer processes this many crops at a time, so that a layer is recomputed for a
-        chunk and not for 384 frames at once. `offload`: the saved inputs of layers are kept in CPU memory.
+        Args:
+            level: "none"; "full": of every layer only the input is saved; "light": in the language model also the
+                inputs and the result of attention, which is the part that takes longest to compute again.
+            chunk_crops: the vision transformer processes this many crops at a time, so that a layer is recomputed for
+                a chunk and not for 384 frames at once.
+            offload: with "full", the saved inputs of layers are kept in CPU memory.
         """
-        self.vit.checkpointing = self.text.checkpointing = enabled
+        self.text.recompute, self.vit.recompute = level, level != "none"
         self.vit.offload = self.text.offload = offload
         self.vit.chunk_crops = chunk_crops
 
@@ -159,11 +163,11 @@ class Molmo2(nn.Module):
         position_ids: Tensor,
         mask: Mask,
         attend: Attend = masked_attention,
-        cache: Cache | None = None,
+        extend: Extend | None = None,
         dropout: Dropout | None = None,
     ) -> Tensor:
         """Map embeddings [B, S, d] and positions int64 [B, S] to final-normed hidden states [B, S, d]."""
-        return self.text(x, position_ids, mask, attend, cache, dropout)
+        return self.text(x, position_ids, mask, attend, extend, dropout)
 
     def forward(
         self,

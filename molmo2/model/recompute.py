@@ -10,11 +10,11 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(layer: Callable[..., Tensor], x: Tensor, *others: Any, offload: bool) -> Tensor:
-    """Compute `layer(x, *others)` and save only `x` for the backward pass; with `offload`, in CPU memory.
+def recomputed(layer: Callable[..., Any], x: Tensor, *others: Any, offload: bool) -> Any:
+    """Compute `layer(x, *others)` and save only its inputs for the backward pass; with `offload`, x in CPU memory.
 
-    Gradients flow to `x` and to parameters, not to `others`. No layer may draw random numbers from a generator: its
-    state is not kept for the recomputation.
+    With `offload` gradients flow to `x` and to parameters, not to `others`. No layer may draw random numbers from a
+    generator: its state is not kept for the recomputation.
     """
     if not offload:
         return checkpoint(layer, x, *others, use_reentrant=False, preserve_rng_state=False)

@@ -6,6 +6,8 @@ final norm. Positions are not interpolated, since crops always have the configur
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,12 +68,17 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The vision transformer, which maps crops to the features that the connector pools."""
+    """The vision transformer, which maps crops to the features that the connector pools.
+
+    `block` runs a block; `compile_regions` puts a compiled function into an instance.
+    """
+
+    block = staticmethod(Block.__call__)
 
     def __init__(self, config: VitConfig, patch_size: int, num_patches: int) -> None:
         super().__init__()
         self.config, self.patch_size = config, patch_size
-        self.checkpointing = self.offload = False
+        self.recompute = self.offload = False  # whether a block is recomputed in backward, its input in CPU memory
         self.chunk_crops: int | None = None  # crops computed at once; None: all
         self.pad_crops = 1  # crops are padded to a multiple of this number, so that kernels see few shapes
         self.patch_embedding = nn.Linear(patch_size * patch_size * 3, config.hidden_size)
@@ -93,10 +100,8 @@ class VisionTransformer(nn.Module):
         x = self.patch_embedding(patches) + self.positions
         outputs = {}
         for number, block in enumerate(self.blocks):
-            if self.checkpointing and self.training:
-                x = recomputed(block, x, offload=self.offload)
-            else:
-                x = block(x)
+            run = functools.partial(self.block, block)
+            x = recomputed(run, x, offload=self.offload) if self.recompute and self.training else run(x)
             if number in self.config.feature_layers:
                 outputs[number] = x
         return torch.cat([outputs[number] for number in self.config.feature_layers], dim=-1)

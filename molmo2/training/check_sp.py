@@ -3,11 +3,12 @@
     deepspeed molmo2/train.py --recipe recipes/demo/stage3.yaml --check-sp
 
 It catches what no test on another machine can: a library whose collectives or attention kernels differ here. It runs
-the run's weights, dtype, activation checkpointing and attention backend on a random pack of the run's length (a long
-one: a quarter), and compares the loss and the gradient of every parameter.
+the run's weights, dtype, recomputation and attention backend on a random pack of the run's length (a long one: a
+quarter), and compares the loss and the gradient of every parameter.
 
 It needs no engine: each rank has a copy of the whole model, the gradients of one rank are kept in host memory, and the
-mean over ranks is taken here. Reduction by DeepSpeed, the optimizer, LoRA and frozen parameters are left out.
+mean over ranks is taken here. Reduction by DeepSpeed, the optimizer, LoRA, frozen
+parameters and compilation are left out.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def check_sequence_parallel(model: Molmo2, recipe: Recipe, mesh: Mesh, device: t
     train, tolerance = recipe.train, TOLERANCES[recipe.train.precision]
     weights = {name: value.to(device, DTYPES[train.precision], copy=True) for name, value in model.state_dict().items()}
     copy = Molmo2.with_weights(model.config, weights).train()
-    copy.set_checkpointing(train.activation_checkpointing, train.chunk_crops, "activations" in train.offload)
+    copy.set_recompute(train.recompute, train.chunk_crops, "activations" in train.offload)
     length = check_length(recipe.data.sequence_length, train.sp)
     batch = check_pack(model.config, length, recipe.data.max_crops)
     loss = _backward(TrainingModule(copy, recipe, SINGLE), batch, device)

@@ -20,7 +20,7 @@ def pack_cost(recipe: Recipe, config: ModelConfig) -> PackCost:
     """The cost by which the packs of a step are dealt to the ranks: the recipe's, or operations."""
     if (given := recipe.train.pack_cost) is not None:
         return PackCost(given.token, given.crop, given.pair)
-    return PackCost(*unit_costs(config, recipe.frozen, recompute=recipe.train.activation_checkpointing))
+    return PackCost(*unit_costs(config, recipe.frozen, recipe.train.recompute))
 
 
 def batch_flops(batch: Batch, config: ModelConfig, frozen: Collection[str]) -> int:

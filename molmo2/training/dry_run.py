@@ -11,28 +11,23 @@ host the processes themselves, which share most of torch's memory, and what a bu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
-from molmo2.config import Recipe
-from molmo2.model.connector import Connector
-from molmo2.model.decoder import Decoder
-from molmo2.model.flops import PEAK_TFLOPS, Workload, forward_flops, known_peak, training_flops
-from molmo2.model.loss import CHUNK_BYTES
-from molmo2.model.mask import AttentionMask
+from molmo2.config import Recipe, Recompute
+from molmo2.model.activations import MicroBatch, SavedBytes, activation_bytes, measure_saved
+from molmo2.model.flops import PEAK_TFLOPS, Workload, known_peak, step_flops
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS, ModelConfig
-from molmo2.model.vit import VisionTransformer
 from molmo2.parallel.mesh import MeshError, check_mesh
 
 GIB = 2**30
+LEVELS: tuple[Recompute, ...] = typing.get_args(Recompute)
 ALLOCATOR_MARGIN = 1.1  # fragmentation and buffers too small to model
-LAYER_PEAK = 1.3  # peak memory of one layer in backward, relative to its saved activations: gradients come on top
 BUCKET = 5 * 10**8  # parameters that DeepSpeed reduces or gathers at once; its default
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128)  # numbers of GPUs that the table lists
 MACHINE_GPUS = 8  # GPUs of one machine, at most
@@ -62,79 +57,6 @@ def this_gpu(recipe: Recipe, memory_gib: float | None = None, price: float | Non
     return Gpu(memory_gib=memory_gib, peak_tflops=peak, price=price)
 
 
-@dataclass(frozen=True, slots=True)
-class SavedBytes:
-    """Bytes of activations that autograd saves for backward; activation checkpointing saves only the inputs.
-
-    Attributes:
-        layer: one language model layer, bytes per token.
-        layer_input: the input of such a layer, bytes per token.
-        block: one vision transformer block, bytes per crop.
-        block_input: the input of such a block, bytes per crop.
-        connector: the connector, bytes per frame.
-    """
-
-    layer: int
-    layer_input: int
-    block: int
-    block_input: int
-    connector: int
-
-
-def saved_bytes(modules: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Bytes of the tensors that autograd saves for the backward pass of `run`, without parameters."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in modules.parameters()}
-    sizes: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(count, lambda tensor: tensor):
-        output = run()
-    assert output.requires_grad
-    return sum(sizes.values())
-
-
-def measure_saved(config: ModelConfig, dtype: torch.dtype) -> SavedBytes:
-    """Measure the saved activations of this model on one layer of each kind and a few tokens."""
-    tokens = 64
-    with torch.device("meta"):
-        decoder = Decoder(config.text)
-        vit = VisionTransformer(config.vit, config.patch_size, config.patches_per_crop)
-        connector = Connector(config.connector, config.vit, config.text)
-    layer, block = (part.to_empty(device="cpu").to(dtype) for part in (decoder.layers[0], vit.blocks[0]))
-    connector.to_empty(device="cpu").to(dtype)
-
-    x = torch.zeros(1, tokens, config.text.hidden_size, dtype=dtype, requires_grad=True)
-    rope = decoder.rope(torch.arange(tokens)[None])[False]
-    mask = AttentionMask(torch.zeros(1, tokens, dtype=torch.int32), torch.zeros(1, tokens, dtype=torch.bool))
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    crop = torch.zeros(1, config.patches_per_crop, config.vit.hidden_size, dtype=dtype, requires_grad=True)
-    side = round(config.patches_per_crop**0.5)
-    window = config.video_pool**2
-    pooling = torch.arange((side // config.video_pool) ** 2 * window).view(-1, window)
-    features = torch.zeros(
-        1,
-        config.patches_per_crop,
-        config.vit.hidden_size * len(config.vit.feature_layers),
-        dtype=dtype,
-        requires_grad=True,
-    )
-    return SavedBytes(
-        layer=saved_bytes(layer, lambda: layer(x, rope, mask, attend, None)) // tokens,
-        layer_input=x.nbytes // tokens,
-        block=saved_bytes(block, lambda: block(crop)),
-        block_input=crop.nbytes,
-        connector=saved_bytes(connector, lambda: connector(features, pooling)) + features.nbytes,
-    )
-
-
 def state_bytes(recipe: Recipe, config: ModelConfig, world: int) -> dict[str, float]:
     """Bytes of parameters, gradients, optimizer states and DeepSpeed's buffers on one of `world` GPUs."""
     with torch.device("meta"):
@@ -155,36 +77,25 @@ def state_bytes(recipe: Recipe, config: ModelConfig, world: int) -> dict[str, fl
     }
 
 
-def activation_bytes(recipe: Recipe, config: ModelConfig, kept: SavedBytes) -> dict[str, float]:
-    """Bytes of activations on one GPU in a full micro-batch."""
+def micro_batch(recipe: Recipe) -> MicroBatch:
+    """A full micro-batch of the recipe, as one GPU computes it."""
     train, data = recipe.train, recipe.data
-    tokens = train.micro_batch * data.sequence_length / train.sp
-    crops = train.micro_batch * -(-data.max_crops // train.sp)
-    at_once = min(crops, train.chunk_crops or crops)
-    layers, blocks = config.text.num_layers, config.vit.num_layers
-    if train.activation_checkpointing:
-        inputs = 0 if "activations" in train.offload else 1
-        text = tokens * (inputs * kept.layer_input * layers + LAYER_PEAK * kept.layer)
-        vision = inputs * crops * kept.block_input * blocks + at_once * LAYER_PEAK * kept.block
-    else:
-        text, vision = tokens * kept.layer * layers, crops * kept.block * blocks
-    if "vit" in train.freeze:  # one block at a time, and nothing is saved for backward
-        vision = at_once * kept.block
-    heads = config.text.num_heads + 2 * config.text.num_kv_heads
-    size = 2 if train.precision == "bf16" else 4
-    return {
-        "language model": text,
-        "vision": vision,
-        "connector": crops * kept.connector,
-        "logits": CHUNK_BYTES,
-        "exchange": 2 * tokens * heads * config.text.head_dim * size if train.sp > 1 else 0,
-    }
+    return MicroBatch(
+        tokens=train.micro_batch * data.sequence_length / train.sp,
+        crops=train.micro_batch * -(-data.max_crops // train.sp),
+        recompute=train.recompute,
+        chunk_crops=train.chunk_crops,
+        sp=train.sp,
+        item_size=2 if train.precision == "bf16" else 4,
+        vit_frozen="vit" in train.freeze,
+        offload="activations" in train.offload,
+    )
 
 
 def memory(recipe: Recipe, world: int, kept: SavedBytes) -> dict[str, float]:
     """Peak memory of one of `world` GPUs by its parts, in bytes; the values add up to the total."""
     config = PRESETS[recipe.model]
-    parts = state_bytes(recipe, config, world) | activation_bytes(recipe, config, kept)
+    parts = state_bytes(recipe, config, world) | activation_bytes(config, kept, micro_batch(recipe))
     return {name: ALLOCATOR_MARGIN * value for name, value in parts.items()}
 
 
@@ -201,8 +112,8 @@ def host_memory(recipe: Recipe, world: int, kept: SavedBytes) -> dict[str, float
     model.text.embedding.base.requires_grad_(not recipe.optim.freeze_base_embedding)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     ranks = min(world, MACHINE_GPUS)
-    tokens = train.micro_batch * data.sequence_length / train.sp
-    crops = train.micro_batch * -(-data.max_crops // train.sp)
+    batch = micro_batch(recipe)
+    tokens, crops = batch.tokens, batch.crops
     activations = tokens * kept.layer_input * config.text.num_layers + crops * kept.block_input * config.vit.num_layers
     states = trained * (12 if train.precision == "bf16" else 8) / (world if train.zero_stage else 1)
     pixels = crops * config.crop_size**2 * 3  # uint8; all else in a batch is small beside them
@@ -214,7 +125,7 @@ def host_memory(recipe: Recipe, world: int, kept: SavedBytes) -> dict[str, float
     }
 
 
-def step_flops(recipe: Recipe) -> float:
+def operations(recipe: Recipe) -> float:
     """Operations of a step, including recomputation; every pack is full and holds one video and one question."""
     config, data = PRESETS[recipe.model], recipe.data
     tokens, crops = data.sequence_length, data.max_crops
@@ -227,8 +138,7 @@ def step_flops(recipe: Recipe) -> float:
         num_pairs=(tokens**2 + visual**2) // 2,
         num_logits=tokens - visual,
     )
-    forward, again = forward_flops(config, work), recipe.train.activation_checkpointing
-    return recipe.train.packs_per_step * training_flops(forward, recipe.frozen, recompute=again).total
+    return recipe.train.packs_per_step * step_flops(config, work, recipe.frozen, recipe.train.recompute)
 
 
 def suggested_changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
@@ -239,7 +149,7 @@ def suggested_changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """
     train = recipe.train
     savings: list[tuple[str, Any]] = [
-        ("train.activation_checkpointing", True),
+        *(("train.recompute", level) for level in LEVELS[LEVELS.index(train.recompute) + 1 :]),
         ("train.micro_batch", 1),
         ("train.zero_stage", 3),
         *(("train.sp", sp) for sp in (2, 4, 8)),
@@ -268,7 +178,7 @@ def dry_run(recipe: Recipe, gpu: Gpu) -> list[str]:
         raise ValueError(f"model {recipe.model!r} is not a preset; known: {', '.join(sorted(PRESETS))}")
     config, train = PRESETS[recipe.model], recipe.train
     kept = measure_saved(config, torch.bfloat16 if train.precision == "bf16" else torch.float32)
-    flops = step_flops(recipe)
+    flops = operations(recipe)
     parts = list(memory(recipe, 1, kept))
     cost = "" if gpu.price is None else f", USD at {gpu.price:g} per GPU and hour"
     lines = [
@@ -296,9 +206,25 @@ def dry_run(recipe: Recipe, gpu: Gpu) -> list[str]:
         lines.append(f"no number of GPUs up to {GPUS[-1]} divides this recipe's packs and micro-batches")
     elif gpu.memory_gib is None:
         lines.append("no GPU was found: --gpu-memory GIB gives its memory, to see what to change if it is too small")
-    elif max(totals.values()) > gpu.memory_gib:
+    else:
+        lines.append(f"the least train.recompute for {gpu.memory_gib:.3g} GiB, by GPUs: {_levels(recipe, gpu, kept)}")
+    if totals and gpu.memory_gib is not None and max(totals.values()) > gpu.memory_gib:
         lines += ["", *_changes(recipe, gpu.memory_gib, kept)]
     return lines
+
+
+def _levels(recipe: Recipe, gpu: Gpu, kept: SavedBytes) -> str:
+    """The least recomputation with which a step fits into the GPU's memory, for each number of GPUs."""
+    levels = ("full",) if "activations" in recipe.train.offload else LEVELS
+    chosen = []
+    for world in (world for world in GPUS if _runs_on(recipe, world)):
+        needs = {}
+        for level in levels:
+            changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"recompute": level})})
+            needs[level] = sum(memory(changed, world, kept).values()) / GIB
+        fitting = (f"{level} ({need:.0f} GiB)" for level, need in needs.items() if need <= (gpu.memory_gib or 0))
+        chosen.append(f"{world}: {next(fitting, 'too small')}")
+    return ", ".join(chosen)
 
 
 def _changes(recipe: Recipe, memory_gib: float, kept: SavedBytes) -> Iterator[str]:

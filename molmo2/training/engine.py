@@ -94,18 +94,20 @@ class TrainingModule(nn.Module):
         model, mesh, batch, rows = self.model, self.mesh, placed.batch, placed.loss
         crop_size = model.config.crop_size
         features, touch = encode_shared(model.encode_visuals, batch.pixels, placed.visual, crop_size, mesh)
-        x = model.embed(batch.input_ids, features) + touch
-        length = x.shape[1] // mesh.sp
+        length = batch.input_ids.shape[1] // mesh.sp
         own = slice(mesh.sp_rank * length, (mesh.sp_rank + 1) * length)
+        # After the sum x is a tensor of its own, no view: a compiled layer sees the same kind of input in every layer.
+        x = model.embed(batch.input_ids, features)[:, own] + touch
         mask = AttentionMask(batch.segment_ids, batch.is_visual)
         dropout = self._dropout(placed, own)
-        hidden = model.decode(x[:, own], batch.position_ids[:, own], mask, attend=self.attend, dropout=dropout)
+        hidden = model.decode(x, batch.position_ids[:, own], mask, attend=self.attend, dropout=dropout)
         loss_of = functools.partial(
             weighted_loss,
             labels=rows.labels,
             weights=rows.weights,
             z_loss=self.train_settings.z_loss,
             chunk_rows=self.chunk_rows,
+            sums_of=model.lm_head.chunk_sums,
             datasets=rows.datasets,
             num_datasets=num_datasets,
         )
@@ -252,9 +254,14 @@ def start_engine(
         add_adapters(model, recipe.optim.lora.rank, recipe.optim.lora.alpha, recipe.train.seed)
     train = recipe.train
     model.freeze(train.freeze, recipe.optim.freeze_base_embedding)  # after LoRA, which trains the added embeddings
-    model.set_checkpointing(train.activation_checkpointing, train.chunk_crops, "activations" in train.offload)
-    if get_accelerator().device_name() == "cuda":
+    model.set_recompute(train.recompute, train.chunk_crops, "activations" in train.offload)
+    on_gpu = get_accelerator().device_name() == "cuda"
+    if on_gpu:
         model.vit.pad_crops = PAD_CROPS
+    if train.compile or (train.compile is None and on_gpu and train.zero_stage < 3):
+        from molmo2.model.regions import compile_regions
+
+        compile_regions(model)
     components = model.parameter_groups()
     assert set(components) == set(COMPONENTS)
     optimizer = ComponentAdamW(
@@ -263,7 +270,7 @@ def start_engine(
         betas=recipe.optim.betas,
         eps=recipe.optim.eps,
         weight_decay=recipe.optim.weight_decay,
-        fused=get_accelerator().device_name() == "cuda" and "optimizer" not in recipe.train.offload,
+        fused=on_gpu and "optimizer" not in recipe.train.offload,
     )
     names = [group["name"] for group in optimizer.param_groups]
     engine, *_ = deepspeed.initialize(

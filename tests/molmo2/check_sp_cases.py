@@ -28,8 +28,9 @@ def run_of(**train: Any) -> Recipe:
 HALF = {"precision": "bf16", "zero_stage": 2}
 SOUND = {
     "fp32": run_of(),
-    "fp32, no checkpointing": run_of(activation_checkpointing=False, residual_dropout=0.2),
+    "fp32, nothing recomputed": run_of(recompute="none", residual_dropout=0.2),
     "fp32, offload": run_of(zero_stage=3, offload=["activations"]),
+    "fp32, light": run_of(recompute="light"),
     "bf16": run_of(**HALF),
 }
 

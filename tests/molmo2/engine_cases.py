@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -10,6 +11,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from molmo2.checkpoint.files import save
@@ -112,17 +115,17 @@ def make(case: tuple[int, int, bool]) -> Batch:
     return batch(case[0], case[1], weightless=case[2])
 
 
-def gradients(how: tuple[bool, tuple[int, int], float]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+def gradients(how: tuple[str, tuple[int, int], float]) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Loss and gradients of each batch with the sequence split over all ranks, averaged as DeepSpeed does.
 
-    `how`: whether activations are recomputed (and crops taken one at a time), the heads of `model`, and the dropout.
+    `how`: what is recomputed (crops are then taken one at a time), the heads of `model`, and the dropout.
     """
-    checkpointing, heads, dropout = how
+    level, heads, dropout = how
     mesh = make_mesh(dist.get_world_size())
     results = []
     for case in BATCHES:
         module = TrainingModule(model(heads), recipe(sp=mesh.sp, residual_dropout=dropout), mesh).train()
-        module.model.set_checkpointing(checkpointing, chunk_crops=1 if checkpointing else None)
+        module.model.set_recompute(level, chunk_crops=None if level == "none" else 1)
         loss, logged = module(module.place(own_crops(make(case), mesh.sp_rank, mesh.sp)))
         loss.backward()
         logged = torch.cat([value.flatten() for value in logged])
@@ -150,21 +153,41 @@ class GradientDescent(torch.optim.SGD):
 
 def engine_gradients(cases: list[tuple[int, tuple[int, int]]]) -> list[dict[str, Tensor]]:
     """For each (ZeRO stage, heads): gradients of one step over all batches from the engine, with sp 2; float64."""
-    results = []
-    for stage, heads in cases:
-        mesh, start = make_mesh(2), model(heads)
-        before = {name: parameter.detach().double() for name, parameter in start.named_parameters()}
-        with mock.patch.object(engine_file, "ComponentAdamW", GradientDescent):
-            engine, _, _ = start_engine(start, recipe(zero_stage=stage, sp=mesh.sp), mesh)
-        for number in range(mesh.dp_rank, len(BATCHES), mesh.dp):
-            loss, _ = engine(engine.module.place(own_crops(make(BATCHES[number]), mesh.sp_rank, mesh.sp)))
-            engine.backward(loss, scale_wrt_gas=False)
-        engine.step()
-        parameters = dict(engine.module.model.named_parameters())
-        with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=stage == 3):
-            results.append({name: (before[name] - p.detach().double()) / RATE for name, p in parameters.items()})
-        engine.destroy()
+    return [step_gradients(recipe(zero_stage=stage, sp=2), model(heads)) for stage, heads in cases]
+
+
+def compiled_gradients(cases: list[tuple[int, int, bool | None, str]]) -> list[tuple[dict[str, Tensor], int, int]]:
+    """For each (ZeRO stage, sp, compile, backend): gradients likewise, with numbers of graphs and of graph breaks."""
+    from molmo2.model import regions
+
+    results, compile_regions = [], regions.compile_regions
+    for stage, sp, compile_them, backend in cases:
+        torch._dynamo.reset()
+        counters.clear()
+        graphs = CompileCounterWithBackend(backend)
+        with mock.patch.object(regions, "compile_regions", partial(compile_regions, backend=graphs)):
+            gradients = step_gradients(
+                recipe(zero_stage=stage, sp=sp, compile=compile_them, recompute="light"), model()
+            )
+        results.append((gradients, graphs.frame_count, len(counters["graph_break"])))
     return results
+
+
+def step_gradients(run: Recipe, start: Molmo2) -> dict[str, Tensor]:
+    """Gradients of one step over all batches from the engine, float64."""
+    mesh = make_mesh(run.train.sp)
+    before = {name: parameter.detach().double() for name, parameter in start.named_parameters()}
+    with mock.patch.object(engine_file, "ComponentAdamW", GradientDescent):
+        engine, _, _ = start_engine(start, run, mesh)
+    for number in range(mesh.dp_rank, len(BATCHES), mesh.dp):
+        loss, _ = engine(engine.module.place(own_crops(make(BATCHES[number]), mesh.sp_rank, mesh.sp)))
+        engine.backward(loss, scale_wrt_gas=False)
+    engine.step()
+    parameters = dict(engine.module.model.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=run.train.zero_stage == 3):
+        gradients = {name: (before[name] - p.detach().double()) / RATE for name, p in parameters.items()}
+    engine.destroy()
+    return gradients
 
 
 class Collectives(TorchDispatchMode):
@@ -180,11 +203,11 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_collectives(checkpointing: bool) -> tuple[Counter[str], Counter[str]]:
+def count_collectives(level: str) -> tuple[Counter[str], Counter[str]]:
     """Collectives of forward and of backward of one batch, with the sequence split over all ranks."""
     mesh = make_mesh(dist.get_world_size())
     module = TrainingModule(model(), recipe(sp=mesh.sp), mesh).train()
-    module.model.set_checkpointing(checkpointing)
+    module.model.set_recompute(level)
     own = module.place(own_crops(make(BATCHES[0]), mesh.sp_rank, mesh.sp))
     with Collectives() as forward:
         loss, _ = module(own)

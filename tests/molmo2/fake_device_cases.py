@@ -65,7 +65,9 @@ def run(preset: ModelConfig, batch: Batch, device: str, dtype: torch.dtype) -> d
 
         module.model.vit.pad_crops = PAD_CROPS
         parts = [part._make(map(faked, part)) for part in (placed.visual, placed.loss)]
-        module.model.set_checkpointing(device == "cuda", chunk_crops=2 if preset is engine_cases.CONFIG else 192)
+        module.model.set_recompute(
+            "full" if device == "cuda" else "none", chunk_crops=2 if preset is engine_cases.CONFIG else 192
+        )
         if device == DEVICE:
             stack.enter_context(mock.patch.object(loss_file, "checkpoint", lambda f, *a, **options: f(*a)))
         loss, sums = module(PlacedBatch(placed.batch._map_tensors(faked), *parts, faked(placed.seeds)), 3)

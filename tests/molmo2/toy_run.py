@@ -96,7 +96,7 @@ def write_recipe(path: Path, name: str, init: str | None = None, **train: Any) -
             "window": 32,
             "workers": 1,
         },
-        "train": {**settings, "steps": 6, "activation_checkpointing": False, **train},
+        "train": {**settings, "steps": 6, "recompute": "none", **train},
         "optim": {"vit": group, "connector": group, "llm": group, "freeze_base_embedding": False},
         "logging": {"tensorboard": False},
     }

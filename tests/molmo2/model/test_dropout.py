@@ -18,7 +18,8 @@ LENGTH, WIDTH = 1324, 64
 def kept(rates: Tensor, packs: tuple[int, ...], place: int = 0, start: int = 0, width: int = WIDTH) -> Tensor:
     """What the dropout makes of ones, in a run of seed 7 at step 3."""
     seeds = seed_words((7, 3, pack) for pack in packs)
-    return Dropout(rates=rates, seeds=seeds, start=start)(torch.ones(*rates.shape, width), place)
+    dropout = Dropout(rates=rates, seeds=seeds, start=start)
+    return dropout(torch.ones(*rates.shape, width), dropout.keys(place + 1)[place])
 
 
 def test_the_share_is_right_and_the_mean_stays() -> None:
@@ -33,7 +34,7 @@ def dropped(seed: int = 7, step: int = 3, pack: int = 0, place: int = 0) -> Tens
     """Which elements of a pack are dropped, as numbers with mean 0 and variance 1."""
     rates = torch.full((1, LENGTH), 0.5)
     dropout = Dropout(rates=rates, seeds=seed_words([(seed, step, pack)]))
-    return torch.where(dropout(torch.ones(1, LENGTH, WIDTH), place)[0] == 0, 1.0, -1.0)
+    return torch.where(dropout(torch.ones(1, LENGTH, WIDTH), dropout.keys(place + 1)[place])[0] == 0, 1.0, -1.0)
 
 
 def test_masks_are_independent() -> None:
@@ -107,7 +108,8 @@ def test_one_graph_holds_the_dropout() -> None:
     for length in (48, 64, 96):
         dropout = Dropout(rates=torch.full((2, length), 0.2), seeds=seed_words([(1, length), (2, length)]))
         x = torch.randn(2, length, 8)
-        assert torch.equal(compiled(dropout, x, 3), dropout(x, 3))
+        keys = dropout.keys(4)[3]
+        assert torch.equal(compiled(dropout, x, keys), dropout(x, keys))
 
 
 def test_training_draws_by_step_and_slot_and_evaluation_does_not() -> None:
@@ -129,7 +131,7 @@ def test_training_draws_by_step_and_slot_and_evaluation_does_not() -> None:
 @pytest.mark.dist
 def test_ranks_that_share_a_pack_drop_what_one_rank_drops() -> None:
     alone = TrainingModule(engine_cases.model(), engine_cases.recipe(residual_dropout=0.2), SINGLE).train()
-    ranks = run_ranks(2, engine_cases.gradients, (True, (6, 3), 0.2))
+    ranks = run_ranks(2, engine_cases.gradients, ("full", (6, 3), 0.2))
     for number, case in enumerate(engine_cases.BATCHES):
         alone.zero_grad()
         loss, logged = alone(alone.place(engine_cases.make(case)))

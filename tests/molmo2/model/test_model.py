@@ -244,22 +244,22 @@ def test_init_is_seeded_and_scaled_by_fan_in() -> None:
 
 
 @pytest.mark.parametrize("frozen", [(), ("vit.", "connector.", "text.embedding.")])
-def test_checkpointing_changes_no_gradient(frozen: tuple[str, ...]) -> None:
+def test_recomputation_changes_no_gradient(frozen: tuple[str, ...]) -> None:
     model = noisy().train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
     row = build(QWEN, [([image(1, 2)], [5, 7])])
     gradients = []
-    for enabled, offload in ((False, False), (True, False), (True, True)):
-        model.set_checkpointing(enabled, offload=offload)
+    for level, offload in (("none", False), ("light", False), ("full", False), ("full", True)):
+        model.set_recompute(level, offload=offload)
         model.zero_grad()
         model(**row).square().mean().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert len(gradients[0]) == sum(parameter.requires_grad for parameter in model.parameters())
     for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]), name
+        assert torch.equal(gradient, gradients[1][name]) and torch.equal(gradient, gradients[2][name]), name
         torch.testing.assert_close(
-            gradients[2][name], gradient, rtol=1e-4, atol=1e-7, msg=name
+            gradients[3][name], gradient, rtol=1e-4, atol=1e-7, msg=name
         )  # added up in another order
 
 
@@ -272,7 +272,7 @@ def test_offloaded_inputs_of_layers_go_through_the_cpu(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(molmo2.model.recompute, "save_on_cpu", Spy)
     model = noisy().train()
-    model.set_checkpointing(True, offload=True)
+    model.set_recompute("full", offload=True)
     row = build(QWEN, [([image(1, 2)], [5, 7])])
     model(**row).square().mean().backward()
     width = row["input_ids"].shape[1]
@@ -287,7 +287,7 @@ def test_chunks_of_crops_change_no_gradient() -> None:
     crops = row["pixels"].shape[0]
     gradients = []
     for chunk in (None, 1, crops - 1, crops, crops + 1):
-        model.set_checkpointing(True, chunk)
+        model.set_recompute("full", chunk)
         model.zero_grad()
         model(**row).square().mean().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})

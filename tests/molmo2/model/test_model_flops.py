@@ -13,13 +13,14 @@ from molmo2.model.flops import (
     TRAINING_FACTOR,
     Flops,
     Workload,
-    attention_pairs,
     forward_flops,
+    step_flops,
     training_flops,
     unit_costs,
 )
 from molmo2.model.mask import PAD_SEGMENT, allowed
 from molmo2.model.molmo2 import Molmo2
+from molmo2.model.pairs import attention_pairs
 from molmo2.model.presets import PRESETS
 
 PACKED = [([image(1, 2)], [5, 7]), ([], [6]), ([{"kind": "frame"}] * 2, [4, 4, 4])]
@@ -75,8 +76,8 @@ def test_a_frozen_component_takes_fewer_operations(frozen: tuple[str, ...]) -> N
 
 
 @pytest.mark.parametrize("frozen", [(), ("vit",), ("llm",)])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_pack_costs_the_sum_of_its_units(frozen: tuple[str, ...], recompute: bool) -> None:
+@pytest.mark.parametrize("level", ["none", "light", "full"])
+def test_a_pack_costs_the_sum_of_its_units(frozen: tuple[str, ...], level: str) -> None:
     """Exactly for frames and text that is all predicted; nearly for images and prompts."""
     config, tokens, pairs = PRESETS["4b"], 16_384, 10**8
 
@@ -89,8 +90,8 @@ def test_a_pack_costs_the_sum_of_its_units(frozen: tuple[str, ...], recompute: b
             num_pairs=pairs,
             num_logits=logits,
         )
-        token, crop, pair = unit_costs(config, frozen, recompute=recompute)
-        true = training_flops(forward_flops(config, work), frozen, recompute=recompute).total
+        token, crop, pair = unit_costs(config, frozen, level)
+        true = step_flops(config, work, frozen, level)
         return (token * tokens + crop * crops + pair * pairs) / true
 
     assert close(crops=100, visual=8_100, width=9, logits=tokens - 8_100) == 1

@@ -24,7 +24,7 @@ def test_padded_crops_change_no_gradient() -> None:
     gradients = []
     for pad, chunk in ((1, None), (3, None), (5, 5), (16, 16), (16, 32)):
         model.vit.pad_crops = pad
-        model.set_checkpointing(True, chunk)
+        model.set_recompute("full", chunk)
         model.zero_grad()
         model(**row).square().mean().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})

@@ -13,6 +13,7 @@ from fork_server import python
 from molmo2.config import Recipe, load_recipe
 from molmo2.inspection.look import dry_run_lines
 from molmo2.inspection.shares import draw_steps
+from molmo2.model.activations import SavedBytes, activation_bytes, kept_bytes, measure_saved, saved_bytes
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS
@@ -20,14 +21,11 @@ from molmo2.training.dry_run import (
     ALLOCATOR_MARGIN,
     GIB,
     Gpu,
-    SavedBytes,
-    activation_bytes,
     dry_run,
     host_memory,
-    measure_saved,
     memory,
-    saved_bytes,
-    step_flops,
+    micro_batch,
+    operations,
     this_gpu,
 )
 from shards.stream.plan import open_plan
@@ -38,7 +36,7 @@ STAGE1 = ROOT / "recipes/stage1.yaml"
 
 def long(**train: Any) -> Recipe:
     """One row of 36,864 tokens with 384 frames, every parameter trained."""
-    base = {"micro_batch": 1, "packs_per_step": 128, "zero_stage": 2, **train}
+    base = {"recompute": "full", "micro_batch": 1, "packs_per_step": 128, "zero_stage": 2, **train}
     settings = [f"train.{name}={value}" for name, value in base.items()]
     sizes = ["data.sequence_length=36864", "data.max_crops=384", "optim.freeze_base_embedding=false"]
     return load_recipe(STAGE1, [*settings, *sizes])
@@ -52,9 +50,11 @@ def test_layers_keep_what_was_measured_of_their_size() -> None:
     assert kept.layer_input == 2560 * 2
 
 
-def test_activations_of_a_whole_model_are_as_estimated() -> None:
+@pytest.mark.parametrize("level", ["none", "light", "full"])
+def test_activations_of_a_whole_model_are_as_estimated(level: str) -> None:
     config = PRESETS["tiny"]
     model = Molmo2(config).init_weights(0).train()
+    model.set_recompute(level)
     tokens, frames, window = 1024, 8, config.video_pool**2
     patches = frames * config.patches_per_crop
     pooling = torch.arange(patches // window * window).view(-1, window)
@@ -73,12 +73,20 @@ def test_activations_of_a_whole_model_are_as_estimated() -> None:
             ),
         )
 
-    settings = [f"data.sequence_length={tokens}", f"data.max_crops={frames}", "train.activation_checkpointing=false"]
+    settings = [f"data.sequence_length={tokens}", f"data.max_crops={frames}", f"train.recompute={level}"]
     recipe = load_recipe(STAGE1, [*settings, "train.micro_batch=1", "model=tiny"])
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "fp32"})})
-    parts = activation_bytes(recipe, config, measure_saved(config, torch.float32))
-    estimated = parts["language model"] + parts["vision"] + parts["connector"]
-    assert saved_bytes(model, run) == pytest.approx(estimated, rel=0.1)
+    kept = measure_saved(config, torch.float32)
+    parts = kept_bytes(config, kept, micro_batch(recipe))
+    assert saved_bytes(model, run) == pytest.approx(sum(parts.values()), rel=0.1)
+    whole = activation_bytes(config, kept, micro_batch(recipe))
+    assert all((whole[name] == parts[name]) == (level == "none" or name == "connector") for name in parts)
+
+
+def test_a_light_layer_keeps_input_queries_keys_values_and_result() -> None:
+    kept, text = measure_saved(PRESETS["4b"], torch.bfloat16), PRESETS["4b"].text
+    width = text.hidden_size + 2 * text.head_dim * (text.num_heads + text.num_kv_heads)
+    assert kept.layer_light == pytest.approx(2 * width, rel=0.01)  # and the sum of each softmax
 
 
 @pytest.mark.slow
@@ -103,7 +111,9 @@ def test_states_follow_the_zero_stages(stage: int, gib: float) -> None:
 
 def test_memory_of_the_host() -> None:
     """4.85 B parameters; the base embedding, 0.39 B, is trained here; 384 frames of 378 x 378 pixels a batch."""
-    kept = SavedBytes(layer=0, layer_input=2560 * 2, block=0, block_input=729 * 1152 * 2, connector=0)
+    kept = SavedBytes(
+        layer=0, layer_light=0, layer_input=2560 * 2, norm=0, block=0, block_input=729 * 1152 * 2, connector=0
+    )
     need = host_memory(long(), 8, kept)
     assert need["start"] == pytest.approx(4 * 0.39e9, rel=0.02)  # one tensor at a time, by rank 0 alone
     assert need["optimizer"] == need["activations"] == 0
@@ -115,17 +125,27 @@ def test_memory_of_the_host() -> None:
 
 def test_operations_of_a_long_row() -> None:
     """4.95 PFLOP with recomputation, counting 81 % of the pairs; one video in a full row."""
-    assert step_flops(long()) / 128 == pytest.approx(4.95e15, rel=0.15)
+    assert operations(long()) / 128 == pytest.approx(4.95e15, rel=0.15)
 
 
 @pytest.mark.slow
 def test_what_to_change_is_told_where_a_card_is_too_small() -> None:
-    lines = dry_run(load_recipe(STAGE1), Gpu(memory_gib=80, peak_tflops=989, price=2.5))
+    gpu = Gpu(memory_gib=80, peak_tflops=989, price=2.5)
+    lines = dry_run(load_recipe(STAGE1, ["train.recompute=full"]), gpu)
     (row,) = (line.split() for line in lines if line.split()[:1] == ["8"])
     assert float(row[-1].replace(",", "")) == pytest.approx(float(row[-2]) * 24 * 8 * 2.5, rel=0.01)
     assert "days at 40% of 989 TFLOP/s (assumed), USD at 2.5 per GPU and hour" in "\n".join(lines)
     advice = [line for line in lines if "train.zero_stage=3" in line]
-    assert advice and all("train.activation_checkpointing" not in line for line in advice)
+    assert advice and all("train.recompute" not in line for line in advice)
+    (levels,) = (line for line in lines if line.startswith("the least train.recompute for 80 GiB, by GPUs: 1: too sm"))
+    assert ", 8: light (" in levels and "none" not in levels
+    less = dry_run(load_recipe(STAGE1, ["train.recompute=none"]), gpu)
+    assert levels in less
+    first = less.index("where 80 GiB are too few, --set these (GiB of one GPU, by number of GPUs):") + 1
+    changes = [line.split(": ")[0].strip() for line in less[first : first + 3]]
+    assert changes == ["train.recompute=light", "train.recompute=full", "train.recompute=full train.micro_batch=1"]
+    offloaded = dry_run(load_recipe(STAGE1, ["train.recompute=full", "train.offload=[activations]"]), gpu)
+    assert any(line.startswith("the least train.recompute") and "light" not in line for line in offloaded)
     assert "train.offload=[activations,optimizer]" in lines[-1]
     assert any(line.startswith("GiB of the host's memory, one machine with 8 GPUs: start ") for line in lines)
 
@@ -137,6 +157,7 @@ def test_nothing_is_suggested_where_the_memory_is_enough_or_not_known() -> None:
     unknown = dry_run(tiny, Gpu(memory_gib=None, peak_tflops=989))
     smaller = dry_run(tiny, Gpu(memory_gib=0.1, peak_tflops=989))
     assert any("where 0.1 GiB are too few" in line for line in smaller)
+    assert "the least train.recompute for 1e+03 GiB, by GPUs: 1: none (" in "\n".join(larger)
     assert "--gpu-memory GIB" in unknown[-1] and "train.zero_stage=3" not in "\n".join(unknown)
 
 
@@ -197,4 +218,4 @@ def test_a_frozen_component_needs_neither_states_nor_its_backward() -> None:
     assert whole["optimizer"] - frozen["optimizer"] == pytest.approx(ALLOCATOR_MARGIN * 12 * vit / 8)
     assert whole["gradients"] - frozen["gradients"] == pytest.approx(ALLOCATOR_MARGIN * 4 * vit / 8)
     assert frozen["parameters"] == whole["parameters"] and frozen["vision"] < whole["vision"]
-    assert step_flops(long(freeze="[vit]")) < 0.9 * step_flops(long())
+    assert operations(long(freeze="[vit]")) < 0.9 * operations(long())

@@ -13,18 +13,18 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from molmo2.checkpoint.lookup import load_weights
+from molmo2.model.activations import saved_bytes
 from molmo2.parallel.mesh import SINGLE
-from molmo2.training.dry_run import saved_bytes
 from molmo2.training.engine import TrainingModule, deepspeed_config, read_engine_keys
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("world", "checkpointing", "heads"),
-    [(2, False, (6, 3)), (2, True, (5, 1)), (3, False, (7, 1)), (4, False, (6, 2)), (8, True, (14, 2))],
+    ("world", "level", "heads"),
+    [(2, "none", (6, 3)), (2, "full", (5, 1)), (3, "light", (7, 1)), (4, "none", (6, 2)), (8, "full", (14, 2))],
 )
-def test_sequence_parallel_gradients_equal_one_rank(world: int, checkpointing: bool, heads: tuple[int, int]) -> None:
-    ranks = run_ranks(world, engine_cases.gradients, (checkpointing, heads, 0.0))
+def test_sequence_parallel_gradients_equal_one_rank(world: int, level: str, heads: tuple[int, int]) -> None:
+    ranks = run_ranks(world, engine_cases.gradients, (level, heads, 0.0))
     for number, case in enumerate(engine_cases.BATCHES):
         module = TrainingModule(engine_cases.model(heads), engine_cases.recipe(), SINGLE).train()
         loss, logged = module(module.place(engine_cases.make(case)))
@@ -67,12 +67,12 @@ def assert_same_gradients(gradients: dict[str, Tensor], wanted: dict[str, Tensor
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_has_two_exchanges_a_layer_and_two_gathers(checkpointing: bool) -> None:
+@pytest.mark.parametrize("level", ["none", "light", "full"])
+def test_a_step_has_two_exchanges_a_layer_and_two_gathers(level: str) -> None:
     layers = engine_cases.CONFIG.text.num_layers
-    for forward, backward in run_ranks(2, engine_cases.count_collectives, checkpointing):
+    for forward, backward in run_ranks(2, engine_cases.count_collectives, level):
         assert forward == {"alltoall_base_": 2 * layers, "_allgather_base_": 2}
-        assert backward == {"alltoall_base_": 2 * layers * (2 if checkpointing else 1), "_reduce_scatter_base_": 2}
+        assert backward == {"alltoall_base_": 2 * layers * (2 if level == "full" else 1), "_reduce_scatter_base_": 2}
 
 
 SETTINGS = [  # precision, ZeRO stage, sp, base embedding frozen, offload
@@ -161,7 +161,7 @@ def test_no_gradient_is_computed_for_a_frozen_vision_transformer(offload: bool) 
     for freeze in ((), ("vit",)):
         module = TrainingModule(engine_cases.model(), engine_cases.recipe(), SINGLE).train()
         module.model.freeze(freeze)
-        module.model.set_checkpointing(offload, offload=offload)
+        module.model.set_recompute("full" if offload else "none", offload=offload)
         batch = engine_cases.make(engine_cases.BATCHES[0])
         saved[freeze] = saved_bytes(module.model, lambda m=module, b=batch: m(m.place(b))[0])
         with FlopCounterMode(display=False) as counter:

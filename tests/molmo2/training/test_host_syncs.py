@@ -52,7 +52,7 @@ def no_reads() -> Iterator[None]:
 
 def training_module(**train: Any) -> TrainingModule:
     module = TrainingModule(engine_cases.model(), engine_cases.recipe(**train), SINGLE).train()
-    module.model.set_checkpointing(True, chunk_crops=2)
+    module.model.set_recompute("full", chunk_crops=2)
     module.chunk_rows = 4
     return module
 

@@ -17,8 +17,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from molmo2.config import Recipe, load_recipe
-from molmo2.model.flops import attention_pairs
 from molmo2.model.mask import PAD_SEGMENT, allowed
+from molmo2.model.pairs import attention_pairs
 from molmo2.parallel.mesh import SINGLE
 from molmo2.training.cost import batch_flops, speed
 from molmo2.training.metrics import (
