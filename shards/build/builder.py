@@ -22,13 +22,23 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
-from shards.build.claim import BuildError, check_mark, claim, join, locked
+from shards.build.claim import BuildError, check_mark, claim, join, locked, without_tables
 from shards.build.pool import WorkerPool, build_all
 from shards.build.rejects import kinds, over_budget
-from shards.build.task import FITTED, Part, ProcessorFactory, SampleProcessor, ShardFailure, Task, failed, finished
+from shards.build.task import (
+    FITTED,
+    Part,
+    ProcessorFactory,
+    SampleProcessor,
+    ShardFailure,
+    Task,
+    failed,
+    finished,
+    record_part,
+)
 from shards.catalog import Row, Stage, StageSettings
 from shards.catalog.converters import converter_problems
-from shards.convert.reading import open_rows
+from shards.convert.reading import open_rows, stage_groups
 from shards.convert.skips import unmatched_skips
 from shards.format import (
     FORMAT_VERSION,
@@ -116,10 +126,15 @@ def build_dataset(
     mine, storage = tasks[rank::number], open_storage(out)
     with _os_errors(label), locked(storage, shared=not whole):
         if whole:
-            claim(storage, build, overwrite)
+            claim(storage, build, len(tasks), overwrite)
         else:
             join(storage, build)
-        kept = {task.name: part for task in mine if (part := finished(task, storage)) is not None}
+        with _table_errors(label):
+            kept = {task.name: part for task in mine if (part := finished(task, storage)) is not None}
+        for task in mine:
+            if task.name in kept and kept[task.name].build_digest != task.build_digest:  # its tables have changed since
+                kept[task.name] = replace(kept[task.name], build_digest=task.build_digest)
+                record_part(kept[task.name], task, storage)
         missing = [task for task in mine if task.name not in kept]
         waiting = [task for task in missing if not retry_failed or failed(task, storage)]
         if missing:
@@ -161,10 +176,10 @@ def _plan(
     if problems := converter_problems(row):
         raise BuildError("\n  ".join([f"{stage}/{row.name}:", *problems]))
     table = open_rows(row, stage, raw)
-    groups, size = table.groups(row.group_by), settings.examples_per_shard
+    groups, size = stage_groups(row, stage, table), settings.examples_per_shard
     build = {
         "version": [FORMAT_VERSION, BUILD_VERSION],
-        "row": row.build_settings(),
+        "row": row.build_settings(stage),
         "settings": settings.model_dump(mode="json"),
         "processor": processor.settings,
         "files": {f.relative_to(raw).as_posix(): h for f, h in zip(table.files, table.digests, strict=True)},
@@ -179,6 +194,7 @@ def _plan(
             out=out,
             settings=settings,
             build_digest=digest(build),
+            settings_digest=digest(without_tables(build)),
         )
         for number, first in enumerate(range(0, len(groups), size))
     ]
