@@ -166,7 +166,8 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
         print(f"{label}: {line}; the dataset is incomplete until a run without --task writes its index")
         return
     totals, storage = built.index.totals, open_storage(out)
-    reasons = kinds(json.loads(line) for line in storage.read(REJECTS_NAME).splitlines())
+    rejects = [json.loads(line) for line in storage.read(REJECTS_NAME).splitlines()]
+    reasons, left_out = kinds(rejects), {(reject["file"], reject["row"]) for reject in rejects}
     made: dict[str, float] | None = {
         "shards": built.num_made,
         "seconds": seconds,
@@ -181,7 +182,7 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
     print(
         f"{label}: {totals.samples} samples (message trees) of {totals.annotations} annotations, "
         f"{totals.tokens:,} tokens, {totals.crops} crops, {totals.frames} frames, {totals.bytes / 1e9:.3f} GB in "
-        f"{len(built.index.shards)} shards, {totals.rejects} left out; made {speed}"
+        f"{len(built.index.shards)} shards, {len(left_out)} rows left out or in part; made {speed}"
     )
     if any(built.index.fitted.values()):
         print(

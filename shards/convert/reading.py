@@ -210,7 +210,12 @@ def convert_or_reject(group: Group) -> list[Example | Omitted]:
     alone = [_try(group.part([index]))[1] for index in rows] if len(rows) > 1 else [error]
     faulty = {index: reject for index, reject in enumerate(alone) if reject is not None}
     if not 0 < len(faulty) < len(rows):  # the fault is in what all rows share, such as the image
-        return [*items, _left_out_by(error, group)]
+        record = _left_out_by(error, group)
+        causes = [item for item in items if isinstance(item, Omitted) and item.source == record.source]
+        if len(rows) == 1 and causes:  # a row without any usable item is recorded once
+            items = [item for item in items if item not in causes]
+            record = replace(record, reason=f"{record.reason}: {causes[0].reason}")
+        return [*items, record]
     rest = group.part([index for index in rows if index not in faulty])
     return [*(_left_out_by(reject, group, index) for index, reject in faulty.items()), *convert_or_reject(rest)]
 

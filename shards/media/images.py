@@ -95,7 +95,10 @@ def _with_image(ref: ImageRef, use: Callable[[PIL.Image.Image], Result]) -> Resu
         raise
     except PIL.Image.DecompressionBombError as error:  # Pillow's own limit, close below ours
         raise TooLargeError(f"{where}: {error}") from None
-    except Exception as error:  # decoders raise struct.error, SyntaxError, NotImplementedError, TypeError and more
+    except Exception as error:
+        if ref.path is not None and Path(ref.path).stat().st_size == 0:
+            raise MediaError(f"{where}: not a readable image (the file is empty)") from None
+        # decoders raise struct.error, SyntaxError, NotImplementedError, TypeError and more
         raise MediaError(f"{where}: not a readable image ({type(error).__name__}: {error})") from None
 
 

@@ -43,6 +43,17 @@ def qa(**changes: Any) -> str:
     return json.dumps({"image": "1.png", "question": "What colour?", "answer": "Red.", **changes})
 
 
+def test_a_row_without_any_usable_item_is_recorded_once(raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/empty.png").touch()
+    lines = [qa(), qa(question=["a", "b"], answer=["", ""]), qa(question=["a", "b"], answer=["", "c"])]
+    index, rejects = built(raw, tmp_path, [*lines, qa(image="empty.png")])
+    assert (index.totals.samples, index.totals.rejects) == (2, 3)
+    assert [(reject["row"], reject["omitted"]) for reject in rejects] == [(1, False), (2, True), (3, False)]
+    assert rejects[0]["reason"] == "no question with an answer: an empty question or answer"
+    assert rejects[2]["reason"].endswith("empty.png: not a readable image (the file is empty)")
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
