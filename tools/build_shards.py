@@ -177,7 +177,7 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
         made = earlier_figures(storage) or made
     summary = {**totals.model_dump(), **built.index.fitted, "shards": len(built.index.shards)}
     summary |= {"left_out": {kind.reason: kind.number for kind in reasons}, "made": made}
-    summary |= {"unmatched_skips": list(built.unmatched_skips)}
+    summary |= {"unmatched_skips": list(built.unmatched_skips), "oddities": built.oddities}
     storage.write(REPORT_NAME, (json.dumps(summary, indent=1) + "\n").encode())
     print(
         f"{label}: {totals.samples} samples (message trees) of {totals.annotations} annotations, "
@@ -192,6 +192,8 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
         )
     for kind in reasons[:5]:
         print(f"  left out: {kind.number} x {kind.reason}\n    first: {kind.example}")
+    for text, oddity in built.oddities.items():
+        print(f"  used, but look: {oddity['number']} {text} (first: {oddity['first']})")
     if unmatched := built.unmatched_skips:
         print(f"  {len(unmatched)} items of `skip` match no row; first: {unmatched[0].removeprefix('skipped: ')}")
 

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from shards.build.claim import BuildError, check_mark, claim, join, locked, without_tables
+from shards.build.oddities import merge_oddities
 from shards.build.pool import WorkerPool, build_all
 from shards.build.rejects import kinds, over_budget
 from shards.build.task import (
@@ -71,6 +72,7 @@ class Built:
         num_made: number of shards that this run built.
         num_kept: number of its shards that earlier runs had finished.
         unmatched_skips: items of the catalog's `skip` that no row has, after a run of the whole dataset.
+        oddities: what is odd about pictures and answers, after such a run: kind -> number and first key.
     """
 
     index: DatasetIndex | None
@@ -78,6 +80,7 @@ class Built:
     num_made: int
     num_kept: int
     unmatched_skips: tuple[str, ...] = ()
+    oddities: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def build_dataset(
@@ -146,7 +149,7 @@ def build_dataset(
         made = Counter[str]()
         for task in waiting:
             made.update(parts[task.name].totals)
-        index, unmatched = None, list[str]()
+        index, unmatched, oddities = None, list[str](), dict[str, dict[str, Any]]()
         if whole:
             if len(parts) < len(tasks):
                 raise BuildError(
@@ -154,6 +157,7 @@ def build_dataset(
                 )
             ordered = [parts[task.name] for task in tasks]
             unmatched = unmatched_skips(row, raw, (reject["reason"] for part in ordered for reject in part.rejects))
+            oddities = merge_oddities(part.oddities for part in ordered)
             _write_rejects(storage, ordered)
             index = _index(row, stage, settings, processor, build, ordered)
             if index.totals.samples == 0:
@@ -166,6 +170,7 @@ def build_dataset(
         num_made=len(waiting),
         num_kept=len(kept),
         unmatched_skips=tuple(unmatched),
+        oddities=oddities,
     )
 
 

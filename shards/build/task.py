@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shards.build.media_used import MediaRecord, media_changed, record_media
+from shards.build.oddities import OddityLog
 from shards.build.writer import npy_bytes, write_shard
 from shards.catalog import Row, Stage, StageSettings
 from shards.convert.common import Group
@@ -72,7 +73,8 @@ class Task:
 class Part:
     """The contribution of a finished shard to the index, and the media files that it was built from.
 
-    `rows_digest` is a hash of the settings and of the rows that it was built from (see `RowsDigest`).
+    `rows_digest` is a hash of the settings and of the rows that it was built from (see `RowsDigest`), `oddities` an
+    `OddityLog`.
     """
 
     build_digest: str
@@ -81,6 +83,7 @@ class Part:
     rejects: list[dict[str, Any]]
     media: MediaRecord = field(default_factory=dict)
     rows_digest: str = ""
+    oddities: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +184,8 @@ def build_shard(task: Task, processor: SampleProcessor) -> Part:
     folder = Path(storage.root) if isinstance(storage, LocalStorage) else Path(tempfile.gettempdir())
     temporary = folder / f".{task.name}.tar.{uuid.uuid4().hex[:8]}.tmp"
     read = RowsDigest(task)
-    samples = _samples(task, processor, totals, rejects, used, read)
+    oddities = OddityLog()
+    samples = _samples(task, processor, totals, rejects, used, read, oddities)
     try:
         shard, rows = write_shard(temporary, task.name, samples, processor.layout, task.settings.num_variants)
         storage.publish(temporary, f"{task.name}.tar")
@@ -203,6 +207,7 @@ def build_shard(task: Task, processor: SampleProcessor) -> Part:
         rejects=rejects,
         media=record_media(used, task.raw, task.verify_media),
         rows_digest=read.text,
+        oddities=oddities.to_json(),
     )
     storage.remove(f"{task.name}.failed.json")
     record_part(part, task, storage)
@@ -221,10 +226,12 @@ def _samples(
     rejects: list[dict[str, Any]],
     used: set[Path],
     read: RowsDigest,
+    oddities: OddityLog,
 ) -> Iterator[Sample]:
     """Yield the samples of a shard.
 
-    Adds counts to `totals`, rows without a sample to `rejects`, media to `used`, and every row to `read`.
+    Adds counts to `totals`, rows without a sample to `rejects`, media to `used`, every row to `read`, and
+    what is odd to `oddities`.
     """
     row, stage, raw = task.row, task.stage, task.raw
     table, variants = open_rows(row, stage, raw), task.settings.num_variants
@@ -237,6 +244,7 @@ def _samples(
                         totals["annotations"] += int(result.variants[0]["branch"][-1])
                         notes = result.record.get("fitted", ())
                         totals.update(kind for kind, noted in FITTED.items() if any(noted in note for note in notes))
+                        oddities.add(item, result)
                         yield result
                     else:
                         rejects.append(_reject(task.row.name, item.key, item.source, str(result)))
