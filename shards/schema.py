@@ -235,13 +235,22 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PictureNotes:
+    """What is peculiar about an image (`shards.media.images`), and a hash of its pixels."""
+
+    kinds: tuple[str, ...]
+    pixels: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """What a shard stores for one example.
 
     `variants`: K arrays of `format.TOKEN_DTYPE`, visual placeholders unexpanded. `images`: JPEG files, stored as
     `000.jpg`, `001.jpg`, … `asked`: the annotation of every branch, in stage "eval" only. `record`: the JSON of the
     sample; `docs/shard-format.md` lists its fields, and the reader uses `record["visuals"]` and
-    `record["variants"][k].get("visuals")`.
+    `record["variants"][k].get("visuals")`. `pictures`: notes on the example's images, for the report of the build; they
+    are not stored.
     """
 
     key: str
@@ -249,3 +258,4 @@ class Sample:
     variants: tuple[npt.NDArray[np.void], ...]
     images: tuple[bytes, ...] = ()
     asked: tuple[Annotation, ...] = ()
+    pictures: tuple[PictureNotes, ...] = ()

@@ -166,7 +166,8 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
         print(f"{label}: {line}; the dataset is incomplete until a run without --task writes its index")
         return
     totals, storage = built.index.totals, open_storage(out)
-    reasons = kinds(json.loads(line) for line in storage.read(REJECTS_NAME).splitlines())
+    rejects = [json.loads(line) for line in storage.read(REJECTS_NAME).splitlines()]
+    reasons, left_out = kinds(rejects), {(reject["file"], reject["row"]) for reject in rejects}
     made: dict[str, float] | None = {
         "shards": built.num_made,
         "seconds": seconds,
@@ -176,12 +177,12 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
         made = earlier_figures(storage) or made
     summary = {**totals.model_dump(), **built.index.fitted, "shards": len(built.index.shards)}
     summary |= {"left_out": {kind.reason: kind.number for kind in reasons}, "made": made}
-    summary |= {"unmatched_skips": list(built.unmatched_skips)}
+    summary |= {"unmatched_skips": list(built.unmatched_skips), "oddities": built.oddities}
     storage.write(REPORT_NAME, (json.dumps(summary, indent=1) + "\n").encode())
     print(
         f"{label}: {totals.samples} samples (message trees) of {totals.annotations} annotations, "
         f"{totals.tokens:,} tokens, {totals.crops} crops, {totals.frames} frames, {totals.bytes / 1e9:.3f} GB in "
-        f"{len(built.index.shards)} shards, {totals.rejects} left out; made {speed}"
+        f"{len(built.index.shards)} shards, {len(left_out)} rows left out or in part; made {speed}"
     )
     if any(built.index.fitted.values()):
         print(
@@ -191,6 +192,8 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
         )
     for kind in reasons[:5]:
         print(f"  left out: {kind.number} x {kind.reason}\n    first: {kind.example}")
+    for text, oddity in built.oddities.items():
+        print(f"  used, but look: {oddity['number']} {text} (first: {oddity['first']})")
     if unmatched := built.unmatched_skips:
         print(f"  {len(unmatched)} items of `skip` match no row; first: {unmatched[0].removeprefix('skipped: ')}")
 

@@ -4,6 +4,7 @@
     python tools/evaluate.py --checkpoint demo-stage3 --benchmarks demo
     python tools/evaluate.py --checkpoint OWNER/NAME --benchmarks image,next-qa --limit 200
     python tools/evaluate.py --checkpoint demo-stage3 --loss demo-image-qa,demo-video-qa
+    python tools/evaluate.py --checkpoint mine --catalog mine.yaml
     torchrun --nproc-per-node 8 tools/evaluate.py --checkpoint stage3 --benchmarks video
 
 Prints a table with scores and chance levels, and writes it next to the run's checkpoints: as JSON with some answers,
@@ -28,7 +29,7 @@ from rich.console import Console
 
 from molmo2.config import data_path
 from molmo2.eval.answers import weights_digest
-from molmo2.eval.benchmarks import SUITES, Suite, choose
+from molmo2.eval.benchmarks import SUITES, Suite, choose, own_suite
 from molmo2.eval.losses import held_out_loss
 from molmo2.eval.runner import BATCH_SIZE, STAGE, NotBuiltError, Outcome, Ranks, Subject, run_suite
 from molmo2.eval.score_tables import results_table, scores_page
@@ -56,6 +57,9 @@ def parse_args() -> argparse.Namespace:
         help=f"suites ({', '.join(SUITES)}) and single benchmarks, commas between (demo, or none by --loss)",
     )
     parser.add_argument("--loss", help="datasets, commas between: the mean loss of their evaluation samples")
+    parser.add_argument(
+        "--catalog", help="a catalog of your own: its metrics and held-out losses, or those of --benchmarks and --loss"
+    )
     parser.add_argument("--limit", type=int, help="at most so many samples (images, videos) of each dataset (all)")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="questions at once (%(default)s)")
     parser.add_argument("--shards", default=str(data_path("shards")), help="a folder or s3://… (%(default)s)")
@@ -67,7 +71,7 @@ def parse_args() -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: ask at least one question")
-    if not args.benchmarks and not args.loss:
+    if not args.benchmarks and not args.loss and not args.catalog:
         args.benchmarks = "demo"
     return args
 
@@ -108,13 +112,13 @@ def run_suites(
     return merged
 
 
-def loss_catalogs(names: list[str]) -> dict[str, str]:
+def loss_catalogs(names: list[str], catalogs: tuple[str, ...] = LOSS_CATALOGS) -> dict[str, str]:
     """The catalog in which each of these datasets has an evaluation row.
 
     Raises:
         ValueError: a dataset has no evaluation row in any catalog.
     """
-    rows = {name: {row.name for row in load_catalog(name).rows if STAGE in row.stages} for name in LOSS_CATALOGS}
+    rows = {name: {row.name for row in load_catalog(name).rows if STAGE in row.stages} for name in catalogs}
     homes = {name: next((catalog for catalog in rows if name in rows[catalog]), "") for name in names}
     if missing := [name for name, home in homes.items() if not home]:
         known = ", ".join(sorted(set().union(*rows.values())))
@@ -168,10 +172,24 @@ def open_subject(opened: OpenedModel, args: argparse.Namespace) -> Subject:
 def main() -> None:
     """Find what to evaluate, and evaluate it on every rank of the launcher."""
     args = parse_args()
-    suites = choose(args.benchmarks) if args.benchmarks else []
-    catalogs = loss_catalogs([name.strip() for name in args.loss.split(",")] if args.loss else [])
+    suites, catalogs = what_to_evaluate(args)
     with process_group() as ranks:
         evaluate(args, suites, catalogs, ranks)
+
+
+def what_to_evaluate(args: argparse.Namespace) -> tuple[list[Suite], dict[str, str]]:
+    """The suites of benchmarks, and the datasets of which the loss is wanted with their catalogs.
+
+    Raises:
+        ValueError: a name is unknown, or a catalog of one's own has nothing that is held out.
+    """
+    losses = [name.strip() for name in args.loss.split(",")] if args.loss else []
+    if args.catalog is None:
+        return choose(args.benchmarks) if args.benchmarks else [], loss_catalogs(losses)
+    if not args.benchmarks and not args.loss:
+        losses = [row.name for row in load_catalog(args.catalog).require(STAGE)]
+    suite = own_suite(args.catalog, args.benchmarks) if args.benchmarks or not args.loss else Suite(args.catalog, ())
+    return [suite], loss_catalogs(losses, (args.catalog,))
 
 
 def evaluate(args: argparse.Namespace, suites: list[Suite], catalogs: dict[str, str], ranks: Ranks) -> None:
@@ -181,7 +199,8 @@ def evaluate(args: argparse.Namespace, suites: list[Suite], catalogs: dict[str, 
     subject = open_subject(opened, args)
     # The results of a run are written beside its checkpoints, those of a model into its own directory.
     folder = opened.path.parent.parent if "run" in opened.origin else opened.path
-    label = (args.benchmarks or "loss").replace(" ", "").replace(",", "+")
+    whole = Path(args.catalog).stem if args.catalog and not args.loss else "loss"
+    label = (args.benchmarks or whole).replace(" ", "").replace(",", "+")
     out = args.out or folder / f"evaluation-{label}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     answers, digest = out.parent / "answers", weights_digest(opened.weights)

@@ -105,6 +105,26 @@ def suites_of(name: str, catalog: Catalog) -> dict[str, Suite]:
     return {suite: Suite(name, tuple(benchmarks)) for suite, benchmarks in suites.items()}
 
 
+def own_suite(name: str, names: str | None = None) -> Suite:
+    """The benchmarks of a catalog of one's own, with every `metric` and `benchmark` of its rows.
+
+    Args:
+        name: path of the catalog.
+        names: only these benchmarks or datasets, separated by commas; None: all.
+
+    Raises:
+        ValueError: a row names an unknown metric, or a name is unknown.
+    """
+    benchmarks = [_benchmark(row, spec) for row in load_catalog(name).rows for spec in row.benchmarks]
+    if names is None:
+        return Suite(name, tuple(benchmarks))
+    selected = [name.strip() for name in names.split(",")]
+    known = {text for benchmark in benchmarks for text in (benchmark.name, benchmark.dataset)}
+    if unknown := [text for text in selected if text not in known]:
+        raise ValueError(f"--benchmarks {unknown[0]!r}: no row of {name} has it; {nearest(unknown[0], sorted(known))}")
+    return Suite(name, tuple(b for b in benchmarks if b.name in selected or b.dataset in selected))
+
+
 def _benchmark(row: Row, spec: BenchmarkSpec) -> Benchmark:
     return Benchmark(
         name=spec.name or row.name,

@@ -20,7 +20,7 @@ from molmo2.processing.pictures import COLOURS, LARGE, SMALL, Mark, Picture, spr
 from molmo2.processing.prompts import Message, render_messages
 from shards.catalog import Row, Stage
 from shards.convert.common import Group
-from shards.convert.reading import convert_or_reject, open_rows, read_groups
+from shards.convert.reading import convert_or_reject, open_rows, read_groups, stage_groups
 from shards.media.images import load_image
 from shards.media.types import MediaError, Pixels
 from shards.media.video import probe_video, read_frames
@@ -68,7 +68,7 @@ def view_examples(row: Row, stage: Stage, raw: Path, num_samples: int, *, pictur
         SourceError: a file is unreadable or has another layout.
     """
     table = open_rows(row, stage, raw)
-    groups = table.groups(row.group_by)
+    groups = stage_groups(row, stage, table)
     for group in read_groups(row, stage, raw, table, [groups[i] for i in spread(len(groups), num_samples)]):
         yield from _views(group, pictures)
 

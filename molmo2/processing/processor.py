@@ -33,6 +33,7 @@ from shards.schema import (
     Example,
     Limits,
     OverlongError,
+    PictureNotes,
     Points,
     RejectedError,
     Sample,
@@ -117,7 +118,8 @@ class Processor:
         if len(example.images) > limits.max_images and self.mode != "eval":
             notes.append({"images": {"wanted": len(example.images), "kept": limits.max_images}})
             example = _first_images(example, limits.max_images)
-        opened = visuals.open_media(example, limits)
+        pictures: list[PictureNotes] = []
+        opened = visuals.open_media(example, limits, pictures)
         example, opened, clip_notes = self._around_points(example, opened, limits)
         notes += clip_notes
         groups: dict[int, list[int]] = {}  # tiles per image -> variants
@@ -146,7 +148,14 @@ class Processor:
             record["fitted"] = notes
         variants = tuple(tokens[variant] for variant in range(self.num_variants))
         asked = tuple(_tree(example.annotations, 0, None)) if self.mode == "eval" else ()
-        return Sample(key=example.key, record=record, variants=variants, images=tuple(stored.files), asked=asked)
+        return Sample(
+            key=example.key,
+            record=record,
+            variants=variants,
+            images=tuple(stored.files),
+            asked=asked,
+            pictures=tuple(pictures),
+        )
 
     def prompt(self, example: Example, limits: Limits, annotation: int = 0) -> Prompt:
         """Model inputs that ask `example.annotations[annotation]`; its answer may be empty and is not used.

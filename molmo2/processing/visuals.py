@@ -21,11 +21,11 @@ from molmo2.processing.frames import frame_times, track_times
 from molmo2.processing.tiling import Pixels
 from shards import layout as geometry
 from shards.layout import VisualLayout
-from shards.media.images import load_image
+from shards.media.images import load_with_notes
 from shards.media.jpeg import encode_jpeg
 from shards.media.types import Frames, Make, MediaError, VideoInfo
 from shards.media.video import probe_video, read_frames
-from shards.schema import Example, Limits, RejectedError, Tracks, VideoRef
+from shards.schema import Example, Limits, PictureNotes, RejectedError, Tracks, VideoRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,8 @@ class VisualPlan:
         return [bool(len(frames)) and bool(np.abs(frames - time).min() <= reach) for time in times]
 
 
-def open_media(example: Example, limits: Limits) -> Opened:
-    """Decode the images, or probe the video; the result is `()` for text.
+def open_media(example: Example, limits: Limits, notes: list[PictureNotes] | None = None) -> Opened:
+    """Decode the images, or probe the video; the result is `()` for text. `notes` receives those on the images.
 
     Raises:
         RejectedError: media are unreadable, there are too many images, or there are both images and a video.
@@ -75,7 +75,10 @@ def open_media(example: Example, limits: Limits) -> Opened:
         raise RejectedError(f"{len(example.images)} images, the limit is {limits.max_images}")
     try:
         if example.video is None:
-            return tuple(load_image(ref) for ref in example.images)
+            loaded = [load_with_notes(ref) for ref in example.images]
+            if notes is not None:
+                notes.extend(noted for _, noted in loaded)
+            return tuple(pixels for pixels, _ in loaded)
         info = probe_video(example.video)
     except MediaError as error:
         raise RejectedError(f"media: {error}") from error

@@ -27,6 +27,7 @@ from molmo2.processing.batch_prompt import prompt_of
 from molmo2.processing.pictures import Picture, pictures_of, raster
 from molmo2.training.run import SAMPLES_NAME, Run, agree_on_masked
 from shards.atomic import write_atomic
+from shards.stream.dataset import check_processor
 from shards.stream.loader import pack_reader
 from shards.stream.mixture import MixtureSpec
 from shards.stream.plan import Cursor, Draw, PackSpec, Plan, StepSpec, open_plan
@@ -59,12 +60,18 @@ class ValidationSums(NamedTuple):
 def open_held_out(recipe: Recipe, held_out: Evaluation, processor: dict[str, Any]) -> Plan:
     """Open the plan of the held-out batches.
 
+    A recipe of fine-tuning also accepts shards of stage "eval": their prompts are those of fine-tuning without draws.
+
     Raises:
         DatasetError, FormatError, PlanError: as for the training data.
     """
     names: Any = dict.fromkeys(held_out.datasets)
     mixture = MixtureSpec.model_validate({"groups": {"held out": {"rate": 1, "datasets": names}}})
-    return open_plan(root_paths(held_out.roots), mixture, recipe.plan_settings, processor)
+    plan = open_plan(root_paths(held_out.roots), mixture, recipe.plan_settings)
+    for dataset in plan.datasets:
+        of_eval = dataset.index.stage == "eval" and recipe.stage != "pretraining"
+        check_processor(dataset, {**processor, "conditioning": "eval"} if of_eval else processor)
+    return plan
 
 
 def validate(run: Run, engine: Any) -> tuple[dict[str, float], list[GeneratedSample]]:

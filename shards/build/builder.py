@@ -15,20 +15,31 @@ import re
 from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from tqdm import tqdm
 
-from shards.build.claim import BuildError, check_mark, claim, join, locked
+from shards.build.claim import BuildError, check_mark, claim, join, locked, without_tables
+from shards.build.oddities import merge_oddities
 from shards.build.pool import WorkerPool, build_all
 from shards.build.rejects import kinds, over_budget
-from shards.build.task import FITTED, Part, ProcessorFactory, SampleProcessor, ShardFailure, Task, failed, finished
+from shards.build.task import (
+    FITTED,
+    Part,
+    ProcessorFactory,
+    SampleProcessor,
+    ShardFailure,
+    Task,
+    failed,
+    finished,
+    record_part,
+)
 from shards.catalog import Row, Stage, StageSettings
 from shards.catalog.converters import converter_problems
-from shards.convert.reading import open_rows
+from shards.convert.reading import open_rows, stage_groups
 from shards.convert.skips import unmatched_skips
 from shards.format import (
     FORMAT_VERSION,
@@ -61,6 +72,7 @@ class Built:
         num_made: number of shards that this run built.
         num_kept: number of its shards that earlier runs had finished.
         unmatched_skips: items of the catalog's `skip` that no row has, after a run of the whole dataset.
+        oddities: what is odd about pictures and answers, after such a run: kind -> number and first key.
     """
 
     index: DatasetIndex | None
@@ -68,6 +80,7 @@ class Built:
     num_made: int
     num_kept: int
     unmatched_skips: tuple[str, ...] = ()
+    oddities: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def build_dataset(
@@ -116,10 +129,15 @@ def build_dataset(
     mine, storage = tasks[rank::number], open_storage(out)
     with _os_errors(label), locked(storage, shared=not whole):
         if whole:
-            claim(storage, build, overwrite)
+            claim(storage, build, len(tasks), overwrite)
         else:
             join(storage, build)
-        kept = {task.name: part for task in mine if (part := finished(task, storage)) is not None}
+        with _table_errors(label):
+            kept = {task.name: part for task in mine if (part := finished(task, storage)) is not None}
+        for task in mine:
+            if task.name in kept and kept[task.name].build_digest != task.build_digest:  # its tables have changed since
+                kept[task.name] = replace(kept[task.name], build_digest=task.build_digest)
+                record_part(kept[task.name], task, storage)
         missing = [task for task in mine if task.name not in kept]
         waiting = [task for task in missing if not retry_failed or failed(task, storage)]
         if missing:
@@ -131,7 +149,7 @@ def build_dataset(
         made = Counter[str]()
         for task in waiting:
             made.update(parts[task.name].totals)
-        index, unmatched = None, list[str]()
+        index, unmatched, oddities = None, list[str](), dict[str, dict[str, Any]]()
         if whole:
             if len(parts) < len(tasks):
                 raise BuildError(
@@ -139,6 +157,7 @@ def build_dataset(
                 )
             ordered = [parts[task.name] for task in tasks]
             unmatched = unmatched_skips(row, raw, (reject["reason"] for part in ordered for reject in part.rejects))
+            oddities = merge_oddities(part.oddities for part in ordered)
             _write_rejects(storage, ordered)
             index = _index(row, stage, settings, processor, build, ordered)
             if index.totals.samples == 0:
@@ -151,6 +170,7 @@ def build_dataset(
         num_made=len(waiting),
         num_kept=len(kept),
         unmatched_skips=tuple(unmatched),
+        oddities=oddities,
     )
 
 
@@ -161,10 +181,10 @@ def _plan(
     if problems := converter_problems(row):
         raise BuildError("\n  ".join([f"{stage}/{row.name}:", *problems]))
     table = open_rows(row, stage, raw)
-    groups, size = table.groups(row.group_by), settings.examples_per_shard
+    groups, size = stage_groups(row, stage, table), settings.examples_per_shard
     build = {
         "version": [FORMAT_VERSION, BUILD_VERSION],
-        "row": row.build_settings(),
+        "row": row.build_settings(stage),
         "settings": settings.model_dump(mode="json"),
         "processor": processor.settings,
         "files": {f.relative_to(raw).as_posix(): h for f, h in zip(table.files, table.digests, strict=True)},
@@ -179,6 +199,7 @@ def _plan(
             out=out,
             settings=settings,
             build_digest=digest(build),
+            settings_digest=digest(without_tables(build)),
         )
         for number, first in enumerate(range(0, len(groups), size))
     ]

@@ -43,19 +43,29 @@ def locked(storage: Storage, *, shared: bool = False) -> Iterator[None]:
         raise BuildError(f"{storage.root}: another build is at work there; wait for it, or stop it") from None
 
 
-def claim(storage: Storage, build: dict[str, Any], overwrite: bool) -> None:
+def without_tables(build: Any) -> Any:
+    """The settings of a build without the hashes of its tables."""
+    return {name: value for name, value in build.items() if name != "files"} if isinstance(build, dict) else build
+
+
+def claim(storage: Storage, build: dict[str, Any], num_shards: int, overwrite: bool) -> None:
     """Mark the output as this build's and remove temporary files of a killed one.
+
+    If only the tables have changed, the shards stay (the builder compares their rows), but none from `num_shards` on.
 
     Raises:
         BuildError: the output belongs to a build with other settings, and not `overwrite`.
     """
     mark = _mark(storage, build)
     if digest(mark) != digest(build):
-        if not overwrite:
+        same_settings = digest(without_tables(mark)) == digest(without_tables(build))
+        if not overwrite and not same_settings:
             raise _other_build(storage, mark, build)
         storage.remove(INDEX_NAME)  # first, because the dataset is incomplete from here on
         for name in storage.list():
-            if OWN_FILES.fullmatch(name):
+            shard = re.match(r"\d{6}(?=\.)", name)
+            stays = same_settings and not overwrite and shard and int(shard[0]) < num_shards
+            if OWN_FILES.fullmatch(name) and not stays:
                 storage.remove(name)
     if isinstance(storage, LocalStorage):
         remove_temporary_files(Path(storage.root))
@@ -94,9 +104,11 @@ def _mark(storage: Storage, build: dict[str, Any]) -> Any:
 
 
 def _other_build(storage: Storage, mark: Any, build: dict[str, Any]) -> BuildError:
+    remedy = "give --overwrite (without --task) to build it again, or choose another --out"
+    if digest(without_tables(mark)) == digest(without_tables(build)):
+        remedy = "run it once without --task: shards whose rows are unchanged are kept"
     return BuildError(
-        f"{storage.root} was built with other settings: {'; '.join(_differences(mark, build)[:5])}; "
-        "give --overwrite (without --task) to build it again, or choose another --out"
+        f"{storage.root} was built with other settings: {'; '.join(_differences(mark, build)[:5])}; {remedy}"
     )
 
 

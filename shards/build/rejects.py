@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,8 +11,18 @@ _VARIABLE = re.compile(
 )
 
 
+# what a reason says about a media file -> the kind that a report gives it
+_MEDIA_KINDS = (
+    (re.compile(r"does not exist|no such image"), "media: the file does not exist"),
+    (re.compile(r"lies outside of"), "media: the file lies outside of its folder; `media_roots` of the row allows it"),
+    (re.compile(r"the file is empty"), "media: the file is empty"),
+    (re.compile(r"truncated|cut short|Truncated"), "media: the file is truncated"),
+    (re.compile(r"UnidentifiedImageError"), "media: the file is not an image"),
+)
+
+
 class Kind(NamedTuple):
-    """Rejects with the same reason except for names and numbers: their number, and the first of them."""
+    """Rejects with the same reason except for names and numbers: the number of their rows, and the first of them."""
 
     reason: str
     number: int
@@ -29,8 +38,13 @@ def kind_of(reason: str) -> str:
     """A reason without the names, paths and numbers that differ from row to row.
 
     Example:
-        "media: /data/1.png does not exist" -> "media: … does not exist"
+        "media: /data/1.png does not exist" -> "media: the file does not exist"
+        "filter: n is '3', wanted max 2" -> "filter: n is …, wanted max …"
     """
+    if reason.startswith("media:"):
+        for pattern, kind in _MEDIA_KINDS:
+            if pattern.search(reason):
+                return kind
     return re.sub(r"…(?:[\s,;x]*…)+", "…", _VARIABLE.sub("…", reason))[:160]
 
 
@@ -41,12 +55,13 @@ def cause_of(reason: str) -> str:
 
 def kinds(rejects: Iterable[Mapping[str, Any]]) -> list[Kind]:
     """Rejects grouped by kind, the most frequent first."""
-    counts, first = Counter[str](), dict[str, Mapping[str, Any]]()
+    rows, first = dict[str, set[tuple[str, int]]](), dict[str, Mapping[str, Any]]()
     for reject in rejects:
         kind = kind_of(reject["reason"])
-        counts[kind] += 1
+        rows.setdefault(kind, set()).add((reject["file"], reject["row"]))  # several items of a row count once
         first.setdefault(kind, reject)
-    return [Kind(reason, count, first[reason]) for reason, count in counts.most_common()]
+    by_number = sorted(rows, key=lambda kind: -len(rows[kind]))
+    return [Kind(kind, len(rows[kind]), first[kind]) for kind in by_number]
 
 
 def over_budget(rejects: Iterable[Mapping[str, Any]], most: float) -> tuple[str, list[Mapping[str, Any]]] | None:

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shards.build.media_used import MediaRecord, media_changed, record_media
+from shards.build.oddities import OddityLog
 from shards.build.writer import npy_bytes, write_shard
 from shards.catalog import Row, Stage, StageSettings
+from shards.convert.common import Group
 from shards.convert.reading import convert_or_reject, open_rows, read_groups
 from shards.format import ShardInfo, canonical_json
 from shards.layout import VisualLayout
@@ -63,18 +65,25 @@ class Task:
     out: str
     settings: StageSettings
     build_digest: str
+    settings_digest: str
     verify_media: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """The contribution of a finished shard to the index, and the media files that it was built from."""
+    """The contribution of a finished shard to the index, and the media files that it was built from.
+
+    `rows_digest` is a hash of the settings and of the rows that it was built from (see `RowsDigest`), `oddities` an
+    `OddityLog`.
+    """
 
     build_digest: str
     shard: dict[str, Any]
     totals: dict[str, int]
     rejects: list[dict[str, Any]]
     media: MediaRecord = field(default_factory=dict)
+    rows_digest: str = ""
+    oddities: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,16 +95,58 @@ class ShardFailure:
     reason: str
 
 
+class RowsDigest:
+    """A hash of everything that a shard is built from except its media: the settings, and its rows in their places."""
+
+    def __init__(self, task: Task) -> None:
+        self.hasher = hashlib.sha256(task.settings_digest.encode())
+
+    def add(self, group: Group) -> None:
+        """Add a group of rows."""
+        self._add((group.key, [(source.file, source.row) for source in group.sources], group.values))
+
+    def _add(self, value: Any) -> None:
+        if isinstance(value, dict):
+            value = list(value.items())
+        if isinstance(value, list | tuple):
+            self.hasher.update(b"[%d" % len(value))
+            for item in value:
+                self._add(item)
+        else:
+            data = value if isinstance(value, bytes) else repr(value).encode(errors="backslashreplace")
+            self.hasher.update(b"%s %d " % (type(value).__name__.encode(), len(data)))
+            self.hasher.update(data)
+
+    @property
+    def text(self) -> str:
+        """The hash, in hexadecimal digits."""
+        return self.hasher.hexdigest()
+
+
+def rows_digest(task: Task) -> str:
+    """The hash of a shard's rows as they are in the tables now; no media are read."""
+    table, rows = open_rows(task.row, task.stage, task.raw), RowsDigest(task)
+    for group in read_groups(task.row, task.stage, task.raw, table, task.groups):
+        rows.add(group)
+    return rows.text
+
+
 def finished(task: Task, storage: Storage) -> Part | None:
-    """The part of a shard that an earlier run of the same build finished; None if its files or media do not match."""
+    """The part of a shard that an earlier run finished with these settings; None if its rows, files or media differ.
+
+    If a table has changed since, as by rows that were appended, the shard's own rows are compared.
+    """
     try:
         part = Part(**json.loads(storage.read(f"{task.name}.part.json")))
         shard = ShardInfo(**part.shard)
         sidecar = storage.read(f"{task.name}.idx.npy")
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    same = part.build_digest == task.build_digest and storage.size(f"{task.name}.tar") == shard.bytes
-    if not same or hashlib.sha256(sidecar).hexdigest() != shard.index_sha256:
+    if storage.size(f"{task.name}.tar") != shard.bytes:
+        return None
+    if part.build_digest != task.build_digest and (not part.rows_digest or part.rows_digest != rows_digest(task)):
+        return None
+    if hashlib.sha256(sidecar).hexdigest() != shard.index_sha256:
         return None
     return None if media_changed(part.media, task.raw, task.verify_media) else part
 
@@ -132,7 +183,9 @@ def build_shard(task: Task, processor: SampleProcessor) -> Part:
     # The temporary tar is beside its target in a local folder; for a bucket it is in the temporary directory.
     folder = Path(storage.root) if isinstance(storage, LocalStorage) else Path(tempfile.gettempdir())
     temporary = folder / f".{task.name}.tar.{uuid.uuid4().hex[:8]}.tmp"
-    samples = _samples(task, processor, totals, rejects, used)
+    read = RowsDigest(task)
+    oddities = OddityLog()
+    samples = _samples(task, processor, totals, rejects, used, read, oddities)
     try:
         shard, rows = write_shard(temporary, task.name, samples, processor.layout, task.settings.num_variants)
         storage.publish(temporary, f"{task.name}.tar")
@@ -153,19 +206,37 @@ def build_shard(task: Task, processor: SampleProcessor) -> Part:
         totals=dict(totals),
         rejects=rejects,
         media=record_media(used, task.raw, task.verify_media),
+        rows_digest=read.text,
+        oddities=oddities.to_json(),
     )
     storage.remove(f"{task.name}.failed.json")
-    storage.write(f"{task.name}.part.json", canonical_json(asdict(part)))
+    record_part(part, task, storage)
     return part
 
 
+def record_part(part: Part, task: Task, storage: Storage) -> None:
+    """Write the part of a shard, which marks it as finished."""
+    storage.write(f"{task.name}.part.json", canonical_json(asdict(part)))
+
+
 def _samples(
-    task: Task, processor: SampleProcessor, totals: Counter[str], rejects: list[dict[str, Any]], used: set[Path]
+    task: Task,
+    processor: SampleProcessor,
+    totals: Counter[str],
+    rejects: list[dict[str, Any]],
+    used: set[Path],
+    read: RowsDigest,
+    oddities: OddityLog,
 ) -> Iterator[Sample]:
-    """Yield the samples of a shard; adds counts to `totals`, rows without a sample to `rejects`, media to `used`."""
+    """Yield the samples of a shard.
+
+    Adds counts to `totals`, rows without a sample to `rejects`, media to `used`, every row to `read`, and
+    what is odd to `oddities`.
+    """
     row, stage, raw = task.row, task.stage, task.raw
     table, variants = open_rows(row, stage, raw), task.settings.num_variants
     for group in read_groups(row, stage, raw, table, task.groups, used, variants):
+        read.add(group)
         for item in convert_or_reject(group):
             if isinstance(item, Example):
                 for result in _process(processor, item, task.settings.limits):
@@ -173,6 +244,7 @@ def _samples(
                         totals["annotations"] += int(result.variants[0]["branch"][-1])
                         notes = result.record.get("fitted", ())
                         totals.update(kind for kind, noted in FITTED.items() if any(noted in note for note in notes))
+                        oddities.add(item, result)
                         yield result
                     else:
                         rejects.append(_reject(task.row.name, item.key, item.source, str(result)))

@@ -31,7 +31,6 @@ from shards.catalog.row import (
     Stage,
     Strict,
     TableFormat,
-    split_of,
 )
 from shards.catalog.templates import CatalogError, read_catalog_file
 from shards.schema import Limits
@@ -54,7 +53,6 @@ __all__ = [
     "StageSettings",
     "TableFormat",
     "load_catalog",
-    "split_of",
 ]
 
 
@@ -97,6 +95,19 @@ class Catalog(Strict):
     folders: dict[FolderName, Folder] = pydantic.Field(default_factory=dict)
     left_out: dict[str, str] = pydantic.Field(default_factory=dict)
     evaluation: Catalog | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _settings_of_held_out_rows(cls, data: Any) -> Any:
+        """Stage "eval" of a catalog without settings for it is built like the stage that is trained."""
+        stages, rows = (data.get("stages"), data.get("rows")) if isinstance(data, dict) else (None, None)
+        if not isinstance(stages, dict) or not isinstance(rows, list | tuple) or "eval" in stages:
+            return data
+        trained = stages.get("sft", next(iter(stages.values()), None))
+        if isinstance(trained, dict) and any(isinstance(row, dict) and row.get("held_out") for row in rows):
+            own = {name: value for name, value in trained.items() if name != "rebuilds"}
+            return {**data, "stages": {**stages, "eval": {**own, "num_variants": 1}}}
+        return data
 
     @pydantic.model_validator(mode="after")
     def _one_evaluation(self) -> Self:

@@ -18,6 +18,7 @@ import pydantic
 
 from shards.sources.paths import inside, own_file
 
+OWN_NEW_TOKENS = 128  # longest answer of a benchmark that only names its metric
 STAGES = ("pretraining", "sft", "long", "eval")
 Stage = Literal["pretraining", "sft", "long", "eval"]
 
@@ -373,6 +374,13 @@ class BenchmarkSpec(Strict):
     target: float | None = None
 
 
+def _share(value: Any) -> Any:
+    """A share as a fraction; "2 %" is 0.02."""
+    if isinstance(value, str) and value.rstrip().endswith("%"):
+        return float(value.rstrip().removesuffix("%")) / 100
+    return value
+
+
 class Row(Strict):
     """One dataset of the catalog. Paths are relative to `raw/<folder>/`.
 
@@ -386,6 +394,9 @@ class Row(Strict):
         download: how the row's own raw folder is downloaded.
         stages: stages that use the dataset.
         files: glob of the files of each split; stage "eval" reads "validation", the others "train".
+        held_out: share of the rows of "train" that no training stage reads, but stage "eval" does (which the row then
+            has without naming it); a fraction or a text such as "2 %". A hash of a row's image, video or `group_by`
+            decides, so rows about the same picture stay together, and a row never changes sides when others are added.
         table: format of those files.
         converter: a name in `shards.convert.CONVERTERS`.
         columns: field of the converter -> column of the files; dotted for a field of a struct ("meta.id"). A column
@@ -408,6 +419,7 @@ class Row(Strict):
         media_roots: absolute paths of folders outside of the raw data that links, absolute paths and file URLs of media
             may lead to; everything else outside is rejected.
         benchmark: how answers are scored in stage "eval"; a list if the row's questions are scored in several ways.
+        metric: the short form of a `benchmark` for `evaluate.py --catalog`: only the name of its metric.
         notes: remarks for readers.
     """
 
@@ -420,6 +432,7 @@ class Row(Strict):
     download: Download | None = None
     stages: tuple[Stage, ...] = pydantic.Field(min_length=1)
     files: dict[Literal["train", "validation"], Inside]
+    held_out: typing.Annotated[float, pydantic.BeforeValidator(_share), pydantic.Field(ge=0, lt=1)] = 0.0
     table: TableFormat = TableFormat()
     converter: str
     columns: dict[str, str]
@@ -437,6 +450,7 @@ class Row(Strict):
     media_from: tuple[FolderName, ...] = ()
     media_roots: typing.Annotated[tuple[str, ...], pydantic.BeforeValidator(_as_tuple)] = ()
     benchmark: typing.Annotated[tuple[BenchmarkSpec, ...], pydantic.BeforeValidator(_as_tuple)] = ()
+    metric: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -450,6 +464,21 @@ class Row(Strict):
         others = [*self.media_from, *(e.raw for e in self.exclude if e.raw)]
         return tuple(dict.fromkeys([self.folder, *others]))
 
+    def split(self, stage: Stage) -> Literal["train", "validation"]:
+        """The key of `files` that a stage reads."""
+        return "validation" if stage == "eval" and not self.held_out else "train"
+
+    def pattern(self, stage: Stage) -> str:
+        """Glob of the files that a stage reads."""
+        return self.files[self.split(stage)]
+
+    @property
+    def benchmarks(self) -> tuple[BenchmarkSpec, ...]:
+        """`benchmark`, and the one that `metric` stands for."""
+        if self.metric is None:
+            return self.benchmark
+        return (*self.benchmark, BenchmarkSpec(suite="own", metric=self.metric, max_new_tokens=OWN_NEW_TOKENS))
+
     def used_columns(self, stage: Stage) -> list[str]:
         """Every column that the row reads in a stage, sorted; dotted paths are kept as they are."""
         parts: tuple[Filter | Exclusion | Lookup, ...] = (*self.filters, *self.exclude, *self.lookups)
@@ -459,10 +488,18 @@ class Row(Strict):
             others |= {*self.facts.values(), *(self.masks.columns if self.masks else ())}
         return sorted({*self.columns.values(), *others, *([self.group_by] if self.group_by else [])})
 
-    def build_settings(self) -> dict[str, Any]:
-        """The settings that the samples depend on: all fields except those that only describe the row."""
-        descriptive = {"layout_of", "raw", "source", "size", "paper", "download", "stages", "benchmark", "notes"}
-        return self.model_dump(mode="json", exclude=descriptive, exclude_defaults=True)
+    def build_settings(self, stage: Stage) -> dict[str, Any]:
+        """The settings that the samples of a stage depend on: no descriptions, and nothing of the other stages."""
+        excluded = {"layout_of", "raw", "source", "size", "paper", "download", "stages", "benchmark", "metric", "notes"}
+        if stage != "eval":
+            excluded |= {"facts", "masks"}
+        settings = self.model_dump(mode="json", exclude=excluded, exclude_defaults=True)
+        settings["files"] = {self.split(stage): self.pattern(stage)}
+        if stage in self.loss_weight:
+            settings["loss_weight"] = {stage: self.loss_weight[stage]}
+        else:
+            settings.pop("loss_weight", None)
+        return settings
 
     @pydantic.field_validator("media_roots")
     @classmethod
@@ -471,16 +508,22 @@ class Row(Strict):
             raise ValueError(f"{wrong[0]!r} is not the absolute path of a folder")
         return value
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _evaluated_if_held_out(cls, data: Any) -> Any:
+        stages = data.get("stages") if isinstance(data, dict) and data.get("held_out") else None
+        if isinstance(stages, list | tuple) and "eval" not in stages:
+            return {**data, "stages": [*stages, "eval"]}
+        return data
+
     @pydantic.model_validator(mode="after")
     def _splits(self) -> Self:
+        if self.held_out and "validation" in self.files:
+            raise ValueError("held_out and files.validation are two sources of held-out rows; remove one of them")
         for stage in self.stages:
-            if split_of(stage) not in self.files:
-                raise ValueError(f"stage {stage} needs files.{split_of(stage)}")
-        if self.benchmark and "eval" not in self.stages:
-            raise ValueError(f'a benchmark needs stage "eval"; the stages are {", ".join(self.stages)}')
+            if self.split(stage) not in self.files:
+                raise ValueError(f"stage {stage} needs files.{self.split(stage)}")
+        if self.benchmarks and "eval" not in self.stages:
+            stages = ", ".join(self.stages)
+            raise ValueError(f'a benchmark needs stage "eval"; the stages are {stages} (`held_out` adds it)')
         return self
-
-
-def split_of(stage: str) -> Literal["train", "validation"]:
-    """The split that a stage reads."""
-    return "validation" if stage == "eval" else "train"

@@ -9,7 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shards.catalog import Exclusion, Row, Stage, split_of
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from shards.catalog import Exclusion, Row, Stage
 from shards.catalog.converters import CONVERTER_OPTIONS
 from shards.convert import CONVERTERS
 from shards.convert.common import Group, Omitted
@@ -24,6 +28,7 @@ from shards.sources.parquet import MissingSourceError, SourceError
 from shards.sources.paths import at
 from shards.sources.tables import Table, open_table
 
+IDENTITY = ("image", "image_1", "images", "video", "messages", "question")  # fields that identify a row, in this order
 READ_BYTES = 256 << 20  # bytes of rows that a shard's build holds in memory at a time, unless one row is larger
 
 
@@ -46,7 +51,7 @@ def open_rows(row: Row, stage: Stage, raw: Path) -> Table:
     try:
         columns = set(row.used_columns(stage))
         own = {name for name in columns if name.partition(".")[0] not in {lookup.name for lookup in row.lookups}}
-        table = open_table(raw, row.files[split_of(stage)], own - set(row.optional), row.table)
+        table = open_table(raw, row.pattern(stage), own - set(row.optional), row.table)
         table = open_joined(table, raw, row.lookups, columns)
         for skip in row.skip:
             skipped_items(skip, raw)
@@ -57,6 +62,57 @@ def open_rows(row: Row, stage: Stage, raw: Path) -> Table:
     except SourceError as error:
         raise SourceError(f"{row.name}: {error}") from None
     return table
+
+
+def stage_groups(row: Row, stage: Stage, table: Table) -> list[tuple[int, ...]]:
+    """The row numbers of each group that a stage reads: all groups, or those on its side of `held_out`.
+
+    Raises:
+        SourceError: `held_out` leaves a side without groups.
+    """
+    groups = table.groups(row.group_by)
+    if not row.held_out:
+        return groups
+    is_held_out = held_out_rows(row, table)
+    mine = [group for group in groups if is_held_out[group[0]] == (stage == "eval")]
+    if groups and not mine:
+        side = "no group of rows is held out" if stage == "eval" else "every group of rows is held out"
+        raise SourceError(
+            f"{row.name}: {side}: held_out is {row.held_out:.3g} of {len(groups)} groups; give another share, or a "
+            "file of its own with `files: {validation: ...}` and stage eval"
+        )
+    return mine
+
+
+def held_out_rows(row: Row, table: Table) -> npt.NDArray[np.bool_]:
+    """Whether each row of a table is held out: a hash of what identifies it is below the share `held_out`.
+
+    The column `group_by` identifies a row, or else the first of `IDENTITY` that has a value; the hash is the same in
+    all datasets, so the same picture is on the same side in each. Embedded media are not read: there the number of the
+    row decides.
+    """
+    columns = [row.group_by] if row.group_by else [row.columns[field] for field in IDENTITY if field in row.columns]
+    numbers, size = range(len(table)), 1024
+    if columns and len(table):
+        ((_, first),) = table.read([0], columns)
+        columns = [] if any(_holds_bytes(at(first, column)) for column in columns) else columns
+    held_out = np.zeros(len(table), np.bool_)
+    for start in range(0, len(table), size):
+        some = numbers[start : start + size]
+        rows = [values for _, values in table.read(some, columns)] if columns else [{} for _ in some]
+        for number, values in zip(some, rows, strict=True):
+            given = [value for column in columns if (value := at(values, column)) not in (None, "", [])]
+            identity = given[0] if given else number
+            text = identity if isinstance(identity, str) else repr(identity)
+            digest = xxhash.xxh3_64_intdigest(text.encode(errors="surrogatepass"))
+            held_out[number] = digest < row.held_out * 2**64
+    return held_out
+
+
+def _holds_bytes(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_holds_bytes, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, bytes)
 
 
 def read_groups(
@@ -154,7 +210,12 @@ def convert_or_reject(group: Group) -> list[Example | Omitted]:
     alone = [_try(group.part([index]))[1] for index in rows] if len(rows) > 1 else [error]
     faulty = {index: reject for index, reject in enumerate(alone) if reject is not None}
     if not 0 < len(faulty) < len(rows):  # the fault is in what all rows share, such as the image
-        return [*items, _left_out_by(error, group)]
+        record = _left_out_by(error, group)
+        causes = [item for item in items if isinstance(item, Omitted) and item.source == record.source]
+        if len(rows) == 1 and causes:  # a row without any usable item is recorded once
+            items = [item for item in items if item not in causes]
+            record = replace(record, reason=f"{record.reason}: {causes[0].reason}")
+        return [*items, record]
     rest = group.part([index for index in rows if index not in faulty])
     return [*(_left_out_by(reject, group, index) for index, reject in faulty.items()), *convert_or_reject(rest)]
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import pydantic
 
 from shards.atomic import write_atomic
-from shards.catalog import Catalog, Download, Row, split_of
+from shards.catalog import Catalog, Download, Row
 from shards.sources.paths import inside, is_system_file, own_file
 
 MANIFEST = "manifest.json"
@@ -101,7 +101,7 @@ def missing_folders(catalog: Catalog, row: Row, raw: Path) -> list[str]:
     missing = []
     for name in row.folders:
         download, folder = downloads.get(name), raw / name
-        patterns = [row.files[split_of(stage)] for stage in row.stages] if name == row.folder else ["*"]
+        patterns = [row.pattern(stage) for stage in row.stages] if name == row.folder else ["*"]
         by_hand = download is None or download.kind in {"manual", "none"}
         fetched = download is None or not fetches(download) or read_manifest(folder, download) is not None
         if not fetched or (by_hand and not all(_any(folder, pattern) for pattern in patterns)):

@@ -22,9 +22,10 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
+import xxhash
 
 from shards.media.types import MediaError, Pixels, TooLargeError
-from shards.schema import ImageRef
+from shards.schema import ImageRef, PictureNotes
 
 # The formats that are read. Others that Pillow knows run programs (EPS starts Ghostscript) or have rarely been tested.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "DDS")
@@ -43,6 +44,14 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}  # chunks of text and colour profiles, whose size Pillow limits
 SAMPLE_BITS = {"1": 1, "L;2": 2, "L;4": 4, "RGB;16B": 16}  # raw mode of a PNG -> bits of a sample, if not 8
 
+TINY_SIDE = 32  # pixels; an image with a shorter side is noted as tiny
+# what is noted about an image for the report of a build
+TRANSPARENT = "pictures with transparent parts, laid on white"
+FLAT = "pictures of one colour"
+TINY = f"pictures with a side below {TINY_SIDE} pixels"
+DEEP = "pictures with more than 8 bits, scaled"
+TURNED = "pictures turned by their EXIF orientation"
+
 Result = TypeVar("Result")
 
 
@@ -53,6 +62,29 @@ def load_image(ref: ImageRef) -> Pixels:
         MediaError: the file is missing, too large, or not an image.
     """
     return _with_image(ref, rgb_pixels)
+
+
+def load_with_notes(ref: ImageRef) -> tuple[Pixels, PictureNotes]:
+    """As `load_image`, with what is peculiar about the image.
+
+    Raises:
+        MediaError: as by `load_image`.
+    """
+    return _with_image(ref, _noted_pixels)
+
+
+def _noted_pixels(image: PIL.Image.Image) -> tuple[Pixels, PictureNotes]:
+    turned, high = _orientation(image) in TURNS, image.mode.startswith(("I", "F"))  # before `load`, which turns a TIFF
+    deep = high or SAMPLE_BITS.get(_raw_mode(image), 8) > 8
+    pixels = rgb_pixels(image)
+    transparent = image.has_transparency_data
+    if transparent and not high:
+        transparent = bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)
+    height, width = pixels.shape[:2]
+    flat = bool((pixels[0] == pixels[0, 0]).all() and (pixels == pixels[0, 0]).all())
+    found = {TRANSPARENT: transparent, FLAT: flat, TINY: min(height, width) < TINY_SIDE, DEEP: deep, TURNED: turned}
+    digest = xxhash.xxh3_64_intdigest(np.ascontiguousarray(pixels).data, seed=width)
+    return pixels, PictureNotes(kinds=tuple(kind for kind, present in found.items() if present), pixels=digest)
 
 
 def image_size(ref: ImageRef) -> tuple[int, int]:
@@ -66,16 +98,21 @@ def image_size(ref: ImageRef) -> tuple[int, int]:
 
 def rgb_pixels(image: PIL.Image.Image) -> Pixels:
     """The pixels of an opened image as `load_image` returns them."""
-    tiles: list[Any] = getattr(image, "tile", [])  # read before `load`, which clears them
-    raw_mode = tiles[0].args if tiles else None
-    raw_mode = raw_mode[0] if isinstance(raw_mode, tuple) else raw_mode
+    raw_mode = _raw_mode(image)
     image.load()
     turn = TURNS.get(_orientation(image))  # after `load`, which turns a TIFF
     high = image.mode.startswith(("I", "F"))
-    pixels = _high_depth(image) if high else _eight_bits(image, SAMPLE_BITS.get(str(raw_mode), 8))
+    pixels = _high_depth(image) if high else _eight_bits(image, SAMPLE_BITS.get(raw_mode, 8))
     if turn is not None:
         pixels = np.asarray(PIL.Image.fromarray(pixels).transpose(turn))
     return pixels
+
+
+def _raw_mode(image: PIL.Image.Image) -> str:
+    """How the file holds its samples, such as "RGB;16B"; to be read before `load`, which clears it."""
+    tiles: list[Any] = getattr(image, "tile", [])
+    arguments = tiles[0].args if tiles else None
+    return str(arguments[0] if isinstance(arguments, tuple) else arguments)
 
 
 def _with_image(ref: ImageRef, use: Callable[[PIL.Image.Image], Result]) -> Result:
@@ -95,7 +132,10 @@ def _with_image(ref: ImageRef, use: Callable[[PIL.Image.Image], Result]) -> Resu
         raise
     except PIL.Image.DecompressionBombError as error:  # Pillow's own limit, close below ours
         raise TooLargeError(f"{where}: {error}") from None
-    except Exception as error:  # decoders raise struct.error, SyntaxError, NotImplementedError, TypeError and more
+    except Exception as error:
+        if ref.path is not None and Path(ref.path).stat().st_size == 0:
+            raise MediaError(f"{where}: not a readable image (the file is empty)") from None
+        # decoders raise struct.error, SyntaxError, NotImplementedError, TypeError and more
         raise MediaError(f"{where}: not a readable image ({type(error).__name__}: {error})") from None
 
 

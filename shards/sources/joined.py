@@ -40,6 +40,10 @@ class JoinedTable:
         """Number of rows."""
         return len(self.main)
 
+    def first(self, most: int) -> list[dict[str, Any]]:
+        """The first rows of the main table, with all of its columns."""
+        return self.main.first(most)
+
     def groups(self, column: str | None) -> list[tuple[int, ...]]:
         """Row numbers with equal values in a column of the main table."""
         return self.main.groups(column)

@@ -71,6 +71,10 @@ class RecordTable:
         """Number of rows."""
         return sum(self.counts)
 
+    def first(self, most: int) -> list[Record]:
+        """The first rows of the first file, with all columns."""
+        return list(self._rows(self.files[0])[:most])
+
     def groups(self, column: str | None) -> list[tuple[int, ...]]:
         """Group row numbers by the value of a column, in order of first appearance; None: each row is a group."""
         if column is None:

@@ -51,6 +51,11 @@ class ParquetTable:
         """Number of rows."""
         return sum(self.counts)
 
+    def first(self, most: int) -> list[dict[str, Any]]:
+        """The first rows of the table, with all columns."""
+        rows = range(min(most, len(self)))
+        return [values for _, values in self.read(rows, pq.read_schema(self.files[0]).names)]
+
     def groups(self, column: str | None) -> list[tuple[int, ...]]:
         """Group row numbers by the value of a column, in order of first appearance; None: each row is a group."""
         if column is None:

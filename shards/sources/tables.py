@@ -35,6 +35,9 @@ class Table(Protocol):
     def __len__(self) -> int:
         """Number of rows."""
 
+    def first(self, most: int) -> list[dict[str, Any]]:
+        """The first rows of the table, with all columns."""
+
     def groups(self, column: str | None) -> list[tuple[int, ...]]:
         """Group row numbers by the value of a column, in order of first appearance; None: each row is a group."""
 

@@ -219,7 +219,7 @@ def test_two_builds_do_not_share_a_folder(raw: Path, tmp_path: Path) -> None:
 
 
 def test_changed_or_damaged_files_are_noticed(raw: Path, tmp_path: Path) -> None:
-    """A cut shard is built again, a strange file is left alone, other raw rows are another build."""
+    """A cut shard is built again, a strange file is left alone, other raw rows give the shards of a fresh build."""
     mine = tmp_path / "raw"
     shutil.copytree(raw, mine)
     out = tmp_path / "out" / "demo-chat"
@@ -233,12 +233,12 @@ def test_changed_or_damaged_files_are_noticed(raw: Path, tmp_path: Path) -> None
     rows = pq.read_table(file)
     pq.write_table(rows.take(list(range(len(rows)))[::-1]), file)
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(BuildError, match=r"other settings: files.data/train-00000-of-00001.parquet was"):
-        build(mine, tmp_path / "out", "demo-chat")
+    with pytest.raises(BuildError, match=r"files.data/train-00000-of-00001.parquet was .* once without --task"):
+        build_part(mine, tmp_path / "out", "demo-chat", task_of=(0, 2))
     assert tree(out) == before | {"notes.txt": b"mine"}
-    build(mine, tmp_path / "out", "demo-chat", overwrite=True)
-    assert tree(out) != before
-    assert (out / "notes.txt").read_text() == "mine"
+    build(mine, tmp_path / "out", "demo-chat")
+    build(mine, tmp_path / "fresh", "demo-chat")
+    assert tree(out) == tree(tmp_path / "fresh" / "demo-chat") | {"notes.txt": b"mine"} != before
 
 
 def test_unreadable_videos_are_rejected_with_their_name(raw: Path, tmp_path: Path) -> None:

@@ -23,7 +23,21 @@ from shards.sources.media_files import MediaFiles
     [
         (
             ["media: /data/a b/1.png does not exist", "media: /data/2.png does not exist"],
-            "media: … does not exist",
+            "media: the file does not exist",
+        ),
+        (
+            ["media: /a.jpg: not a readable image (OSError: image file is truncated (4 bytes not processed))"] * 2,
+            "media: the file is truncated",
+        ),
+        (["media: /a.png: not a readable image (OSError: Truncated File Read)"] * 2, "media: the file is truncated"),
+        (["media: /a.png: not a readable image (the file is empty)"] * 2, "media: the file is empty"),
+        (
+            ["media: /r/../a.png lies outside of /r (it leads to /a.png); to allow it, name its folder"] * 2,
+            "media: the file lies outside of its folder; `media_roots` of the row allows it",
+        ),
+        (
+            ["media: /a.jpg: not a readable image (UnidentifiedImageError: cannot)"] * 2,
+            "media: the file is not an image",
         ),
         (["media: http 404: https://a.example/1", "media: http 404: http://b/x.jpg?y=2"], "media: http …: …"),
         (["filter: n is '3', wanted max 2", "filter: n is 'it\\'s', wanted max 2"], "filter: n is …, wanted max …"),
@@ -34,6 +48,11 @@ def test_reasons_of_one_kind(reasons: list[str], kind: str) -> None:
     assert kind_of(reasons[0]).startswith(kind.split("…")[0])
 
 
+def test_a_row_counts_once() -> None:
+    items = [reject("an empty question or answer", 4), reject("an empty question or answer", 4), reject("late", 4)]
+    assert [(kind.reason, kind.number) for kind in kinds(items)] == [("an empty question or answer", 1), ("late", 1)]
+
+
 def reject(reason: str, row: int = 0, omitted: bool = False) -> dict[str, Any]:
     return {"file": "a.jsonl", "row": row, "reason": reason, "omitted": omitted}
 
@@ -42,7 +61,7 @@ def test_kinds_have_an_example_and_causes_a_budget_each() -> None:
     media = [reject(f"media: /x/{number}.png does not exist", number) for number in range(3)]
     values = [reject("no answer", 7), reject("no answer", 8)]
     first, second = kinds([*values, *media])
-    assert (first.reason, first.number) == ("media: … does not exist", 3)
+    assert (first.reason, first.number) == ("media: the file does not exist", 3)
     assert first.example == "a.jsonl row 0: media: /x/0.png does not exist"
     assert (second.reason, second.number) == ("no answer", 2)
     assert over_budget([*media, *values], 3) is None

@@ -43,6 +43,17 @@ def qa(**changes: Any) -> str:
     return json.dumps({"image": "1.png", "question": "What colour?", "answer": "Red.", **changes})
 
 
+def test_a_row_without_any_usable_item_is_recorded_once(raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/empty.png").touch()
+    lines = [qa(), qa(question=["a", "b"], answer=["", ""]), qa(question=["a", "b"], answer=["", "c"])]
+    index, rejects = built(raw, tmp_path, [*lines, qa(image="empty.png")])
+    assert (index.totals.samples, index.totals.rejects) == (2, 3)
+    assert [(reject["row"], reject["omitted"]) for reject in rejects] == [(1, False), (2, True), (3, False)]
+    assert rejects[0]["reason"] == "no question with an answer: an empty question or answer"
+    assert rejects[2]["reason"].endswith("empty.png: not a readable image (the file is empty)")
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -80,12 +91,14 @@ def test_a_group_loses_only_its_faulty_rows(raw: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [NotImplementedError, RuntimeError, TypeError, struct.error, SyntaxError, OSError])
-@pytest.mark.parametrize("place", ["shards.convert.image_questions.images_of", "molmo2.processing.visuals.load_image"])
+@pytest.mark.parametrize(
+    "place", ["shards.convert.image_questions.images_of", "molmo2.processing.visuals.load_with_notes"]
+)
 def test_any_exception_names_its_row(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: type[Exception]
 ) -> None:
     calls = iter(range(99))
-    whole = images.load_image if place.endswith("load_image") else None
+    whole = images.load_with_notes if place.endswith("load_with_notes") else None
 
     def faulty(value: Any) -> Any:
         if next(calls) == 3:
@@ -105,7 +118,7 @@ def test_errors_of_the_machine_end_the_build(
     def faulty(_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("molmo2.processing.visuals.load_image", faulty)
+    monkeypatch.setattr("molmo2.processing.visuals.load_with_notes", faulty)
     with pytest.raises((type(error), ValueError)) as caught:
         built(raw, tmp_path, [qa()])
     assert (not (tmp_path / "out" / "rejects.jsonl").exists() and "disk" in str(caught.value)) or not str(error)

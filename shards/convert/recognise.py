@@ -1,0 +1,330 @@
+"""Recognising the layout of a user's data: from some rows or file names to the keys of a catalog row.
+
+A layout is a function in `TABLE_LAYOUTS` or `FOLDER_LAYOUTS`. It sees a few rows of a table, or the names of all files
+of a folder, and returns a `Layout`, or None if the data have another one. What the data do not show is looked up in
+`answers`, and asked for by an `UnsureError` if it is not there. `tools/new_dataset.py` writes the catalog.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from shards.convert.common import xy_pairs
+from shards.sources.media_files import VIDEO_SUFFIXES
+
+Rows = Sequence[Mapping[str, Any]]
+Answers = Mapping[str, str]
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+# what a column holds -> its names in published data, the likeliest first
+NAMES: dict[str, tuple[str, ...]] = {
+    "messages": ("messages", "conversations", "conversation"),
+    "image": ("image", "images", "image_path", "image_file", "img", "img_path", "picture", "photo", "image_url"),
+    "video": ("video", "videos", "video_path", "video_file", "clip"),
+    "path": ("file_name", "filename", "file", "path", "filepath", "url", "id"),
+    "question": ("question", "query", "prompt", "instruction", "problem"),
+    "answer": ("answer", "answers", "response", "output", "solution", "multiple_choice_answer"),
+    "options": ("options", "choices", "candidates"),
+    "points": ("points", "point", "coordinates"),
+    "caption": ("caption", "captions", "text", "description", "sentence", "prompt"),
+    "label": ("label", "class", "category", "class_name", "label_name"),
+    "start": ("start", "start_time", "begin"),
+    "end": ("end", "end_time", "stop"),
+}
+STYLES = ["pointing", "point_count"]
+MAX_POINTS = 60
+CLASS_QUESTION = "What does the picture show?"
+_SPLIT = re.compile(
+    r"(?:^|(?<=[-_./]))(train|training|val|valid|validation|dev|test)(?:\d*)(?=[-_./]|$)", re.IGNORECASE
+)
+_PART = re.compile(r"-\d{5}-of-\d{5}")
+
+
+class UnsureError(ValueError):
+    """The data do not show something that must be known: its name, a question to the user, and the possible answers."""
+
+    def __init__(self, name: str, question: str, choices: Sequence[str]) -> None:
+        super().__init__(f"{question} ({', '.join(choices)}); answer with --choose {name}={choices[0]}")
+        self.name, self.question, self.choices = name, question, tuple(choices)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A recognised layout.
+
+    Attributes:
+        name: the layout in words.
+        keys: keys of the catalog row: converter, columns, options and others that depend on the layout.
+        media: "image", "video" or "text": what the examples show.
+        media_column: column with the path, URL or bytes of an image or a video; None: in the messages, or none.
+        rows: the rows of a table that must be written first, because the data have none for this purpose.
+    """
+
+    name: str
+    keys: dict[str, Any]
+    media: str = "image"
+    media_column: str | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def split_and_stem(path: str) -> tuple[str, str]:
+    """The split that the name of a table or folder says, "train" or "validation", and the name without it.
+
+    Example:
+        "data/val-00000-of-00002.parquet" -> ("validation", "data/.parquet")
+    """
+    name = _PART.sub("", path)
+    found = _SPLIT.search(name)
+    held_out = found is not None and not found[1].lower().startswith("train")
+    stem = name if found is None else name[: found.start()] + name[found.end() :]
+    return "validation" if held_out else "train", stem
+
+
+def values_of(rows: Rows, column: str) -> list[Any]:
+    """The values of a column that are not missing; the items of lists in place of lists."""
+    values = [row.get(column) for row in rows]
+    return [item for value in values for item in (value if isinstance(value, list) else [value]) if item is not None]
+
+
+def is_media(value: Any, suffixes: Sequence[str]) -> bool:
+    """Whether a value is an image or a video by its suffix, or embedded bytes, or a URL of data."""
+    if isinstance(value, Mapping):
+        return isinstance(value.get("bytes"), bytes) or is_media(value.get("path") or value.get("url"), suffixes)
+    if isinstance(value, bytes):
+        return suffixes is IMAGE_SUFFIXES
+    text = str(value).partition("?")[0].lower()
+    return text.endswith(tuple(suffixes)) or (suffixes is IMAGE_SUFFIXES and text.startswith("data:image/"))
+
+
+def find_column(rows: Rows, kind: str) -> str | None:
+    """The column with the likeliest of the names of a kind."""
+    present = {name.lower(): name for row in rows for name in row}
+    return next((present[name] for name in NAMES[kind] if name in present), None)
+
+
+def media_column(rows: Rows, kind: str) -> str | None:
+    """The column with images or videos: by its name and its values."""
+    suffixes = IMAGE_SUFFIXES if kind == "image" else VIDEO_SUFFIXES
+    present = {name.lower(): name for row in rows for name in row}
+    for name in (*NAMES[kind], *NAMES["path"]):
+        values = values_of(rows, present[name]) if name in present else []
+        if values and all(is_media(value, suffixes) for value in values):
+            return present[name]
+    return None
+
+
+def conversations(rows: Rows, answers: Answers) -> Layout | None:
+    """Lists of messages: ShareGPT and LLaVA ({from, value}), OpenAI, Qwen and ms-swift ({role, content})."""
+    column = find_column(rows, "messages")
+    messages = values_of(rows, column) if column else []
+    if not messages or not all(isinstance(message, Mapping) for message in messages):
+        return None
+    columns = {"messages": column}
+    for kind in ("image", "video"):
+        if (media := media_column(rows, kind)) is not None:
+            columns[kind] = media
+    parts = [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
+    text = str([*columns, *(key for part in parts if isinstance(part, Mapping) for key in (part.get("type"), *part))])
+    media = next((kind for kind in ("video", "image") if kind in text), "text")
+    shape = "ShareGPT or LLaVA" if "from" in messages[0] else "OpenAI, Qwen or ms-swift"
+    keys = {"converter": "chat", "columns": columns, "options": {"style": "user_qa"}}
+    return Layout(
+        name=f"conversations ({shape})", keys=keys, media=media, media_column=columns.get("image", columns.get("video"))
+    )
+
+
+def points(rows: Rows, answers: Answers) -> Layout | None:
+    """Points on images, with a label."""
+    image, column, label = media_column(rows, "image"), find_column(rows, "points"), find_column(rows, "label")
+    if not image or not column or not label:
+        return None
+    pairs = [pair for row in rows for pair in _pairs(row.get(column))]
+    keys = {
+        "converter": "image_points",
+        "columns": {"image": image, "label": label, "points": column},
+        "options": {"scale": _scale(pairs, answers), "styles": STYLES, "max_points": MAX_POINTS},
+    }
+    return Layout(name="points on images", keys=keys, media_column=image)
+
+
+def _pairs(value: Any) -> list[tuple[float, float]]:
+    try:
+        return xy_pairs(value)
+    except (TypeError, KeyError, ValueError, IndexError):
+        return [pair for item in value for pair in _pairs(item)] if isinstance(value, list) else []
+
+
+def _scale(pairs: Sequence[tuple[float, float]], answers: Answers) -> str:
+    largest = max((max(pair) for pair in pairs), default=0.0)
+    if largest <= 1 and pairs:
+        return "unit"
+    if largest > 1000:
+        return "pixel"
+    choices = ("percent", "pixel", "thousand") if largest <= 100 else ("pixel", "thousand")
+    return _chosen("scale", f"Coordinates up to {largest:g}: in which unit are the points?", choices, answers)
+
+
+def _chosen(name: str, question: str, choices: Sequence[str], answers: Answers) -> str:
+    if answers.get(name) not in choices:
+        raise UnsureError(name, question, choices)
+    return answers[name]
+
+
+def multiple_choice(rows: Rows, answers: Answers) -> Layout | None:
+    """Questions with answer options, about images or videos."""
+    question, options, answer = (find_column(rows, kind) for kind in ("question", "options", "answer"))
+    image, video = media_column(rows, "image"), media_column(rows, "video")
+    if not question or not options or not answer or not (image or video):
+        return None
+    given, texts = values_of(rows, answer), {str(value) for value in values_of(rows, options)}
+    if all(str(value) in texts for value in given):
+        form = "text"
+    elif all(re.fullmatch(r"\(?[A-Za-z]\)?[.:]?", str(value)) for value in given):
+        form = "letter"
+    elif all(isinstance(value, int) for value in given):
+        form = "index"
+    else:
+        form = _chosen(
+            "answer", f"Column {answer}: how is the right option given?", ("index", "letter", "text"), answers
+        )
+    columns = {"question": question, "options": options, "answer": answer}
+    if image:
+        keys = {"converter": "image_choice", "columns": {"image": image, **columns}}
+        keys["options"] = {"style": "user_qa", "answer": form}
+    else:
+        keys = {"converter": "video_qa", "columns": {"video": video, **columns, **_clip(rows)}}
+        keys["options"] = {"ask": ["choice"], "answer": form}
+    return Layout(name="multiple choice", keys=keys, media="image" if image else "video", media_column=image or video)
+
+
+def _clip(rows: Rows) -> dict[str, str]:
+    named = {kind: find_column(rows, kind) for kind in ("start", "end")}
+    return {kind: column for kind, column in named.items() if column is not None} if all(named.values()) else {}
+
+
+def questions(rows: Rows, answers: Answers) -> Layout | None:
+    """Open questions and answers, about images or videos."""
+    question, answer = find_column(rows, "question"), find_column(rows, "answer")
+    image, video = media_column(rows, "image"), media_column(rows, "video")
+    if not question or not answer or not (image or video):
+        return None
+    columns = {"question": question, "answer": answer}
+    if image:
+        keys = {"converter": "image_qa", "columns": {"image": image, **columns}, "options": {"style": "user_qa"}}
+        return Layout(name="questions about images", keys=keys, media_column=image)
+    keys = {"converter": "video_qa", "columns": {"video": video, **columns, **_clip(rows)}}
+    keys["options"] = {"open_style": "user_qa"}
+    return Layout(name="questions about videos", keys=keys, media="video", media_column=video)
+
+
+def captions(rows: Rows, answers: Answers) -> Layout | None:
+    """Captions of images or videos."""
+    caption, image, video = find_column(rows, "caption"), media_column(rows, "image"), media_column(rows, "video")
+    if not caption or not (image or video):
+        return None
+    if image:
+        keys: dict[str, Any] = {"converter": "image_caption", "columns": {"image": image, "caption": caption}}
+        return Layout(name="captions of images", keys=keys, media_column=image)
+    keys = {"converter": "video_caption", "columns": {"video": video, "video_long_caption": caption, **_clip(rows)}}
+    return Layout(name="captions of videos", keys=keys, media="video", media_column=video)
+
+
+def classes(rows: Rows, answers: Answers) -> Layout | None:
+    """A class for each image, by its name; the question is added in a table of its own."""
+    label, image = find_column(rows, "label"), media_column(rows, "image")
+    if not label or not image or not all(isinstance(value, str) for row in rows for value in (row[image], row[label])):
+        return None
+    return _class_layout("classes of images", [(row[image], row[label]) for row in rows])
+
+
+def _class_layout(name: str, pairs: Iterable[tuple[str, str]]) -> Layout:
+    rows = [{"image": image, "question": CLASS_QUESTION, "answer": text.replace("_", " ")} for image, text in pairs]
+    columns = {"image": "image", "question": "question", "answer": "answer"}
+    keys = {"converter": "image_qa", "columns": columns, "options": {"style": "user_qa"}}
+    return Layout(name=name, keys=keys, media_column="image", rows=rows)
+
+
+def coco(document: Mapping[str, Any]) -> Layout | None:
+    """COCO: the points of each category in an image are the centres of its boxes, or the visible keypoints by name."""
+    images, annotations = document.get("images"), document.get("annotations")
+    if not isinstance(images, list) or not isinstance(annotations, list) or not images or not annotations:
+        return None
+    names = {image["id"]: image["file_name"] for image in images}
+    categories = {category["id"]: category for category in document.get("categories", ())}
+    places: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for annotation in annotations:
+        category = categories.get(annotation.get("category_id"), {"name": "object"})
+        image, label = names[annotation["image_id"]], str(category["name"]).replace("_", " ")
+        if annotation.get("keypoints"):
+            flat = annotation["keypoints"]
+            for part, x, y, seen in zip(category["keypoints"], flat[::3], flat[1::3], flat[2::3], strict=True):
+                if seen:
+                    places.setdefault((image, f"{part} of the {label}".replace("_", " ")), []).append({"x": x, "y": y})
+        elif annotation.get("bbox"):
+            left, top, width, height = annotation["bbox"]
+            places.setdefault((image, label), []).append({"x": left + width / 2, "y": top + height / 2})
+    rows = [{"image": image, "label": label, "points": found} for (image, label), found in places.items()]
+    keys = {
+        "converter": "image_points",
+        "columns": {"image": "image", "label": "label", "points": "points"},
+        "group_by": "image",
+        "options": {"scale": "pixel", "styles": STYLES, "max_points": MAX_POINTS},
+    }
+    return Layout(name="COCO boxes and keypoints, as points", keys=keys, media_column="image", rows=rows)
+
+
+def pictures_with_texts(files: Sequence[str], read: Callable[[str], str]) -> Layout | None:
+    """Pictures with a caption in a text file of the same name beside them."""
+    texts = {name[: -len(".txt")]: name for name in files if name.lower().endswith(".txt")}
+    pictures = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+    both = [name for name in pictures if _stem(name) in texts]
+    if not both:
+        return None
+    rows = [{"image": name, "caption": read(texts[_stem(name)]).strip()} for name in both]
+    keys = {"converter": "image_caption", "columns": {"image": "image", "caption": "caption"}}
+    return Layout(name="pictures beside .txt files", keys=keys, media_column="image", rows=rows)
+
+
+def class_folders(files: Sequence[str], read: Callable[[str], str]) -> Layout | None:
+    """A folder of pictures for each class."""
+    pictures = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+    labels = [PurePosixPath(name).parent.name for name in pictures]
+    if len(set(labels)) < 2 or "" in labels:
+        return None
+    return _class_layout("a folder for each class", zip(pictures, labels, strict=True))
+
+
+def _stem(name: str) -> str:
+    return name[: name.rindex(".")]
+
+
+TABLE_LAYOUTS: tuple[Callable[[Rows, Answers], Layout | None], ...] = (
+    conversations,
+    points,
+    multiple_choice,
+    questions,
+    captions,
+    classes,
+)
+FOLDER_LAYOUTS: tuple[Callable[[Sequence[str], Callable[[str], str]], Layout | None], ...] = (
+    pictures_with_texts,
+    class_folders,
+)
+
+
+def recognise_rows(rows: Rows, answers: Answers) -> Layout | None:
+    """The layout of a table, by its first rows.
+
+    Raises:
+        UnsureError: something about it must be answered first.
+    """
+    return next((layout for recognise in TABLE_LAYOUTS if (layout := recognise(rows, answers))), None)
+
+
+def recognise_folder(files: Sequence[str], read: Callable[[str], str]) -> Layout | None:
+    """The layout of a folder without tables; `read` gives the text of a file."""
+    return next((layout for recognise in FOLDER_LAYOUTS if (layout := recognise(files, read))), None)
