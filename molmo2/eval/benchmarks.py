@@ -25,7 +25,7 @@ from molmo2.eval.metrics.scores import (
 from molmo2.eval.metrics.text_scores import anls, answer_or_choice, direct_answer, relaxed_accuracy, vqa_accuracy
 from molmo2.eval.metrics.track_scores import hota, track_f1
 from shards.catalog import BenchmarkSpec, Catalog, Row, load_catalog
-from shards.catalog.converters import nearest
+from shards.catalog.nearest import nearest
 
 METRICS: Final[dict[str, Metric]] = {
     metric.__name__: metric

@@ -15,6 +15,7 @@ from typing import Any, Self
 import pydantic
 
 from shards.catalog.converters import converter_problems
+from shards.catalog.nearest import known_keys, nearest
 from shards.catalog.row import (
     STAGES,
     BenchmarkSpec,
@@ -85,6 +86,7 @@ class Catalog(Strict):
     Attributes:
         folders: raw folders that do not belong to a single row, by name.
         left_out: published datasets that have no row -> the reason.
+        styles: styles that the rows may name besides `shards.catalog.styles.STYLES`.
         evaluation: the catalog with the rows and the build settings of stage "eval", in a file by its name; None if
             this catalog has its own. Its rows may have the names and raw folders of rows of this one: a folder holds
             what both want.
@@ -96,6 +98,7 @@ class Catalog(Strict):
     rows: tuple[Row, ...]
     folders: dict[FolderName, Folder] = pydantic.Field(default_factory=dict)
     left_out: dict[str, str] = pydantic.Field(default_factory=dict)
+    styles: tuple[str, ...] = ()
     evaluation: Catalog | None = None
 
     @pydantic.model_validator(mode="after")
@@ -119,7 +122,7 @@ class Catalog(Strict):
         names = [row.name for row in self.rows]
         if double := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"rows with the same name: {', '.join(double)}")
-        if problems := [problem for row in self.rows for problem in converter_problems(row)]:
+        if problems := [problem for row in self.rows for problem in converter_problems(row, self.styles)]:
             raise ValueError("\n  ".join(problems))
         own = {row.name for row in self.rows if row.raw is None}
         for row in self.rows:
@@ -243,7 +246,7 @@ def load_catalog(name: str) -> Catalog:
     try:
         return Catalog.model_validate(content)
     except pydantic.ValidationError as error:
-        problems = [f"{_place(content, e['loc'])}{e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        problems = [f"{_place(content, e['loc'])}{_reason(e)}" for e in error.errors()]
         raise CatalogError("\n  ".join([f"{path}: the catalog has errors", *problems])) from None
 
 
@@ -252,6 +255,13 @@ def _place(content: dict[str, Any], loc: tuple[int | str, ...]) -> str:
     if loc[:1] == ("rows",) and len(loc) > 1 and isinstance(row := content["rows"][loc[1]], dict) and "name" in row:
         return f"row {row['name']}: " + "".join(f"{part}: " for part in [".".join(map(str, loc[2:]))] if part)
     return f"{'.'.join(map(str, loc))}: " if loc else ""
+
+
+def _reason(error: Any) -> str:
+    """What is wrong: an unknown key with the nearest known one, else what pydantic says."""
+    if error["type"] != "extra_forbidden":
+        return str(error["msg"]).removeprefix("Value error, ")
+    return f"unknown key; {nearest(str(error['loc'][-1]), known_keys(Catalog, error['loc'][:-1]))}"
 
 
 def _merge_files(folder: Path) -> dict[str, Any]:

@@ -8,17 +8,18 @@ the catalog itself.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import re
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, ClassVar, Literal, Self
 
 import pydantic
 
+from shards.catalog.nearest import nearest
 from shards.catalog.row import Row, Stage, Strict
+from shards.catalog.styles import style_problems
 
 Scale = Literal["percent", "pixel", "unit", "thousand"]
 
@@ -326,12 +327,15 @@ CONVERTER_OPTIONS: dict[str, type[ConverterOptions]] = {
 }
 
 
-def converter_problems(row: Row) -> list[str]:
-    """What in a row does not fit its converter: unknown or missing names, options or fields. Empty if it fits."""
-    return [f"row {row.name}: {problem}" for problem in _problems(row)]
+def converter_problems(row: Row, styles: Collection[str] = ()) -> list[str]:
+    """What in a row does not fit its converter: unknown or missing names, options, fields or styles. Empty if it fits.
+
+    `styles`: styles that the catalog adds to the known ones.
+    """
+    return [f"row {row.name}: {problem}" for problem in _problems(row, styles)]
 
 
-def _problems(row: Row) -> Iterator[str]:
+def _problems(row: Row, styles: Collection[str]) -> Iterator[str]:
     model = CONVERTER_OPTIONS.get(row.converter)
     if model is None:
         yield f"no converter {row.converter!r}; {nearest(row.converter, CONVERTER_OPTIONS)}"
@@ -341,6 +345,8 @@ def _problems(row: Row) -> Iterator[str]:
     except pydantic.ValidationError as error:
         for problem in error.errors():
             yield _option_problem(row, model, problem)
+    else:
+        yield from style_problems(row.options, styles)
     in_media = {name for text in row.media for _, name, _, _ in string.Formatter().parse(text) if name}
     for field, column in row.columns.items():
         if not model.reads(field) and column not in in_media:
@@ -352,13 +358,6 @@ def _problems(row: Row) -> Iterator[str]:
     for option, field in model.paired.items():
         if (row.options.get(option) is None) != (field not in row.columns):
             yield f"options.{option} and columns.{field} belong together; give both or neither"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name that is nearest to a wrong one, if there is any, and all known names."""
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(names) or 'none'}"
 
 
 def _option_problem(row: Row, model: type[ConverterOptions], problem: Any) -> str:

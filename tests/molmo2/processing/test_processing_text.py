@@ -7,7 +7,9 @@ from processing_cases import tiny_tokenizer
 from molmo2.processing.chat_format import assemble, encode_messages, token_weight
 from molmo2.processing.choice import INSTRUCTION, render_choice
 from molmo2.processing.contract import templates
-from molmo2.processing.prompts import render_messages
+from molmo2.processing.prompts import PLAIN_STYLES, render_messages
+from shards.catalog import load_catalog
+from shards.catalog.styles import STYLES, styles_in
 from shards.schema import Chat, Choice, PointGroup, Points, RejectedError, Text, TrackGroup, Tracks, Turn
 
 CAT = Points(style="pointing", label="Black Cat", groups=(PointGroup(at=1, points=((0.5, 0.25),)),))
@@ -285,3 +287,11 @@ def test_loss_weights() -> None:
     flat = assemble([tokenizer.bos], branches, 0.2)
     assert set(flat["weight"].tolist()) == {0.0, np.float32(0.2).item()}
     assert flat["branch"].tolist() == [0] + [1] * len(branches[0].ids) + [2] * len(branches[1].ids)
+
+
+def test_the_styles_that_a_catalog_may_name_are_those_that_are_used() -> None:
+    rows = [row for name in ("molmo2", "demo") for row in load_catalog(name).all_rows]
+    named = {style for row in rows for _, style in styles_in(row.options)}
+    written = {style for style in templates() if not style.startswith("choice_") and style != "track_fps"}
+    of_converters = {"ai2_diagram", "ai2_diagram_no_letter", "video_merged_caption"}
+    assert named | written | PLAIN_STYLES | of_converters == STYLES
