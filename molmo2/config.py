@@ -141,7 +141,12 @@ class OptimGroup(pydantic.BaseModel, extra="forbid", frozen=True):
 
     lr: float = Field(ge=0)
     warmup_steps: NonNegativeInt = 200
+    warmup_fraction: Fraction | None = None  # fraction of the steps of the run, in place of warmup_steps
     clip: PositiveFloat = 1.0
+
+    def warmup(self, num_steps: int) -> int:
+        """The warm-up of a run of `num_steps`, in steps."""
+        return self.warmup_steps if self.warmup_fraction is None else round(self.warmup_fraction * num_steps)
 
 
 class Lora(pydantic.BaseModel, extra="forbid", frozen=True):
