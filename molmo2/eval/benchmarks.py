@@ -27,6 +27,9 @@ from molmo2.eval.metrics.track_scores import hota, track_f1
 from shards.catalog import BenchmarkSpec, Catalog, Row, load_catalog
 from shards.catalog.nearest import nearest
 
+STAGE: Final = "eval"
+BATCH_SIZE: Final = 32  # questions that are answered together
+
 METRICS: Final[dict[str, Metric]] = {
     metric.__name__: metric
     for metric in (
