@@ -94,7 +94,7 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     mirror_deadline: PositiveFloat = 3600.0  # seconds that the end of a run waits for its last copy to the mirror
     on_full_disk: Literal["stop", "warn"] = "stop"  # when a checkpoint cannot be written; older ones stay
     phase_deadline: PositiveFloat = 1800.0  # seconds without progress after which the watchdog ends a rank
-    log_every: PositiveInt = 1  # steps between updates of the progress bar
+    log_every: PositiveInt = 1  # steps between updates of the progress bar; without a terminal lines may be rarer
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Train:

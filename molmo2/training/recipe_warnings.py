@@ -31,13 +31,13 @@ def recipe_warnings(recipe: Recipe, plan: Plan | None, device: str | None = None
 
 def _of_schedule(recipe: Recipe) -> Iterator[str]:
     steps = recipe.train.steps
-    for name in COMPONENTS:
-        group = getattr(recipe.optim, name)
-        if name not in recipe.train.freeze and (warmup := group.warmup(steps)) > LONG_WARMUP * steps:
-            yield (
-                f"optim.{name} warms up for {warmup:,} of {steps:,} steps, so its learning rate is low for most of the "
-                f"run; set optim.{name}.warmup_fraction=0.1"
-            )
+    trained = [name for name in COMPONENTS if name not in recipe.train.freeze]
+    warmups = {name: getattr(recipe.optim, name).warmup(steps) for name in trained}
+    if long := [name for name, warmup in warmups.items() if warmup > LONG_WARMUP * steps]:
+        yield (
+            f"the warm-up of {', '.join(f'optim.{name}' for name in long)} takes {warmups[long[0]]:,} of {steps:,} "
+            f"steps, so the learning rate is low for most of the run; set optim.{long[0]}.warmup_fraction=0.1"
+        )
 
 
 def _of_frozen_weights(recipe: Recipe) -> Iterator[str]:

@@ -169,7 +169,8 @@ def test_a_dry_run_shows_recipe_and_plan_of_the_shards(tmp_path: Path, monkeypat
     assert lines[table + 1].split()[:2] == ["1", "1"]
     warmed = load_recipe(tmp_path / "r.yaml", ["optim.vit.warmup_fraction=0.5"])
     assert any(
-        line.startswith("r: WARNING: optim.vit warms up for 6 of 12 steps") for line in dry_run_lines(warmed, 80)
+        line.startswith("r: WARNING: the warm-up of optim.vit takes 6 of 12 steps")
+        for line in dry_run_lines(warmed, 80)
     )
     (tmp_path / "shards/sft/toy/index.json").unlink()
     assert any(line.startswith("plan: dataset toy is in none of") for line in dry_run_lines(recipe))

@@ -32,8 +32,8 @@ def test_the_recipes_of_the_project_have_none(path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["train.steps=30"], "optim.vit warms up for 20 of 30 steps"),
-        (["optim.llm.warmup_fraction=0.5", "train.steps=400"], "optim.llm warms up for 200 of 400 steps"),
+        (["train.steps=30"], "the warm-up of optim.vit, optim.connector, optim.llm takes 20 of 30 steps"),
+        (["optim.llm.warmup_fraction=0.5", "train.steps=400"], "the warm-up of optim.llm takes 200 of 400 steps"),
         (["optim.freeze_base_embedding=true"], "the embedding of the base vocabulary is random"),
         (["train.freeze=[vit]"], "train.freeze freezes the weights of the vit, which are random"),
         (["optim.lora.rank=8"], "optim.lora freezes the weights of the llm, which are random"),
@@ -54,7 +54,7 @@ def test_settings_that_fit_are_not_named() -> None:
     assert recipe_warnings(load_recipe(DEMO, bf16), None, "cuda") == []
     assert recipe_warnings(load_recipe(DEMO, ["train.freeze=[vit]", "init={molmo2: a/b}"]), None, "cpu") == []
     frozen = ["train.freeze=[vit]", "optim.vit.warmup_steps=4000"]
-    assert not any("warms up" in line for line in recipe_warnings(load_recipe(DEMO, frozen), None))
+    assert not any("warm-up" in line for line in recipe_warnings(load_recipe(DEMO, frozen), None))
 
 
 def test_packs_with_much_padding_are_named_with_the_limit_that_does_it(tmp_path: Path) -> None:

@@ -187,7 +187,8 @@ def test_being_judged_moves_nothing_and_leaves_losses_and_samples(root: Path, st
     assert "6 of 6" in page and "held-out loss by step" in page and "data:image/jpeg" in page and "100.0%" in page
     events = EventAccumulator(str(root / f"runs/{name}/tensorboard")).Reload()
     assert [event.step for event in events.Scalars("held_out/loss")] == [2, 4, 6]
-    assert [event.step for event in events.Images(f"samples/{samples.index(next(s for s in samples if s['picture']))}")]
+    pictured = samples.index(next(sample for sample in samples if sample["picture"]))
+    assert [event.step for event in events.Images(f"held_out/samples/{pictured}")]
 
 
 def test_a_stop_file_saves_exits_with_zero_and_is_taken_away(root: Path) -> None:
