@@ -60,10 +60,14 @@ __all__ = [
 
 
 class StageSettings(Strict):
-    """Build settings of a stage: limits of a sample, number of text variants, examples per shard.
+    """Build settings of a stage.
 
-    `rebuilds` names a stage with narrower limits, whose other datasets a run of this stage reads as well. Those that
-    lost much to the limits are built again in this stage.
+    Attributes:
+        num_variants: text variants of a sample; training takes another one in every epoch.
+        examples_per_shard: number of examples that a shard is built from.
+        limits: what a sample may hold.
+        rebuilds: a stage with narrower limits, whose other datasets a run of this stage reads as well. Those that lost
+            much to the limits are built again in this stage.
     """
 
     num_variants: int = pydantic.Field(ge=1, le=64)
@@ -84,6 +88,10 @@ class Catalog(Strict):
     """The rows of a catalog, the build settings of each stage, and the model preset that the shards are built for.
 
     Attributes:
+        preset: the model that the shards are built for.
+        tokenizer: its tokenizer, a folder of the raw data.
+        stages: stage -> its build settings.
+        rows: the datasets.
         folders: raw folders that do not belong to a single row, by name.
         left_out: published datasets that have no row -> the reason.
         styles: styles that the rows may name besides `shards.catalog.styles.STYLES`.
