@@ -13,6 +13,7 @@ from fork_server import python
 from molmo2.config import Recipe, load_recipe
 from molmo2.inspection.look import dry_run_lines
 from molmo2.inspection.shares import draw_steps
+from molmo2.model.lora import add_adapters
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS
@@ -22,6 +23,7 @@ from molmo2.training.dry_run import (
     Gpu,
     SavedBytes,
     activation_bytes,
+    count_parameters,
     dry_run,
     host_memory,
     measure_saved,
@@ -30,6 +32,7 @@ from molmo2.training.dry_run import (
     step_flops,
     this_gpu,
 )
+from molmo2.training.recipe_warnings import recipe_warnings
 from shards.stream.plan import open_plan
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -203,3 +206,25 @@ def test_a_frozen_component_needs_neither_states_nor_its_backward() -> None:
     assert whole["gradients"] - frozen["gradients"] == pytest.approx(ALLOCATOR_MARGIN * 4 * vit / 8)
     assert frozen["parameters"] == whole["parameters"] and frozen["vision"] < whole["vision"]
     assert step_flops(long(freeze="[vit]")) < 0.9 * step_flops(long())
+
+
+@pytest.mark.parametrize("freeze", ["[]", "[vit]"])
+def test_adapters_are_counted_as_peft_makes_them(freeze: str) -> None:
+    recipe = load_recipe(STAGE1, ["model=tiny", "optim.lora={rank: 4, alpha: 8}", f"train.freeze={freeze}"])
+    with torch.random.fork_rng():
+        model = Molmo2(PRESETS["tiny"])
+        add_adapters(model, 4, 8, 0)
+    model.freeze(recipe.train.freeze, recipe.optim.freeze_base_embedding)
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    every = [parameter.numel() for parameter in model.parameters()]
+    assert count_parameters(recipe, PRESETS["tiny"]) == (sum(every), sum(trained))
+
+
+@pytest.mark.slow
+def test_the_recipe_for_lora_fits_one_gpu_of_24_gb() -> None:
+    recipe = load_recipe(ROOT / "recipes/lora.yaml")
+    kept = measure_saved(PRESETS["4b"], torch.bfloat16)
+    assert sum(memory(recipe, 1, kept).values()) < 22 * GIB  # of 24 GB, CUDA itself and others take some
+    whole = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lora": None})})
+    assert sum(memory(whole, 1, kept).values()) > 60 * GIB
+    assert recipe_warnings(recipe, None, "cuda") == []
