@@ -75,10 +75,16 @@ class IdentityQaOptions(ConverterOptions):
 
 
 class ImageCaptionOptions(ConverterOptions):
-    """Options of `image_caption`: `transcript_stages` are the stages that train on the transcripts, too."""
+    """Options of `image_caption`.
 
-    required = ("image", "caption|transcripts")
-    optional = ("sha256",)
+    Attributes:
+        style: style of the captions, such as short_caption; it has the prompts of a row without the field `question`.
+        transcript_stages: stages that train on the transcripts, too.
+    """
+
+    required: ClassVar[tuple[str, ...]] = ("image", "caption|transcripts")
+    optional: ClassVar[tuple[str, ...]] = ("question", "sha256")
+    style: str = "long_caption"
     transcript_stages: tuple[Stage, ...] = ()
 
 

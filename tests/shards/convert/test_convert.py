@@ -68,6 +68,33 @@ def test_caption_and_transcripts(tmp_path: Path) -> None:
         convert(tmp_path, "demo-cap", [{**row, "caption": None}], "sft")
 
 
+@pytest.mark.parametrize(("prompt", "question"), [("Name it.", "Name it."), (None, ""), (" ", "")])
+def test_a_caption_has_the_style_of_its_row_and_may_have_a_prompt_of_its_own(
+    tmp_path: Path, prompt: str | None, question: str
+) -> None:
+    """A row of a user's catalog: no transcripts, a short caption."""
+    content = {
+        "name": "mine",
+        "stages": ["sft"],
+        "files": {"train": "a.jsonl"},
+        "converter": "image_caption",
+        "columns": {"image": "picture", "caption": "text", "question": "prompt"},
+        "options": {"style": "short_caption"},
+    }
+    values = {"picture": picture(tmp_path), "text": "A digit.", "prompt": prompt}
+    group = Group(
+        row=Row.model_validate(content),
+        stage="sft",
+        media=MediaFiles(root=tmp_path),
+        key="mine-1",
+        sources=(Source(file="a.jsonl", row=0),),
+        values=(values,),
+    )
+    (example,) = convert_group(group)
+    assert isinstance(example, Example)
+    assert example.annotations == (Text(style="short_caption", question=question, answer="A digit."),)
+
+
 @pytest.mark.parametrize(
     ("scale", "given"), [("percent", (25, 50)), ("pixel", (15, 20)), ("unit", (0.25, 0.5)), ("thousand", (250, 500))]
 )
