@@ -148,6 +148,7 @@ class ImagePointsOptions(ConverterOptions):
         scale: unit of the coordinates: percent, pixels, 0 - 1 or 0 - 1000.
         styles: an example is made for each; stage "eval" takes only the first.
         max_points: labels with more points are left out; an example has at most as many in total.
+        lower_labels: labels are written in small letters.
     """
 
     required = ("image", "label")
@@ -155,6 +156,7 @@ class ImagePointsOptions(ConverterOptions):
     scale: Scale
     styles: tuple[str, ...] = pydantic.Field(min_length=1)
     max_points: int = pydantic.Field(gt=0)
+    lower_labels: bool = False
 
 
 class MultiImagePointsOptions(ConverterOptions):

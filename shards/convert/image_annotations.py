@@ -58,6 +58,7 @@ def image_points(group: Group, options: ImagePointsOptions) -> Iterator[Example 
     for index in range(len(group.values)):
         for label, question, value in _labelled(group, index):
             points = to_fractions(xy_pairs(value), scale)
+            label = label.lower() if options.lower_labels else label
             if label and len(points) <= most:
                 groups = (PointGroup(at=1, points=points),) if points else ()
                 number = None if points else _number(group.get("number", index), value, counted)

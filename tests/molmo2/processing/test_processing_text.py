@@ -13,7 +13,7 @@ from shards.catalog.styles import STYLES, styles_in
 from shards.schema import Chat, Choice, PointGroup, Points, RejectedError, Text, TrackGroup, Tracks, Turn
 
 CAT = Points(style="pointing", label="Black Cat", groups=(PointGroup(at=1, points=((0.5, 0.25),)),))
-SPAN = '<points coords="1 1 500 250">black cat</points>'
+SPAN = '<points coords="1 1 500 250">Black Cat</points>'
 
 
 def ask(annotation, mode="eval", rng=None, video=False) -> tuple[str, str]:
@@ -44,7 +44,7 @@ def test_pretraining_names_the_style_and_the_length() -> None:
 
 
 def test_pretraining_points_have_no_hint_and_a_tab() -> None:
-    assert ask(CAT, "pretraining", np.random.default_rng(0)) == ("pointing: black cat", SPAN)
+    assert ask(CAT, "pretraining", np.random.default_rng(0)) == ("pointing: Black Cat", SPAN)
     two = Points(
         style="video_point",
         label="Cat",
@@ -76,7 +76,7 @@ def test_after_pretraining_only_academic_styles_are_named() -> None:
 )
 def test_point_modes(style, answer, none) -> None:
     question, got = ask(with_style(CAT, style))
-    assert got == answer and "black cat" in question
+    assert got == answer and "Black Cat" in question
     assert ask(Points(style=style, label="x", groups=()))[1] == none
 
 
@@ -142,7 +142,7 @@ def test_points_in_all_of_several_images_are_asked_for_in_two_ways() -> None:
 def test_a_question_of_the_data_is_asked_in_pretraining_too() -> None:
     asked = Points(style="cosyn_point", label="bar", question="Where is the left bar?", groups=CAT.groups)
     assert ask(asked, "pretraining")[0] == "cosyn_point: Where is the left bar?"
-    assert ask(with_style(CAT, "cosyn_point"), "pretraining")[0] == "cosyn_point: black cat"
+    assert ask(with_style(CAT, "cosyn_point"), "pretraining")[0] == "cosyn_point: Black Cat"
 
 
 TRACK = Tracks(

@@ -119,6 +119,14 @@ def test_four_coordinate_conventions_become_one(tmp_path: Path, scale: str, give
         convert(tmp_path, "demo-points", [{**row, "image_sha256": "0" * 64}])
 
 
+@pytest.mark.parametrize(("lower", "label"), [(False, "STOP sign"), (True, "stop sign")])
+def test_labels_keep_their_case_unless_a_row_says_otherwise(tmp_path: Path, lower: bool, label: str) -> None:
+    row = {"image_url": picture(tmp_path), "image_sha256": None, "label": "STOP sign", "points": [{"x": 1, "y": 1}]}
+    for example in convert(tmp_path, "demo-points", [row], lower_labels=lower):
+        (annotation,) = example.annotations
+        assert isinstance(annotation, Points) and annotation.label == label
+
+
 def test_labels_are_packed_by_their_points(tmp_path: Path) -> None:
     row = {"image_url": picture(tmp_path), "image_sha256": None, "label": "x"}
     rows = [{**row, "points": [{"x": i, "y": i} for i in range(n)]} for n in (3, 4, 9, 0, 2)]
