@@ -41,12 +41,12 @@ class Data(pydantic.BaseModel, extra="forbid", frozen=True):
     """The data of a run. Only the last five settings may change without changing the batches."""
 
     roots: tuple[str, ...] = Field(min_length=1)  # folders of datasets; a dataset is taken from the first that has it
-    mixture: MixtureSpec
+    mixture: MixtureSpec  # groups of datasets, or the path of a file with them
     leave_out: tuple[str, ...] = ()  # datasets of the mixture to leave out, such as those not downloaded
     sequence_length: PositiveInt  # maximum tokens of a pack
     max_crops: NonNegativeInt  # maximum ViT inputs of a pack
     window: PositiveInt = 4096  # draws that are packed together
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = 0  # of the order of the samples
     block: PositiveInt = 1  # neighbouring samples of a shard read one after another, for disks with slow seeks
     workers: NonNegativeInt = 2  # reader processes per rank; 0 reads in the training process
     prefetch: PositiveInt = 4  # decoded micro-batches that each worker holds ready
@@ -68,23 +68,23 @@ class Data(pydantic.BaseModel, extra="forbid", frozen=True):
 class MeasuredCost(pydantic.BaseModel, extra="forbid", frozen=True):
     """What one token, one crop and one allowed pair of tokens add to the time of a pack, in any unit."""
 
-    token: float = Field(ge=0, allow_inf_nan=False)
-    crop: float = Field(ge=0, allow_inf_nan=False)
-    pair: float = Field(ge=0, allow_inf_nan=False)
+    token: float = Field(ge=0, allow_inf_nan=False)  # cost of a token
+    crop: float = Field(ge=0, allow_inf_nan=False)  # cost of a crop or frame
+    pair: float = Field(ge=0, allow_inf_nan=False)  # cost of a (query, key) pair
 
 
 class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     """The length of a run, its batch size, precision, parallelism and checkpoints."""
 
-    steps: PositiveInt
+    steps: PositiveInt  # optimizer steps of the run
     packs_per_step: PositiveInt  # the global batch: packs of one optimizer step over all ranks
     micro_batch: PositiveInt = 1  # packs that one rank (or group of sp ranks) computes at once
     sp: PositiveInt = 1  # ranks that share one pack (Ulysses sequence parallelism)
     sp_across_machines: bool = False  # let ranks of several machines share a pack: every layer waits for the network
     pack_cost: MeasuredCost | None = None  # by which packs are dealt to ranks; null: operations, from the model's sizes
     freeze: tuple[Component, ...] = ()  # components that are not trained: no gradients, no optimizer states
-    precision: Literal["fp32", "bf16"] = "bf16"
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["fp32", "bf16"] = "bf16"  # of weights and activations; master weights are fp32
+    zero_stage: Literal[0, 1, 2, 3] = 2  # what ranks partition: 1 optimizer states, 2 gradients too, 3 weights too
     recompute: Recompute = "full"  # activations computed again in backward; "light": all but those around attention
     compile: bool | None = None  # torch.compile for the parts of layers; null: on a GPU, except under ZeRO-3
     offload: tuple[Literal["activations", "optimizer"], ...] = ()  # kept in CPU memory: slower, with less GPU memory
@@ -99,7 +99,7 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     mirror_deadline: PositiveFloat = 3600.0  # seconds that the end of a run waits for its last copy to the mirror
     on_full_disk: Literal["stop", "warn"] = "stop"  # when a checkpoint cannot be written; older ones stay
     phase_deadline: PositiveFloat = 1800.0  # seconds without progress after which the watchdog ends a rank
-    log_every: PositiveInt = 1  # steps between updates of the progress bar
+    log_every: PositiveInt = 1  # steps between updates of the progress bar; without a terminal lines may be rarer
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Train:
@@ -151,38 +151,43 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
 class OptimGroup(pydantic.BaseModel, extra="forbid", frozen=True):
     """Learning rate and clipping of one component: linear warm-up to `lr`, then cosine; gradient norm up to `clip`."""
 
-    lr: float = Field(ge=0)
-    warmup_steps: NonNegativeInt = 200
-    clip: PositiveFloat = 1.0
+    lr: float = Field(ge=0)  # the largest learning rate
+    warmup_steps: NonNegativeInt = 200  # steps from 0 to `lr`
+    warmup_fraction: Fraction | None = None  # fraction of the steps of the run, in place of warmup_steps
+    clip: PositiveFloat = 1.0  # largest norm of the component's gradient
+
+    def warmup(self, num_steps: int) -> int:
+        """The warm-up of a run of `num_steps`, in steps."""
+        return self.warmup_steps if self.warmup_fraction is None else round(self.warmup_fraction * num_steps)
 
 
 class Lora(pydantic.BaseModel, extra="forbid", frozen=True):
     """Low-rank adapters on the language model; its own weights are frozen."""
 
-    rank: PositiveInt = 16
+    rank: PositiveInt = 16  # width of an adapter
     alpha: PositiveFloat = 32.0  # the output of an adapter is multiplied by alpha / rank
 
 
 class Optim(pydantic.BaseModel, extra="forbid", frozen=True):
     """AdamW over three groups of parameters."""
 
-    vit: OptimGroup
-    connector: OptimGroup
-    llm: OptimGroup
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-6
-    weight_decay: float = Field(default=0.0, ge=0)
-    final_lr_fraction: Fraction = 0.1
-    lora: Lora | None = None
+    vit: OptimGroup  # the vision transformer
+    connector: OptimGroup  # the connector and the added embeddings
+    llm: OptimGroup  # the language model
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)  # decay of the two moments
+    eps: PositiveFloat = 1e-6  # added to the root of the second moment
+    weight_decay: float = Field(default=0.0, ge=0)  # of all trained weights
+    final_lr_fraction: Fraction = 0.1  # fraction of `lr` at the last step
+    lora: Lora | None = None  # adapters in place of the weights of the language model; null: none
     freeze_base_embedding: bool = True  # as Molmo2 does; a model trained from scratch must train it
 
 
 class Anomalies(pydantic.BaseModel, extra="forbid", frozen=True):
     """The reaction to a loss spike or a loss that is not finite. A skipped step changes no weight."""
 
-    nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite: Literal["stop", "skip"] = "stop"  # what to do about a loss or gradient that is not finite
     spike_factor: float | None = Field(default=None, gt=1)  # a spike exceeds this times the median of the last 100
-    spike: Literal["record", "skip", "stop"] = "record"
+    spike: Literal["record", "skip", "stop"] = "record"  # what to do about a spike
     max_skips: PositiveInt = 5  # the run stops after this many skipped steps in a row
 
 
@@ -190,7 +195,7 @@ class Evaluation(pydantic.BaseModel, extra="forbid", frozen=True):
     """Validation during training, on shards that are not trained on. Nothing here changes the training."""
 
     roots: tuple[str, ...] = Field(min_length=1)  # folders of datasets, as in `data`
-    datasets: tuple[str, ...] = Field(min_length=1)
+    datasets: tuple[str, ...] = Field(min_length=1)  # names of the datasets
     every: PositiveInt = 1000  # training steps between validations
     steps: PositiveInt = 1  # batches of train.packs_per_step packs, the same at every validation
     samples: NonNegativeInt = 4  # number of answers to generate
@@ -200,7 +205,7 @@ class Evaluation(pydantic.BaseModel, extra="forbid", frozen=True):
 class Logging(pydantic.BaseModel, extra="forbid", frozen=True):
     """Where metrics go besides `log.jsonl`, which is always written, and the GPU's peak for one of them."""
 
-    tensorboard: bool = True
+    tensorboard: bool = True  # write TensorBoard's files into the run's folder
     wandb: str | None = None  # name of the W&B project
     peak_tflops: PositiveFloat | None = None  # dense bfloat16 peak of a GPU for MFU; null: that of the GPU if known
 
@@ -235,18 +240,18 @@ def _read_init(value: Any) -> Any:
 class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
     """The recipe of one run of one stage, whose files are in `runs/<name>/`."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    stage: Literal["pretraining", "sft", "long"]
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # of the run and of its folder
+    stage: Literal["pretraining", "sft", "long"]  # the stage whose shards it reads; it decides how questions are asked
     model: str  # a preset of molmo2.model.presets
-    tokenizer: str = "raw/tokenizer"
+    tokenizer: str = "raw/tokenizer"  # folder of the tokenizer
     # The weights to start from: null for random ones, the name of a run, the path of a checkpoint, or pretrained ones.
     init: typing.Annotated[str | FirstWeights | None, pydantic.BeforeValidator(_read_init)] = None
-    data: Data
-    train: Train
-    optim: Optim
-    anomalies: Anomalies = Anomalies()
-    eval: Evaluation | None = None
-    logging: Logging = Logging()
+    data: Data  # see `data`
+    train: Train  # see `train`
+    optim: Optim  # see `optim`
+    anomalies: Anomalies = Anomalies()  # see `anomalies`
+    eval: Evaluation | None = None  # see `eval`; null: no validation
+    logging: Logging = Logging()  # see `logging`
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Recipe:

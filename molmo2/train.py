@@ -74,7 +74,10 @@ def named_weights(name: str) -> str | FirstWeights:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for, and return the exit code."""
+    from shards.command import quiet_libraries
+
     arguments = parse_arguments(argv)
+    quiet_libraries()
     recipes = functools.partial(read_recipes, arguments)
     # Torch and DeepSpeed take seconds to load, so they wait until the command line has been read.
     if arguments.dry_run or arguments.inspect is not None or arguments.replay is not None:

@@ -1,10 +1,35 @@
-"""How a command line ends. Parsing arguments is the command's own part."""
+"""How a command begins and ends. Parsing arguments is the command's own part."""
 
+import logging
+import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+# Loggers that report what no user can act on: no GPU was found, an operator was built.
+CHATTY_LOGGERS = ("DeepSpeed", "torch.utils.cpp_extension")
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say to errors, and to each warning once; to be called before they are imported.
+
+    Python's option -W and PYTHONWARNINGS still show all warnings.
+    """
+    for name in CHATTY_LOGGERS:
+        logging.getLogger(name).addFilter(_is_error)  # libraries set the level of their loggers themselves
+    if sys.warnoptions:
+        return
+    warnings.simplefilter("once" if os.environ.get("RANK", "0") == "0" else "ignore")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=PendingDeprecationWarning)
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -13,6 +38,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     An error that a user can mend is printed in one line after the command's name, and the code is then 1.
     """
     name = Path(sys.argv[0]).stem
+    quiet_libraries()
     try:
         code = main()
     except (ValueError, OSError, ImportError, subprocess.CalledProcessError) as error:

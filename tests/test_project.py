@@ -78,6 +78,7 @@ def test_files_beside_the_folders_of_shards_are_leaves() -> None:
 def test_the_top_of_molmo2_is_the_command_and_its_recipe() -> None:
     assert {path.name for path in (ROOT / "molmo2").glob("*.py")} == {
         "__init__.py",
+        "__main__.py",
         "train.py",
         "config.py",
         "pages.py",

@@ -16,16 +16,8 @@ import contextlib
 import sys
 from pathlib import Path
 
-import torch
-
-from molmo2.chat.conversation import answer, conversation
-from molmo2.chat.web_page import serve
-from molmo2.model.generate import Sampling
-from molmo2.model.molmo2 import PRECISIONS, Molmo2
-from molmo2.processing.contract import ProcessorSettings
+from molmo2.model.presets import PRECISION_NAMES
 from molmo2.processing.points import parse_points
-from molmo2.processing.processor import build_processor
-from molmo2.weights.load import open_model
 from shards.command import run
 from shards.schema import Turn
 
@@ -41,8 +33,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the most likely tokens only (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling (%(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--precision", choices=PRECISIONS, help="(bf16 on a GPU, fp32 on a CPU)")
+    parser.add_argument("--device", help="(cuda if there is a GPU, else cpu)")
+    parser.add_argument("--precision", choices=PRECISION_NAMES, help="(bf16 on a GPU, fp32 on a CPU)")
     parser.add_argument("--web", action="store_true", help="a page at http://127.0.0.1:PORT instead of the terminal")
     parser.add_argument("--port", type=int, default=8080, help="port of the page (%(default)s)")
     args = parser.parse_args()
@@ -66,12 +58,23 @@ def main() -> None:
 
 def converse(args: argparse.Namespace) -> None:
     """Load the model, then answer questions in the terminal or on the page."""
+    import torch  # these imports take seconds, so they wait until the command line has been read
+
+    from molmo2.chat.conversation import answer, conversation
+    from molmo2.chat.web_page import serve
+    from molmo2.model.generate import Sampling
+    from molmo2.model.molmo2 import Molmo2
+    from molmo2.processing.contract import ProcessorSettings
+    from molmo2.processing.processor import build_processor
+    from molmo2.weights.load import open_model
+
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     missing = [str(path) for path in [*args.image, args.video] if path is not None and not path.is_file()]
     if missing:
         raise ValueError(f"no such file: {', '.join(missing)}")
     opened = open_model(args.checkpoint)
-    model = Molmo2.for_inference(opened.config, opened.weights, args.device, args.precision)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = Molmo2.for_inference(opened.config, opened.weights, device, args.precision)
     settings = ProcessorSettings(
         preset=opened.config.name, tokenizer_dir=str(opened.tokenizer_dir), stage="eval", num_variants=1
     )

@@ -19,8 +19,6 @@ from rich.table import Table
 from molmo2.config import data_path, load_recipe
 from molmo2.eval.score_tables import results_table
 from molmo2.pages import curves, fill_template
-from molmo2.training.metrics import read_log
-from molmo2.training.run import LOG_NAME
 from shards.atomic import write_atomic
 from shards.command import run
 
@@ -54,6 +52,9 @@ def read_finished(run_dir: Path) -> FinishedRun:
         summary = json.loads((run_dir / "summary.json").read_text())
     except FileNotFoundError:
         raise ValueError(f"{run_dir}: no summary.json: the run has not finished; start its recipe again") from None
+    from molmo2.training.metrics import read_log  # it imports torch, which takes seconds
+    from molmo2.training.run import LOG_NAME
+
     losses = [{"step": line["step"], "loss": line["loss"]} for line in read_log(run_dir / LOG_NAME)]
     return FinishedRun(summary=summary, curves=curves(losses, ("loss",), f"{summary['name']}: "))
 

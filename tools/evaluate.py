@@ -21,25 +21,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
 from rich.console import Console
 
 from molmo2.config import data_path
-from molmo2.eval.answers import weights_digest
-from molmo2.eval.benchmarks import SUITES, Suite, choose, own_suite
-from molmo2.eval.losses import held_out_loss
-from molmo2.eval.runner import BATCH_SIZE, STAGE, NotBuiltError, Outcome, Ranks, Subject, run_suite
+from molmo2.eval.benchmarks import BATCH_SIZE, STAGE, SUITES, Suite, choose, own_suite
 from molmo2.eval.score_tables import results_table, scores_page
-from molmo2.model.molmo2 import PRECISIONS, Molmo2
-from molmo2.processing.contract import ProcessorSettings
-from molmo2.processing.processor import build_processor
-from molmo2.weights.load import OpenedModel, open_model
+from molmo2.model.presets import PRECISION_NAMES
 from shards.atomic import write_atomic
 from shards.catalog import load_catalog
 from shards.command import run
+
+if TYPE_CHECKING:  # torch takes seconds to load, so what needs it waits until the command line has been read
+    from molmo2.eval.runner import Outcome, Ranks, Subject
+    from molmo2.weights.load import OpenedModel
 
 LOSS_CATALOGS = ("demo", "molmo2-eval", "molmo2")
 
@@ -64,8 +60,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="questions at once (%(default)s)")
     parser.add_argument("--shards", default=str(data_path("shards")), help="a folder or s3://… (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file (evaluation-BENCHMARKS.json in the run's directory)")
-    parser.add_argument("--device", default=default_device(), help="(%(default)s)")
-    parser.add_argument("--precision", choices=PRECISIONS, help="(bf16 on a GPU, fp32 on a CPU)")
+    parser.add_argument("--device", help="(this rank's GPU if there is one, else cpu)")
+    parser.add_argument("--precision", choices=PRECISION_NAMES, help="(bf16 on a GPU, fp32 on a CPU)")
     args = parser.parse_args()
     for name in ("limit", "batch_size"):
         value = getattr(args, name)
@@ -78,12 +74,18 @@ def parse_args() -> argparse.Namespace:
 
 def default_device() -> str:
     """This rank's GPU, or the CPU."""
+    import torch
+
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager
 def process_group() -> Iterator[Ranks]:
     """Join the process group of the launcher; without a launcher this process is alone."""
+    import torch.distributed as dist
+
+    from molmo2.eval.runner import Ranks
+
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Ranks()
@@ -104,6 +106,8 @@ def run_suites(
     suites: list[Suite], args: argparse.Namespace, subject: Subject, answers: Path, digest: str, ranks: Ranks
 ) -> Outcome:
     """Evaluate all suites and merge their outcomes."""
+    from molmo2.eval.runner import Outcome, run_suite
+
     merged = Outcome()
     for suite in suites:
         outcome = run_suite(suite, args.shards, subject, answers, digest, limit=args.limit, ranks=ranks)
@@ -136,6 +140,9 @@ def run_losses(
     skipped: dict[str, str],
 ) -> list[dict[str, Any]]:
     """The losses of datasets (dataset -> catalog), on rank 0; datasets that are not built are added to `skipped`."""
+    from molmo2.eval.losses import held_out_loss
+    from molmo2.eval.runner import NotBuiltError
+
     losses = []
     for name, catalog in catalogs.items():
         try:
@@ -161,10 +168,17 @@ def show(title: str, document: dict[str, Any]) -> None:
 
 def open_subject(opened: OpenedModel, args: argparse.Namespace) -> Subject:
     """The model on its device, and its processor."""
+    import torch
+
+    from molmo2.eval.runner import Subject
+    from molmo2.model.molmo2 import Molmo2
+    from molmo2.processing.contract import ProcessorSettings
+    from molmo2.processing.processor import build_processor
+
     settings = ProcessorSettings(
         preset=opened.config.name, tokenizer_dir=str(opened.tokenizer_dir), stage=STAGE, num_variants=1
     )
-    device = torch.device(args.device)
+    device = torch.device(args.device or default_device())
     model = Molmo2.for_inference(opened.config, opened.weights, device, args.precision)
     return Subject(model=model, processor=build_processor(settings), device=device, batch_size=args.batch_size)
 
@@ -194,6 +208,9 @@ def what_to_evaluate(args: argparse.Namespace) -> tuple[list[Suite], dict[str, s
 
 def evaluate(args: argparse.Namespace, suites: list[Suite], catalogs: dict[str, str], ranks: Ranks) -> None:
     """Load the model, evaluate the suites and losses; rank 0 prints and writes the results."""
+    from molmo2.eval.answers import weights_digest
+    from molmo2.weights.load import open_model
+
     since = time.perf_counter()
     opened = open_model(args.checkpoint)
     subject = open_subject(opened, args)

@@ -143,7 +143,7 @@ def recipe_of(model: str, found: Sequence[OwnRow], name: str, memories: Sequence
     if not memories:
         train |= {"precision": "fp32", "zero_stage": 1}
     if tiny:
-        train |= {"activation_checkpointing": False}
+        train |= {"recompute": "none"}
     recipe: dict[str, Any] = {
         "name": name,
         "stage": "sft",

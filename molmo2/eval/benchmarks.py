@@ -25,7 +25,10 @@ from molmo2.eval.metrics.scores import (
 from molmo2.eval.metrics.text_scores import anls, answer_or_choice, direct_answer, relaxed_accuracy, vqa_accuracy
 from molmo2.eval.metrics.track_scores import hota, track_f1
 from shards.catalog import BenchmarkSpec, Catalog, Row, load_catalog
-from shards.catalog.converters import nearest
+from shards.catalog.nearest import nearest
+
+STAGE: Final = "eval"
+BATCH_SIZE: Final = 32  # questions that are answered together
 
 METRICS: Final[dict[str, Metric]] = {
     metric.__name__: metric

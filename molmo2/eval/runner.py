@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from molmo2.eval.answers import Line, Store
-from molmo2.eval.benchmarks import Benchmark, Suite
+from molmo2.eval.benchmarks import BATCH_SIZE, STAGE, Benchmark, Suite
 from molmo2.eval.metrics.scores import Answered, Score
 from molmo2.eval.questions import Question, as_batch, first_draws, questions_of, read_samples
 from molmo2.model.generate import PromptTensors, generate
@@ -37,8 +37,6 @@ from shards.stream.dataset import Dataset, Tars, check_processor, open_dataset
 from shards.stream.plan import Draw
 from shards.stream.reader import StoredSample
 
-STAGE: Final = "eval"
-BATCH_SIZE: Final = 32  # questions that are answered together
 CHUNK: Final = 4  # batches whose samples are in memory at once, sorted by length so that a batch has like lengths
 SHOWN = 8  # number of first answers, and of worst answers, that the reports show with their picture
 FRAMES_SHOWN = 6  # frames of a video that a picture shows

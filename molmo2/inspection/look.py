@@ -16,9 +16,11 @@ from molmo2.parallel.agree import write_line
 from molmo2.parallel.mesh import SINGLE
 from molmo2.training.dry_run import GPUS, dry_run, this_gpu
 from molmo2.training.prepare import prepare
+from molmo2.training.recipe_warnings import recipe_warnings
 from molmo2.training.replay import check_shard_files, find_step, show_losses, show_packs
 from molmo2.training.run import Run
 from molmo2.training.start import first_weights_of
+from shards.stream.plan import open_plan
 
 PACKS_SHOWN = 3  # packs of a step that --inspect prints
 STEPS_DRAWN = 50  # steps at the start whose draws --inspect and --dry-run count
@@ -52,12 +54,14 @@ def dry_run_lines(recipe: Recipe, gpu_memory: float | None = None, gpu_price: fl
     `gpu_memory`, `gpu_price`: GiB of a GPU, and USD for one hour of it; see `molmo2.training.dry_run.this_gpu`.
     """
     needs = dry_run(recipe, this_gpu(recipe, gpu_memory, gpu_price))  # first, since it checks the model's name
+    plan = None
     try:
-        plan = mixture_lines(recipe, STEPS_DRAWN, worlds=GPUS)
+        plan = open_plan(recipe.roots, recipe.data.drawn_mixture, recipe.plan_settings)
+        mixture = mixture_lines(recipe, STEPS_DRAWN, plan, worlds=GPUS)
     except (ValueError, OSError) as error:  # most often the shards are not built yet
-        plan = [f"plan: {error}"]
+        mixture = [f"plan: {error}"]
     resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    return [*resolved.splitlines(), "", *plan, "", *needs]
+    return [*resolved.splitlines(), "", *mixture, "", *needs, "", *recipe_warnings(recipe, plan)]
 
 
 def inspect_lines(run: Run, number: int) -> Iterator[str]:

@@ -17,10 +17,10 @@ from molmo2.model.decoder import Attend, Decoder, Extend, Mask
 from molmo2.model.dropout import Dropout
 from molmo2.model.loss import Head
 from molmo2.model.mask import AttentionMask
-from molmo2.model.presets import ModelConfig
+from molmo2.model.presets import PRECISION_NAMES, ModelConfig
 from molmo2.model.vit import VisionTransformer
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS = dict(zip(PRECISION_NAMES, (torch.bfloat16, torch.float32), strict=True))
 
 
 def inference_dtype(device: torch.device | str, precision: str | None = None) -> torch.dtype:

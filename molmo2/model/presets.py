@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 QK_NORMS = ("qwen3", "olmo")
+PRECISION_NAMES = ("bf16", "fp32")  # of a model that answers
 
 
 def _check_multiple(name: str, value: int, of: str, unit: int) -> None:

@@ -18,7 +18,7 @@ from molmo2.processing.tokenizer import Tokenizer
 from shards.format import digest
 from shards.layout import VisualLayout, VisualTokens
 
-CHAT_FORMAT_VERSION = 2  # part of the fingerprint; increase it when messages are encoded differently
+CHAT_FORMAT_VERSION = 3  # part of the fingerprint; increase it when messages are encoded differently
 JPEG_QUALITY = 95  # quality of stored views, canvases and frames, 0 to 100
 TEMPLATES_FOLDER = Path(__file__).with_name("templates")
 STAGE_MODES = {"pretraining": "pretraining", "sft": "sft", "long": "sft", "eval": "eval"}

@@ -137,7 +137,7 @@ def _separator(mode: str) -> str:
 
 def _points(points: Points, mode: str, rng: np.random.Generator | None, video: bool) -> tuple[str, str]:
     multi = points.style.startswith("multi_image")
-    label = points.label if video or multi else points.label.lower()
+    label = points.label
     if mode == "pretraining":
         question = points.question or label
     elif points.question:

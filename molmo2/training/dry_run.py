@@ -11,6 +11,7 @@ host the processes themselves, which share most of torch's memory, and what a bu
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,13 +58,27 @@ def this_gpu(recipe: Recipe, memory_gib: float | None = None, price: float | Non
     return Gpu(memory_gib=memory_gib, peak_tflops=peak, price=price)
 
 
-def state_bytes(recipe: Recipe, config: ModelConfig, world: int) -> dict[str, float]:
-    """Bytes of parameters, gradients, optimizer states and DeepSpeed's buffers on one of `world` GPUs."""
+def count_parameters(recipe: Recipe, config: ModelConfig) -> tuple[int, int]:
+    """The number of parameters with the adapters of LoRA, and the number of those that are trained."""
     with torch.device("meta"):
         model = Molmo2(config)
+    adapters, lora = 0, recipe.optim.lora
+    if lora is not None:
+        from molmo2.model.lora import LAYERS
+
+        linear = [module for name, module in model.text.named_modules() if re.fullmatch(LAYERS, name)]
+        adapters = sum(lora.rank * sum(module.weight.shape) for module in linear)
+        for parameter in model.parameter_groups()["llm"]:
+            parameter.requires_grad_(False)
     model.freeze(recipe.train.freeze, recipe.optim.freeze_base_embedding)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return total + adapters, trained + adapters
+
+
+def state_bytes(recipe: Recipe, config: ModelConfig, world: int) -> dict[str, float]:
+    """Bytes of parameters, gradients, optimizer states and DeepSpeed's buffers on one of `world` GPUs."""
+    total, trained = count_parameters(recipe, config)
     half, stage = recipe.train.precision == "bf16", recipe.train.zero_stage
     buckets = 3 if recipe.train.overlaps_reduction else 2  # one is filled while another is reduced
     return {
@@ -109,8 +124,7 @@ def host_memory(recipe: Recipe, world: int, kept: SavedBytes) -> dict[str, float
     config, train, data = PRESETS[recipe.model], recipe.train, recipe.data
     with torch.device("meta"):
         model = Molmo2(config)
-    model.text.embedding.base.requires_grad_(not recipe.optim.freeze_base_embedding)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    _, trained = count_parameters(recipe, config)
     ranks = min(world, MACHINE_GPUS)
     batch = micro_batch(recipe)
     tokens, crops = batch.tokens, batch.crops

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
 import socket
 from collections.abc import Mapping
@@ -20,7 +19,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
@@ -141,13 +139,15 @@ def start_distributed() -> torch.device:
             port = free.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
+    if accelerator.device_name() == "cpu":
+        from molmo2.parallel.cpu_collectives import join_on_cpu
+
+        join_on_cpu()
+    else:
         let_segments_grow()
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(verbose=False)
-    _free_name_of_shared_memory()
+        deepspeed.init_distributed(verbose=False)
     return torch.device(accelerator.current_device_name())
 
 
@@ -172,14 +172,6 @@ def _take_rank_from_slurm() -> None:
     variables.setdefault("MASTER_PORT", "29500")
     variables["RANK"], variables["WORLD_SIZE"] = variables["SLURM_PROCID"], variables["SLURM_STEP_NUM_TASKS"]
     variables["LOCAL_RANK"] = variables["SLURM_LOCALID"]
-
-
-def _free_name_of_shared_memory() -> None:
-    """Unlink DeepSpeed's CPU exchange buffer once all ranks have opened it: else 66 MiB a rank stay after a run."""
-    dist.barrier()
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
-    (Path("/dev/shm") / name).unlink(missing_ok=True)
 
 
 def read_engine_keys(path: Path | None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import json
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -25,7 +24,7 @@ from molmo2.parallel.mesh import Mesh
 from molmo2.parallel.sums import sum_over_ranks
 from molmo2.training.anomalies import LossHistory, action_for, describe
 from molmo2.training.cost import batch_flops, measured_balance, pack_cost, speed
-from molmo2.training.metrics import Monitor, StepClock, gpu_use, read_log
+from molmo2.training.metrics import Monitor, StepClock, gpu_use
 from molmo2.training.optim import ComponentAdamW, set_learning_rates
 from molmo2.training.run import (
     ANOMALIES_NAME,
@@ -321,24 +320,6 @@ def measurements(
     }
 
 
-def record_data(run: Run, progress: Progress) -> None:
-    """Write a line to `data.jsonl`: each dataset's share of the mixture and of the draws, epochs, masked samples."""
-    window, total = progress.cursor.window, sum(run.plan.weights.values())
-    drawn, epochs = run.plan.draws_until(window), run.plan.epochs(window)
-    masked = Counter(line["dataset"] for line in read_log(run.recipe.run_dir / QUARANTINE_NAME))
-    line = {
-        name: {
-            "asked": weight / total,
-            "drawn": drawn[name] / max(1, sum(drawn.values())),
-            "epochs": epochs[name],
-            "masked": masked[name],
-        }
-        for name, weight in run.plan.weights.items()
-    }
-    with append_to(run.recipe.run_dir / DATA_NAME) as file:
-        file.write(json.dumps({"step": progress.step, "windows": window, "datasets": line}) + "\n")
-
-
 def save_checkpoint(run: Run, engine: Any, progress: Progress, sender: Sender | None) -> None:
     """Write a checkpoint and begin to copy it to the mirror; when writing fails, `train.on_full_disk` decides."""
     recipe, state = run.recipe, run.plan.state(progress.cursor)
@@ -359,10 +340,10 @@ def save_checkpoint(run: Run, engine: Any, progress: Progress, sender: Sender | 
         if sender is not None:
             sender.start(path)
     if run.mesh.rank == 0:
-        from molmo2.training.report import write_report
+        from molmo2.training.report import record_data, write_report
 
         try:
-            record_data(run, progress)
+            record_data(run, progress.step, progress.cursor)
             write_report(recipe)
         except OSError as error:  # a missing report is no reason to stop a run
             write_line(f"{recipe.name}: WARNING: no {DATA_NAME} or {REPORT_NAME}: {error}", sys.stderr)

@@ -1,5 +1,6 @@
-"""Metrics of a run during training: one line of JSON a step, a progress bar, and TensorBoard or W&B as in the recipe.
+"""Metrics of a run during training: one line of JSON a step, its progress, and TensorBoard or W&B as in the recipe.
 
+Progress is a bar on a terminal, and elsewhere, as in the file of a batch job, a line from time to time.
 `log.jsonl` is the record: on resume, lines after the resumed step are dropped, so that every step is in it once.
 """
 
@@ -11,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +27,13 @@ from molmo2.training.run import LOG_NAME
 from shards.atomic import append_to, write_atomic
 from shards.stream.collate import ReadStats
 
+LINES = 100  # of progress in a run, about, where there is no terminal
+# The part of TensorBoard and W&B that shows a number, by the first part of its name; all others are in "train".
+TAG_GROUPS = {
+    **dict.fromkeys(("tokens", "fill", "crops", "masked", "retries", "cache_hits", "megabytes"), "data"),
+    **dict.fromkeys(("seconds", "tokens_per_second", "tflops", "mfu", "data_wait", "read_ms", "decode_ms"), "time"),
+    **dict.fromkeys(("working_share", "slowest_rank", "gpu_memory_gib", "gpu_utilization"), "time"),
+}
 BAR = "{desc}: {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}, ETA {remaining}{postfix}]"
 
 
@@ -65,7 +74,9 @@ class Monitor:
             dynamic_ncols=True,
             mininterval=0,  # with `miniters`: printed after every `log_every` steps
             miniters=recipe.train.log_every,
+            disable=not sys.stderr.isatty(),
         )
+        self.recipe, self.start, self.since = recipe, start, time.monotonic()
         self.tensorboard = self.wandb = None
         if recipe.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # imported here because it is slow
@@ -79,13 +90,26 @@ class Monitor:
         line = {name: _finite(value) for name, value in values.items()}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        self.bar.set_postfix_str(bar_text(values), refresh=False)
-        self.bar.update(1)
+        if self.bar.disable:
+            self._show_line(line["step"], values)
+        else:
+            self.bar.set_postfix_str(bar_text(values), refresh=False)
+            self.bar.update(1)
         self.plot(line["step"], {name: value for name, value in values.items() if name != "step"})
 
+    def _show_line(self, step: int, values: Mapping[str, Any]) -> None:
+        steps = self.recipe.train.steps
+        if step % max(self.recipe.train.log_every, steps // LINES) and step not in {self.start + 1, steps}:
+            return
+        elapsed = time.monotonic() - self.since
+        left = elapsed / (step - self.start) * (steps - step)
+        spent, eta = tqdm.format_interval(elapsed), tqdm.format_interval(left)
+        progress = f"step {step}/{steps} [{spent}, ETA {eta}, {bar_text(values)}]"
+        tqdm.write(f"{self.recipe.name}: {progress}", file=sys.stderr)
+
     def plot(self, step: int, values: Mapping[str, float]) -> None:
-        """Write numbers to TensorBoard and W&B, not to the log; a dot in a name becomes a slash."""
-        numbers = {name.replace(".", "/"): value for name, value in values.items()}
+        """Write numbers to TensorBoard and W&B, not to the log, under the names of `tag`."""
+        numbers = {tag(name): value for name, value in values.items()}
         if self.tensorboard is not None:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, step)
@@ -95,14 +119,14 @@ class Monitor:
     def show(self, step: int, number: int, text: str, image: Any = None) -> None:
         """Write one generated sample to TensorBoard and W&B: its text, and its picture (a PIL image) if it has one."""
         if self.tensorboard is not None:
-            self.tensorboard.add_text(f"samples/{number}", text, step)
+            self.tensorboard.add_text(f"held_out/samples/{number}", text, step)
             if image is not None:
-                self.tensorboard.add_image(f"samples/{number}", np.asarray(image), step, dataformats="HWC")
+                self.tensorboard.add_image(f"held_out/samples/{number}", np.asarray(image), step, dataformats="HWC")
         if self.wandb is not None:
             wandb = importlib.import_module("wandb")
             plain = wandb.Html(f"<pre>{html.escape(text)}</pre>")
             media = plain if image is None else wandb.Image(image, caption=text)
-            self.wandb.log({f"samples/{number}": media}, step=step)
+            self.wandb.log({f"held_out/samples/{number}": media}, step=step)
 
     def say(self, text: str) -> None:
         """Print a message without breaking the progress bar."""
@@ -116,6 +140,12 @@ class Monitor:
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def tag(name: str) -> str:
+    """The name of a number in TensorBoard and W&B: "train/loss", "data/tokens/toy", "time/mfu", "held_out/loss"."""
+    first, path = name.partition(".")[0], name.replace(".", "/")
+    return path if first == "held_out" else f"{TAG_GROUPS.get(first, 'train')}/{path}"
 
 
 def bar_text(values: Mapping[str, Any]) -> str:

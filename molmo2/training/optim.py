@@ -87,9 +87,10 @@ def parameter_groups(components: Mapping[str, Iterable[torch.nn.Parameter]], opt
 
 def learning_rate(group: OptimGroup, step: int, num_steps: int, final_fraction: float) -> float:
     """Rate of the `step`-th update (from 1): linear from 0 to `lr`, then a cosine to `final_fraction` of it."""
-    if step < group.warmup_steps:
-        return group.lr * step / group.warmup_steps
-    progress = min(1.0, (step - group.warmup_steps) / max(1, num_steps - group.warmup_steps))
+    warmup = group.warmup(num_steps)
+    if step < warmup:
+        return group.lr * step / warmup
+    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return group.lr * (final_fraction + (1 - final_fraction) * cosine)
 

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from molmo2.checkpoint.files import META, checkpoints_dir
 from molmo2.config import Recipe
 from molmo2.pages import Lines, curves, fill_template
 from molmo2.training.metrics import read_log
-from molmo2.training.run import DATA_NAME, EVAL_NAME, LOG_NAME, REPORT_NAME, SAMPLES_NAME
-from shards.atomic import write_atomic
+from molmo2.training.run import DATA_NAME, EVAL_NAME, LOG_NAME, QUARANTINE_NAME, REPORT_NAME, SAMPLES_NAME, Run
+from shards.atomic import append_to, write_atomic
+from shards.stream.plan import Cursor
 
 CURVES = (
     *("loss", "group_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "data_wait", "working_share", "fill"),
@@ -82,3 +84,21 @@ def latest_samples(run_dir: Path) -> list[dict[str, Any]]:
             data = (files[-1].parent / sample["picture"]).read_bytes()
             sample["picture"] = "data:image/jpeg;base64," + base64.b64encode(data).decode()
     return samples
+
+
+def record_data(run: Run, step: int, cursor: Cursor) -> None:
+    """Write a line to `data.jsonl`: each dataset's share of the mixture and of the draws, epochs, masked samples."""
+    weights, drawn = run.plan.weights, run.plan.draws_at(cursor)
+    total, sizes = sum(weights.values()), {dataset.name: len(dataset) for dataset in run.plan.datasets}
+    masked = Counter(line["dataset"] for line in read_log(run.recipe.run_dir / QUARANTINE_NAME))
+    line = {
+        name: {
+            "asked": weight / total,
+            "drawn": drawn[name] / max(1, sum(drawn.values())),
+            "epochs": drawn[name] / sizes[name],
+            "masked": masked[name],
+        }
+        for name, weight in weights.items()
+    }
+    with append_to(run.recipe.run_dir / DATA_NAME) as file:
+        file.write(json.dumps({"step": step, "windows": cursor.window, "datasets": line}) + "\n")

@@ -158,6 +158,11 @@ def train_stage(
         f"{recipe.name}: steps {done + 1}-{train.steps}, {train.packs_per_step} packs of {recipe.data.sequence_length} "
         f"tokens each, on {mesh.world} ranks (dp {mesh.dp}, sp {mesh.sp}), {train.precision}, ZeRO-{train.zero_stage}"
     )
+    if checkpoint is None:
+        from molmo2.training.recipe_warnings import recipe_warnings
+
+        for line in recipe_warnings(recipe, run.plan, device.type):
+            say(line)
     universal, differing = None, list[str]()
     with all_ranks_ok():
         if checkpoint:

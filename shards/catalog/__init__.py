@@ -15,6 +15,7 @@ from typing import Any, Self
 import pydantic
 
 from shards.catalog.converters import converter_problems
+from shards.catalog.nearest import known_keys, nearest
 from shards.catalog.row import (
     STAGES,
     BenchmarkSpec,
@@ -57,10 +58,14 @@ __all__ = [
 
 
 class StageSettings(Strict):
-    """Build settings of a stage: limits of a sample, number of text variants, examples per shard.
+    """Build settings of a stage.
 
-    `rebuilds` names a stage with narrower limits, whose other datasets a run of this stage reads as well. Those that
-    lost much to the limits are built again in this stage.
+    Attributes:
+        num_variants: text variants of a sample; training takes another one in every epoch.
+        examples_per_shard: number of examples that a shard is built from.
+        limits: what a sample may hold.
+        rebuilds: a stage with narrower limits, whose other datasets a run of this stage reads as well. Those that lost
+            much to the limits are built again in this stage.
     """
 
     num_variants: int = pydantic.Field(ge=1, le=64)
@@ -81,8 +86,13 @@ class Catalog(Strict):
     """The rows of a catalog, the build settings of each stage, and the model preset that the shards are built for.
 
     Attributes:
+        preset: the model that the shards are built for.
+        tokenizer: its tokenizer, a folder of the raw data.
+        stages: stage -> its build settings.
+        rows: the datasets.
         folders: raw folders that do not belong to a single row, by name.
         left_out: published datasets that have no row -> the reason.
+        styles: styles that the rows may name besides `shards.catalog.styles.STYLES`.
         evaluation: the catalog with the rows and the build settings of stage "eval", in a file by its name; None if
             this catalog has its own. Its rows may have the names and raw folders of rows of this one: a folder holds
             what both want.
@@ -94,6 +104,7 @@ class Catalog(Strict):
     rows: tuple[Row, ...]
     folders: dict[FolderName, Folder] = pydantic.Field(default_factory=dict)
     left_out: dict[str, str] = pydantic.Field(default_factory=dict)
+    styles: tuple[str, ...] = ()
     evaluation: Catalog | None = None
 
     @pydantic.model_validator(mode="before")
@@ -130,7 +141,7 @@ class Catalog(Strict):
         names = [row.name for row in self.rows]
         if double := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"rows with the same name: {', '.join(double)}")
-        if problems := [problem for row in self.rows for problem in converter_problems(row)]:
+        if problems := [problem for row in self.rows for problem in converter_problems(row, self.styles)]:
             raise ValueError("\n  ".join(problems))
         own = {row.name for row in self.rows if row.raw is None}
         for row in self.rows:
@@ -254,7 +265,7 @@ def load_catalog(name: str) -> Catalog:
     try:
         return Catalog.model_validate(content)
     except pydantic.ValidationError as error:
-        problems = [f"{_place(content, e['loc'])}{e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        problems = [f"{_place(content, e['loc'])}{_reason(e)}" for e in error.errors()]
         raise CatalogError("\n  ".join([f"{path}: the catalog has errors", *problems])) from None
 
 
@@ -263,6 +274,13 @@ def _place(content: dict[str, Any], loc: tuple[int | str, ...]) -> str:
     if loc[:1] == ("rows",) and len(loc) > 1 and isinstance(row := content["rows"][loc[1]], dict) and "name" in row:
         return f"row {row['name']}: " + "".join(f"{part}: " for part in [".".join(map(str, loc[2:]))] if part)
     return f"{'.'.join(map(str, loc))}: " if loc else ""
+
+
+def _reason(error: Any) -> str:
+    """What is wrong: an unknown key with the nearest known one, else what pydantic says."""
+    if error["type"] != "extra_forbidden":
+        return str(error["msg"]).removeprefix("Value error, ")
+    return f"unknown key; {nearest(str(error['loc'][-1]), known_keys(Catalog, error['loc'][:-1]))}"
 
 
 def _merge_files(folder: Path) -> dict[str, Any]:

@@ -8,17 +8,18 @@ the catalog itself.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import re
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, ClassVar, Literal, Self
 
 import pydantic
 
+from shards.catalog.nearest import nearest
 from shards.catalog.row import Row, Stage, Strict
+from shards.catalog.styles import style_problems
 
 Scale = Literal["percent", "pixel", "unit", "thousand"]
 
@@ -74,10 +75,16 @@ class IdentityQaOptions(ConverterOptions):
 
 
 class ImageCaptionOptions(ConverterOptions):
-    """Options of `image_caption`: `transcript_stages` are the stages that train on the transcripts, too."""
+    """Options of `image_caption`.
 
-    required = ("image", "caption|transcripts")
-    optional = ("sha256",)
+    Attributes:
+        style: style of the captions, such as short_caption; it has the prompts of a row without the field `question`.
+        transcript_stages: stages that train on the transcripts, too.
+    """
+
+    required: ClassVar[tuple[str, ...]] = ("image", "caption|transcripts")
+    optional: ClassVar[tuple[str, ...]] = ("question", "sha256")
+    style: str = "long_caption"
     transcript_stages: tuple[Stage, ...] = ()
 
 
@@ -141,6 +148,7 @@ class ImagePointsOptions(ConverterOptions):
         scale: unit of the coordinates: percent, pixels, 0 - 1 or 0 - 1000.
         styles: an example is made for each; stage "eval" takes only the first.
         max_points: labels with more points are left out; an example has at most as many in total.
+        lower_labels: labels are written in small letters.
     """
 
     required = ("image", "label")
@@ -148,6 +156,7 @@ class ImagePointsOptions(ConverterOptions):
     scale: Scale
     styles: tuple[str, ...] = pydantic.Field(min_length=1)
     max_points: int = pydantic.Field(gt=0)
+    lower_labels: bool = False
 
 
 class MultiImagePointsOptions(ConverterOptions):
@@ -326,12 +335,15 @@ CONVERTER_OPTIONS: dict[str, type[ConverterOptions]] = {
 }
 
 
-def converter_problems(row: Row) -> list[str]:
-    """What in a row does not fit its converter: unknown or missing names, options or fields. Empty if it fits."""
-    return [f"row {row.name}: {problem}" for problem in _problems(row)]
+def converter_problems(row: Row, styles: Collection[str] = ()) -> list[str]:
+    """What in a row does not fit its converter: unknown or missing names, options, fields or styles. Empty if it fits.
+
+    `styles`: styles that the catalog adds to the known ones.
+    """
+    return [f"row {row.name}: {problem}" for problem in _problems(row, styles)]
 
 
-def _problems(row: Row) -> Iterator[str]:
+def _problems(row: Row, styles: Collection[str]) -> Iterator[str]:
     model = CONVERTER_OPTIONS.get(row.converter)
     if model is None:
         yield f"no converter {row.converter!r}; {nearest(row.converter, CONVERTER_OPTIONS)}"
@@ -341,6 +353,8 @@ def _problems(row: Row) -> Iterator[str]:
     except pydantic.ValidationError as error:
         for problem in error.errors():
             yield _option_problem(row, model, problem)
+    else:
+        yield from style_problems(row.options, styles)
     in_media = {name for text in row.media for _, name, _, _ in string.Formatter().parse(text) if name}
     for field, column in row.columns.items():
         if not model.reads(field) and column not in in_media:
@@ -352,13 +366,6 @@ def _problems(row: Row) -> Iterator[str]:
     for option, field in model.paired.items():
         if (row.options.get(option) is None) != (field not in row.columns):
             yield f"options.{option} and columns.{field} belong together; give both or neither"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name that is nearest to a wrong one, if there is any, and all known names."""
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(names) or 'none'}"
 
 
 def _option_problem(row: Row, model: type[ConverterOptions], problem: Any) -> str:

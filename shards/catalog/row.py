@@ -132,14 +132,26 @@ def _within(glob: str, others: Iterable[str]) -> bool:
 
 
 class Size(Strict):
-    """Published size of a dataset: rows, and gigabytes (1e9 bytes); None where it is not published."""
+    """Published size of a dataset; None where it is not published.
+
+    Attributes:
+        rows: number of rows.
+        gb: gigabytes (1e9 bytes).
+    """
 
     rows: int | None = None
     gb: float | None = None
 
 
 class Folder(Strict):
-    """A raw folder that several rows read: one download read by two converters, or a pool of media files."""
+    """A raw folder that several rows read: one download read by two converters, or a pool of media files.
+
+    Attributes:
+        source: repository, revision and licence.
+        size: published size.
+        download: how it is downloaded.
+        notes: remarks for readers.
+    """
 
     source: dict[str, str] = {}
     size: Size = Size()

@@ -28,13 +28,14 @@ from shards.schema import Annotation, Example, ImageRef, PointGroup, Points, Rej
 
 
 def image_caption(group: Group, options: ImageCaptionOptions) -> Iterator[Example | Omitted]:
-    """Convert an image with a long caption and, in `options.transcript_stages`, a transcript of a spoken description.
+    """Convert an image with a caption and, in `options.transcript_stages`, a transcript of a spoken description.
 
-    Of several transcripts, one is drawn for each text variant.
+    The field `question` is a prompt of its own for the caption. Of several transcripts, one is drawn for each text
+    variant.
     """
     annotations: list[Annotation] = []
     if caption := group.text("caption"):
-        annotations.append(Text(style="long_caption", answer=caption))
+        annotations.append(Text(style=options.style, question=group.text("question"), answer=caption))
     if group.stage in options.transcript_stages:
         spoken = [text_of(transcript) for transcript in group.items("transcripts")]
         if spoken := [transcript for transcript in spoken if transcript]:
@@ -57,6 +58,7 @@ def image_points(group: Group, options: ImagePointsOptions) -> Iterator[Example 
     for index in range(len(group.values)):
         for label, question, value in _labelled(group, index):
             points = to_fractions(xy_pairs(value), scale)
+            label = label.lower() if options.lower_labels else label
             if label and len(points) <= most:
                 groups = (PointGroup(at=1, points=points),) if points else ()
                 number = None if points else _number(group.get("number", index), value, counted)

@@ -25,9 +25,9 @@ import pyarrow.parquet as pq
 from shards.catalog import TableFormat
 from shards.schema import Source
 from shards.sources.content import DAMAGED_CONTENT, STREAM_ABOVE, is_compressed, open_content
-from shards.sources.json_text import DECODER, parse_json
+from shards.sources.json_text import DECODER, first_bad_line, parse_json
 from shards.sources.parquet import SourceError, numbers_by_value
-from shards.sources.paths import at, has
+from shards.sources.paths import at, column_remedy, has, remedy
 from shards.sources.streamed import (
     SPACE,
     ArrowDocuments,
@@ -119,8 +119,7 @@ def open_records(
         if missing := [path for path in wanted if len(rows) and not any(has(row, path) for row in rows)]:
             names = dict.fromkeys(name for row in rows[:1000] for name in row)
             raise SourceError(
-                f"{file}: no column {', '.join(missing)}; it has {', '.join(names)}; "
-                "correct `columns` of the catalog row, or fetch the revision that it was written for"
+                f"{file}: no column {', '.join(missing)}; it has {', '.join(names)}; {column_remedy(file)}"
             )
         counts.append(len(rows))
         digests.append(digest)
@@ -132,7 +131,7 @@ def _load(file: Path, kind: str, form: TableFormat) -> tuple[str, Sequence[Recor
     try:
         status = file.stat()
     except OSError as error:
-        raise SourceError(f"{file}: not a readable {kind} file ({error}); fetch it again") from None
+        raise SourceError(f"{file}: not a readable {kind} file ({error}); {remedy(file)}") from None
     return _load_version(file, (status.st_size, status.st_mtime_ns), kind, form.model_dump_json())
 
 
@@ -147,20 +146,29 @@ def _load_version(file: Path, version: tuple[int, int], kind: str, form_json: st
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{file}: not a readable {kind} file: its text is not UTF-8 ({error}); convert it, such as with "
-            "`iconv -f latin1 -t utf-8`, or fetch it again"
+            f"`iconv -f latin1 -t utf-8`, or {remedy(file)}"
         ) from None
     except (OSError, ValueError, csv.Error, pa.ArrowException, *DAMAGED_CONTENT) as error:
-        raise SourceError(f"{file}: not a readable {kind} file ({error}); correct it or fetch it again") from None
+        reason = _bad_line(file, form) if kind == "jsonl" else None
+        raise SourceError(f"{file}: not a readable {kind} file ({reason or error}); {remedy(file)}") from None
     except MemoryError:
         raise SourceError(f"{file}: too large for the memory; convert it to JSON lines or parquet") from None
     if not isinstance(rows, StreamedRows):
         for number, row in enumerate(rows):
             if not isinstance(row, dict):
-                raise SourceError(
-                    f"{file} row {number}: expected an object with columns, found {type(row).__name__}; "
-                    "correct `table` of the catalog row"
-                )
+                reason = _bad_line(file, form) if kind == "jsonl" else None
+                reason = reason or f"row {number}: expected an object with columns, found {type(row).__name__}"
+                raise SourceError(f"{file}: {reason}; correct `table` of the catalog row, or the file")
     return digest, rows
+
+
+def _bad_line(file: Path, form: TableFormat) -> str | None:
+    """The first broken line of JSON lines and what is wrong with it; None if it has none, or cannot be read."""
+    try:
+        with open_content(file, text=True) as content:
+            return first_bad_line(content, form.skip, list if form.names_first else dict)
+    except (OSError, ValueError, *DAMAGED_CONTENT):
+        return None
 
 
 def _read(file: Path, kind: str, form: TableFormat) -> Sequence[Any]:

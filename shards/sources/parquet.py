@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from shards.format import canonical_json
 from shards.schema import Source
-from shards.sources.paths import at
+from shards.sources.paths import at, column_remedy, remedy
 
 MAX_BATCH = 1024  # rows that are read at a time
 BATCH_BYTES = 64 << 20  # bytes that are read at a time, unless one row is larger
@@ -64,7 +64,8 @@ class ParquetTable:
         try:
             return numbers_by_value(at(row, column) for file in self.files for row in _all_rows(file, root))
         except (pa.ArrowException, OSError) as error:
-            raise SourceError(f"{self.root}: column {column} cannot be read ({error}); fetch the files again") from None
+            reason = f"column {column} cannot be read ({error}); {remedy(self.files[0])}"
+            raise SourceError(f"{self.root}: {reason}") from None
 
     def row_bytes(self, columns: Iterable[str]) -> int:
         """Mean size of these columns of a row, in bytes, in the row group where it is largest."""
@@ -110,12 +111,11 @@ def open_parquet(root: Path, files: tuple[Path, ...], columns: Iterable[str]) ->
         try:
             schema, rows, footer = pq.read_schema(file), pq.read_metadata(file).num_rows, _footer(file)
         except (pa.ArrowException, OSError) as error:
-            raise SourceError(f"{file}: not a readable parquet file ({error}); fetch it again") from None
+            raise SourceError(f"{file}: not a readable parquet file ({error}); {remedy(file)}") from None
         missing = [path for path in wanted if not _has(schema, path)]
         if missing:
             raise SourceError(
-                f"{file}: no column {', '.join(missing)}; it has {', '.join(schema.names)}; "
-                "correct `columns` of the catalog row, or fetch the revision that it was written for"
+                f"{file}: no column {', '.join(missing)}; it has {', '.join(schema.names)}; {column_remedy(file)}"
             )
         counts.append(rows)
         footers.append(hashlib.sha256(footer).hexdigest())

@@ -69,6 +69,22 @@ def _existing(folder: Path, name: str) -> Path | None:
     return path
 
 
+def is_downloaded(file: Path) -> bool:
+    """Whether a file lies in a folder that the downloader has filled, so that it can be fetched again."""
+    return any((folder / "manifest.json").is_file() for folder in file.parents)
+
+
+def remedy(file: Path) -> str:
+    """What to do about a broken file of rows."""
+    return "fetch it again" if is_downloaded(file) else "correct it, or write it again"
+
+
+def column_remedy(file: Path) -> str:
+    """What to do about a file that lacks a column."""
+    known = ", or fetch the revision that it was written for" if is_downloaded(file) else ""
+    return f"correct `columns` of the catalog row{known}"
+
+
 def at(values: Any, path: str) -> Any:
     """The value at `path`, None if a part of the path is missing; a name that itself holds the dot takes precedence."""
     if isinstance(values, list):

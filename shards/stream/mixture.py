@@ -28,16 +28,16 @@ class Member(pydantic.BaseModel, extra="forbid", frozen=True):
     parts together, is divided among them by their numbers of samples.
     """
 
-    size: int | None = pydantic.Field(default=None, gt=0)
-    factor: float = pydantic.Field(default=1.0, gt=0)
-    part_of: str | None = None
+    size: int | None = pydantic.Field(default=None, gt=0)  # in place of its number of samples
+    factor: float = pydantic.Field(default=1.0, gt=0)  # multiplies its weight
+    part_of: str | None = None  # name of the whole that it is a part of
 
 
 class MixtureGroup(pydantic.BaseModel, extra="forbid", frozen=True):
     """Datasets with one common rate. The rates of all groups are normalised to sum to 1."""
 
-    rate: float = pydantic.Field(gt=0)
-    datasets: dict[str, Member | None] = pydantic.Field(min_length=1)
+    rate: float = pydantic.Field(gt=0)  # of the group's draws, relative to the other groups
+    datasets: dict[str, Member | None] = pydantic.Field(min_length=1)  # by name; null: the defaults
 
 
 class MixtureSpec(pydantic.BaseModel, extra="forbid", frozen=True):

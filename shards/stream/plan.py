@@ -158,9 +158,14 @@ class Plan:
         time = window * self.settings.window
         return {name: draws_before(time, weight, self._phases[name]) for name, weight in self.weights.items()}
 
-    def epochs(self, window: int) -> dict[str, float]:
-        """Epochs of every dataset before a window begins."""
-        return {dataset.name: self.draws_until(window)[dataset.name] / len(dataset) for dataset in self.datasets}
+    def draws_at(self, cursor: Cursor) -> dict[str, int]:
+        """Number of draws of every dataset before a cursor, those in the window under way included."""
+        draws = self.draws_until(cursor.window)
+        begun = self._window(cursor.window)[: cursor.offset] if cursor.offset else ()
+        for members in begun:
+            for draw in members:
+                draws[self.datasets[draw.dataset].name] += 1
+        return draws
 
     def identity(self) -> dict[str, Any]:
         """Everything that determines the order of batches, as a JSON value."""

@@ -36,7 +36,11 @@ def small(text: str) -> str:
 
 def test_the_message_about_wrong_names_is_what_a_user_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    catalog = blocks("yaml")[0].replace("max_points: 60", "max_point: 60").replace(" question: ", " qestion: ", 1)
+    catalog = (
+        blocks("yaml")[0]
+        .replace("max_points: 60", "max_point: 60")
+        .replace("question: question", "qestion: question", 1)
+    )
     Path("mine.yaml").write_text(catalog)
     with pytest.raises(CatalogError) as error:
         load_catalog("mine.yaml")
@@ -62,6 +66,12 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
     toy_run.run_page(small(commands), tmp_path)
     assert (tmp_path / "mine-export/config.json").exists()
     assert "my-points" in (tmp_path / "mine.html").read_text()
-    for dataset, samples in (("my-questions", 2), ("my-points", 4), ("my-videos", 2), ("my-talk", 3)):
+    for dataset, samples in (
+        ("my-captions", 2),
+        ("my-questions", 2),
+        ("my-points", 4),
+        ("my-videos", 2),
+        ("my-talk", 3),
+    ):
         index = (tmp_path / f"data/shards/sft/{dataset}/index.json").read_text()
         assert f'"samples": {samples},' in index and '"rejects": 0' in index

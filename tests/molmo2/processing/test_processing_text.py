@@ -7,11 +7,13 @@ from processing_cases import tiny_tokenizer
 from molmo2.processing.chat_format import assemble, encode_messages, token_weight
 from molmo2.processing.choice import INSTRUCTION, render_choice
 from molmo2.processing.contract import templates
-from molmo2.processing.prompts import render_messages
+from molmo2.processing.prompts import PLAIN_STYLES, render_messages
+from shards.catalog import load_catalog
+from shards.catalog.styles import STYLES, styles_in
 from shards.schema import Chat, Choice, PointGroup, Points, RejectedError, Text, TrackGroup, Tracks, Turn
 
 CAT = Points(style="pointing", label="Black Cat", groups=(PointGroup(at=1, points=((0.5, 0.25),)),))
-SPAN = '<points coords="1 1 500 250">black cat</points>'
+SPAN = '<points coords="1 1 500 250">Black Cat</points>'
 
 
 def ask(annotation, mode="eval", rng=None, video=False) -> tuple[str, str]:
@@ -42,7 +44,7 @@ def test_pretraining_names_the_style_and_the_length() -> None:
 
 
 def test_pretraining_points_have_no_hint_and_a_tab() -> None:
-    assert ask(CAT, "pretraining", np.random.default_rng(0)) == ("pointing: black cat", SPAN)
+    assert ask(CAT, "pretraining", np.random.default_rng(0)) == ("pointing: Black Cat", SPAN)
     two = Points(
         style="video_point",
         label="Cat",
@@ -74,7 +76,7 @@ def test_after_pretraining_only_academic_styles_are_named() -> None:
 )
 def test_point_modes(style, answer, none) -> None:
     question, got = ask(with_style(CAT, style))
-    assert got == answer and "black cat" in question
+    assert got == answer and "Black Cat" in question
     assert ask(Points(style=style, label="x", groups=()))[1] == none
 
 
@@ -140,7 +142,7 @@ def test_points_in_all_of_several_images_are_asked_for_in_two_ways() -> None:
 def test_a_question_of_the_data_is_asked_in_pretraining_too() -> None:
     asked = Points(style="cosyn_point", label="bar", question="Where is the left bar?", groups=CAT.groups)
     assert ask(asked, "pretraining")[0] == "cosyn_point: Where is the left bar?"
-    assert ask(with_style(CAT, "cosyn_point"), "pretraining")[0] == "cosyn_point: black cat"
+    assert ask(with_style(CAT, "cosyn_point"), "pretraining")[0] == "cosyn_point: Black Cat"
 
 
 TRACK = Tracks(
@@ -285,3 +287,11 @@ def test_loss_weights() -> None:
     flat = assemble([tokenizer.bos], branches, 0.2)
     assert set(flat["weight"].tolist()) == {0.0, np.float32(0.2).item()}
     assert flat["branch"].tolist() == [0] + [1] * len(branches[0].ids) + [2] * len(branches[1].ids)
+
+
+def test_the_styles_that_a_catalog_may_name_are_those_that_are_used() -> None:
+    rows = [row for name in ("molmo2", "demo") for row in load_catalog(name).all_rows]
+    named = {style for row in rows for _, style in styles_in(row.options)}
+    written = {style for style in templates() if not style.startswith("choice_") and style != "track_fps"}
+    of_converters = {"ai2_diagram", "ai2_diagram_no_letter", "video_merged_caption"}
+    assert named | written | PLAIN_STYLES | of_converters == STYLES

@@ -14,6 +14,7 @@ from molmo2.config import Recipe, load_recipe
 from molmo2.inspection.look import dry_run_lines
 from molmo2.inspection.shares import draw_steps
 from molmo2.model.activations import SavedBytes, activation_bytes, kept_bytes, measure_saved, saved_bytes
+from molmo2.model.lora import add_adapters
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS
@@ -21,6 +22,7 @@ from molmo2.training.dry_run import (
     ALLOCATOR_MARGIN,
     GIB,
     Gpu,
+    count_parameters,
     dry_run,
     host_memory,
     memory,
@@ -28,6 +30,7 @@ from molmo2.training.dry_run import (
     operations,
     this_gpu,
 )
+from molmo2.training.recipe_warnings import recipe_warnings
 from shards.stream.plan import open_plan
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -188,6 +191,11 @@ def test_a_dry_run_shows_recipe_and_plan_of_the_shards(tmp_path: Path, monkeypat
     assert float(row[-1]) == pytest.approx(12 / steps_per_epoch, abs=0.01)
     table = next(number for number, line in enumerate(lines) if line.split()[:2] == ["ranks", "dp"])
     assert lines[table + 1].split()[:2] == ["1", "1"]
+    warmed = load_recipe(tmp_path / "r.yaml", ["optim.vit.warmup_fraction=0.5"])
+    assert any(
+        line.startswith("r: WARNING: the warm-up of optim.vit takes 6 of 12 steps")
+        for line in dry_run_lines(warmed, 80)
+    )
     (tmp_path / "shards/sft/toy/index.json").unlink()
     assert any(line.startswith("plan: dataset toy is in none of") for line in dry_run_lines(recipe))
 
@@ -219,3 +227,25 @@ def test_a_frozen_component_needs_neither_states_nor_its_backward() -> None:
     assert whole["gradients"] - frozen["gradients"] == pytest.approx(ALLOCATOR_MARGIN * 4 * vit / 8)
     assert frozen["parameters"] == whole["parameters"] and frozen["vision"] < whole["vision"]
     assert operations(long(freeze="[vit]")) < 0.9 * operations(long())
+
+
+@pytest.mark.parametrize("freeze", ["[]", "[vit]"])
+def test_adapters_are_counted_as_peft_makes_them(freeze: str) -> None:
+    recipe = load_recipe(STAGE1, ["model=tiny", "optim.lora={rank: 4, alpha: 8}", f"train.freeze={freeze}"])
+    with torch.random.fork_rng():
+        model = Molmo2(PRESETS["tiny"])
+        add_adapters(model, 4, 8, 0)
+    model.freeze(recipe.train.freeze, recipe.optim.freeze_base_embedding)
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    every = [parameter.numel() for parameter in model.parameters()]
+    assert count_parameters(recipe, PRESETS["tiny"]) == (sum(every), sum(trained))
+
+
+@pytest.mark.slow
+def test_the_recipe_for_lora_fits_one_gpu_of_24_gb() -> None:
+    recipe = load_recipe(ROOT / "recipes/lora.yaml")
+    kept = measure_saved(PRESETS["4b"], torch.bfloat16)
+    assert sum(memory(recipe, 1, kept).values()) < 22 * GIB  # of 24 GB, CUDA itself and others take some
+    whole = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lora": None})})
+    assert sum(memory(whole, 1, kept).values()) > 60 * GIB
+    assert recipe_warnings(recipe, None, "cuda") == []

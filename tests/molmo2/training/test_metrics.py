@@ -81,10 +81,43 @@ def test_every_step_stands_once_after_a_restart(recipe: Recipe, capsys: pytest.C
     assert re.search(
         r"step 4/4 \[\d\d:\d\d, ETA 00:00, loss 1\.0000 \| lr 4\.00e-01 \| 50 tok/s \| 0\.25 TFLOP/s", shown
     )
-    assert "loss 9.0000" not in shown  # the bar is printed after every second step
+    lines = [text for text in shown.split("\n") if "step" in text]
+    # Lines, for this is no terminal: the first step after each start, every second one, and the last.
+    assert [re.search(r"demo-stage1: step (\d)/4", text)[1] for text in lines] == ["1", "2", "3", "4"]
+    assert "\r" not in shown
     events = EventAccumulator(str(recipe.run_dir / "tensorboard")).Reload()
-    assert {name.replace(".", "/") for name in line(1, 1.0)} == {*events.Tags()["scalars"], "step"}
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 9.0), (2, 8.0), (3, 2.0), (4, 1.0)]
+    assert set(events.Tags()["scalars"]) == {
+        *("train/loss", "train/lr/vit", "train/group_loss/text", "data/tokens", "data/fill"),
+        *("time/tokens_per_second", "time/tflops", "time/data_wait", "time/seconds"),
+    }
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (1, 9.0),
+        (2, 8.0),
+        (3, 2.0),
+        (4, 1.0),
+    ]
+
+
+def test_progress_is_a_bar_on_a_terminal_and_about_a_hundred_lines_elsewhere(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = recipe.train.model_copy(update={"steps": 1000})
+    recipe = recipe.model_copy(
+        update={"train": train, "logging": recipe.logging.model_copy(update={"tensorboard": False})}
+    )
+    monitor = Monitor(recipe, 500)
+    for step in range(501, 1001):
+        monitor.step(line(step, 1.0))
+    monitor.close()
+    shown = re.findall(r"^demo-stage1: step (\d+)/1000 \[", capsys.readouterr().err, re.MULTILINE)
+    assert [int(step) for step in shown] == [501, *range(510, 1001, 10)]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monitor = Monitor(recipe, 998)
+    for step in (999, 1000):
+        monitor.step(line(step, 1.0))
+    monitor.close()
+    bar = capsys.readouterr().err
+    assert "100%|" in bar and "\r" in bar and bar.rstrip().endswith("]") and "step 1000/1000 [" in bar
 
 
 @pytest.mark.slow
@@ -103,14 +136,14 @@ def test_wandb_without_a_network_has_every_number_and_the_samples(
     (path,) = recipe.run_dir.glob("wandb/offline-run-*/run-*.wandb")
     # Protobuf: names and JSON values stand in it as they are. W&B's own process may write it just after `finish`.
     wanted = (
-        *(b"loss", b"lr/vit", b"2.125", b"1.125", b"group_loss/text", b"held_out/loss", b"4.625"),
-        *(b"samples/0", b"an answer", b"samples/1"),
+        *(b"train/loss", b"train/lr/vit", b"2.125", b"1.125", b"train/group_loss/text", b"held_out/loss", b"4.625"),
+        *(b"held_out/samples/0", b"an answer", b"held_out/samples/1"),
     )
     end = time.monotonic() + 20
     while (missing := [each for each in wanted if each not in path.read_bytes()]) and time.monotonic() < end:
         time.sleep(0.05)
     assert not missing
-    (page,) = recipe.run_dir.glob("wandb/offline-run-*/files/media/html/samples/1_2_*.html")
+    (page,) = recipe.run_dir.glob("wandb/offline-run-*/files/media/html/held_out/samples/1_2_*.html")
     assert "<pre>text &lt;alone&gt;</pre>" in page.read_text()
 
 

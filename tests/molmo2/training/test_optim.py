@@ -33,6 +33,10 @@ def test_schedule_warms_up_then_falls_to_the_final_fraction() -> None:
     assert rates[-1] == pytest.approx(0.2)
     assert all(a > b for a, b in itertools.pairwise(rates[9:]))
     assert learning_rate(OptimGroup(lr=2.0, warmup_steps=0), 1, 1, 0.1) == pytest.approx(0.2)
+    fraction = OptimGroup(lr=2.0, warmup_steps=99, warmup_fraction=0.1)
+    assert [learning_rate(fraction, step, 100, 0.1) for step in range(1, 101)] == [
+        learning_rate(OptimGroup(lr=2.0, warmup_steps=10), step, 100, 0.1) for step in range(1, 101)
+    ]
 
 
 def test_a_fused_update_moves_numbers_of_steps_to_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,8 @@ def test_the_run_learns_and_records_every_step(root: Path) -> None:
     assert [line["step"] for line in data] == [2, 4, 6]
     assert all(each["masked"] == 0 and each["asked"] > 0 for line in data for each in line["datasets"].values())
     assert sum(each["asked"] for each in data[0]["datasets"].values()) == pytest.approx(1)
+    assert sum(each["drawn"] for each in data[0]["datasets"].values()) == pytest.approx(1)  # inside the first window
+    assert data[0]["windows"] == 0 and all(each["epochs"] > 0 for each in data[0]["datasets"].values())
     assert min(lines[0][f"grad_norm.{name}"] for name in ("vit", "connector", "llm")) > 0
     summary = json.loads((root / "runs/whole/summary.json").read_text())
     assert (summary["steps"], summary["tokens"]) == (6, sum(line["tokens"] for line in lines))
@@ -185,7 +187,8 @@ def test_being_judged_moves_nothing_and_leaves_losses_and_samples(root: Path, st
     assert "6 of 6" in page and "held-out loss by step" in page and "data:image/jpeg" in page and "100.0%" in page
     events = EventAccumulator(str(root / f"runs/{name}/tensorboard")).Reload()
     assert [event.step for event in events.Scalars("held_out/loss")] == [2, 4, 6]
-    assert [event.step for event in events.Images(f"samples/{samples.index(next(s for s in samples if s['picture']))}")]
+    pictured = samples.index(next(sample for sample in samples if sample["picture"]))
+    assert [event.step for event in events.Images(f"held_out/samples/{pictured}")]
 
 
 def test_a_stop_file_saves_exits_with_zero_and_is_taken_away(root: Path) -> None:

@@ -162,7 +162,7 @@ def test_evaluation_is_joined_to_training() -> None:
 
 
 def test_a_catalog_has_its_evaluation_in_one_place(tmp_path: Path) -> None:
-    row = "{name: %s, stages: [%s], files: {%s: a}, converter: chat, columns: {messages: m}, options: {style: s}, "
+    row = "{name: %s, stages: [%s], files: {%s: a}, converter: chat, columns: {messages: m}, options: {style: vqa2}, "
     row += "download: {kind: hub, repo: %s, include: [a]}}"
     limits = "limits: {sequence_length: 768, max_crops: 32}"
     exam = f"stages: {{eval: {{num_variants: 1, examples_per_shard: 5, {limits}}}}}"

@@ -99,6 +99,42 @@ def test_a_row_that_does_not_fit_its_converter_is_refused(row: dict[str, Any], m
     assert f"\n  {message}" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("converter", "columns", "options", "message"),
+    [
+        ("image_qa", QA, {"style": "usr_qaa"}, "options.style: no style 'usr_qaa'; did you mean 'user_qa'? "),
+        (
+            "image_choice",
+            QA,
+            {"style": "vqa2", "open_style": "okvqq"},
+            "options.open_style: no style 'okvqq'; did you mean 'okvqa'? ",
+        ),
+        (
+            "image_points",
+            {"image": "i", "label": "l"},
+            {"scale": "percent", "styles": ["pointing", "point_cuont"], "max_points": 9},
+            "options.styles: no style 'point_cuont'; did you mean 'point_count'? ",
+        ),
+    ],
+)
+def test_an_unknown_style_is_refused_unless_the_catalog_has_it(
+    tmp_path: Path, converter: str, columns: dict[str, str], options: dict[str, Any], message: str
+) -> None:
+    row = row_of(converter, columns, options)
+    with pytest.raises(CatalogError, match=re.escape(f"row mine: {message}docs/reference-styles.md")):
+        load(tmp_path, row)
+    content = {"preset": "tiny", "tokenizer": "t", "stages": {}, "rows": [row]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**content, "styles": ["usr_qaa", "okvqq", "point_cuont"]}))
+    assert load_catalog(str(tmp_path / "mine.yaml")).rows[0].options == options
+
+
+def test_unknown_settings_of_a_catalog_are_refused_with_the_nearest(tmp_path: Path) -> None:
+    content = {"preset": "tiny", "tokenizer": "t", "stages": {}, "rows": [], "lft_out": {}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(CatalogError, match=r"lft_out: unknown key; did you mean 'left_out'\? known: "):
+        load_catalog(str(tmp_path / "mine.yaml"))
+
+
 def test_all_problems_of_all_rows_are_listed(tmp_path: Path) -> None:
     first = row_of("image_qa", {**QA, "hnt": "h"}, {"stlye": "user_qa"})
     second = {**row_of("chat", {}, {"style": "user_qa"}), "name": "other"}
@@ -107,13 +143,13 @@ def test_all_problems_of_all_rows_are_listed(tmp_path: Path) -> None:
     lines = str(error.value).splitlines()[1:]
     assert [line.split(":")[0] for line in lines] == ["  row mine"] * 3 + ["  row other"]
     row = row_of("image_qa", QA, {"style": "user_qa"})
-    with pytest.raises(CatalogError, match=r"row mine: colour: Extra inputs are not permitted"):
+    with pytest.raises(CatalogError, match=r"row mine: colour: unknown key; .*known: benchmark, columns, "):
         load(tmp_path, {**row, "colour": "red"})
     benchmark = {"suite": "mine", "metric": "exact_match"}
     with pytest.raises(CatalogError, match=r'row mine: a benchmark needs stage "eval"; the stages are sft'):
         load(tmp_path, {**row, "benchmark": benchmark})
     evaluated = {**row, "stages": ["eval"], "files": {"validation": "v"}}
-    with pytest.raises(CatalogError, match=r"row mine: benchmark\.0\.metrics: Extra inputs are not permitted"):
+    with pytest.raises(CatalogError, match=r"row mine: benchmark\.0\.metrics: unknown key; did you mean 'metric'\? "):
         load(tmp_path, {**evaluated, "benchmark": {**benchmark, "metrics": "anls"}})
     (loaded,) = load(tmp_path, {**evaluated, "benchmark": [benchmark, {**benchmark, "name": "again"}]}).rows
     assert [spec.name for spec in loaded.benchmark] == [None, "again"]

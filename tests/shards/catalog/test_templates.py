@@ -59,9 +59,9 @@ rows:
 def test_each_file_of_a_folder_has_its_own_templates(tmp_path: Path) -> None:
     (tmp_path / "catalog.yaml").write_text("preset: tiny\ntokenizer: t\nstages: {}\n")
     row = "{like: t, name: %s, stages: [sft], files: {train: a}, converter: chat, columns: {messages: m}}"
-    (tmp_path / "a.yaml").write_text(f"templates: {{t: {{options: {{style: a}}}}}}\nrows: [{row % 'one'}]\n")
-    (tmp_path / "b.yaml").write_text(f"templates: {{t: {{options: {{style: b}}}}}}\nrows: [{row % 'two'}]\n")
-    assert [row.options for row in load_catalog(str(tmp_path)).rows] == [{"style": "a"}, {"style": "b"}]
+    (tmp_path / "a.yaml").write_text(f"templates: {{t: {{options: {{style: vqa2}}}}}}\nrows: [{row % 'one'}]\n")
+    (tmp_path / "b.yaml").write_text(f"templates: {{t: {{options: {{style: user_qa}}}}}}\nrows: [{row % 'two'}]\n")
+    assert [row.options for row in load_catalog(str(tmp_path)).rows] == [{"style": "vqa2"}, {"style": "user_qa"}]
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,33 @@ def test_caption_and_transcripts(tmp_path: Path) -> None:
         convert(tmp_path, "demo-cap", [{**row, "caption": None}], "sft")
 
 
+@pytest.mark.parametrize(("prompt", "question"), [("Name it.", "Name it."), (None, ""), (" ", "")])
+def test_a_caption_has_the_style_of_its_row_and_may_have_a_prompt_of_its_own(
+    tmp_path: Path, prompt: str | None, question: str
+) -> None:
+    """A row of a user's catalog: no transcripts, a short caption."""
+    content = {
+        "name": "mine",
+        "stages": ["sft"],
+        "files": {"train": "a.jsonl"},
+        "converter": "image_caption",
+        "columns": {"image": "picture", "caption": "text", "question": "prompt"},
+        "options": {"style": "short_caption"},
+    }
+    values = {"picture": picture(tmp_path), "text": "A digit.", "prompt": prompt}
+    group = Group(
+        row=Row.model_validate(content),
+        stage="sft",
+        media=MediaFiles(root=tmp_path),
+        key="mine-1",
+        sources=(Source(file="a.jsonl", row=0),),
+        values=(values,),
+    )
+    (example,) = convert_group(group)
+    assert isinstance(example, Example)
+    assert example.annotations == (Text(style="short_caption", question=question, answer="A digit."),)
+
+
 @pytest.mark.parametrize(
     ("scale", "given"), [("percent", (25, 50)), ("pixel", (15, 20)), ("unit", (0.25, 0.5)), ("thousand", (250, 500))]
 )
@@ -90,6 +117,14 @@ def test_four_coordinate_conventions_become_one(tmp_path: Path, scale: str, give
     assert point.loss_weight == 1.0
     with pytest.raises(RejectedError, match="sha256"):
         convert(tmp_path, "demo-points", [{**row, "image_sha256": "0" * 64}])
+
+
+@pytest.mark.parametrize(("lower", "label"), [(False, "STOP sign"), (True, "stop sign")])
+def test_labels_keep_their_case_unless_a_row_says_otherwise(tmp_path: Path, lower: bool, label: str) -> None:
+    row = {"image_url": picture(tmp_path), "image_sha256": None, "label": "STOP sign", "points": [{"x": 1, "y": 1}]}
+    for example in convert(tmp_path, "demo-points", [row], lower_labels=lower):
+        (annotation,) = example.annotations
+        assert isinstance(annotation, Points) and annotation.label == label
 
 
 def test_labels_are_packed_by_their_points(tmp_path: Path) -> None:

@@ -102,6 +102,40 @@ def test_broken_content_is_named_with_its_remedy(tmp_path: Path, name: str, cont
         open_table(tmp_path, name, ["id", "n"])
 
 
+@pytest.mark.parametrize("limit", [1 << 20, 10], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("content", "form", "match"),
+    [
+        # The decoder itself would name line 5, where it no longer finds a comma.
+        ('{"id": "a"}\n\n{"id": "b"}\n{"id": "c"\n{"id": "d"}\n', {}, r"line 4: Expecting ',' delimiter: column"),
+        ('a note\n{"id": "a"}\n{"id": }\n', {"skip": 1}, r"line 3: Expecting value: column 8"),
+        ('["id"]\n["a"]\n["b"\n', {"names_first": True}, r"line 3: Expecting ',' delimiter"),
+        ('{"id": "a"}\n["b"]\n', {}, r"line 2: expected an object with columns, found list"),
+    ],
+)
+def test_a_broken_line_is_named_as_an_editor_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, content: str, form: dict[str, Any], match: str
+) -> None:
+    monkeypatch.setattr(json_table, "STREAM_ABOVE", limit)
+    (tmp_path / "t.jsonl").write_text(content)
+    with pytest.raises(SourceError, match=match) as error:
+        open_table(tmp_path, "t.jsonl", ["id"], TableFormat(**form))
+    assert "fetch" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "column"), [("t.jsonl", "id"), ("t.parquet", "id"), ("rows.jsonl", "other")])
+def test_only_downloaded_files_are_to_be_fetched_again(tmp_path: Path, name: str, column: str) -> None:
+    (tmp_path / "t.jsonl").write_text('{"id": 1}\n{')
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "rows.jsonl").write_text('{"id": 1}\n')
+    with pytest.raises(SourceError, match=r"correct (it|`columns`)") as own:
+        open_table(tmp_path, name, [column])
+    assert "fetch" not in str(own.value)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"fetch (it again|the revision)"):
+        open_table(tmp_path, name, [column])
+
+
 def csv_bytes() -> bytes:
     text = io.StringIO(newline="")
     writer = csv.writer(text)

@@ -83,6 +83,14 @@ def test_every_draw_exactly_once_in_every_epoch(plan: Plan) -> None:
         assert max(counts) - min(counts) <= 1
 
 
+def test_draws_are_counted_inside_the_window_under_way(plan: Plan) -> None:
+    counts: Counter[str] = Counter()
+    assert sum(plan.draws_at(Cursor()).values()) == 0
+    for step in until(plan, 2):
+        counts.update(plan.datasets[draw.dataset].name for pack in step.packs for draw in pack.draws)
+        assert plan.draws_at(step.cursor) == {name: counts[name] for name in plan.weights}
+
+
 def test_shares_hold_to_one_draw_at_every_window(plan: Plan) -> None:
     exact = shares(MIXTURE, SIZES)
     for window in (*range(1, 300), 10**6, 10**12):
