@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
+    "new": "tools/new_dataset.py",
     "train": "molmo2/train.py",
     "build": "tools/build_shards.py",
     "look": "tools/inspect_shards.py",

@@ -1,6 +1,7 @@
-"""What may change between a checkpoint and the run that resumes it: ranks and ZeRO stage, but not what is trained.
+"""What may change between a checkpoint and the run that resumes it: ranks, ZeRO stage and, if asked for, the data.
 
-Both are checked before the engine is built. The conversion for other ranks is in `molmo2.checkpoint.reshard`.
+What is trained may not. Ranks, stage and parameters are checked before the engine is built. The conversion for other
+ranks is in `molmo2.checkpoint.reshard`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,24 @@ import torch.distributed as dist
 
 from molmo2.checkpoint.files import RECIPE, Checkpoint, CheckpointError
 from molmo2.config import Recipe
+from molmo2.parallel.agree import say
+from molmo2.training.run import CHANGES_NAME, Run
+from shards.atomic import append_to
+from shards.stream.plan import Cursor
+
+
+def check_first_weights(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Refuse a `--checkpoint` that a run would not read, since it has begun from other weights and only resumes.
+
+    Raises:
+        CheckpointError: the run has begun from other weights than the recipe's `init`.
+    """
+    began, wanted = checkpoint.read(RECIPE)["init"], json.loads(recipe.model_dump_json())["init"]
+    if began != wanted:
+        raise CheckpointError(
+            f"--checkpoint {wanted!r}: the run is at step {checkpoint.step} and began from {began!r}; leave "
+            "--checkpoint out to resume, or begin another run with --set name=NAME"
+        )
 
 
 def mesh_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
@@ -52,6 +71,17 @@ def check_trained_parameters(checkpoint: Checkpoint, recipe: Recipe) -> None:
             "with optimizer states; restore the setting, or begin a new run (another name) with "
             f"`init: {checkpoint.path}`"
         )
+
+
+def take_over(run: Run, state: dict[str, Any]) -> Cursor:
+    """Continue with this recipe's data after another plan's; the change is recorded in `data_changes.jsonl`."""
+    cursor, changed = run.plan.change_over(state)
+    if changed and run.mesh.rank == 0:
+        line = {"step": cursor.step, "cursor": cursor._asdict(), "changed": changed}
+        with append_to(run.recipe.run_dir / CHANGES_NAME) as file:
+            file.write(json.dumps(line) + "\n")
+        say(f"{run.recipe.name}: after step {cursor.step} the data change on purpose: {'; '.join(changed)}")
+    return cursor
 
 
 def recipe_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:

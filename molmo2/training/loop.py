@@ -17,7 +17,6 @@ from torch import Tensor
 
 from molmo2.checkpoint import files as checkpoints
 from molmo2.checkpoint.files import CheckpointError
-from molmo2.config import Recipe
 from molmo2.model.loss import LossSums
 from molmo2.parallel.agree import on_rank_zero, say, write_line
 from molmo2.parallel.mesh import Mesh
@@ -29,7 +28,6 @@ from molmo2.training.optim import ComponentAdamW, set_learning_rates
 from molmo2.training.run import (
     ANOMALIES_NAME,
     DATA_NAME,
-    EVAL_NAME,
     QUARANTINE_NAME,
     REPORT_NAME,
     STOP_NAME,
@@ -349,23 +347,6 @@ def save_checkpoint(run: Run, engine: Any, progress: Progress, sender: Sender | 
             write_line(f"{recipe.name}: WARNING: no {DATA_NAME} or {REPORT_NAME}: {error}", sys.stderr)
 
 
-def judge(run: Run, engine: Any, step: int, monitor: Monitor | None) -> None:
-    """Run validation: held-out losses go to `eval.jsonl`, generated answers to `samples/`; collective."""
-    from molmo2.training.validation import validate, write_samples
-
-    values, samples = validate(run, engine)
-    if monitor is None:
-        return
-    with append_to(run.recipe.run_dir / EVAL_NAME) as file:
-        file.write(json.dumps({"step": step, **values}) + "\n")
-    monitor.plot(step, {f"held_out.{name}": value for name, value in values.items()})
-    images = write_samples(run.recipe.run_dir, step, samples)
-    for number, (sample, image) in enumerate(zip(samples, images, strict=True)):
-        text = f"{sample.dataset}/{sample.key}\n\n{sample.prompt}\n\n{sample.answer}\n\n(expected: {sample.expected})"
-        monitor.show(step, number, text, image)
-    write_line(f"{run.recipe.name}: step {step}, held-out loss {values['loss']:.4f}")
-
-
 def ending_of(step: int, steps: int, totals: StepTotals) -> Ending | None:
     """Why the run ends after this step of `steps`; None if it goes on."""
     if step == steps:
@@ -373,15 +354,6 @@ def ending_of(step: int, steps: int, totals: StepTotals) -> Ending | None:
     if totals.signalled:
         return "signal"
     return "stop file" if totals.stop_file else None
-
-
-def start_sender(recipe: Recipe) -> Sender | None:
-    """The uploader of a run's checkpoints; None if the run has no mirror."""
-    if recipe.train.mirror is None:
-        return None
-    from molmo2.checkpoint.mirror import Sender
-
-    return Sender(recipe, say)
 
 
 def wait_for_mirror(sender: Sender | None, watchdog: Watchdog, step: int, seconds: float) -> None:
@@ -404,7 +376,11 @@ def run_steps(
     """Train until the last step or a request to stop, and save checkpoints; `progress` is updated after every step."""
     recipe, steps = run.recipe, run.recipe.train.steps
     monitor = Monitor(recipe, progress.step) if run.mesh.rank == 0 else None
-    sender = start_sender(recipe) if run.mesh.rank == 0 else None
+    sender = None
+    if run.mesh.rank == 0 and recipe.train.mirror is not None:
+        from molmo2.checkpoint.mirror import Sender
+
+        sender = Sender(recipe, say)
     batches = make_loader(
         run.plan,
         progress.cursor,
@@ -436,6 +412,8 @@ def run_steps(
             ending = ending_of(step, steps, totals)
             evaluate = recipe.eval is not None and (step == steps or step % recipe.eval.every == 0)
             if evaluate and ending != "signal":  # a launcher kills the ranks a while after its signal
+                from molmo2.training.validation import judge
+
                 watchdog.enter("evaluation", step)
                 judge(run, engine, step, monitor)
                 clock.lap()  # validation counts towards no step's time

@@ -214,27 +214,6 @@ class StepClock:
         return seconds, waited / max(seconds, 1e-9), percentiles
 
 
-def summarize_run(lines: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
-    """The summary of a whole run from its log: losses are means over the first and last tenth of the steps.
-
-    Raises:
-        ValueError: the log is empty or missing.
-    """
-    if not lines:
-        raise ValueError(f"{recipe.run_dir / LOG_NAME}: it has no steps, so there is nothing to summarize")
-    span = max(1, len(lines) // 10)
-    return {
-        "name": recipe.name,
-        "stage": recipe.stage,
-        "steps": lines[-1]["step"],
-        "tokens": sum(line["tokens"] for line in lines),
-        "loss_first": sum(line["loss"] for line in lines[:span]) / span,
-        "loss_last": sum(line["loss"] for line in lines[-span:]) / span,
-        "fill": sum(line["fill"] for line in lines) / len(lines),
-        "seconds": round(sum(line["seconds"] for line in lines), 1),
-    }
-
-
 def gpu_use() -> dict[str, float]:
     """Peak memory of this rank's GPU, GiB, and its utilisation, percent; empty without a GPU.
 

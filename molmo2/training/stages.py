@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import shutil
 import sys
@@ -29,7 +28,7 @@ from molmo2.parallel.mesh import Mesh, MeshError, check_mesh, gather_machines, m
 from molmo2.training.anomalies import LossHistory
 from molmo2.training.engine import read_engine_keys, start_distributed, start_engine
 from molmo2.training.loop import Ending, Progress, StopSignal, run_steps
-from molmo2.training.metrics import cut_log, read_log, summarize_run
+from molmo2.training.metrics import cut_log
 from molmo2.training.prepare import prepare
 from molmo2.training.run import (
     ANOMALIES_NAME,
@@ -43,26 +42,11 @@ from molmo2.training.run import (
     lock_run,
 )
 from molmo2.training.start import starting_model
-from shards.atomic import append_to, write_atomic
 from shards.stream.loader import Quarantine, QuarantineError
 from shards.stream.plan import Cursor, PlanError
 from shards.stream.reader import Damage
 
 STOPPED = os.EX_TEMPFAIL  # 75: a signal stopped the run before its end; whoever sent it should start the run again
-
-
-def check_start(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Refuse a `--checkpoint` that a run would not read, since it has begun from other weights and only resumes.
-
-    Raises:
-        CheckpointError: the run has begun from other weights than the recipe's `init`.
-    """
-    began, wanted = checkpoint.read(checkpoints.RECIPE)["init"], json.loads(recipe.model_dump_json())["init"]
-    if began != wanted:
-        raise CheckpointError(
-            f"--checkpoint {wanted!r}: the run is at step {checkpoint.step} and began from {began!r}; leave "
-            "--checkpoint out to resume, or begin another run with --set name=NAME"
-        )
 
 
 def form_mesh(recipe: Recipe, machines: Sequence[str]) -> Mesh:
@@ -107,7 +91,12 @@ def resume(
     if checkpoint is None:
         return Progress(0, Cursor(), LossHistory(), Quarantine(datasets, budget))
     state = checkpoint.read(checkpoints.PLAN)
-    cursor = take_over(run, state) if change_data else run.plan.restore(state)
+    if change_data:
+        from molmo2.checkpoint.changes import take_over
+
+        cursor = take_over(run, state)
+    else:
+        cursor = run.plan.restore(state)
     if universal and run.recipe.train.zero_stage == 0:
         from molmo2.checkpoint.reshard import load_whole
 
@@ -122,17 +111,6 @@ def resume(
     return Progress(checkpoint.step, cursor, LossHistory(checkpoint.meta.get("losses", ())), quarantine)
 
 
-def take_over(run: Run, state: dict[str, Any]) -> Cursor:
-    """Continue with this recipe's data after another plan's; the change is recorded in `data_changes.jsonl`."""
-    cursor, changed = run.plan.change_over(state)
-    if changed and run.mesh.rank == 0:
-        line = {"step": cursor.step, "cursor": cursor._asdict(), "changed": changed}
-        with append_to(run.recipe.run_dir / CHANGES_NAME) as file:
-            file.write(json.dumps(line) + "\n")
-        say(f"{run.recipe.name}: after step {cursor.step} the data change on purpose: {'; '.join(changed)}")
-    return cursor
-
-
 def train_stage(
     recipe: Recipe, device: torch.device, stop: StopSignal, arguments: argparse.Namespace, given: bool
 ) -> Ending:
@@ -145,11 +123,15 @@ def train_stage(
     checkpoint = on_rank_zero(newest_checkpoint, recipe)
     with all_ranks_ok():
         if checkpoint and given:
-            check_start(recipe, checkpoint)
+            from molmo2.checkpoint.changes import check_first_weights
+
+            check_first_weights(checkpoint, recipe)
     done = 0 if checkpoint is None else checkpoint.step
     if done >= recipe.train.steps:
         say(f"{recipe.name}: finished at step {done}; nothing to do")
         if not (recipe.run_dir / SUMMARY_NAME).exists():
+            from molmo2.training.summary import finish
+
             on_rank_zero(finish, recipe)
         return "finished"
     on_rank_zero(cut_run_after, recipe, done)
@@ -192,6 +174,8 @@ def train_stage(
     ending = run_steps(run, engine, optimizer, names, progress, stop)
     engine.destroy()
     if ending == "finished":
+        from molmo2.training.summary import finish
+
         on_rank_zero(finish, recipe)
     else:
         say(
@@ -206,17 +190,6 @@ def cut_run_after(recipe: Recipe, step: int) -> None:
     checkpoints.clear_after(checkpoints.checkpoints_dir(recipe.run_dir), step)
     for name in (LOG_NAME, QUARANTINE_NAME, ANOMALIES_NAME, CHANGES_NAME, DATA_NAME):
         cut_log(recipe.run_dir / name, step)
-
-
-def finish(recipe: Recipe) -> None:
-    """Write `summary.json` and print it in one line."""
-    summary = summarize_run(read_log(recipe.run_dir / LOG_NAME), recipe)
-    write_atomic(recipe.run_dir / SUMMARY_NAME, json.dumps(summary, indent=1) + "\n")
-    say(
-        f"{recipe.name}: {summary['steps']} steps, {summary['tokens']:,} tokens, "
-        f"loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}, {summary['seconds']:.0f} s; "
-        f"everything is in {recipe.run_dir}"
-    )
 
 
 def run_stages(recipes: Callable[[], list[Recipe]], arguments: argparse.Namespace) -> int:

@@ -22,11 +22,13 @@ from torch import Tensor
 
 from molmo2.config import Evaluation, Recipe, root_paths
 from molmo2.model.generate import generate
+from molmo2.parallel.agree import write_line
 from molmo2.parallel.sums import sum_over_ranks
 from molmo2.processing.batch_prompt import prompt_of
 from molmo2.processing.pictures import Picture, pictures_of, raster
-from molmo2.training.run import SAMPLES_NAME, Run, agree_on_masked
-from shards.atomic import write_atomic
+from molmo2.training.metrics import Monitor
+from molmo2.training.run import EVAL_NAME, SAMPLES_NAME, Run, agree_on_masked
+from shards.atomic import append_to, write_atomic
 from shards.stream.dataset import check_processor
 from shards.stream.loader import pack_reader
 from shards.stream.mixture import MixtureSpec
@@ -72,6 +74,21 @@ def open_held_out(recipe: Recipe, held_out: Evaluation, processor: dict[str, Any
         of_eval = dataset.index.stage == "eval" and recipe.stage != "pretraining"
         check_processor(dataset, {**processor, "conditioning": "eval"} if of_eval else processor)
     return plan
+
+
+def judge(run: Run, engine: Any, step: int, monitor: Monitor | None) -> None:
+    """Run validation: held-out losses go to `eval.jsonl`, generated answers to `samples/`; collective."""
+    values, samples = validate(run, engine)
+    if monitor is None:
+        return
+    with append_to(run.recipe.run_dir / EVAL_NAME) as file:
+        file.write(json.dumps({"step": step, **values}) + "\n")
+    monitor.plot(step, {f"held_out.{name}": value for name, value in values.items()})
+    images = write_samples(run.recipe.run_dir, step, samples)
+    for number, (sample, image) in enumerate(zip(samples, images, strict=True)):
+        text = f"{sample.dataset}/{sample.key}\n\n{sample.prompt}\n\n{sample.answer}\n\n(expected: {sample.expected})"
+        monitor.show(step, number, text, image)
+    write_line(f"{run.recipe.name}: step {step}, held-out loss {values['loss']:.4f}")
 
 
 def validate(run: Run, engine: Any) -> tuple[dict[str, float], list[GeneratedSample]]:

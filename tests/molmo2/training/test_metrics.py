@@ -27,10 +27,10 @@ from molmo2.training.metrics import (
     cut_log,
     gpu_use,
     read_log,
-    summarize_run,
 )
 from molmo2.training.prepare import prepare
 from molmo2.training.run import LOG_NAME
+from molmo2.training.summary import summarize_run
 from shards.stream.loader import pack_reader
 from shards.stream.plan import Cursor
 from shards.stream.read_ahead import MicroSpec
