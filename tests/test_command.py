@@ -39,7 +39,7 @@ def test_a_program_ends_with_its_own_message_and_code(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "argv", [])
     with pytest.raises(SystemExit, match=r"preview_mixture: absent\.yaml: no such recipe"):
         main(["mixture", "absent.yaml"])
-    with pytest.raises(SystemExit, match="molmo2: no command 'biuld'; it has train, build, "):
+    with pytest.raises(SystemExit, match="molmo2: no command 'biuld'; it has new, train, build, "):
         main(["biuld"])
 
 

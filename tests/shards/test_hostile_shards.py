@@ -239,6 +239,12 @@ HOSTILE: dict[str, Change] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged sample is read three times, with pauses that would be most of these tests' time."""
+    monkeypatch.setattr("shards.stream.reader.PAUSE", 0.001)
+
+
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.timeout(60)
 def test_a_hostile_sample_is_one_finding_and_one_masked_sample(tmp_path: Path, kind: str) -> None:

@@ -188,6 +188,7 @@ def test_reduction_overlaps_backward_where_no_group_has_collectives_of_its_own(s
     assert config["zero_optimization"]["overlap_comm"] == (sp == 1 and stage >= 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:99"}])
 def test_the_allocator_takes_the_setting_after_torch_and_deepspeed_were_imported(given: dict[str, str]) -> None:
     code = (
