@@ -159,7 +159,7 @@ def test_a_run_goes_on_from_the_bucket_on_a_new_disk(tmp_path: Path) -> None:
     train(tmp_path, whole, ranks=1)
     recipe = toy_run.write_recipe(tmp_path / "run.yaml", "run", steps=4, mirror=url)
     output = train(tmp_path, recipe, "--set", "train.steps=2", ranks=1)
-    assert "WARNING" not in output
+    assert not [line for line in output.splitlines() if "WARNING" in line and "warm-up" not in line]
     lines = (tmp_path / "runs/run/log.jsonl").read_text()
     shutil.rmtree(tmp_path / "runs/run")
     assert open_model(f"{url}/run").origin["step"] == 2

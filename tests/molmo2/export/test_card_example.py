@@ -47,10 +47,10 @@ def test_the_example_shows_what_training_saw(mode: str, tmp_path: Path, monkeypa
     (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
     values: dict[str, Any] = {}
     exec(code, values)
-    picture = our_prompt("What is this?", images=(ImageRef(path="picture.png"),))
+    picture = our_prompt("What is this?", images=(ImageRef(path=str(out / "picture.png")),))
     assert values["about_picture"]["input_ids"][0].tolist() == picture.input_ids.tolist()
     np.testing.assert_allclose(values["about_picture"]["pixel_values"], patches(picture), atol=1e-6)
-    video = our_prompt("What happens?", video=VideoRef(path="clip.mp4"))
+    video = our_prompt("What happens?", video=VideoRef(path=str(out / "clip.mp4")))
     assert [visual["time"] for visual in video.visuals] == [0.0, 0.5, 1.0, 1.5, 1.9]
     assert values["about_clip"]["input_ids"][0].tolist() == video.input_ids.tolist()
     np.testing.assert_allclose(values["about_clip"]["pixel_values_videos"], patches(video), atol=0.03)

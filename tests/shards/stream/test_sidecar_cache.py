@@ -106,7 +106,7 @@ def test_killed_before_the_file_is_in_its_place(server: tuple[str, Path], proxy:
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert entries(tmp_path) == {}
-    assert len(list(tmp_path.rglob(".*.tmp"))) == 1
+    assert list(tmp_path.rglob(".*.tmp"))
     finished(opener(proxy, tmp_path))
     assert entries(tmp_path) == wanted(server[1])
 
