@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -76,6 +77,7 @@ def saved_bytes(modules: nn.Module, run: Callable[[], Tensor]) -> int:
     return sum(sizes.values())
 
 
+@functools.cache
 def measure_saved(config: ModelConfig, dtype: torch.dtype) -> SavedBytes:
     """Measure the saved activations of this model on one layer of each kind and a few tokens."""
     tokens = 64

@@ -11,6 +11,7 @@ host the processes themselves, which share most of torch's memory, and what a bu
 
 from __future__ import annotations
 
+import functools
 import re
 import typing
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from molmo2.config import Recipe, Recompute
+from molmo2.config import Component, Recipe, Recompute
 from molmo2.model.activations import MicroBatch, SavedBytes, activation_bytes, measure_saved
 from molmo2.model.flops import PEAK_TFLOPS, Workload, known_peak, step_flops
 from molmo2.model.molmo2 import Molmo2
@@ -60,20 +61,32 @@ def this_gpu(recipe: Recipe, memory_gib: float | None = None, price: float | Non
 
 def count_parameters(recipe: Recipe, config: ModelConfig) -> tuple[int, int]:
     """The number of parameters with the adapters of LoRA, and the number of those that are trained."""
+    lora = recipe.optim.lora
+    return _count_parameters(config, recipe.train.freeze, recipe.optim.freeze_base_embedding, lora.rank if lora else 0)
+
+
+@functools.cache
+def _count_parameters(config: ModelConfig, freeze: tuple[Component, ...], base: bool, rank: int) -> tuple[int, int]:
     with torch.device("meta"):
         model = Molmo2(config)
-    adapters, lora = 0, recipe.optim.lora
-    if lora is not None:
+    adapters = 0
+    if rank:
         from molmo2.model.lora import LAYERS
 
         linear = [module for name, module in model.text.named_modules() if re.fullmatch(LAYERS, name)]
-        adapters = sum(lora.rank * sum(module.weight.shape) for module in linear)
+        adapters = sum(rank * sum(module.weight.shape) for module in linear)
         for parameter in model.parameter_groups()["llm"]:
             parameter.requires_grad_(False)
-    model.freeze(recipe.train.freeze, recipe.optim.freeze_base_embedding)
+    model.freeze(freeze, base)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return total + adapters, trained + adapters
+
+
+@functools.cache
+def _largest_parameter(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return max(parameter.numel() for parameter in Molmo2(config).parameters())
 
 
 def state_bytes(recipe: Recipe, config: ModelConfig, world: int) -> dict[str, float]:
@@ -122,8 +135,6 @@ def host_memory(recipe: Recipe, world: int, kept: SavedBytes) -> dict[str, float
     counted.
     """
     config, train, data = PRESETS[recipe.model], recipe.train, recipe.data
-    with torch.device("meta"):
-        model = Molmo2(config)
     _, trained = count_parameters(recipe, config)
     ranks = min(world, MACHINE_GPUS)
     batch = micro_batch(recipe)
@@ -132,7 +143,7 @@ def host_memory(recipe: Recipe, world: int, kept: SavedBytes) -> dict[str, float
     states = trained * (12 if train.precision == "bf16" else 8) / (world if train.zero_stage else 1)
     pixels = crops * config.crop_size**2 * 3  # uint8; all else in a batch is small beside them
     return {
-        "start": 4.0 * max(parameter.numel() for parameter in model.parameters()),
+        "start": 4.0 * _largest_parameter(config),
         "optimizer": ranks * states if "optimizer" in train.offload else 0.0,
         "activations": ranks * activations if "activations" in train.offload else 0.0,
         "batches": ranks * max(1, data.workers * data.prefetch) * pixels,
