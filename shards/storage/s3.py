@@ -32,6 +32,7 @@ from shards.storage.base import UnavailableError, tally
 LOG = logging.getLogger(__name__)
 DEADLINE = 120.0  # seconds of one read with all its attempts
 ATTEMPT = 30.0  # seconds of one attempt, including the body
+ATTEMPTS = 8  # attempts of a request that is not a read
 CONNECT = 10.0  # seconds to connect
 PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between attempts; the pause doubles, with jitter
 POOL = 64  # connections per process
@@ -281,7 +282,7 @@ def _client(pid: int) -> Any:
 def _new_client(pid: int) -> Any:
     config = Config(
         signature_version="s3v4",
-        retries={"mode": "standard", "total_max_attempts": 8},
+        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
         connect_timeout=CONNECT,
         read_timeout=ATTEMPT,
         max_pool_connections=POOL,

@@ -141,12 +141,14 @@ def test_a_lost_server_is_one_error_and_the_next_try_goes_on(
         if len(seen) == 3:
             server.kill()
 
-    monkeypatch.setattr(shards.storage.s3, "CONNECT", 0.5)
+    shards.storage.s3._new_client.cache_clear()
     with monkeypatch.context() as patch:
+        patch.setattr(shards.storage.s3, "ATTEMPTS", 2)  # eight, with botocore's pauses between them, take 20 s
         patch.setattr(builder, "_check_budget", lost)
         with pytest.raises(BuildError, match="the same command continues: finished shards are kept"):
             build_part(raw, url, "demo-cap")
     server.start()
+    shards.storage.s3._new_client.cache_clear()
     built = build_part(raw, url, "demo-cap")
     assert built.num_kept >= 1 and objects(url) == whole
 
