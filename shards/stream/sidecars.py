@@ -150,5 +150,5 @@ def _map(storage: Storage, shard: ShardInfo, num_variants: int) -> Array:
 def _unusable(storage: Storage, shard: ShardInfo, reason: object) -> FormatError:
     return FormatError(
         f"{storage.root}/{shard.name}.idx.npy: cannot be used: {reason}; run tools/verify_shards.py, and fetch or "
-        "build it again"
+        "build it again; where memory cannot be allocated, raise the limit vm.max_map_count (one mapping a shard)"
     )
