@@ -46,7 +46,7 @@ class Data(pydantic.BaseModel, extra="forbid", frozen=True):
     sequence_length: PositiveInt  # maximum tokens of a pack
     max_crops: NonNegativeInt  # maximum ViT inputs of a pack
     window: PositiveInt = 4096  # draws that are packed together
-    seed: NonNegativeInt = 0  # of the order of the samples
+    seed: NonNegativeInt = 0  # decides the order of the samples
     block: PositiveInt = 1  # neighbouring samples of a shard read one after another, for disks with slow seeks
     workers: NonNegativeInt = 2  # reader processes per rank; 0 reads in the training process
     prefetch: PositiveInt = 4  # decoded micro-batches that each worker holds ready
@@ -83,7 +83,7 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     sp_across_machines: bool = False  # let ranks of several machines share a pack: every layer waits for the network
     pack_cost: MeasuredCost | None = None  # by which packs are dealt to ranks; null: operations, from the model's sizes
     freeze: tuple[Component, ...] = ()  # components that are not trained: no gradients, no optimizer states
-    precision: Literal["fp32", "bf16"] = "bf16"  # of weights and activations; master weights are fp32
+    precision: Literal["fp32", "bf16"] = "bf16"  # weights and activations; master weights are fp32
     zero_stage: Literal[0, 1, 2, 3] = 2  # what ranks partition: 1 optimizer states, 2 gradients too, 3 weights too
     recompute: Recompute = "full"  # activations computed again in backward; "light": all but those around attention
     compile: bool | None = None  # torch.compile for the parts of layers; null: on a GPU, except under ZeRO-3
@@ -176,7 +176,7 @@ class Optim(pydantic.BaseModel, extra="forbid", frozen=True):
     llm: OptimGroup  # the language model
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)  # decay of the two moments
     eps: PositiveFloat = 1e-6  # added to the root of the second moment
-    weight_decay: float = Field(default=0.0, ge=0)  # of all trained weights
+    weight_decay: float = Field(default=0.0, ge=0)  # AdamW's, for all trained weights
     final_lr_fraction: Fraction = 0.1  # fraction of `lr` at the last step
     lora: Lora | None = None  # adapters in place of the weights of the language model; null: none
     freeze_base_embedding: bool = True  # as Molmo2 does; a model trained from scratch must train it
@@ -240,7 +240,7 @@ def _read_init(value: Any) -> Any:
 class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
     """The recipe of one run of one stage, whose files are in `runs/<name>/`."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # of the run and of its folder
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # names the run and its folder
     stage: Literal["pretraining", "sft", "long"]  # the stage whose shards it reads; it decides how questions are asked
     model: str  # a preset of molmo2.model.presets
     tokenizer: str = "raw/tokenizer"  # folder of the tokenizer

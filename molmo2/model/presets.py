@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 QK_NORMS = ("qwen3", "olmo")
-PRECISION_NAMES = ("bf16", "fp32")  # of a model that answers
+PRECISION_NAMES = ("bf16", "fp32")  # precisions in which a model answers
 
 
 def _check_multiple(name: str, value: int, of: str, unit: int) -> None:

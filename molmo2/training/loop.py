@@ -145,9 +145,8 @@ def compute(
     batches: Iterator[Batch],
     clock: StepClock,
     watchdog: Watchdog,
-    cursor: Cursor,
+    progress: Progress,
     stop: StopSignal,
-    quarantine: Quarantine,
 ) -> tuple[StepTotals, Cursor]:
     """Accumulate the gradients of one step in the engine: forward and backward over all its micro-batches.
 
@@ -157,7 +156,8 @@ def compute(
     Raises:
         QuarantineError: all ranks together have found more damaged samples than a dataset may have; on every rank.
     """
-    train, step, names = run.recipe.train, cursor.step + 1, [dataset.name for dataset in run.plan.datasets]
+    train, cursor, names = run.recipe.train, progress.cursor, [dataset.name for dataset in run.plan.datasets]
+    step = cursor.step + 1
     frozen, group_of = run.recipe.frozen, run.recipe.data.mixture.group_of
     sums: StepSums | None = None
     damages: list[Damage] = []
@@ -188,7 +188,7 @@ def compute(
     if totals.masked:
         gathered: list[list[Damage]] = [[] for _ in range(run.mesh.world)]
         dist.all_gather_object(gathered, damages)
-        quarantine.add(chain.from_iterable(gathered))
+        progress.quarantine.add(chain.from_iterable(gathered))
     return totals, batch.cursor
 
 
@@ -401,8 +401,7 @@ def run_steps(
     try:
         for step in range(progress.step + 1, steps + 1):
             rates = set_learning_rates(optimizer, names, recipe.optim, step, steps)
-            found = progress.quarantine
-            totals, cursor = compute(run, engine, batches, clock, watchdog, progress.cursor, stop, found)
+            totals, cursor = compute(run, engine, batches, clock, watchdog, progress, stop)
             watchdog.enter("update", step)
             updated = update(run, engine, optimizer, progress, totals)
             progress.step, progress.cursor = step, cursor

@@ -27,7 +27,7 @@ from molmo2.training.run import LOG_NAME
 from shards.atomic import append_to, write_atomic
 from shards.stream.collate import ReadStats
 
-LINES = 100  # of progress in a run, about, where there is no terminal
+LINES = 100  # a run without a terminal prints about so many lines of progress
 # The part of TensorBoard and W&B that shows a number, by the first part of its name; all others are in "train".
 TAG_GROUPS = {
     **dict.fromkeys(("tokens", "fill", "crops", "masked", "retries", "cache_hits", "megabytes"), "data"),

@@ -13,11 +13,12 @@ keys (`<<`) are refused, because PyYAML 6.0.3 and 6.0.4 merge a list of mappings
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from shards.catalog.nearest import did_you_mean
 
 try:
     from yaml import CSafeLoader as SafeLoader  # ten times as fast
@@ -91,8 +92,7 @@ def _no_such_template(name: str, templates: dict[str, Any]) -> str:
     if name in templates:
         return f"`like: {name}`: template {name!r} is not a mapping; use an anchor and an alias for a text or a list"
     known = [key for key, template in templates.items() if isinstance(template, dict)]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}."
+    hint = did_you_mean(name, known).strip() or f"known: {', '.join(known) or 'none'}."
     return f"`like: {name}`: no template {name!r}; {hint} Write it under `templates:` of this file, or drop `like`"
 
 

@@ -36,7 +36,7 @@ class Member(pydantic.BaseModel, extra="forbid", frozen=True):
 class MixtureGroup(pydantic.BaseModel, extra="forbid", frozen=True):
     """Datasets with one common rate. The rates of all groups are normalised to sum to 1."""
 
-    rate: float = pydantic.Field(gt=0)  # of the group's draws, relative to the other groups
+    rate: float = pydantic.Field(gt=0)  # how often the group is drawn, relative to the other groups
     datasets: dict[str, Member | None] = pydantic.Field(min_length=1)  # by name; null: the defaults
 
 

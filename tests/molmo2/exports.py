@@ -8,11 +8,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
 from fork_server import python
 from processing_cases import tokenizer_dir
 from safetensors.torch import save_file
-from tiny_models import QWEN
+from tiny_models import QWEN, noisy_model
 from torch import Tensor
 
 from molmo2.checkpoint.files import FORMAT, META, MODEL, PLAN, RECIPE, WEIGHTS, file_hash
@@ -29,12 +28,7 @@ ABOUT = About(origin=ORIGIN)
 
 def noisy(config: ModelConfig) -> Molmo2:
     """Random weights, norms and biases included, large enough for lively answers."""
-    torch.manual_seed(1)
-    model = Molmo2(config).init_weights(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return noisy_model(config, seed=1)
 
 
 def weights_of(model: Molmo2) -> dict[str, Tensor]:

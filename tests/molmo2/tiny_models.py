@@ -46,6 +46,16 @@ YARN = dataclasses.replace(
 CONFIGS = {"qwen3": QWEN, "olmo": OLMO, "yarn": YARN}
 
 
+def noisy_model(config: ModelConfig = QWEN, seed: int = 0) -> Molmo2:
+    """Random weights, norms and biases included, large enough for lively answers."""
+    torch.manual_seed(seed)
+    model = Molmo2(config).init_weights(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
 def reference_config(config: ModelConfig) -> Molmo2Config:
     """The same model in transformers' terms."""
     vit, text, base = config.vit, config.text, config.text.vocab_size

@@ -20,6 +20,15 @@ from shards.catalog import Catalog, Stage, StageSettings, load_catalog
 from shards.format import DatasetIndex
 from shards.schema import Example, Limits, Sample
 
+QUESTIONS: dict[str, Any] = {  # a row of a user's catalog
+    "name": "mine",
+    "stages": ["sft"],
+    "files": {"train": "rows.jsonl"},
+    "converter": "image_qa",
+    "columns": {"image": "image", "question": "question", "answer": "answer"},
+    "options": {"style": "user_qa"},
+}
+
 
 def quiet(made: Iterable[Any], _: int) -> Iterator[Any]:
     return iter(made)

@@ -65,7 +65,7 @@ def test_newest_whole_copy_comes_back(tmp_path: Path, where: str) -> None:
     fetch(url, tmp_path / "new", 2, said.append)
     assert find_damage(tmp_path / "new/step-00000003") is None
     shutil.rmtree(tmp_path / "new/step-00000003")
-    store.write("step-00000003/states.bin", bytes(9 << 20))  # of the right size, and not what was sent
+    store.write("step-00000003/states.bin", bytes(9 << 20))  # it has the right size, and is not what was sent
     fetch(url, tmp_path / "new", 0, said.append)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["step-00000002"]
     assert any("step-00000003: skipped: states.bin does not match its hash" in line for line in said)

@@ -8,23 +8,13 @@ import json
 import pytest
 import torch
 from packed_rows import build, image
-from tiny_models import CONFIGS, QWEN
+from tiny_models import CONFIGS, QWEN, noisy_model
 
 import molmo2.model.recompute
 from molmo2.model.generate import GREEDY, PromptTensors, Sampling, generate
 from molmo2.model.mask import PAD_SEGMENT, TRUNK, AttentionMask
 from molmo2.model.molmo2 import Molmo2, inference_dtype
 from molmo2.model.presets import PRESETS, ModelConfig
-
-
-def noisy(config: ModelConfig = QWEN) -> Molmo2:
-    torch.manual_seed(0)
-    model = Molmo2(config).init_weights(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
 
 # --- the mask --------------------------------------------------------------------------------------------------------
 
@@ -98,7 +88,7 @@ def without_cache(model: Molmo2, prompt: PromptTensors, num_tokens: int) -> list
 
 @pytest.mark.parametrize("variant", CONFIGS)
 def test_cache_and_batch_change_no_token(variant: str) -> None:
-    model = noisy(CONFIGS[variant])
+    model = noisy_model(CONFIGS[variant])
     prompts = prompts_of(model.config)
     expected = [without_cache(model, prompt, 10) for prompt in prompts]
     assert len({tuple(row) for row in expected}) == 3
@@ -107,7 +97,7 @@ def test_cache_and_batch_change_no_token(variant: str) -> None:
 
 
 def test_generation_stops_at_eos_in_every_row() -> None:
-    model = noisy()
+    model = noisy_model()
     prompts = prompts_of(model.config)
     free = generate(model, prompts, 10, eos_id=-1)
     eos = free[1][3]
@@ -118,7 +108,7 @@ def test_generation_stops_at_eos_in_every_row() -> None:
 
 
 def test_eos_at_once_is_an_empty_answer() -> None:
-    model = noisy()
+    model = noisy_model()
     prompt = prompts_of(model.config)[:1]
     first = generate(model, prompt, 1, eos_id=-1)[0][0]
     assert generate(model, prompt, 5, first) == [[]]
@@ -146,7 +136,7 @@ def test_an_unknown_precision_is_refused() -> None:
 
 
 def test_the_precision_of_inference_leaves_the_weights_as_they_are() -> None:
-    weights = {name: tensor.detach() for name, tensor in noisy().named_parameters()}
+    weights = {name: tensor.detach() for name, tensor in noisy_model().named_parameters()}
     before = {name: tensor.clone() for name, tensor in weights.items()}
     model = Molmo2.for_inference(QWEN, weights, "cpu", "bf16")
     assert not model.training and {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -156,7 +146,7 @@ def test_the_precision_of_inference_leaves_the_weights_as_they_are() -> None:
 
 
 def test_a_bfloat16_model_answers_on_a_cpu() -> None:
-    model = noisy()
+    model = noisy_model()
     weights = {name: tensor.detach() for name, tensor in model.named_parameters()}
     half, prompts = Molmo2.for_inference(QWEN, weights, "cpu", "bf16"), prompts_of(QWEN)
     answers, drawn = (generate(half, prompts, 8, -1, sampling) for sampling in (GREEDY, Sampling(temperature=1.0)))
@@ -245,7 +235,7 @@ def test_init_is_seeded_and_scaled_by_fan_in() -> None:
 
 @pytest.mark.parametrize("frozen", [(), ("vit.", "connector.", "text.embedding.")])
 def test_recomputation_changes_no_gradient(frozen: tuple[str, ...]) -> None:
-    model = noisy().train()
+    model = noisy_model().train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
     row = build(QWEN, [([image(1, 2)], [5, 7])])
@@ -271,7 +261,7 @@ def test_offloaded_inputs_of_layers_go_through_the_cpu(monkeypatch: pytest.Monke
             super().__init__(lambda tensor: moved.append(tensor.shape) or tensor, lambda tensor: tensor)
 
     monkeypatch.setattr(molmo2.model.recompute, "save_on_cpu", Spy)
-    model = noisy().train()
+    model = noisy_model().train()
     model.set_recompute("full", offload=True)
     row = build(QWEN, [([image(1, 2)], [5, 7])])
     model(**row).square().mean().backward()
@@ -282,7 +272,7 @@ def test_offloaded_inputs_of_layers_go_through_the_cpu(monkeypatch: pytest.Monke
 
 
 def test_chunks_of_crops_change_no_gradient() -> None:
-    model = noisy().train()
+    model = noisy_model().train()
     row = build(QWEN, [([image(1, 2), image(2, 2)], [5, 7])])
     crops = row["pixels"].shape[0]
     gradients = []
@@ -298,7 +288,7 @@ def test_chunks_of_crops_change_no_gradient() -> None:
 
 
 def test_bfloat16_is_close() -> None:
-    model = noisy()
+    model = noisy_model()
     row = build(QWEN, [([image(1, 2)], [5, 7])])
     exact = model(**row)
     rough = model.bfloat16()(**row)
@@ -309,4 +299,4 @@ def test_bfloat16_is_close() -> None:
 def test_text_alone_needs_no_crop() -> None:
     row = build(QWEN, [([], [5])])
     assert row["pixels"].shape[0] == 0
-    assert noisy()(**row).isfinite().all()
+    assert noisy_model()(**row).isfinite().all()

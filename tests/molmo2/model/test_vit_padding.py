@@ -2,24 +2,14 @@
 
 import torch
 from packed_rows import build, image
-from tiny_models import QWEN
+from tiny_models import QWEN, noisy_model
 
 from molmo2.config import CHUNK_CROPS
-from molmo2.model.molmo2 import Molmo2
 from molmo2.training.engine import PAD_CROPS
 
 
-def noisy() -> Molmo2:
-    torch.manual_seed(0)
-    model = Molmo2(QWEN).init_weights(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
 def test_padded_crops_change_no_gradient() -> None:
-    model = noisy().train()
+    model = noisy_model().train()
     row = build(QWEN, [([image(1, 2), image(2, 2)], [5, 7])])
     gradients = []
     for pad, chunk in ((1, None), (3, None), (5, 5), (16, 16), (16, 32)):
@@ -36,7 +26,7 @@ def test_padded_crops_change_no_gradient() -> None:
 
 def test_chunks_of_padded_crops_have_few_shapes() -> None:
     """And fewer crops are added than are padded to."""
-    vit = noisy().vit.eval()
+    vit = noisy_model().vit.eval()
     vit.pad_crops, vit.chunk_crops = PAD_CROPS, CHUNK_CROPS
     shapes, sizes = set(), []
     vit.blocks[0].register_forward_pre_hook(lambda block, arguments: sizes.append(len(arguments[0])))

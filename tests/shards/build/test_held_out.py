@@ -11,21 +11,12 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from build_cases import factory, tree
+from build_cases import QUESTIONS, factory, tree
 
 from shards.build.builder import Built, build_dataset
 from shards.catalog import CatalogError, Row, Stage, load_catalog
 from shards.convert.reading import held_out_rows, open_rows, stage_groups
 from shards.sources.parquet import SourceError
-
-QA: dict[str, Any] = {
-    "name": "mine",
-    "stages": ["sft"],
-    "files": {"train": "rows.jsonl"},
-    "converter": "image_qa",
-    "columns": {"image": "image", "question": "question", "answer": "answer"},
-    "options": {"style": "user_qa"},
-}
 
 
 def write(folder: Path, numbers: range, pictures: int = 8) -> Path:
@@ -40,7 +31,7 @@ def write(folder: Path, numbers: range, pictures: int = 8) -> Path:
 
 def built(raw: Path, folder: Path, out: Path, stage: Stage = "sft", **changes: Any) -> Built:
     """Build a row in shards of four examples."""
-    row = Row.model_validate({**QA, **changes})
+    row = Row.model_validate({**QUESTIONS, **changes})
     settings = load_catalog("demo").stages["sft"].model_copy(update={"num_variants": 1, "examples_per_shard": 4})
     return build_dataset(row, stage, settings, factory(raw, stage, 1), raw=folder, out=out)
 
@@ -56,20 +47,20 @@ def rows_of(out: Path) -> set[int]:
 
 
 def test_a_share_is_a_fraction_or_a_percentage() -> None:
-    assert Row.model_validate(QA | {"held_out": "2 %"}).held_out == pytest.approx(0.02)
-    row = Row.model_validate(QA | {"held_out": 0.25, "metric": "exact_match"})
+    assert Row.model_validate(QUESTIONS | {"held_out": "2 %"}).held_out == pytest.approx(0.02)
+    row = Row.model_validate(QUESTIONS | {"held_out": 0.25, "metric": "exact_match"})
     assert (row.held_out, row.stages) == (0.25, ("sft", "eval"))
     assert [(spec.metric, spec.name) for spec in row.benchmarks] == [("exact_match", None)]
     for wrong in ({"held_out": 1}, {"held_out": "-1%"}, {"held_out": "some"}, {"metric": "exact_match"}):
         with pytest.raises(ValueError, match=r"held_out|needs stage"):
-            Row.model_validate(QA | wrong)
+            Row.model_validate(QUESTIONS | wrong)
     with pytest.raises(ValueError, match="two sources of held-out rows"):
-        Row.model_validate(QA | {"held_out": 0.1, "files": {"train": "a", "validation": "b"}})
+        Row.model_validate(QUESTIONS | {"held_out": 0.1, "files": {"train": "a", "validation": "b"}})
 
 
 def test_a_catalog_with_held_out_rows_has_stage_eval(tmp_path: Path) -> None:
     text = "preset: tiny\ntokenizer: tokenizer\nstages: {sft: {num_variants: 4, examples_per_shard: 7, limits: %s}}\n"
-    row = json.dumps(QA | {"raw": "mine", "held_out": "2%"})
+    row = json.dumps(QUESTIONS | {"raw": "mine", "held_out": "2%"})
     (tmp_path / "mine.yaml").write_text(
         text % "{sequence_length: 99, max_crops: 4}" + f"rows: [{row}]\nfolders: {{mine: {{download: {{kind: none}}}}}}"
     )
@@ -83,7 +74,7 @@ def test_a_catalog_with_held_out_rows_has_stage_eval(tmp_path: Path) -> None:
 
 def test_rows_about_one_picture_are_on_one_side_in_every_dataset(tmp_path: Path) -> None:
     folder = write(tmp_path / "raw", range(400), pictures=100)
-    row = Row.model_validate(QA | {"held_out": 0.2})
+    row = Row.model_validate(QUESTIONS | {"held_out": 0.2})
     table = open_rows(row, "sft", folder)
     held_out = held_out_rows(row, table)
     assert 0.1 < held_out.mean() < 0.4
@@ -91,7 +82,7 @@ def test_rows_about_one_picture_are_on_one_side_in_every_dataset(tmp_path: Path)
     train, test = (stage_groups(row, stage, table) for stage in ("sft", "eval"))
     assert sorted(train + test) == [(n,) for n in range(400)]
     points = Row.model_validate(
-        QA
+        QUESTIONS
         | {"name": "points", "held_out": 0.2, "group_by": "image", "converter": "image_points"}
         | {"columns": {"image": "image", "label": "answer"}}
         | {"options": {"scale": "percent", "styles": ["pointing"], "max_points": 9}}
@@ -105,7 +96,7 @@ def test_rows_about_one_picture_are_on_one_side_in_every_dataset(tmp_path: Path)
 def test_embedded_pictures_are_held_out_by_the_number_of_their_row(tmp_path: Path) -> None:
     table = pa.table({"image": [{"bytes": b"1", "path": None}] * 50, "question": ["a"] * 50, "answer": ["b"] * 50})
     pq.write_table(table, tmp_path / "rows.parquet")
-    row = Row.model_validate(QA | {"held_out": 0.3, "files": {"train": "rows.parquet"}})
+    row = Row.model_validate(QUESTIONS | {"held_out": 0.3, "files": {"train": "rows.parquet"}})
     held_out = held_out_rows(row, open_rows(row, "sft", tmp_path))
     assert 5 < held_out.sum() < 25
     none = row.model_copy(update={"held_out": 1e-9})

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from build_cases import factory
+from build_cases import QUESTIONS, factory
 
 from shards.build.builder import build_dataset
 from shards.build.oddities import DUPLICATE, LONG, merge_oddities
@@ -63,14 +63,7 @@ def test_a_build_counts_each_file_once_and_finds_equal_pixels_in_other_shards(ra
     rows = [{"image": f"{name}.png", "question": "What?", "answer": "This."} for name in names]
     rows[1]["answer"] = "no " * 1100
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    row = Row(
-        name="mine",
-        stages=("sft",),
-        files={"train": "rows.jsonl"},
-        converter="image_qa",
-        columns={"image": "image", "question": "question", "answer": "answer"},
-        options={"style": "user_qa"},
-    )
+    row = Row.model_validate(QUESTIONS)
     stage = load_catalog("demo").stages["long"].model_copy(update={"num_variants": 1, "examples_per_shard": 3})
     build = [
         build_dataset(row, "long", stage, factory(raw, "long", 1), raw=tmp_path, out=tmp_path / "out") for _ in range(2)

@@ -10,7 +10,7 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from build_cases import factory
+from build_cases import QUESTIONS, factory
 
 from shards.build.builder import build_dataset
 from shards.catalog import Row, load_catalog
@@ -24,14 +24,7 @@ def built(raw: Path, folder: Path, lines: list[str], **changes: Any) -> tuple[Da
     mine.mkdir(exist_ok=True)
     PIL.Image.new("RGB", (60, 40), "red").save(mine / "1.png")
     (mine / "rows.jsonl").write_text("\n".join(lines))
-    row = Row(
-        name="mine",
-        stages=("sft",),
-        files={"train": "rows.jsonl"},
-        converter="image_qa",
-        columns={"image": "image", "question": "question", "answer": "answer"},
-        options={"style": "user_qa"},
-    ).model_copy(update=changes)
+    row = Row.model_validate(QUESTIONS).model_copy(update=changes)
     settings = load_catalog("demo").stages["sft"].model_copy(update={"num_variants": 1, "examples_per_shard": 4})
     out = folder / "out"
     made = build_dataset(row, "sft", settings, factory(raw, "sft", 1), raw=mine, out=str(out), reject_budget=2.0)
