@@ -30,7 +30,7 @@ from molmo2.processing.new_tokenizer import train_demo_tokenizer
 from shards.atomic import write_atomic
 from shards.catalog import Row
 from shards.command import run
-from shards.convert.own_rows import OwnRow, find_rows, link_inputs
+from shards.convert.own_rows import OwnRow, find_rows, link_inputs, slug
 from shards.convert.reading import open_rows
 from shards.convert.recognise import UnsureError
 
@@ -56,17 +56,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--go", action="store_true", help="build the shards, and write the page")
     args = parser.parse_args()
-    args.name = args.name or slug(args.paths[0].resolve().stem)
+    args.name = args.name or slug(args.paths[0].resolve().stem)[:32]
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", args.name):
         parser.error(f"--name {args.name!r}: use small letters, digits and dashes, at most 32")
     if wrong := [text for text in args.choose if "=" not in text]:
         parser.error(f"--choose {wrong[0]!r}: write NAME=VALUE, such as scale=percent")
     return args
-
-
-def slug(text: str) -> str:
-    """A name for a dataset, of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:32]
 
 
 def rows_or_ask(name: str, folder: Path, inputs: Sequence[str], answers: dict[str, str]) -> list[OwnRow]:

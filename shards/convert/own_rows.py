@@ -139,7 +139,7 @@ def _of_tables(
         keys = {**base, **layout.keys, **layouts["train"].form, "files": splits}
         if (place := _media_base(folder, inputs, splits["train"], layouts["train"])) is not None:
             keys["media"] = f"{place}{{value}}"
-        own = name if len(tables) == 1 else f"{name}-{_slug(PurePosixPath(stem).name.partition('.')[0])}".strip("-")
+        own = name if len(tables) == 1 else f"{name}-{slug(PurePosixPath(stem).name.partition('.')[0])}".strip("-")
         if layout.rows:
             made = {split: side.layout.rows for split, side in layouts.items() if side.layout is not None}
             keys["files"] = {split: _write(folder, f"{own}-{split}", rows) for split, rows in made.items()}
@@ -296,5 +296,6 @@ def _own_row(name: str, folder: Path, layout: Layout, keys: dict[str, Any]) -> O
     return OwnRow(layout=layout, row=side | held, num_train=train, num_held_out=held_out)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """A name for a dataset, from the name of a file."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
