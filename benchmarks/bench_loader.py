@@ -45,7 +45,7 @@ from shards.format import FORMAT_VERSION, TOKEN_DTYPE, DatasetIndex, Totals
 from shards.layout import VisualLayout, VisualTokens
 from shards.media.jpeg import encode_jpeg
 from shards.schema import Sample
-from shards.stream.collate import decode_crops, open_sample
+from shards.stream.collate import decode_crops, make_pixels, open_sample
 from shards.stream.loader import make_loader
 from shards.stream.mixture import MixtureSpec
 from shards.stream.plan import Cursor, Draw, Plan, PlanSettings, open_plan
@@ -155,7 +155,9 @@ def ours(folder: Path, decode: bool, step: int) -> Stream:
 
 def decoded(draw: Draw, stored: StoredSample) -> Any:
     """Expanded tokens and pixels of a sample."""
-    return open_sample(LAYOUT, draw, stored), decode_crops(LAYOUT, stored, range(len(stored.visuals)))
+    pixels = make_pixels(LAYOUT, draw.num_crops)
+    decode_crops(LAYOUT, stored, range(len(stored.visuals)), pixels)
+    return open_sample(LAYOUT, draw, stored), pixels
 
 
 def ours_batches(folder: Path, decode: bool, step: int) -> Stream:

@@ -16,7 +16,7 @@ from shards.asked import read_asked
 from shards.layout import VisualLayout
 from shards.schema import Annotation
 from shards.storage.base import read_threads
-from shards.stream.collate import Batch, collate, decode_crops, open_sample
+from shards.stream.collate import Batch, collate, decode_crops, make_pixels, open_sample
 from shards.stream.dataset import Dataset, Tars
 from shards.stream.plan import Cursor, Draw, PackSpec, draws_of
 from shards.stream.reader import Damage, StoredSample, read_sample
@@ -77,5 +77,6 @@ def as_batch(layout: VisualLayout, draw: Draw, stored: StoredSample) -> Batch:
         ReadError: the sample does not agree with the index.
     """
     opened = open_sample(layout, draw, stored)
-    crops = decode_crops(layout, stored, range(len(stored.visuals)))
-    return collate(layout, [PackSpec(0, 0, (draw,))], [opened], crops, draw.num_tokens, 1.0, Cursor())
+    pixels = make_pixels(layout, sum(opened.num_crops))
+    decode_crops(layout, stored, range(len(stored.visuals)), pixels)
+    return collate(layout, [PackSpec(0, 0, (draw,))], [opened], pixels, draw.num_tokens, 1.0, Cursor())

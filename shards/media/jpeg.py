@@ -19,11 +19,13 @@ def jpeg_size(data: bytes | memoryview) -> tuple[int, int]:
     return height, width
 
 
-def decode_jpeg(data: bytes | memoryview) -> npt.NDArray[np.uint8]:
+def decode_jpeg(data: bytes | memoryview, into: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
     """Decode a JPEG as RGB uint8 [H, W, 3] with the accurate DCT, which gives the same pixels as Pillow.
+
+    `into`: contiguous memory of just this size for the pixels.
 
     Raises:
         ValueError: the data are not a JPEG.
     """
-    pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+    pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, buffer=into)
     return pixels

@@ -20,14 +20,13 @@ from shards.format import ODD_SAMPLE
 from shards.layout import Expanded, VisualLayout, allowed_pairs, expand, split_crops, visual_crops, visual_pooling
 from shards.media.jpeg import decode_jpeg, jpeg_size
 from shards.split import split_visuals
-from shards.storage.base import UnavailableError
 from shards.stream.plan import Cursor, Draw, PackSpec
 from shards.stream.reader import Damage, ReadError, StoredSample
+from shards.stream.slots import Arena
 
 MEMBER = 100_000  # segment ids of one member of a pack lie in [number * MEMBER, (number + 1) * MEMBER)
 TRUNK = 10_000  # segment of the shared trunk; above every branch, because a token attends to segments >= its own
 PAD_SEGMENT = 2**31 - 1  # segment id of padding
-ALIGNED = 64  # bytes; every tensor in a shared buffer starts at a multiple of it
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -54,11 +53,6 @@ class WorkSizes(NamedTuple):
 
 
 NO_WORK = WorkSizes()  # the sizes of a batch that was made by hand are not counted
-ROOM = "enlarge /dev/shm (docker run --shm-size 16g), lower data.prefetch, or set data.workers=0"
-
-
-class SharedMemoryError(UnavailableError):
-    """A worker has no shared memory in which to hand over a batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,40 +108,13 @@ class Batch:
         return self._map_tensors(Tensor.pin_memory)
 
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        changed: dict[str, Any] = {name: change(value) for name, value in self._tensors().items()}
+        changed: dict[str, Any] = {name: change(value) for name, value in self.tensors().items()}
         return dataclasses.replace(self, **changed)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle all tensors as one buffer, so that a worker sends one piece of shared memory: 11 are 1 ms slower.
-
-        Where shared memory is full, a SharedMemoryError is sent in place of the batch: torch would drop the batch, and
-        the main process would wait for it for ever.
-        """
-        arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in self._tensors().items()}
-        starts = np.cumsum([0, *(-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays.values())]).tolist()
-        try:
-            buffer = torch.zeros(starts[-1], dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            return SharedMemoryError, (f"no shared memory for a batch of {starts[-1]:,} bytes: {error}; {ROOM}",)
-        places = {}
-        for start, (name, array) in zip(starts, arrays.items(), strict=False):  # one start more: the end
-            buffer.numpy()[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
-            places[name] = (self._tensors()[name].dtype, array.shape, start, start + array.nbytes)
-        fields = dataclasses.fields(self)
-        others = {field.name: getattr(self, field.name) for field in fields if field.name not in places}
-        return _unpacked, (buffer, places, others)
-
-
-def _unpacked(
-    buffer: Tensor, places: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]], others: dict[str, Any]
-) -> Batch:
-    for name, (dtype, shape, start, end) in places.items():
-        others[name] = buffer[start:end].view(dtype).view(shape)
-    return Batch(**others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,31 +160,31 @@ def open_sample(layout: VisualLayout, draw: Draw, sample: StoredSample) -> Opene
     return OpenedSample(draw=draw, stored=sample, tokens=tokens, num_crops=num_crops, pooling=pooling)
 
 
-def decode_crops(layout: VisualLayout, sample: StoredSample, visuals: Sequence[int]) -> list[Pixels]:
-    """Decode the crops of some of a sample's visuals, uint8 [crops, crop, crop, 3] each.
+def decode_crops(layout: VisualLayout, sample: StoredSample, visuals: Sequence[int], out: Pixels) -> None:
+    """Decode the crops of some of a sample's visuals into `out`, uint8 [crops, crop, crop, 3].
 
     Raises:
         ReadError: an image is missing, is not a JPEG, or does not have the size that its tiling requires.
     """
-    decoded: dict[int, Pixels] = {}  # the view and the canvas of an image of one tile are the same file
 
-    def decode(number: int, height: int, width: int) -> Pixels:
+    def decode(number: int, height: int, width: int, into: Pixels | None = None) -> Pixels:
         size = jpeg_size(sample.images[number])  # in the header: a small file could be of any size
         if size != (height, width):
             raise ValueError(f"image {number} is {size}, its tiling says {(height, width)}")
-        if number not in decoded:
-            decoded[number] = decode_jpeg(sample.images[number])
-        return decoded[number]
+        return decode_jpeg(sample.images[number], into)
 
-    def crops(visual: dict[str, Any]) -> Pixels:
-        view = decode(visual["view"], layout.crop_size, layout.crop_size)
-        if visual["kind"] == "frame":
-            return view[None]
-        tiling = (visual["tiling"][0], visual["tiling"][1])
-        return split_crops(layout, tiling, view, decode(visual["canvas"], *layout.canvas_size(tiling)))
-
+    start = 0
     try:
-        return [crops(sample.visuals[number]) for number in visuals]
+        for visual in map(sample.visuals.__getitem__, visuals):
+            crops = out[start : start + visual_crops(visual)]
+            start += len(crops)
+            view = decode(visual["view"], layout.crop_size, layout.crop_size, crops[0])
+            if visual["kind"] != "frame":
+                tiling = (visual["tiling"][0], visual["tiling"][1])
+                # The view and the canvas of an image of one tile are the same file.
+                same = visual["canvas"] == visual["view"] and layout.canvas_size(tiling) == view.shape[:2]
+                canvas = view if same else decode(visual["canvas"], *layout.canvas_size(tiling))
+                split_crops(layout, tiling, canvas, crops[1:])
     except ODD_SAMPLE as error:
         raise ReadError(f"{type(error).__name__}: {error}") from None
 
@@ -253,11 +220,12 @@ def collate(
     layout: VisualLayout,
     packs: Sequence[PackSpec],
     samples: Sequence[OpenedSample | Damage],
-    crops: Sequence[Pixels],
+    pixels: Pixels,
     sequence_length: int,
     divisor: float,
     cursor: Cursor,
     reads: ReadStats = NO_READS,
+    arena: Arena | None = None,
 ) -> Batch:
     """Build the batch of some packs.
 
@@ -265,20 +233,23 @@ def collate(
         layout: the model's geometry.
         packs: the packs; each becomes one row.
         samples: the samples of all packs in order; a `Damage` stands for a sample that could not be read.
-        crops: crops of the visuals in this rank's split, in order.
+        pixels: crops of the visuals in this rank's split, in order.
         sequence_length: tokens of a row.
         divisor: see `Batch.divisor`.
         cursor: see `Batch.cursor`.
         reads: see `Batch.reads`.
+        arena: where the arrays are made; None: anywhere.
     """
-    fields: dict[str, npt.NDArray[Any]] = {
-        "input_ids": np.zeros((len(packs), sequence_length), np.int64),
-        "labels": np.zeros((len(packs), sequence_length), np.int64),
-        "loss_weights": np.zeros((len(packs), sequence_length), np.float32),
-        "position_ids": np.zeros((len(packs), sequence_length), np.int64),
-        "segment_ids": np.full((len(packs), sequence_length), PAD_SEGMENT, np.int32),
-        "is_visual": np.zeros((len(packs), sequence_length), np.bool_),
-        "dataset_ids": np.zeros((len(packs), sequence_length), np.int64),
+    arena = arena or Arena()
+    shape = (len(packs), sequence_length)
+    fields = {
+        "input_ids": arena.full(shape, np.int64, 0),
+        "labels": arena.full(shape, np.int64, 0),
+        "loss_weights": arena.full(shape, np.float32, 0),
+        "position_ids": arena.full(shape, np.int64, 0),
+        "segment_ids": arena.full(shape, np.int32, PAD_SEGMENT),
+        "is_visual": arena.full(shape, np.bool_, False),
+        "dataset_ids": arena.full(shape, np.int64, 0),
     }
     opened, masked, remaining = [], [], iter(samples)
     for row, pack in enumerate(packs):
@@ -304,7 +275,7 @@ def collate(
         pairs=sum(allowed_pairs(sample.tokens) for sample in opened),
         loss_tokens=int(np.count_nonzero(fields["loss_weights"])),
     )
-    arrays = fields | _visual_fields(layout, opened, crops)
+    arrays = fields | {"pixels": pixels} | _visual_fields(layout, opened, arena)
     return Batch(
         **{name: torch.from_numpy(array) for name, array in arrays.items()},
         step=packs[0].step,
@@ -317,22 +288,24 @@ def collate(
     )
 
 
-def _visual_fields(
-    layout: VisualLayout, samples: Sequence[OpenedSample], crops: Sequence[Pixels]
-) -> dict[str, npt.NDArray[Any]]:
-    """The visual arrays of a batch; they are empty if it has no visuals."""
+def _visual_fields(layout: VisualLayout, samples: Sequence[OpenedSample], arena: Arena) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a batch that describe its visuals; they are empty if it has none."""
     counts = [count for sample in samples for count in sample.num_crops]
     pooling = [part for sample in samples for part in sample.pooling]
+    lengths = [len(part) for part in pooling]
     width = max((part.shape[1] for part in pooling), default=layout.image_pool**2)
-    flat = np.full((sum(map(len, pooling)), width), -1, np.int64)
+    flat = arena.full((sum(lengths), width), np.int64, -1)
     token = patch = 0
-    for part, count in zip(pooling, counts, strict=True):
-        flat[token : token + len(part), : part.shape[1]] = np.where(part >= 0, part + patch, -1)
-        token, patch = token + len(part), patch + count * layout.crop_patches**2
-    empty = np.zeros((0, layout.crop_size, layout.crop_size, 3), np.uint8)
-    return {
-        "pixels": np.concatenate([empty, *crops]),
-        "pooling": flat,
-        "visual_crops": np.array(counts, np.int64),
-        "visual_tokens": np.array([len(part) for part in pooling], np.int64),
-    }
+    for part, length, count in zip(pooling, lengths, counts, strict=True):
+        place = flat[token : token + length, : part.shape[1]]
+        np.add(part, patch, out=place)
+        place[part < 0] = -1
+        token, patch = token + length, patch + count * layout.crop_patches**2
+    visual_crops, visual_tokens = (arena.full((len(counts),), np.int64, 0) for _ in range(2))
+    visual_crops[:], visual_tokens[:] = counts, lengths
+    return {"pooling": flat, "visual_crops": visual_crops, "visual_tokens": visual_tokens}
+
+
+def make_pixels(layout: VisualLayout, count: int, arena: Arena | None = None) -> Pixels:
+    """Memory for so many crops, uint8 [count, crop, crop, 3]."""
+    return (arena or Arena()).full((count, layout.crop_size, layout.crop_size, 3), np.uint8, None)

@@ -30,6 +30,7 @@ from shards.stream.collate import (
     ReadStats,
     collate,
     decode_crops,
+    make_pixels,
     odd_weights,
     open_sample,
     own_visuals,
@@ -38,6 +39,8 @@ from shards.stream.dataset import Dataset, Tars, with_cache
 from shards.stream.plan import Cursor, Draw, Plan
 from shards.stream.read_ahead import MicroSpec, ReadAhead, look_ahead
 from shards.stream.reader import DAMAGE_BUDGET, Damage, ReadError, read_sample, to_damage
+from shards.stream.shared import SharedBatch, batch_bytes, share
+from shards.stream.slots import Arena, SlotRing
 
 LOG = logging.getLogger(__name__)
 READ_AHEAD = 256 << 20  # bytes of samples that a rank reads from a bucket before they are needed
@@ -65,7 +68,7 @@ def micro_steps(packs_per_step: int, dp_size: int, micro_batch: int) -> int:
 class PlanSampler(Sampler[MicroSpec]):
     """Endless sampler of this rank's micro-batches from a cursor on; the packs of a step are dealt to ranks by `cost`.
 
-    `lanes` and `read_ahead`: see `look_ahead`.
+    `lanes` and `read_ahead`: see `look_ahead`. `ring`: of which each micro-batch gets a slot of its worker.
     """
 
     def __init__(
@@ -78,14 +81,18 @@ class PlanSampler(Sampler[MicroSpec]):
         lanes: int = 1,
         read_ahead: int = 0,
         cost: PackCost = SAME_COST,
+        ring: SlotRing | None = None,
     ) -> None:
         micro_steps(plan.settings.packs_per_step, dp_size, micro_batch)
         self.plan, self.cursor = plan, cursor
         self.dp_rank, self.dp_size, self.micro_batch = dp_rank, dp_size, micro_batch
-        self.lanes, self.read_ahead, self.cost = lanes, read_ahead, cost
+        self.lanes, self.read_ahead, self.cost, self.ring = lanes, read_ahead, cost, ring
 
     def __iter__(self) -> Iterator[MicroSpec]:
-        return look_ahead(self._specs(), self.lanes, self.read_ahead)
+        specs = look_ahead(self._specs(), self.lanes, self.read_ahead)
+        if self.ring is None:
+            return specs
+        return (spec._replace(slot=self.ring.take(number % self.lanes)) for number, spec in enumerate(specs))
 
     def _specs(self) -> Iterator[MicroSpec]:
         cursor = self.cursor
@@ -98,7 +105,7 @@ class PlanSampler(Sampler[MicroSpec]):
             cursor = step.cursor
 
 
-class PackReader(TorchDataset[Batch | UnavailableError]):
+class PackReader(TorchDataset[Batch | SharedBatch | UnavailableError]):
     """Map-style dataset that turns a MicroSpec into a batch. It runs in the workers and holds no index.
 
     Args:
@@ -106,7 +113,12 @@ class PackReader(TorchDataset[Batch | UnavailableError]):
         layout: the model's geometry.
         sequence_length: tokens of a row.
         share: (rank, ranks) in the sequence-parallel group: only the visuals of this rank's split are decoded.
+
+    Attributes:
+        ring: in workers, the memory in which they build batches.
     """
+
+    ring: SlotRing | None = None
 
     def __init__(
         self, tars: Sequence[Tars], layout: VisualLayout, sequence_length: int, share: tuple[int, int] = (0, 1)
@@ -114,12 +126,13 @@ class PackReader(TorchDataset[Batch | UnavailableError]):
         self.tars, self.layout, self.sequence_length, self.share = tuple(tars), layout, sequence_length, share
         self.ahead = ReadAhead(self._read)
 
-    def __getitem__(self, spec: MicroSpec) -> Batch | UnavailableError:
+    def __getitem__(self, spec: MicroSpec) -> Batch | SharedBatch | UnavailableError:
         """The batch, or why there is none: an exception would reach the main process as a traceback."""
         try:
-            return self.read(spec)
+            batch = self.read(spec)
         except UnavailableError as error:
             return error
+        return batch if self.ring is None else share(batch, self.ring, spec.slot)
 
     def read(self, spec: MicroSpec) -> Batch:
         """Read, verify, decode and collate a micro-batch.
@@ -161,20 +174,24 @@ class PackReader(TorchDataset[Batch | UnavailableError]):
 
     def _batch(self, spec: MicroSpec, timed: Timed) -> Batch:
         """Decode and collate samples; `timed` holds each with the seconds that reading it took."""
-        samples, crops, seconds = [sample for sample, _ in timed], [], []
+        samples, seconds, arena = [sample for sample, _ in timed], [], Arena(self.ring, spec.slot)
         opened = [sample for sample in samples if isinstance(sample, OpenedSample)]
         for sample in odd_weights(opened) if opened else ():
             return self._batch(spec, self._masked(timed, sample, "loss weights that are not those of the index"))
-        for sample, visuals in own_visuals(opened, *self.share):
+        own = list(own_visuals(opened, *self.share))
+        counts = [sum(sample.num_crops[number] for number in visuals) for sample, visuals in own]
+        pixels, start = make_pixels(self.layout, sum(counts), arena), 0
+        for (sample, visuals), count in zip(own, counts, strict=True):
             since = time.perf_counter()
             try:
-                crops += decode_crops(self.layout, sample.stored, visuals)
+                decode_crops(self.layout, sample.stored, visuals, pixels[start : start + count])
             except ReadError as error:  # without this sample the splits differ: begin again
                 return self._batch(spec, self._masked(timed, sample, str(error)))
+            start += count
             seconds.append(time.perf_counter() - since)
         reads = ReadStats(tuple(taken for _, taken in timed), tuple(seconds), take_tally())
         return collate(
-            *(self.layout, spec.packs, samples, crops), self.sequence_length, spec.divisor, spec.cursor, reads
+            *(self.layout, spec.packs, samples, pixels), self.sequence_length, spec.divisor, spec.cursor, reads, arena
         )
 
     def _masked(self, timed: Timed, sample: OpenedSample, reason: str) -> Timed:
@@ -280,11 +297,14 @@ def make_loader(
     """
     reader = pack_reader(plan, layout, (sp_rank, sp_size), cache)
     ahead = read_ahead if reader.remote else 0
+    if workers:
+        reader.ring = SlotRing(workers, prefetch, batch_bytes(layout, plan.settings, micro_batch))
     loader = DataLoader(
         reader,
         batch_size=None,
-        sampler=PlanSampler(plan, cursor, dp_rank, dp_size, micro_batch, max(1, workers), ahead, cost),
+        sampler=PlanSampler(plan, cursor, dp_rank, dp_size, micro_batch, max(1, workers), ahead, cost, reader.ring),
         num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # workers inherit the slots
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
@@ -302,7 +322,8 @@ def make_loader(
                     raise batch
                 if quarantine is not None:
                     quarantine.add(batch.masked)
-                yield batch
+                # No name for an opened batch here: it would hold the slot until the next batch has come.
+                yield batch.open() if isinstance(batch, SharedBatch) else batch
         finally:
             reader.ahead.close()
             del iterator  # asks the workers to end, and waits for each for five seconds

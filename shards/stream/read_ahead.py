@@ -20,12 +20,16 @@ T = TypeVar("T")
 
 
 class MicroSpec(NamedTuple):
-    """One rank's micro-batch of a step, before reading; `ahead`: draws of later micro-batches to start reading now."""
+    """One rank's micro-batch of a step, before reading.
+
+    `ahead`: draws of later micro-batches to start reading now. `slot`: where a worker builds it; see `SlotRing`.
+    """
 
     packs: tuple[PackSpec, ...]
     divisor: float
     cursor: Cursor
     ahead: tuple[Draw, ...] = ()
+    slot: int | None = None
 
     @property
     def draws(self) -> list[Draw]:

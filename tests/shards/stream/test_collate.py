@@ -1,7 +1,6 @@
 """From a pack of read samples to tensors."""
 
-import pickle
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from shards.stream.collate import (
     OpenedSample,
     collate,
     decode_crops,
+    make_pixels,
     open_sample,
     own_crops,
 )
@@ -57,12 +57,15 @@ def batch_of(dataset: Dataset, rows: list[list[int]], lost: tuple[int, ...] = ()
         return open_sample(LAYOUT, draw, stored(dataset, draw))
 
     samples = [read(draw) for pack in packs for draw in pack.draws]
-    crops = [part for sample in samples if isinstance(sample, OpenedSample) for part in decoded(sample)]
-    return collate(LAYOUT, packs, samples, crops, LENGTH, 7.5, Cursor(step=4, window=1, offset=2))
+    opened = [sample for sample in samples if isinstance(sample, OpenedSample)]
+    pixels = np.concatenate([make_pixels(LAYOUT, 0), *map(decoded, opened)])
+    return collate(LAYOUT, packs, samples, pixels, LENGTH, 7.5, Cursor(step=4, window=1, offset=2))
 
 
-def decoded(sample: OpenedSample) -> list[np.ndarray]:
-    return decode_crops(LAYOUT, sample.stored, range(len(sample.num_crops)))
+def decoded(sample: OpenedSample) -> np.ndarray:
+    pixels = make_pixels(LAYOUT, sum(sample.num_crops))
+    decode_crops(LAYOUT, sample.stored, range(len(sample.num_crops)), pixels)
+    return pixels
 
 
 def test_tokens_lie_one_sample_after_another(dataset: Dataset) -> None:
@@ -196,18 +199,3 @@ def test_segment_numbers_are_the_models() -> None:
 
     for name in ("MEMBER", "TRUNK", "PAD_SEGMENT"):
         assert getattr(mask, name) == getattr(collate_module, name)
-
-
-@pytest.mark.parametrize("members", [[0, 1, 2, 3], [0, 3]])
-def test_a_batch_travels_as_one_piece(dataset: Dataset, members: list[int]) -> None:
-    batch = batch_of(dataset, [members])
-    copy = pickle.loads(pickle.dumps(batch))
-    storages = set()
-    for field in fields(batch):
-        sent, got = getattr(batch, field.name), getattr(copy, field.name)
-        if isinstance(sent, torch.Tensor):
-            assert sent.dtype == got.dtype and torch.equal(sent, got), field.name
-            storages.add(got.untyped_storage().data_ptr())
-        else:
-            assert sent == got, field.name
-    assert len(storages) == 1

@@ -23,7 +23,7 @@ import shards.stream.reader
 from shards.split import split_visuals
 from shards.storage.base import UnavailableError
 from shards.storage.local import LocalStorage
-from shards.stream.collate import Batch, SharedMemoryError
+from shards.stream.collate import Batch
 from shards.stream.loader import PlanSampler, QuarantineError, make_loader, micro_steps, pack_reader
 from shards.stream.mixture import MixtureSpec
 from shards.stream.plan import Cursor, Plan, PlanSettings, open_plan
@@ -119,9 +119,9 @@ def test_of_a_shared_pack_only_the_own_images_are_decoded(plan: Plan, monkeypatc
     decoded, decode = [0, 0, 0], shards.stream.collate.decode_jpeg
     for number, share in enumerate([(0, 1), (0, 2), (1, 2)]):
 
-        def count(data: bytes, number: int = number) -> Any:
+        def count(data: bytes, into: Any = None, number: int = number) -> Any:
             decoded[number] += 1
-            return decode(data)
+            return decode(data, into)
 
         monkeypatch.setattr(shards.stream.collate, "decode_jpeg", count)
         list(itertools.islice(make_loader(plan, Cursor(), LAYOUT, sp_rank=share[0], sp_size=share[1]), 20))
@@ -307,16 +307,3 @@ def test_a_folder_that_goes_away_ends_the_loader_with_one_error(tmp_path: Path, 
         for batch in loader:
             assert batch.masked == ()
     assert "Traceback" not in str(caught.value) and "start again" in str(caught.value)
-
-
-def test_shared_memory_that_is_full_ends_the_loader_with_one_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The worker is forked, so that its shared memory is full, too."""
-
-    def full(tensor: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
-
-    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    with pytest.raises(SharedMemoryError, match=r"batch of [\d,]+ bytes: .*No space.*--shm-size.*data.workers=0"):
-        next(toy_loader(tmp_path, 1))
