@@ -61,14 +61,17 @@ def converse(args: argparse.Namespace) -> None:
     import torch  # these imports take seconds, so they wait until the command line has been read
 
     from molmo2.chat.conversation import answer, conversation
-    from molmo2.chat.web_page import serve
+    from molmo2.chat.web_page import AnswerOptions, serve
     from molmo2.model.generate import Sampling
     from molmo2.model.molmo2 import Molmo2
     from molmo2.processing.contract import ProcessorSettings
     from molmo2.processing.processor import build_processor
     from molmo2.weights.load import open_model
 
-    sampling = Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+    def drawn_at(temperature: float) -> Sampling:
+        return Sampling(temperature=temperature, top_p=args.top_p, seed=args.seed)
+
+    sampling = drawn_at(args.temperature)
     missing = [str(path) for path in [*args.image, args.video] if path is not None and not path.is_file()]
     if missing:
         raise ValueError(f"no such file: {', '.join(missing)}")
@@ -80,11 +83,17 @@ def converse(args: argparse.Namespace) -> None:
     )
     processor = build_processor(settings)
     if args.web:
+        first = AnswerOptions(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
         serve(
-            lambda turns, images, video: answer(
-                model, processor, conversation(turns, images, video), sampling, args.max_new_tokens
+            lambda turns, images, video, options: answer(
+                model,
+                processor,
+                conversation(turns, images, video),
+                drawn_at(options.temperature),
+                options.max_new_tokens,
             ),
             args.port,
+            first,
         )
         return
     turns: list[Turn] = []
