@@ -71,7 +71,7 @@ class ChatServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, answer: Answer, port: int, options: AnswerOptions = AnswerOptions()) -> None:
+    def __init__(self, answer: Answer, port: int, options: AnswerOptions) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.answer, self.options, self.busy = answer, options, threading.Lock()
         self.names = {f"{host}:{self.server_port}" for host in ("127.0.0.1", "localhost")}

@@ -29,7 +29,7 @@ def test_any_error_of_an_answer_is_told(error: type[Exception]) -> None:
 
 @pytest.mark.parametrize("length", ["\u00b2", "-1", "+5", "1_0", "9" * 5000, "0x5", ""])
 def test_odd_lengths_are_refused(length: str) -> None:
-    server = ChatServer(failing(OSError("unused")), 0)
+    server = ChatServer(failing(OSError("unused")), 0, AnswerOptions())
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
