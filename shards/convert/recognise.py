@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from shards.convert.common import xy_pairs
+from shards.convert.answer_options import listed
+from shards.convert.common import text_of, xy_pairs
 from shards.sources.media_files import VIDEO_SUFFIXES
 
 Rows = Sequence[Mapping[str, Any]]
@@ -62,6 +63,7 @@ class Layout:
         media: "image", "video" or "text": what the examples show.
         media_column: column with the path, URL or bytes of an image or a video; None: in the messages, or none.
         rows: the rows of a table that must be written first, because the data have none for this purpose.
+        classes: the rows of a table that each row of the data is joined with, by the number of its class.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Layout:
     media: str = "image"
     media_column: str | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
+    classes: list[dict[str, Any]] = field(default_factory=list)
 
 
 def split_and_stem(path: str) -> tuple[str, str]:
@@ -137,6 +140,28 @@ def conversations(rows: Rows, answers: Answers) -> Layout | None:
     )
 
 
+def instructions(rows: Rows, answers: Answers) -> Layout | None:
+    """Alpaca: instruction, input and output, with a system message and earlier turns if there are any; text only."""
+    present = {name for row in rows for name in row}
+    if not {"instruction", "output"} <= present or media_column(rows, "image") or media_column(rows, "video"):
+        return None
+    made = []
+    for row in rows:
+        texts = [
+            text_of(row.get("system")),
+            *(text for turn in row.get("history") or () for text in map(text_of, turn)),
+        ]
+        texts += ["\n".join(filter(None, (text_of(row.get("instruction")), text_of(row.get("input")))))]
+        texts += [text_of(row.get("output"))]
+        roles = ["system", *(["user", "assistant"] * (len(texts) // 2))]
+        spoken = zip(roles, texts, strict=True)
+        made.append(
+            {"messages": [{"role": role, "content": text} for role, text in spoken if role != "system" or text]}
+        )
+    keys = {"converter": "chat", "columns": {"messages": "messages"}, "options": {"style": "text_sft"}}
+    return Layout(name="instructions (Alpaca)", keys=keys, media="text", rows=made)
+
+
 def points(rows: Rows, answers: Answers) -> Layout | None:
     """Points on images, with a label."""
     image, column, label = media_column(rows, "image"), find_column(rows, "points"), find_column(rows, "label")
@@ -185,7 +210,7 @@ def multiple_choice(rows: Rows, answers: Answers) -> Layout | None:
         form = "text"
     elif all(re.fullmatch(r"\(?[A-Za-z]\)?[.:]?", str(value)) for value in given):
         form = "letter"
-    elif all(isinstance(value, int) for value in given):
+    elif all(re.fullmatch(r"\d+", str(value)) for value in given):
         form = "index"
     else:
         form = _chosen(
@@ -198,7 +223,25 @@ def multiple_choice(rows: Rows, answers: Answers) -> Layout | None:
     else:
         keys = {"converter": "video_qa", "columns": {"video": video, **columns, **_clip(rows)}}
         keys["options"] = {"ask": ["choice"], "answer": form}
+    if form == "index" and (first := _first_index([(row.get(options), row.get(answer)) for row in rows], answers)):
+        keys["options"]["first"] = first
     return Layout(name="multiple choice", keys=keys, media="image" if image else "video", media_column=image or video)
+
+
+def _first_index(pairs: Iterable[tuple[Any, Any]], answers: Answers) -> int:
+    """Whether options are counted from 0 or 1, by pairs of the options and the number of the right one.
+
+    Raises:
+        UnsureError: no row shows it.
+        ValueError: some rows count from 0 and others from 1.
+    """
+    numbers = [(len(listed(options)), int(number)) for options, number in pairs if number is not None]
+    from_0, from_1 = (any(number == 0 for _, number in numbers), any(number == count for count, number in numbers))
+    if from_0 and from_1:
+        raise ValueError("the right options are counted from 0 in some rows and from 1 in others: make them alike")
+    if from_0 or from_1:
+        return int(from_1)
+    return int(_chosen("first", "Which number does the first answer option have?", ("0", "1"), answers))
 
 
 def _clip(rows: Rows) -> dict[str, str]:
@@ -235,10 +278,42 @@ def captions(rows: Rows, answers: Answers) -> Layout | None:
 
 def classes(rows: Rows, answers: Answers) -> Layout | None:
     """A class for each image, by its name; the question is added in a table of its own."""
-    label, image = find_column(rows, "label"), media_column(rows, "image")
-    if not label or not image or not all(isinstance(value, str) for row in rows for value in (row[image], row[label])):
+    image = media_column(rows, "image")
+    present = {name.lower(): name for row in rows for name in row}
+    named = [present[name] for name in NAMES["label"] if name in present]
+    label = next((name for name in named if all(_is_name(row.get(name)) for row in rows)), None)
+    if not label or not image or not all(isinstance(row[image], str) for row in rows):
         return None
     return _class_layout("classes of images", [(row[image], row[label]) for row in rows])
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and not re.fullmatch(r"-?\d+", value)
+
+
+def numbered_classes(rows: Rows, names: Mapping[str, Sequence[str]]) -> Layout | None:
+    """A class for each image, by its number; `names`: column -> names of the classes that the table itself lists.
+
+    Raises:
+        ValueError: the names of the classes are not known.
+    """
+    label, image = find_column(rows, "label"), media_column(rows, "image")
+    values = values_of(rows, label) if label else []
+    if not label or not image or not values or not all(re.fullmatch(r"-?\d+", str(value)) for value in values):
+        return None
+    if label not in names:
+        raise ValueError(
+            f"column {label} holds numbers of classes ({values[0]}, ...), and no names are given for them: add a "
+            "column class_name with the names, or put the pictures into a folder for each class"
+        )
+    classes = [
+        {"label": number, "question": CLASS_QUESTION, "answer": name.replace("_", " ")}
+        for number, name in enumerate(names[label])
+    ]
+    columns = {"image": image, "question": "class.question", "answer": "class.answer"}
+    keys = {"converter": "image_qa", "columns": columns, "options": {"style": "user_qa"}}
+    keys["lookups"] = [{"name": "class", "key": "label", "column": label}]
+    return Layout(name="numbered classes of images", keys=keys, media_column=image, classes=classes)
 
 
 def _class_layout(name: str, pairs: Iterable[tuple[str, str]]) -> Layout:
@@ -304,6 +379,7 @@ def _stem(name: str) -> str:
 
 TABLE_LAYOUTS: tuple[Callable[[Rows, Answers], Layout | None], ...] = (
     conversations,
+    instructions,
     points,
     multiple_choice,
     questions,
