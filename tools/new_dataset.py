@@ -31,9 +31,9 @@ from molmo2.processing.new_tokenizer import train_demo_tokenizer
 from shards.atomic import write_atomic
 from shards.catalog import Row
 from shards.command import run
+from shards.convert.layout_columns import UnsureError
 from shards.convert.own_rows import Found, OwnRow, find_rows, link_inputs, slug
 from shards.convert.reading import open_rows
-from shards.convert.recognise import UnsureError
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 3

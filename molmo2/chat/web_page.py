@@ -15,7 +15,7 @@ import select
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +93,7 @@ def serve(answer: Answer, port: int, options: AnswerOptions) -> None:
         server.serve_forever()
 
 
-def lines_of(answer: Answer, question: ChatRequest, defaults: AnswerOptions) -> Iterator[dict[str, Any]]:
+def lines_of(answer: Answer, question: ChatRequest, defaults: AnswerOptions) -> Generator[dict[str, Any]]:
     """The lines of a response: those of `split_markup`, and {"error": sentence} if the answer fails."""
     turns = [Turn(role=turn.role, text=turn.text) for turn in question.turns]
     with tempfile.TemporaryDirectory(prefix="chat-") as folder:
@@ -139,6 +139,12 @@ def _markup(tag: str, label: str) -> dict[str, Any]:
     return {"markup": tag, "label": label.strip(), "points": points} if points else {"text": tag}
 
 
+def first_problem(error: pydantic.ValidationError) -> str:
+    """The first of the problems, and where it is."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
 def _write(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
@@ -178,8 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             question = ChatRequest.model_validate_json(self.rfile.read(int(length)))
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            self._refuse(400, f"not a question: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+            self._refuse(400, f"not a question: {first_problem(error)}")
             return
         self.send_response(200)
         self.send_header("Content-Type", "application/x-ndjson")

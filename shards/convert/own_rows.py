@@ -10,24 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from shards.atomic import write_atomic
 from shards.catalog import Row, TableFormat
+from shards.convert.layout_columns import IMAGE_SUFFIXES, Answers, Layout, split_and_stem, values_of
 from shards.convert.reading import open_rows, stage_groups
-from shards.convert.recognise import (
-    IMAGE_SUFFIXES,
-    Answers,
-    Layout,
-    coco,
-    numbered_classes,
-    recognise_folder,
-    recognise_rows,
-    split_and_stem,
-    values_of,
-)
-from shards.sources.content import COMPRESSED_SUFFIXES, binary_kind
+from shards.convert.recognise import coco, numbered_classes, recognise_folder, recognise_rows
+from shards.sources.class_names import class_names
+from shards.sources.content import COMPRESSED_SUFFIXES
 from shards.sources.parquet import SourceError
 from shards.sources.paths import is_system_file
 from shards.sources.tables import SUFFIXES, open_table
@@ -209,7 +198,7 @@ def _table_layout(folder: Path, pattern: str, answers: Answers) -> OwnTable:
     found = recognise_rows(table.first(SEEN), answers)
     if found is None:
         try:
-            found = numbered_classes(table.first(SEEN), _class_names(table.files[0]))
+            found = numbered_classes(table.first(SEEN), class_names(table.files[0]))
         except ValueError as error:
             raise ValueError(f"{pattern}: {error}") from None
     if found is not None and found.rows:  # they are written as a table, so all of them are needed
@@ -229,23 +218,6 @@ def _document(path: Path) -> dict[str, Any] | None:
     except ValueError:
         return None
     return document if isinstance(document, dict) else None
-
-
-def _class_names(path: Path) -> dict[str, list[str]]:
-    """The names of classes that the Hugging Face library writes into a parquet or Arrow file, by column."""
-    kind = binary_kind(path)
-    if kind is None:
-        return {}
-    try:
-        schema = pq.read_schema(path) if kind == "parquet" else pa.ipc.open_stream(pa.memory_map(str(path))).schema
-    except pa.ArrowInvalid:  # an Arrow file and no stream
-        schema = pa.ipc.open_file(pa.memory_map(str(path))).schema
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return {
-        column: feature["names"]
-        for column, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
-    }
 
 
 def _columns_text(folder: Path, pattern: str) -> str:

@@ -12,7 +12,7 @@ from fork_server import python
 
 from molmo2.config import load_recipe
 from shards.catalog import load_catalog
-from shards.convert.recognise import UnsureError
+from shards.convert.layout_columns import UnsureError
 from tools import new_dataset
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,9 +17,9 @@ from catalog_cases import image, video
 
 from shards.build.builder import build_dataset
 from shards.catalog import Row, load_catalog
+from shards.convert.layout_columns import UnsureError
 from shards.convert.own_rows import OwnRow, find_rows, link_inputs
 from shards.convert.reading import convert_or_reject, open_rows, read_groups, stage_groups
-from shards.convert.recognise import UnsureError
 from shards.stream.loader import make_loader
 from shards.stream.mixture import MixtureSpec
 from shards.stream.plan import Cursor, PlanSettings, open_plan
@@ -108,6 +108,12 @@ def alpaca(folder: Path) -> None:
     (folder / "alpaca_data.json").write_text(json.dumps(rows))
 
 
+def alpaca_with_pictures(folder: Path) -> None:
+    names = pictures(folder)
+    rows = [{"instruction": "Which colour?", "input": "One word.", "output": "Red.", "image": name} for name in names]
+    (folder / "alpaca_data.json").write_text(json.dumps(rows))
+
+
 def class_numbers(folder: Path) -> None:
     """A dataset of the hub with embedded pictures and numbers of classes, whose names are in the schema."""
     names = pictures(folder / ".source")
@@ -176,6 +182,7 @@ LAYOUTS = [
     (class_folders, 3 * NUMBER, "image_qa"),
     (csv_with_paths, NUMBER, "image_qa"),
     (alpaca, NUMBER, "chat"),
+    (alpaca_with_pictures, NUMBER, "chat"),
     (class_numbers, NUMBER, "image_qa"),
     (class_numbers_in_arrow, NUMBER, "image_qa"),
     (options_from_one, NUMBER, "image_choice"),

@@ -6,15 +6,8 @@ from typing import Any
 
 import pytest
 
-from shards.convert.recognise import (
-    Layout,
-    UnsureError,
-    coco,
-    numbered_classes,
-    recognise_folder,
-    recognise_rows,
-    split_and_stem,
-)
+from shards.convert.layout_columns import Layout, UnsureError, split_and_stem
+from shards.convert.recognise import coco, numbered_classes, recognise_folder, recognise_rows
 
 SHAREGPT = {
     "id": "identity_0",
@@ -157,7 +150,15 @@ def test_instructions_become_conversations() -> None:
         [("user", "Add.\n1 and 2"), ("assistant", "3")],
         [("system", "Be brief."), ("user", "Count."), ("assistant", "1 2 3"), ("user", "Go on."), ("assistant", "4")],
     ]
-    assert recognise_rows([{**row, "image": "a.png"} for row in rows[:1]], {}) != layout
+    seen = recognise_rows([{**row, "image": "a.png"} for row in rows], {})
+    assert seen is not None and (seen.media, seen.media_column) == ("image", "image")
+    assert [row["image"] for row in seen.rows] == ["a.png"] * 2 and seen.rows[0]["messages"] == layout.rows[0][
+        "messages"
+    ]
+    plain = recognise_rows([{"instruction": "What?", "input": "", "output": "A cat.", "image": "a.png"}], {})
+    assert plain is not None and plain.keys["converter"] == "image_qa"
+    with pytest.raises(ValueError, match="join instruction and input"):
+        recognise_rows([{**rows[0], "image": EMBEDDED}], {})
 
 
 def test_the_unit_of_points_is_seen_or_asked() -> None:
