@@ -22,6 +22,7 @@ BLOCK = 512  # bytes; tar headers and contents begin at multiples of it
 INDEX_NAME = "index.json"
 ASKED_NAME = "asked.json.gz"  # member of a sample of stage "eval"; `shards.asked` reads it
 REJECTS_NAME = "rejects.jsonl"
+REPORT_NAME = "report.json"
 # A key has no dots, because webdataset splits names at the first one. It is short so that names fit a plain tar header.
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 

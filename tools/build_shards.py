@@ -25,19 +25,20 @@ from molmo2.processing.contract import ProcessorSettings
 from molmo2.processing.processor import build_processor
 from shards.build.builder import REJECT_BUDGET, Built, build_dataset
 from shards.build.claim import BuildError
+from shards.build.oddities import SHARED, shared_questions
 from shards.build.pool import worker_pool
 from shards.build.rebuild import rows_to_build
 from shards.build.rejects import kinds
-from shards.catalog import STAGES, load_catalog
+from shards.catalog import STAGES, Row, Stage, load_catalog
 from shards.command import run
 from shards.download.manifest import unfinished_folders
-from shards.format import REJECTS_NAME
+from shards.format import REJECTS_NAME, REPORT_NAME
 from shards.machine import usable_cores
 from shards.sources.parquet import MissingSourceError, SourceError
 from shards.storage.base import Storage
 from shards.storage.open import open_storage
-
-REPORT_NAME = "report.json"
+from shards.stream.dataset import open_dataset
+from shards.stream.fill import expected_fill
 
 
 def parse_args() -> argparse.Namespace:
@@ -149,6 +150,8 @@ def main() -> None:
                 failed.append(row.name)
                 continue
             write_report_json(f"{args.stage}/{row.name}", built, task, out, time.perf_counter() - since)
+            if built.index is not None:
+                count_shared_questions(row, args.stage, args.out.rstrip("/"))
     if failed:
         sys.exit(f"build_shards: not built, {len(failed)} of {len(rows)}: {', '.join(failed)}")
 
@@ -156,7 +159,7 @@ def main() -> None:
 def write_report_json(label: str, built: Built, task: tuple[int, int], out: str, seconds: float) -> None:
     """Print a summary of a dataset: its size, speed, and the reasons of rejects; for a task r/N only the speed.
 
-    For a finished dataset the summary is also written to `report.json`, which no other program reads.
+    For a finished dataset the summary is also written to `report.json`, of which pages show the oddities.
     """
     speed = f"{built.num_made} shards in {seconds:.1f} s"
     if built.num_made:
@@ -178,6 +181,8 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
     summary = {**totals.model_dump(), **built.index.fitted, "shards": len(built.index.shards)}
     summary |= {"left_out": {kind.reason: kind.number for kind in reasons}, "made": made}
     summary |= {"unmatched_skips": list(built.unmatched_skips), "oddities": built.oddities}
+    fill = expected_fill(open_dataset(*out.rstrip("/").rsplit("/", 1)))
+    summary |= {"fill": None if fill is None else fill._asdict()}
     storage.write(REPORT_NAME, (json.dumps(summary, indent=1) + "\n").encode())
     print(
         f"{label}: {totals.samples} samples (message trees) of {totals.annotations} annotations, "
@@ -190,12 +195,34 @@ def write_report_json(label: str, built: Built, task: tuple[int, int], out: str,
             "{fewer_images} have the first of more images, {clips} show a part of their video, "
             "{lost_points} lost points with it".format(**built.index.fitted)
         )
+    if fill is not None:
+        print(f"  {fill.text}")
     for kind in reasons[:5]:
         print(f"  left out: {kind.number} x {kind.reason}\n    first: {kind.example}")
     for text, oddity in built.oddities.items():
         print(f"  used, but look: {oddity['number']} {text} (first: {oddity['first']})")
     if unmatched := built.unmatched_skips:
         print(f"  {len(unmatched)} items of `skip` match no row; first: {unmatched[0].removeprefix('skipped: ')}")
+
+
+def count_shared_questions(row: Row, stage: Stage, root: str) -> None:
+    """Print how many samples of a training stage ask what held-out samples ask, and add it to that stage's report.
+
+    It is counted when both stages are built, so after the build of either of them.
+    """
+    for trained in row.stages if "eval" in row.stages else ():
+        if trained == "eval" or stage not in {trained, "eval"}:
+            continue
+        storage = open_storage(f"{root}/{trained}/{row.name}")
+        try:
+            report = json.loads(storage.read(REPORT_NAME))
+        except FileNotFoundError:
+            continue
+        report.setdefault("oddities", {}).pop(SHARED, None)
+        if keys := shared_questions(storage, open_storage(f"{root}/eval/{row.name}")):
+            report["oddities"][SHARED] = {"number": len(keys), "first": keys[0], "shown": []}
+            print(f"{trained}/{row.name}: used, but look: {len(keys)} {SHARED} (first: {keys[0]})")
+        storage.write(REPORT_NAME, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def earlier_figures(storage: Storage) -> dict[str, float] | None:

@@ -6,7 +6,8 @@
 
 Questions are read from the standard input, one per line; earlier turns stay part of the conversation. An empty line or
 the end of the input ends it. Points in an answer are listed below it, as fractions of the image's width and height.
-`--web` serves a page to this machine only, on which images or a video are uploaded and points and tracks are drawn.
+`--web` serves a page to this machine only, on which images or a video are chosen, dropped or pasted, answers can be
+stopped, and points and tracks are drawn; `--temperature` and `--max-new-tokens` are what its controls show first.
 """
 
 from __future__ import annotations
@@ -58,17 +59,26 @@ def main() -> None:
 
 def converse(args: argparse.Namespace) -> None:
     """Load the model, then answer questions in the terminal or on the page."""
+    import pydantic
     import torch  # these imports take seconds, so they wait until the command line has been read
 
     from molmo2.chat.conversation import answer, conversation
-    from molmo2.chat.web_page import serve
+    from molmo2.chat.web_page import AnswerOptions, first_problem, serve
     from molmo2.model.generate import Sampling
     from molmo2.model.molmo2 import Molmo2
     from molmo2.processing.contract import ProcessorSettings
     from molmo2.processing.processor import build_processor
     from molmo2.weights.load import open_model
 
-    sampling = Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+    def drawn_at(temperature: float) -> Sampling:
+        return Sampling(temperature=temperature, top_p=args.top_p, seed=args.seed)
+
+    sampling = drawn_at(args.temperature)
+    if args.web:
+        try:
+            first = AnswerOptions(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
+        except pydantic.ValidationError as error:
+            raise ValueError(f"--web: {first_problem(error)}") from None
     missing = [str(path) for path in [*args.image, args.video] if path is not None and not path.is_file()]
     if missing:
         raise ValueError(f"no such file: {', '.join(missing)}")
@@ -81,10 +91,15 @@ def converse(args: argparse.Namespace) -> None:
     processor = build_processor(settings)
     if args.web:
         serve(
-            lambda turns, images, video: answer(
-                model, processor, conversation(turns, images, video), sampling, args.max_new_tokens
+            lambda turns, images, video, options: answer(
+                model,
+                processor,
+                conversation(turns, images, video),
+                drawn_at(options.temperature),
+                options.max_new_tokens,
             ),
             args.port,
+            first,
         )
         return
     turns: list[Turn] = []

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from molmo2.config import Recipe, data_path, load_recipe
 from molmo2.inspection.facts import DatasetFacts, facts_of, find
-from molmo2.inspection.samples import SampleView, tokenizer_of, view_sample
-from molmo2.inspection.shares import Share, plan_and_draw, shares_of
+from molmo2.inspection.samples import SampleView, thumbnails, tokenizer_of, view_sample
+from molmo2.inspection.shares import Share, draw_summary, plan_and_draw, shares_of
 from molmo2.pages import fill_template, size
 from molmo2.processing.pictures import spread
 from shards.atomic import write_atomic
@@ -110,12 +110,11 @@ def shown_samples(
     return samples
 
 
-def mixture_of(recipe: Recipe, steps: int) -> tuple[str, list[Share]]:
-    """A title, and the shares of the recipe's datasets in its first steps."""
+def mixture_of(recipe: Recipe, steps: int) -> tuple[str, list[Share], list[str]]:
+    """A title, the shares of the recipe's datasets in its first steps, and sentences on the fill of their packs."""
     plan, drawn = plan_and_draw(recipe, steps)
-    return f"Recipe {recipe.name}: the first {drawn.steps} of {recipe.train.steps} steps", shares_of(
-        recipe, plan, drawn
-    )
+    title = f"Recipe {recipe.name}: the first {drawn.steps} of {recipe.train.steps} steps"
+    return title, shares_of(recipe, plan, drawn), draw_summary(recipe, drawn)
 
 
 def page_path(html: Path, stage: str, num_stages: int) -> Path:
@@ -130,7 +129,7 @@ def main() -> None:
     tokenizer_dir = args.tokenizer or data_path(recipe.tokenizer if recipe else "raw/tokenizer")
     found = find(args.dir)
     console = Console(width=None if sys.stdout.isatty() else WIDE)
-    title, shares = mixture_of(recipe, args.steps) if recipe else ("", [])
+    title, shares, fill = mixture_of(recipe, args.steps) if recipe else ("", [], [])
     for stage, datasets in found.stages.items():
         facts = [facts_of(dataset) for dataset in datasets]
         rejects = rejects_table(facts)
@@ -142,9 +141,15 @@ def main() -> None:
                 where=args.dir,
                 datasets=facts,
                 samples=shown_samples(datasets, tokenizer_dir, args.num_samples),
+                thumbnails={
+                    (each.name, oddity.kind): thumbnails(dataset, oddity.shown)
+                    for dataset, each in zip(datasets, facts, strict=True)
+                    for oddity in each.oddities
+                },
                 unfinished=found.unfinished,
                 mixture=shares,
                 mixture_of=title,
+                mixture_fill=fill,
             )
             path = page_path(args.html, stage, len(found.stages))
             write_atomic(path, page)

@@ -4,10 +4,11 @@
     python tools/new_dataset.py train.json images/ --name mine   # a table, and the folder of its media
     python tools/new_dataset.py ~/photos --name mine --go        # build at once, and write the page with samples
 
-Layouts: ShareGPT, LLaVA, OpenAI, Qwen and ms-swift conversations; questions, answer options, captions, classes or
-points in JSON, JSON lines, CSV, parquet or Arrow, with paths, URLs or embedded images, or with videos; image folders
-with metadata; COCO; pictures beside .txt files; a folder for each class. Your files stay where they are: the raw folder
-gets links to them. What the data do not show is asked on a terminal, or answered with --choose.
+Layouts: ShareGPT, LLaVA, OpenAI, Qwen and ms-swift conversations; Alpaca instructions; questions, answer options,
+captions, classes or points in JSON, JSON lines, CSV, parquet or Arrow, with paths, URLs or embedded images, or with
+videos; image folders with metadata; COCO; pictures beside .txt files; a folder for each class. Your files stay where
+they are: the raw folder gets links to them. What the data do not show is asked on a terminal, or answered with
+--choose.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from molmo2.processing.new_tokenizer import train_demo_tokenizer
 from shards.atomic import write_atomic
 from shards.catalog import Row
 from shards.command import run
-from shards.convert.own_rows import OwnRow, find_rows, link_inputs, slug
+from shards.convert.layout_columns import UnsureError
+from shards.convert.own_rows import Found, OwnRow, find_rows, link_inputs, slug
 from shards.convert.reading import open_rows
-from shards.convert.recognise import UnsureError
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 3
@@ -64,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def rows_or_ask(name: str, folder: Path, inputs: Sequence[str], answers: dict[str, str]) -> list[OwnRow]:
+def rows_or_ask(name: str, folder: Path, inputs: Sequence[str], answers: dict[str, str]) -> Found:
     """Recognise the data; what they do not show is asked on a terminal.
 
     Raises:
@@ -199,9 +200,11 @@ def main() -> None:
     model = args.model or ("4b" if memories else "tiny")
     folder = data_path("raw") / args.name
     answers = dict(text.split("=", 1) for text in args.choose)
-    found = rows_or_ask(args.name, folder, link_inputs(args.paths, folder), answers)
+    found, unknown = rows_or_ask(args.name, folder, link_inputs(args.paths, folder), answers)
     for own in found:
         print(f"{own.row['name']}: {own.layout.name}, {own.num_train} to train on, {own.num_held_out} held out")
+    for table in unknown:
+        print(f"not used, because its layout is not known: {table}; docs/own-data.md has how to write a row for it")
     args.out.mkdir(parents=True, exist_ok=True)
     documents = {
         f"{args.name}.yaml": catalog_of(model, found, args.name),

@@ -28,7 +28,9 @@ def conversation(turns: Sequence[Turn], images: Sequence[Path], video: Path | No
 def answer(
     model: Molmo2, processor: Processor, example: Example, sampling: Sampling, max_new_tokens: int
 ) -> Iterator[str]:
-    """Generate the answer to the last question and yield it in pieces of text.
+    """Generate the answer to the last question and yield it in pieces of text, one after each token.
+
+    A piece is empty while a character is incomplete, so that the caller can stop after any token.
 
     Raises:
         RejectedError: media are unreadable, or the conversation is too long.
@@ -42,7 +44,8 @@ def answer(
         if token != tokenizer.eos:
             ids.append(token)
         text = tokenizer.decode(ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else the last character is incomplete
-            yield text[len(shown) :]
-            shown = text
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # the last character is incomplete
+            text = shown
+        yield text[len(shown) :]
+        shown = text
     yield tokenizer.decode(ids)[len(shown) :]

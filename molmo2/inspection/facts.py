@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from shards.build.claim import BUILD_NAME
 from shards.build.verify import find_datasets
-from shards.format import INDEX_NAME, REJECTS_NAME, DatasetIndex
+from shards.format import INDEX_NAME, REJECTS_NAME, REPORT_NAME, DatasetIndex
 from shards.storage.base import Storage
 from shards.storage.open import open_storage
 from shards.stream.dataset import Dataset, open_dataset
+from shards.stream.fill import Fill, expected_fill
 
 MOST_BINS = 24  # maximum number of bins of a histogram
 
@@ -55,11 +56,24 @@ class Reason:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Oddity:
+    """Something that was used and may be a mistake: how often, and the key of the first sample.
+
+    `shown`: pictures to show, as (number of the sample, number of its picture).
+    """
+
+    kind: str
+    number: int
+    first: str
+    shown: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetFacts:
     """The facts about one finished dataset. Its histograms count samples by their tokens, crops and frames.
 
     Tokens and crops are those of variant 0, as in the index's totals. `frames` is None if no sample has a frame.
-    `fingerprint` is the processor's.
+    `fingerprint` is the processor's. `fill` is None for a dataset of evaluation.
     """
 
     name: str
@@ -69,6 +83,8 @@ class DatasetFacts:
     crops: Histogram
     frames: Histogram | None
     reasons: tuple[Reason, ...]
+    oddities: tuple[Oddity, ...]
+    fill: Fill | None
 
     @property
     def num_faults(self) -> int:
@@ -126,6 +142,8 @@ def facts_of(dataset: Dataset) -> DatasetFacts:
         crops=histogram(_column(dataset, "num_crops")),
         frames=histogram(frames) if frames.any() else None,
         reasons=reasons_of(dataset.storage, index.totals.rejects),
+        oddities=oddities_of(dataset.storage),
+        fill=expected_fill(dataset),
     )
 
 
@@ -164,6 +182,23 @@ def reasons_of(storage: Storage, expected: int) -> tuple[Reason, ...]:
         reason = f"{REJECTS_NAME} has {len(lines)} lines, the index counts {expected}"
         reasons += (Reason(reason=reason, omitted=False, num_examples=missing, example=""),)
     return reasons
+
+
+def oddities_of(storage: Storage) -> tuple[Oddity, ...]:
+    """The oddities in the report of a dataset's build; empty without a report."""
+    try:
+        listed = json.loads(storage.read(REPORT_NAME)).get("oddities", {})
+    except FileNotFoundError:
+        return ()
+    return tuple(
+        Oddity(
+            kind=kind,
+            number=found["number"],
+            first=found["first"],
+            shown=tuple((sample, picture) for sample, picture in found.get("shown", ())),
+        )
+        for kind, found in listed.items()
+    )
 
 
 def count_reasons(rejects: Iterable[dict[str, Any]]) -> tuple[Reason, ...]:

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from molmo2.inspection.facts import InspectionError
-from molmo2.processing.pictures import COLOURS, MOST_FRAMES, Picture, pictures_of
+from molmo2.processing.pictures import COLOURS, MOST_FRAMES, SMALL, Picture, pictures_of, to_picture
 from molmo2.processing.tokenizer import Tokenizer
 from shards.format import FormatError, tar_members
 from shards.layout import VisualLayout, visual_tokens
 from shards.stream.dataset import Dataset
-from shards.stream.plan import draws_of
+from shards.stream.plan import Draw, draws_of
 from shards.stream.reader import ReadError, StoredSample, check_span, parse_sample
 
 WEIGHT_LEVELS = 5  # number of shades for loss weights on a page
@@ -91,9 +91,7 @@ def view_sample(dataset: Dataset, number: int, tokenizer: Tokenizer) -> SampleVi
     draw = draws_of(dataset, np.array([number]))[0]
     where = f"{dataset.index.shards[draw.shard].name}.tar, sample {draw.row}"
     try:
-        span = dataset.storage.read(f"{dataset.index.shards[draw.shard].name}.tar", draw.offset, draw.span)
-        check_span(span, draw)
-        stored = parse_sample(span, draw.variant)
+        span, stored = _read(dataset, draw)
     except (ReadError, FormatError, OSError) as error:
         return SampleView(key=where, damage=f"{error}; run tools/verify_shards.py, and fetch or build it again")
     record = json.loads(bytes(tar_members(span)[f"{stored.key}.json"]))
@@ -117,6 +115,29 @@ def view_sample(dataset: Dataset, number: int, tokenizer: Tokenizer) -> SampleVi
         pictures=pictures,
         branches=branches,
     )
+
+
+def thumbnails(dataset: Dataset, places: Sequence[tuple[int, int]]) -> tuple[Picture, ...]:
+    """Small pictures with the keys of their samples, each given as the sample's number and the picture's number in it.
+
+    A picture that cannot be read, or that its sample does not show, is left out.
+    """
+    pictures = list[Picture]()
+    for number, picture in places:
+        try:
+            _, stored = _read(dataset, draws_of(dataset, np.array([number]))[0])
+        except (ReadError, FormatError, OSError):
+            continue
+        if picture < len(stored.visuals):
+            jpeg = bytes(stored.images[stored.visuals[picture]["canvas"]])
+            pictures.append(to_picture(jpeg, stored.key, SMALL))
+    return tuple(pictures)
+
+
+def _read(dataset: Dataset, draw: Draw) -> tuple[bytes, StoredSample]:
+    span = dataset.storage.read(f"{dataset.index.shards[draw.shard].name}.tar", draw.offset, draw.span)
+    check_span(span, draw)
+    return span, parse_sample(span, draw.variant)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ class Built:
         num_made: number of shards that this run built.
         num_kept: number of its shards that earlier runs had finished.
         unmatched_skips: items of the catalog's `skip` that no row has, after a run of the whole dataset.
-        oddities: what is odd about pictures and answers, after such a run: kind -> number and first key.
+        oddities: what is odd about what was used, after such a run, as `merge_oddities` returns it.
     """
 
     index: DatasetIndex | None
@@ -157,7 +157,7 @@ def build_dataset(
                 )
             ordered = [parts[task.name] for task in tasks]
             unmatched = unmatched_skips(row, raw, (reject["reason"] for part in ordered for reject in part.rejects))
-            oddities = merge_oddities(part.oddities for part in ordered)
+            oddities = merge_oddities((part.shard["samples"], part.oddities) for part in ordered)
             _write_rejects(storage, ordered)
             index = _index(row, stage, settings, processor, build, ordered)
             if index.totals.samples == 0:

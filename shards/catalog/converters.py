@@ -123,7 +123,9 @@ class ImageChoiceOptions(ConverterOptions):
     Attributes:
         style: style of a question with options.
         open_style: style of a question without options; None leaves such a question out.
-        answer: form of the answer: "index", "letter" ("B", "(B) ...") or "text" (equal to an option).
+        answer: form of the answer: "index" (counted from `first`), "letter" ("B", "(B) ...") or "text" (equal to an
+            option).
+        first: number of the first option.
         embedded: the options are the last lines of the question.
         cut: regular expression of what is removed from the question, before its options are split off.
         named_images: "<image 2>", or the second "<image>", becomes "Image 2".
@@ -135,6 +137,7 @@ class ImageChoiceOptions(ConverterOptions):
     style: str
     open_style: str | None = None
     answer: Literal["index", "letter", "text"] = "index"
+    first: int = 0
     embedded: bool = False
     cut: str | None = None
     named_images: bool = False
@@ -354,7 +357,7 @@ def _problems(row: Row, styles: Collection[str]) -> Iterator[str]:
         for problem in error.errors():
             yield _option_problem(row, model, problem)
     else:
-        yield from style_problems(row.options, styles)
+        yield from style_problems(row.converter, row.options, row.columns, styles)
     in_media = {name for text in row.media for _, name, _, _ in string.Formatter().parse(text) if name}
     for field, column in row.columns.items():
         if not model.reads(field) and column not in in_media:

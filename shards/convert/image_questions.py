@@ -74,7 +74,7 @@ def image_choice(group: Group, options: ImageChoiceOptions) -> Iterator[Example 
             if not text:
                 raise RejectedError("an empty question or answer")
             return Text(style=options.open_style, question=question, answer=text)
-        right = right_option(options.answer, answer, texts)
+        right = right_option(options.answer, answer, texts, options.first)
         if not texts[right]:
             raise RejectedError("the right option is missing")
         present = [number for number, text in enumerate(texts) if text]

@@ -12,17 +12,10 @@ from typing import Any, NamedTuple
 
 from shards.atomic import write_atomic
 from shards.catalog import Row, TableFormat
+from shards.convert.layout_columns import IMAGE_SUFFIXES, Answers, Layout, split_and_stem, values_of
 from shards.convert.reading import open_rows, stage_groups
-from shards.convert.recognise import (
-    IMAGE_SUFFIXES,
-    Answers,
-    Layout,
-    coco,
-    recognise_folder,
-    recognise_rows,
-    split_and_stem,
-    values_of,
-)
+from shards.convert.recognise import coco, numbered_classes, recognise_folder, recognise_rows
+from shards.sources.class_names import class_names
 from shards.sources.content import COMPRESSED_SUFFIXES
 from shards.sources.parquet import SourceError
 from shards.sources.paths import is_system_file
@@ -46,6 +39,13 @@ class OwnRow:
     row: dict[str, Any]
     num_train: int
     num_held_out: int
+
+
+class Found(NamedTuple):
+    """The datasets that were found, and the tables that are not used because their layout is not known, in words."""
+
+    rows: list[OwnRow]
+    unknown: list[str]
 
 
 class OwnTable(NamedTuple):
@@ -84,7 +84,7 @@ def link_inputs(paths: Sequence[Path], folder: Path) -> list[str]:
     return names
 
 
-def find_rows(name: str, folder: Path, inputs: Sequence[str], answers: Answers) -> list[OwnRow]:
+def find_rows(name: str, folder: Path, inputs: Sequence[str], answers: Answers) -> Found:
     """Recognise what the inputs hold.
 
     Args:
@@ -107,16 +107,16 @@ def find_rows(name: str, folder: Path, inputs: Sequence[str], answers: Answers) 
     if tables:
         found = _of_tables(name, folder, inputs, tables, base, answers)
     else:
-        found = _of_folder(name, folder, files, base)
-    if not found:
+        found = Found(_of_folder(name, folder, files, base), [])
+    if not found.rows:
         pictures = sum(file.lower().endswith(IMAGE_SUFFIXES) for file in files)
         table = next((splits.get("train", splits.get("validation", "")) for splits in tables.values()), "")
-        what = f"columns of {table}: {', '.join(_columns(folder, table))}" if table else f"{pictures} pictures"
+        what = _columns_text(folder, table) if table else f"{pictures} pictures"
         raise ValueError(
             f"{', '.join(inputs) or folder}: no known layout ({len(files)} files; {what}). Known: conversations; an "
             "image or a video with question and answer, with options, a caption, a class, or points and a label; "
-            "COCO; pictures beside .txt files; a folder for each class. Anything else needs a catalog row that is "
-            "written by hand: docs/own-data.md"
+            "instructions (Alpaca); COCO; pictures beside .txt files; a folder for each class. Anything else needs a "
+            "catalog row that is written by hand: docs/own-data.md"
         )
     return found
 
@@ -128,14 +128,16 @@ def _of_tables(
     tables: dict[str, dict[str, str]],
     base: dict[str, Any],
     answers: Answers,
-) -> list[OwnRow]:
-    found = []
+) -> Found:
+    found = Found([], [])
     for stem, splits in tables.items():
         if "train" not in splits:
             splits = {"train": splits["validation"]}
         layouts = {split: _table_layout(folder, file, answers) for split, file in splits.items()}
+        found.unknown.extend(_columns_text(folder, splits[split]) for split, side in layouts.items() if not side.layout)
         if (layout := layouts["train"].layout) is None:
             continue
+        splits = {split: file for split, file in splits.items() if layouts[split].layout is not None}
         keys = {**base, **layout.keys, **layouts["train"].form, "files": splits}
         if (place := _media_base(folder, inputs, splits["train"], layouts["train"])) is not None:
             keys["media"] = f"{place}{{value}}"
@@ -144,7 +146,9 @@ def _of_tables(
             made = {split: side.layout.rows for split, side in layouts.items() if side.layout is not None}
             keys["files"] = {split: _write(folder, f"{own}-{split}", rows) for split, rows in made.items()}
             keys.pop("table", None)
-        found.append(_own_row(own, folder, layout, keys))
+        if layout.classes:
+            keys["lookups"] = [{**layout.keys["lookups"][0], "files": _write(folder, f"{own}-classes", layout.classes)}]
+        found.rows.append(_own_row(own, folder, layout, keys))
     return found
 
 
@@ -192,6 +196,11 @@ def _table_layout(folder: Path, pattern: str, answers: Answers) -> OwnTable:
         form = {"table": {"records": lists[0]}} if len(lists) == 1 else {}
     table = open_table(folder, pattern, (), TableFormat(**form.get("table", {})))
     found = recognise_rows(table.first(SEEN), answers)
+    if found is None:
+        try:
+            found = numbered_classes(table.first(SEEN), class_names(table.files[0]))
+        except ValueError as error:
+            raise ValueError(f"{pattern}: {error}") from None
     if found is not None and found.rows:  # they are written as a table, so all of them are needed
         found = recognise_rows(table.first(len(table)), answers)
     return OwnTable(found, form)
@@ -211,8 +220,9 @@ def _document(path: Path) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def _columns(folder: Path, pattern: str) -> list[str]:
-    return list(dict.fromkeys(name for row in open_table(folder, pattern, ()).first(SEEN) for name in row))
+def _columns_text(folder: Path, pattern: str) -> str:
+    names = dict.fromkeys(name for row in open_table(folder, pattern, ()).first(SEEN) for name in row)
+    return f"columns of {pattern}: {', '.join(names)}"
 
 
 def _media_base(folder: Path, inputs: Sequence[str], table: str, own_table: OwnTable) -> str | None:

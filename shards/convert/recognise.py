@@ -9,112 +9,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from shards.convert.common import xy_pairs
-from shards.sources.media_files import VIDEO_SUFFIXES
+from shards.convert.answer_options import listed
+from shards.convert.common import text_of, xy_pairs
+from shards.convert.layout_columns import (
+    IMAGE_SUFFIXES,
+    NAMES,
+    Answers,
+    Layout,
+    Rows,
+    chosen,
+    find_column,
+    media_column,
+    values_of,
+)
 
-Rows = Sequence[Mapping[str, Any]]
-Answers = Mapping[str, str]
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-# what a column holds -> its names in published data, the likeliest first
-NAMES: dict[str, tuple[str, ...]] = {
-    "messages": ("messages", "conversations", "conversation"),
-    "image": ("image", "images", "image_path", "image_file", "img", "img_path", "picture", "photo", "image_url"),
-    "video": ("video", "videos", "video_path", "video_file", "clip"),
-    "path": ("file_name", "filename", "file", "path", "filepath", "url", "id"),
-    "question": ("question", "query", "prompt", "instruction", "problem"),
-    "answer": ("answer", "answers", "response", "output", "solution", "multiple_choice_answer"),
-    "options": ("options", "choices", "candidates"),
-    "points": ("points", "point", "coordinates"),
-    "caption": ("caption", "captions", "text", "description", "sentence", "prompt"),
-    "label": ("label", "class", "category", "class_name", "label_name"),
-    "start": ("start", "start_time", "begin"),
-    "end": ("end", "end_time", "stop"),
-}
 STYLES = ["pointing", "point_count"]
 MAX_POINTS = 60
 CLASS_QUESTION = "What does the picture show?"
-_SPLIT = re.compile(
-    r"(?:^|(?<=[-_./]))(train|training|val|valid|validation|dev|test)(?:\d*)(?=[-_./]|$)", re.IGNORECASE
-)
-_PART = re.compile(r"-\d{5}-of-\d{5}")
-
-
-class UnsureError(ValueError):
-    """The data do not show something that must be known: its name, a question to the user, and the possible answers."""
-
-    def __init__(self, name: str, question: str, choices: Sequence[str]) -> None:
-        super().__init__(f"{question} ({', '.join(choices)}); answer with --choose {name}={choices[0]}")
-        self.name, self.question, self.choices = name, question, tuple(choices)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """A recognised layout.
-
-    Attributes:
-        name: the layout in words.
-        keys: keys of the catalog row: converter, columns, options and others that depend on the layout.
-        media: "image", "video" or "text": what the examples show.
-        media_column: column with the path, URL or bytes of an image or a video; None: in the messages, or none.
-        rows: the rows of a table that must be written first, because the data have none for this purpose.
-    """
-
-    name: str
-    keys: dict[str, Any]
-    media: str = "image"
-    media_column: str | None = None
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-
-def split_and_stem(path: str) -> tuple[str, str]:
-    """The split that the name of a table or folder says, "train" or "validation", and the name without it.
-
-    Example:
-        "data/val-00000-of-00002.parquet" -> ("validation", "data/.parquet")
-    """
-    name = _PART.sub("", path)
-    found = _SPLIT.search(name)
-    held_out = found is not None and not found[1].lower().startswith("train")
-    stem = name if found is None else name[: found.start()] + name[found.end() :]
-    return "validation" if held_out else "train", stem
-
-
-def values_of(rows: Rows, column: str) -> list[Any]:
-    """The values of a column that are not missing; the items of lists in place of lists."""
-    values = [row.get(column) for row in rows]
-    return [item for value in values for item in (value if isinstance(value, list) else [value]) if item is not None]
-
-
-def is_media(value: Any, suffixes: Sequence[str]) -> bool:
-    """Whether a value is an image or a video by its suffix, or embedded bytes, or a URL of data."""
-    if isinstance(value, Mapping):
-        return isinstance(value.get("bytes"), bytes) or is_media(value.get("path") or value.get("url"), suffixes)
-    if isinstance(value, bytes):
-        return suffixes is IMAGE_SUFFIXES
-    text = str(value).partition("?")[0].lower()
-    return text.endswith(tuple(suffixes)) or (suffixes is IMAGE_SUFFIXES and text.startswith("data:image/"))
-
-
-def find_column(rows: Rows, kind: str) -> str | None:
-    """The column with the likeliest of the names of a kind."""
-    present = {name.lower(): name for row in rows for name in row}
-    return next((present[name] for name in NAMES[kind] if name in present), None)
-
-
-def media_column(rows: Rows, kind: str) -> str | None:
-    """The column with images or videos: by its name and its values."""
-    suffixes = IMAGE_SUFFIXES if kind == "image" else VIDEO_SUFFIXES
-    present = {name.lower(): name for row in rows for name in row}
-    for name in (*NAMES[kind], *NAMES["path"]):
-        values = values_of(rows, present[name]) if name in present else []
-        if values and all(is_media(value, suffixes) for value in values):
-            return present[name]
-    return None
 
 
 def conversations(rows: Rows, answers: Answers) -> Layout | None:
@@ -135,6 +49,38 @@ def conversations(rows: Rows, answers: Answers) -> Layout | None:
     return Layout(
         name=f"conversations ({shape})", keys=keys, media=media, media_column=columns.get("image", columns.get("video"))
     )
+
+
+def instructions(rows: Rows, answers: Answers) -> Layout | None:
+    """Alpaca: instruction, input and output, with a system message and earlier turns if there are any.
+
+    Instructions about media are such only if there is an input; the others are questions and answers.
+    """
+    image, video = media_column(rows, "image"), media_column(rows, "video")
+    if not {"instruction", "output"} <= {name for row in rows for name in row}:
+        return None
+    if (image or video) and not any(row.get("input") for row in rows):
+        return None
+    if video or (image and not all(isinstance(value, str) for value in values_of(rows, image))):
+        raise ValueError("instruction, input and output with a video or an embedded image: join instruction and input")
+    media = "image" if image else "text"
+    columns = {"messages": "messages"} | ({"image": "image"} if image else {})
+    return Layout(
+        name="instructions (Alpaca)",
+        keys={"converter": "chat", "columns": columns, "options": {"style": "user_qa" if image else "text_sft"}},
+        media=media,
+        media_column=columns.get("image"),
+        rows=[{"messages": _turns(row)} | ({"image": row.get(image)} if image else {}) for row in rows],
+    )
+
+
+def _turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The messages of a row of Alpaca."""
+    asked = "\n".join(filter(None, map(text_of, (row.get("instruction"), row.get("input")))))
+    turns = [("system", row.get("system"))]
+    for question, answer in (*(row.get("history") or ()), (asked, row.get("output"))):
+        turns += [("user", question), ("assistant", answer)]
+    return [{"role": role, "content": text_of(text)} for role, text in turns if role != "system" or text]
 
 
 def points(rows: Rows, answers: Answers) -> Layout | None:
@@ -165,13 +111,7 @@ def _scale(pairs: Sequence[tuple[float, float]], answers: Answers) -> str:
     if largest > 1000:
         return "pixel"
     choices = ("percent", "pixel", "thousand") if largest <= 100 else ("pixel", "thousand")
-    return _chosen("scale", f"Coordinates up to {largest:g}: in which unit are the points?", choices, answers)
-
-
-def _chosen(name: str, question: str, choices: Sequence[str], answers: Answers) -> str:
-    if answers.get(name) not in choices:
-        raise UnsureError(name, question, choices)
-    return answers[name]
+    return chosen("scale", f"Coordinates up to {largest:g}: in which unit are the points?", choices, answers)
 
 
 def multiple_choice(rows: Rows, answers: Answers) -> Layout | None:
@@ -185,20 +125,38 @@ def multiple_choice(rows: Rows, answers: Answers) -> Layout | None:
         form = "text"
     elif all(re.fullmatch(r"\(?[A-Za-z]\)?[.:]?", str(value)) for value in given):
         form = "letter"
-    elif all(isinstance(value, int) for value in given):
+    elif all(re.fullmatch(r"\d+", str(value)) for value in given):
         form = "index"
     else:
-        form = _chosen(
+        form = chosen(
             "answer", f"Column {answer}: how is the right option given?", ("index", "letter", "text"), answers
         )
     columns = {"question": question, "options": options, "answer": answer}
     if image:
-        keys = {"converter": "image_choice", "columns": {"image": image, **columns}}
+        keys: dict[str, Any] = {"converter": "image_choice", "columns": {"image": image, **columns}}
         keys["options"] = {"style": "user_qa", "answer": form}
     else:
         keys = {"converter": "video_qa", "columns": {"video": video, **columns, **_clip(rows)}}
         keys["options"] = {"ask": ["choice"], "answer": form}
+    if form == "index" and (first := _first_index([(row.get(options), row.get(answer)) for row in rows], answers)):
+        keys["options"]["first"] = first
     return Layout(name="multiple choice", keys=keys, media="image" if image else "video", media_column=image or video)
+
+
+def _first_index(pairs: Iterable[tuple[Any, Any]], answers: Answers) -> int:
+    """Whether options are counted from 0 or 1, by pairs of the options and the number of the right one.
+
+    Raises:
+        UnsureError: no row shows it.
+        ValueError: some rows count from 0 and others from 1.
+    """
+    numbers = [(len(listed(options)), int(number)) for options, number in pairs if str(number).isdecimal()]
+    from_0, from_1 = (any(number == 0 for _, number in numbers), any(number == count for count, number in numbers))
+    if from_0 and from_1:
+        raise ValueError("the right options are counted from 0 in some rows and from 1 in others: make them alike")
+    if from_0 or from_1:
+        return int(from_1)
+    return int(chosen("first", "Which number does the first answer option have?", ("0", "1"), answers))
 
 
 def _clip(rows: Rows) -> dict[str, str]:
@@ -235,10 +193,42 @@ def captions(rows: Rows, answers: Answers) -> Layout | None:
 
 def classes(rows: Rows, answers: Answers) -> Layout | None:
     """A class for each image, by its name; the question is added in a table of its own."""
-    label, image = find_column(rows, "label"), media_column(rows, "image")
-    if not label or not image or not all(isinstance(value, str) for row in rows for value in (row[image], row[label])):
+    image = media_column(rows, "image")
+    present = {name.lower(): name for row in rows for name in row}
+    named = [present[name] for name in NAMES["label"] if name in present]
+    label = next((name for name in named if all(_is_name(row.get(name)) for row in rows)), None)
+    if not label or not image or not all(isinstance(row[image], str) for row in rows):
         return None
     return _class_layout("classes of images", [(row[image], row[label]) for row in rows])
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and not re.fullmatch(r"-?\d+", value)
+
+
+def numbered_classes(rows: Rows, names: Mapping[str, Sequence[str]]) -> Layout | None:
+    """A class for each image, by its number; `names`: column -> names of the classes that the table itself lists.
+
+    Raises:
+        ValueError: the names of the classes are not known.
+    """
+    label, image = find_column(rows, "label"), media_column(rows, "image")
+    values = values_of(rows, label) if label else []
+    if not label or not image or not values or not all(re.fullmatch(r"-?\d+", str(value)) for value in values):
+        return None
+    if label not in names:
+        raise ValueError(
+            f"column {label} holds numbers of classes ({values[0]}, ...), and no names are given for them: add a "
+            "column class_name with the names, or put the pictures into a folder for each class"
+        )
+    classes = [
+        {"label": number, "question": CLASS_QUESTION, "answer": name.replace("_", " ")}
+        for number, name in enumerate(names[label])
+    ]
+    columns = {"image": image, "question": "class.question", "answer": "class.answer"}
+    keys: dict[str, Any] = {"converter": "image_qa", "columns": columns, "options": {"style": "user_qa"}}
+    keys["lookups"] = [{"name": "class", "key": "label", "column": label}]
+    return Layout(name="numbered classes of images", keys=keys, media_column=image, classes=classes)
 
 
 def _class_layout(name: str, pairs: Iterable[tuple[str, str]]) -> Layout:
@@ -304,6 +294,7 @@ def _stem(name: str) -> str:
 
 TABLE_LAYOUTS: tuple[Callable[[Rows, Answers], Layout | None], ...] = (
     conversations,
+    instructions,
     points,
     multiple_choice,
     questions,

@@ -1,5 +1,6 @@
 """`tools/new_dataset.py` and the pages that show it: from a folder of pictures to a catalog, a recipe and a page."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from fork_server import python
 
 from molmo2.config import load_recipe
 from shards.catalog import load_catalog
-from shards.convert.recognise import UnsureError
+from shards.convert.layout_columns import UnsureError
 from tools import new_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,3 +87,19 @@ def test_go_builds_both_stages_and_writes_the_page(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Picture" in (tmp_path / "mine.html").read_text()
     assert all((tmp_path / f"data/shards/{stage}/mine/index.json").exists() for stage in ("sft", "eval"))
+
+
+def test_a_table_that_is_not_used_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "given"
+    folder.mkdir()
+    rows = [{"instruction": "Count.", "input": str(n), "output": f"{n}."} for n in range(9)]
+    (folder / "alpaca.json").write_text(json.dumps(rows))
+    (folder / "sizes.csv").write_text("colour,size\nred,3\n")
+    run_tool(monkeypatch, tmp_path, str(folder), "--name", "mine", "--model", "tiny")
+    printed = capsys.readouterr().out
+    assert "mine-alpaca: instructions (Alpaca), " in printed
+    assert (
+        "not used, because its layout is not known: columns of given/sizes.csv: colour, size; docs/own-data" in printed
+    )

@@ -87,6 +87,7 @@ def test_points_of_an_answer_are_listed() -> None:
         (["--image", "none.png"], "chat: no such file: none.png"),
         (["--temperature", "-1"], "chat: temperature -1.0 and top_p 1.0"),
         (["--video", "setup.cfg"], "chat: "),
+        (["--web", "--temperature", "3"], "chat: --web: temperature: Input should be less than or equal to 2"),
     ],
 )
 def test_mistakes_are_told_in_one_line(folder: Path, options: list[str], told: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from molmo2.chat.web_page import ChatRequest, ChatServer, lines_of
+from molmo2.chat.web_page import AnswerOptions, ChatRequest, ChatServer, lines_of
 
 QUESTION = {"turns": [{"role": "user", "text": "what?"}]}
 
@@ -23,13 +23,13 @@ def failing(error: Exception) -> Any:
 
 @pytest.mark.parametrize("error", [RuntimeError, AttributeError, KeyError, NotImplementedError, MemoryError, OSError])
 def test_any_error_of_an_answer_is_told(error: type[Exception]) -> None:
-    lines = list(lines_of(failing(error("odd file")), ChatRequest.model_validate(QUESTION)))
+    lines = list(lines_of(failing(error("odd file")), ChatRequest.model_validate(QUESTION), AnswerOptions()))
     assert lines[0] == {"text": "half "} and "odd file" in lines[1]["error"] and len(lines) == 2
 
 
 @pytest.mark.parametrize("length", ["\u00b2", "-1", "+5", "1_0", "9" * 5000, "0x5", ""])
 def test_odd_lengths_are_refused(length: str) -> None:
-    server = ChatServer(failing(OSError("unused")), 0)
+    server = ChatServer(failing(OSError("unused")), 0, AnswerOptions())
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)

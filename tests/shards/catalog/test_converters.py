@@ -18,6 +18,7 @@ from catalog_cases import cases, catalog, image, write_raw
 import shards.convert
 from shards.catalog import CatalogError, Row, load_catalog
 from shards.catalog.converters import CONVERTER_OPTIONS, converter_problems
+from shards.catalog.styles import KINDS, STYLE_OPTIONS, STYLES, USES
 from shards.convert import CONVERTERS
 from shards.convert.common import Group
 from shards.convert.reading import convert, open_rows, read_groups
@@ -126,6 +127,57 @@ def test_an_unknown_style_is_refused_unless_the_catalog_has_it(
     content = {"preset": "tiny", "tokenizer": "t", "stages": {}, "rows": [row]}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**content, "styles": ["usr_qaa", "okvqq", "point_cuont"]}))
     assert load_catalog(str(tmp_path / "mine.yaml")).rows[0].options == options
+
+
+IMAGE_POINTS = {"scale": "percent", "max_points": 9}
+
+
+@pytest.mark.parametrize(
+    ("converter", "columns", "options", "message"),
+    [
+        (
+            "image_points",
+            {"image": "i", "label": "l"},
+            {**IMAGE_POINTS, "styles": ["pointing", "video_point_count"]},
+            "options.styles: style 'video_point_count' is one of points in a video, and converter image_points has "
+            "points in an image; did you mean 'point_count'? use cosyn_point, count, ",
+        ),
+        (
+            "image_caption",
+            {"image": "i", "caption": "c"},
+            {"style": "video_long_caption"},
+            "options.style: style 'video_long_caption' is one of texts about a video, and converter image_caption has "
+            "captions of images; did you mean 'long_caption'? use long_caption, short_caption, transcript",
+        ),
+        ("image_caption", {"image": "i", "caption": "c"}, {"style": "user_qa"}, "options.style: style 'user_qa' is"),
+        ("image_qa", QA, {"style": "pointing"}, "options.style: style 'pointing' is one of points in an image, and"),
+        ("image_qa", QA, {"style": "science_qa"}, "options.style: style 'science_qa' is one of answer options, and"),
+        (
+            "image_choice",
+            QA,
+            {"style": "science_qa", "open_style": "a_okvqa_mc"},
+            "options.open_style: style 'a_okvqa_mc' is one of answer options, and converter image_choice has "
+            "questions or captions of images; did you mean 'a_okvqa_da'? docs/reference-styles.md lists all",
+        ),
+    ],
+)
+def test_a_style_of_another_kind_is_refused_with_the_nearest_that_suits(
+    tmp_path: Path, converter: str, columns: dict[str, str], options: dict[str, Any], message: str
+) -> None:
+    row = row_of(converter, columns, options)
+    with pytest.raises(CatalogError, match=re.escape(f"row mine: {message}")):
+        load(tmp_path, row)
+
+
+def test_captions_with_questions_of_their_own_take_styles_of_questions(tmp_path: Path) -> None:
+    columns = {"image": "i", "caption": "c", "question": "q"}
+    load(tmp_path, row_of("image_caption", columns, {"style": "user_qa"}))
+
+
+def test_every_converter_with_styles_has_its_kinds() -> None:
+    with_styles = {name for name, model in CONVERTER_OPTIONS.items() if {*STYLE_OPTIONS} & {*model.model_fields}}
+    assert {use.partition(".")[0] for use in USES} == with_styles
+    assert sum(map(len, KINDS.values())) == len(STYLES)  # a style is of one kind
 
 
 def test_unknown_settings_of_a_catalog_are_refused_with_the_nearest(tmp_path: Path) -> None:

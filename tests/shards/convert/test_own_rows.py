@@ -17,8 +17,9 @@ from catalog_cases import image, video
 
 from shards.build.builder import build_dataset
 from shards.catalog import Row, load_catalog
+from shards.convert.layout_columns import UnsureError
 from shards.convert.own_rows import OwnRow, find_rows, link_inputs
-from shards.convert.recognise import UnsureError
+from shards.convert.reading import convert_or_reject, open_rows, read_groups, stage_groups
 from shards.stream.loader import make_loader
 from shards.stream.mixture import MixtureSpec
 from shards.stream.plan import Cursor, PlanSettings, open_plan
@@ -102,6 +103,46 @@ def class_folders(folder: Path) -> None:
     pictures(folder / "val/flag", "{}-c.png")
 
 
+def alpaca(folder: Path) -> None:
+    rows = [{"instruction": "Say the number.", "input": str(n), "output": f"It is {n}."} for n in range(NUMBER)]
+    (folder / "alpaca_data.json").write_text(json.dumps(rows))
+
+
+def alpaca_with_pictures(folder: Path) -> None:
+    names = pictures(folder)
+    rows = [{"instruction": "Which colour?", "input": "One word.", "output": "Red.", "image": name} for name in names]
+    (folder / "alpaca_data.json").write_text(json.dumps(rows))
+
+
+def class_numbers(folder: Path) -> None:
+    """A dataset of the hub with embedded pictures and numbers of classes, whose names are in the schema."""
+    names = pictures(folder / ".source")
+    columns = {
+        "image": [{"bytes": (folder / ".source" / name).read_bytes(), "path": name} for name in names],
+        "label": [number % 2 for number in range(NUMBER)],
+    }
+    features = {"image": {"_type": "Image"}, "label": {"names": ["red_field", "flag"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), folder / "train-00000-of-00001.parquet")
+
+
+def class_numbers_in_arrow(folder: Path) -> None:
+    class_numbers(folder)
+    path = folder / "train-00000-of-00001.parquet"
+    table = pq.read_table(path)
+    with pa.ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    path.unlink()
+
+
+def options_from_one(folder: Path) -> None:
+    names, options = pictures(folder), ["blue", "red", "green"]
+    rows = [
+        {"image": name, "question": "Colour?", "options": options, "answer": 1 + n % 3} for n, name in enumerate(names)
+    ]
+    write_lines(folder / "choices.jsonl", rows)
+
+
 def csv_with_paths(folder: Path) -> None:
     names = pictures(folder, "pictures/{}.png")
     with open(folder / "labels.csv", "w", newline="") as file:
@@ -140,6 +181,11 @@ LAYOUTS = [
     (texts_beside, NUMBER, "image_caption"),
     (class_folders, 3 * NUMBER, "image_qa"),
     (csv_with_paths, NUMBER, "image_qa"),
+    (alpaca, NUMBER, "chat"),
+    (alpaca_with_pictures, NUMBER, "chat"),
+    (class_numbers, NUMBER, "image_qa"),
+    (class_numbers_in_arrow, NUMBER, "image_qa"),
+    (options_from_one, NUMBER, "image_choice"),
     (coco, NUMBER, "image_points"),
     pytest.param(videos, NUMBER, "video_qa", marks=pytest.mark.slow),  # decoding starts a process
 ]
@@ -147,7 +193,7 @@ LAYOUTS = [
 
 def found_in(folder: Path, tmp_path: Path, **answers: str) -> list[OwnRow]:
     raw = tmp_path / "raw/mine"
-    return find_rows("mine", raw, link_inputs([folder], raw), answers)
+    return find_rows("mine", raw, link_inputs([folder], raw), answers).rows
 
 
 @pytest.mark.parametrize(("write", "number", "converter"), LAYOUTS, ids=lambda value: getattr(value, "__name__", None))
@@ -182,7 +228,7 @@ def test_media_in_another_folder_are_found_and_missing_ones_are_told(tmp_path: P
     raw = tmp_path / "raw/mine"
     with pytest.raises(ValueError, match=r"qa.jsonl: 'deep/0.png' is in none of tables/.*another PATH"):
         find_rows("mine", raw, link_inputs([tables / "qa.jsonl"], raw), {})
-    (own,) = find_rows("mine", raw, link_inputs([tables / "qa.jsonl", media], raw), {})
+    (own,) = find_rows("mine", raw, link_inputs([tables / "qa.jsonl", media], raw), {}).rows
     assert own.row["media"] == "media/{value}" and own.row["metric"] == "exact_match"
     assert own.row["media_roots"] == sorted([str(media), str(tables)])
     with pytest.raises(ValueError, match="no such file or folder"):
@@ -207,3 +253,37 @@ def test_several_tables_are_several_rows_and_unknown_ones_are_told(tmp_path: Pat
     pictures(tmp_path / "bare")
     with pytest.raises(ValueError, match=r"no known layout \(8 files; 8 pictures\)"):
         found_in(tmp_path / "bare", tmp_path)
+
+
+def test_unknown_tables_beside_known_ones_are_named(tmp_path: Path) -> None:
+    folder, raw = tmp_path / "given", tmp_path / "raw/mine"
+    rows = [{"image": name, "question": "Colour?", "answer": "Red."} for name in pictures(folder)]
+    write_lines(folder / "qa-train.jsonl", rows)
+    write_lines(folder / "qa-val.jsonl", [{"colour": "red"}])
+    write_lines(folder / "sizes.jsonl", [{"colour": "red", "size": 3}])
+    found = find_rows("mine", raw, link_inputs([folder], raw), {})
+    assert found.unknown == ["columns of given/qa-val.jsonl: colour", "columns of given/sizes.jsonl: colour, size"]
+    (own,) = found.rows
+    assert own.row["files"] == {"train": "given/qa-train.jsonl"} and own.num_held_out > 0
+
+
+def test_the_right_class_and_option_are_trained(tmp_path: Path) -> None:
+    answers = {}
+    for write in (class_numbers, options_from_one):
+        folder, raw = tmp_path / write.__name__, tmp_path / "raw" / write.__name__
+        folder.mkdir()
+        write(folder)
+        (own,) = find_rows("mine", raw, link_inputs([folder], raw), {}).rows
+        row = Row.model_validate({**own.row, "held_out": 0, "stages": ["sft"], "metric": None})
+        table = open_rows(row, "sft", raw)
+        groups = read_groups(row, "sft", raw, table, stage_groups(row, "sft", table))
+        answers[write] = [item.annotations[0] for group in groups for item in convert_or_reject(group)]  # type: ignore[union-attr]
+    assert [text.answer for text in answers[class_numbers]] == ["red field", "flag"] * (NUMBER // 2)  # type: ignore[union-attr]
+    assert [choice.answer for choice in answers[options_from_one]] == [n % 3 for n in range(NUMBER)]  # type: ignore[union-attr]
+
+
+def test_numbers_of_classes_without_names_end_the_command(tmp_path: Path) -> None:
+    rows = [{"image": name, "label": 3} for name in pictures(tmp_path / "given")]
+    write_lines(tmp_path / "given/labels.jsonl", rows)
+    with pytest.raises(ValueError, match=r"given/labels.jsonl: column label holds numbers of classes \(3, ...\)"):
+        found_in(tmp_path / "given", tmp_path)

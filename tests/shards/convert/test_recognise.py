@@ -6,14 +6,8 @@ from typing import Any
 
 import pytest
 
-from shards.convert.recognise import (
-    Layout,
-    UnsureError,
-    coco,
-    recognise_folder,
-    recognise_rows,
-    split_and_stem,
-)
+from shards.convert.layout_columns import Layout, UnsureError, split_and_stem
+from shards.convert.recognise import coco, numbered_classes, recognise_folder, recognise_rows
 
 SHAREGPT = {
     "id": "identity_0",
@@ -110,7 +104,8 @@ def test_questions_and_captions(row: dict[str, Any], converter: str, columns: di
 
 
 @pytest.mark.parametrize(
-    ("answer", "form"), [(1, "index"), ("B", "letter"), ("(C)", "letter"), ("a dog", "text"), ("A. a cat", None)]
+    ("answer", "form"),
+    [(0, "index"), ("0", "index"), ("B", "letter"), ("(C)", "letter"), ("a dog", "text"), ("A. a cat", None)],
 )
 def test_forms_of_right_options(answer: Any, form: str | None) -> None:
     row = {"image": "1.jpg", "question": "Which?", "choices": ["a cat", "a dog"], "answer": answer}
@@ -122,6 +117,48 @@ def test_forms_of_right_options(answer: Any, form: str | None) -> None:
     else:
         layout = recognise_rows([row], {})
     assert layout is not None and layout.keys["options"] == {"style": "user_qa", "answer": form}
+
+
+@pytest.mark.parametrize(
+    ("answers", "first"), [([0, 1, 3], None), ([1, 2, 4], 1), (["1", "4"], 1), ([1, 2, 3], "asked"), ([0, 4], "mixed")]
+)
+def test_the_number_of_the_first_option(answers: list[Any], first: Any) -> None:
+    """Four options: a 0 shows that they are counted from 0, and a 4 that they are counted from 1."""
+    for media in ({"image": "1.jpg"}, {"video": "1.mp4"}):
+        rows = [{**media, "question": "Which?", "options": list("abcd"), "answer": answer} for answer in answers]
+        if first == "mixed":
+            with pytest.raises(ValueError, match="from 0 in some rows and from 1 in others"):
+                recognise_rows(rows, {})
+            continue
+        if first == "asked":
+            with pytest.raises(UnsureError, match=r"number does the first answer option.*--choose first=0"):
+                recognise_rows(rows, {})
+        layout = recognise_rows(rows, {"first": "1"} if first == "asked" else {})
+        assert layout is not None and layout.keys["options"]["answer"] == "index"
+        assert layout.keys["options"].get("first") == (1 if first == "asked" else first)
+
+
+def test_instructions_become_conversations() -> None:
+    rows = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Go on.", "input": "", "output": "4", "system": "Be brief.", "history": [["Count.", "1 2 3"]]},
+    ]
+    layout = recognise_rows(rows, {})
+    assert layout is not None and (layout.keys["converter"], layout.media) == ("chat", "text")
+    spoken = [[(turn["role"], turn["content"]) for turn in row["messages"]] for row in layout.rows]
+    assert spoken == [
+        [("user", "Add.\n1 and 2"), ("assistant", "3")],
+        [("system", "Be brief."), ("user", "Count."), ("assistant", "1 2 3"), ("user", "Go on."), ("assistant", "4")],
+    ]
+    seen = recognise_rows([{**row, "image": "a.png"} for row in rows], {})
+    assert seen is not None and (seen.media, seen.media_column) == ("image", "image")
+    assert [row["image"] for row in seen.rows] == ["a.png"] * 2 and seen.rows[0]["messages"] == layout.rows[0][
+        "messages"
+    ]
+    plain = recognise_rows([{"instruction": "What?", "input": "", "output": "A cat.", "image": "a.png"}], {})
+    assert plain is not None and plain.keys["converter"] == "image_qa"
+    with pytest.raises(ValueError, match="join instruction and input"):
+        recognise_rows([{**rows[0], "image": EMBEDDED}], {})
 
 
 def test_the_unit_of_points_is_seen_or_asked() -> None:
@@ -141,7 +178,16 @@ def test_classes_get_a_question() -> None:
     layout = recognise_rows([{"path": "a/1.jpg", "label": "red_panda"}], {})
     assert layout is not None
     assert layout.rows == [{"image": "a/1.jpg", "question": "What does the picture show?", "answer": "red panda"}]
-    assert recognise_rows([{"path": "a/1.jpg", "label": 3}], {}) is None
+    named = recognise_rows([{"path": "a/1.jpg", "label": 3, "class_name": "red_panda"}], {})
+    assert named is not None and named.rows == layout.rows
+    numbered = [{"path": "a/1.jpg", "label": 1}]
+    assert recognise_rows(numbered, {}) is None
+    layout = numbered_classes(numbered, {"label": ["cat", "red_panda"]})
+    assert layout is not None
+    assert [(row["label"], row["answer"]) for row in layout.classes] == [(0, "cat"), (1, "red panda")]
+    with pytest.raises(ValueError, match=r"column label holds numbers of classes \(1, ...\).*add a column class_name"):
+        numbered_classes(numbered, {})
+    assert numbered_classes([{"path": "a/1.jpg", "label": 0.5}], {"label": []}) is None
 
 
 def test_coco_boxes_and_keypoints_become_points() -> None:
@@ -194,7 +240,7 @@ def test_splits_by_name(name: str, split: str, stem: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "row", [{"a": 1}, {"instruction": "x", "output": "y"}, {"image": "1.jpg"}, {"text": "only text"}]
+    "row", [{"a": 1}, {"instruction": "x", "answer": "y"}, {"image": "1.jpg"}, {"text": "only text"}]
 )
 def test_other_tables_are_not_guessed(row: dict[str, Any]) -> None:
     assert recognise_rows([row], {}) is None
