@@ -141,6 +141,8 @@ def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
     for key in ("bos_token", "eos_token", "pad_token"):
         value = config.get(key)
         value = value.get("content") if isinstance(value, dict) else value  # older files nest an AddedToken
+        if value and not isinstance(value, str):
+            raise TokenizerError(f"{TOKENIZER_CONFIG}: {key} is {value!r}; it must be the text of a token")
         if value:
             names[key] = value
     return names
