@@ -104,8 +104,8 @@ class Tokenizer:
         self.bos = self._id(names.get("bos_token") or names.get("eos_token") or TURN_END)
         self.pad = self._id(names.get("pad_token") or PAD)
 
-    def _id(self, token: str) -> int:
-        number = self._tokenizer.token_to_id(token)
+    def _id(self, token: Any) -> int:
+        number = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
         if number is None:
             raise TokenizerError(f"{self.directory}: no token {token}, which the chat format needs")
         return int(number)
@@ -141,8 +141,6 @@ def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
     for key in ("bos_token", "eos_token", "pad_token"):
         value = config.get(key)
         value = value.get("content") if isinstance(value, dict) else value  # older files nest an AddedToken
-        if value and not isinstance(value, str):
-            raise TokenizerError(f"{TOKENIZER_CONFIG}: {key} is {value!r}; it must be the text of a token")
         if value:
             names[key] = value
     return names

@@ -138,5 +138,4 @@ def test_a_special_token_that_is_no_text_is_one_error(tmp_path: Path, key: str, 
     base = next(token["id"] for token in content["added_tokens"] if token["content"] == MOLMO2_TOKENS[0])
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": None, key: value}))
-    error = tokenizer_error(tmp_path, base)
-    assert key in error or "no such token" in error
+    assert "no token" in tokenizer_error(tmp_path, base)
