@@ -92,7 +92,7 @@ def _noted_pixels(image: PIL.Image.Image) -> tuple[Pixels, PictureNotes]:
     pixels = rgb_pixels(image)
     transparent = image.has_transparency_data
     if transparent and not high:
-        transparent = any(part.convert("RGBA").getextrema()[3][0] < 255 for _, part in _parts(image))
+        transparent = any(np.asarray(part.convert("RGBA"))[..., 3].min() < 255 for _, part in _parts(image))
     height, width = pixels.shape[:2]
     flat = bool((pixels[0] == pixels[0, 0]).all() and (pixels.min((0, 1)) == pixels.max((0, 1))).all())
     found = {TRANSPARENT: transparent, FLAT: flat, TINY: min(height, width) < TINY_SIDE, DEEP: deep, TURNED: turned}
