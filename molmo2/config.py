@@ -337,12 +337,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), init: str | Fir
         RecipeError: the file is missing or is not YAML, or keys or values are unknown, missing or wrong.
     """
     try:
-        loaded = OmegaConf.load(path)
+        from shards.yaml_limits import checked  # imported here, since only recipes that are read as files need it
+
+        loaded = OmegaConf.load(checked(Path(path)))
         shared = OmegaConf.select(loaded, "data.mixture")
         if isinstance(shared, str):
-            loaded.data.mixture = OmegaConf.load(Path(path).parent / shared)
-        malformed = [item for item in overrides if "=" not in item]
-        if malformed:
+            loaded.data.mixture = OmegaConf.load(checked(Path(path).parent / shared))
+        if malformed := [item for item in overrides if "=" not in item]:
             raise RecipeError(f"{path}: --set {' '.join(malformed)}: write key.path=value")
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
         if resolver := re.search(r"\$\{[^{}]*:", OmegaConf.to_yaml(merged)):

@@ -46,7 +46,7 @@ def append_to(path: Path) -> TextIO:
     """Open a text file to append to it; a link in its place is refused, since it could lead anywhere."""
     if path.is_symlink():
         raise OSError(errno.ELOOP, "is a link, and is not written to; remove it", str(path))
-    return open(path, "a", encoding="utf-8")
+    return open(path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
 def create_atomic(path: Path, content: bytes) -> bool:

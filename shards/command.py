@@ -32,6 +32,13 @@ def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
+def plain(text: str) -> str:
+    """The text with escapes in place of control characters, except for line breaks; it may quote somebody's data."""
+    from shards.format import printable  # imported here, after `quiet_libraries`
+
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main function and leave with the exit code that it returns, None being 0.
 
@@ -42,7 +49,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main()
     except (ValueError, OSError, ImportError, subprocess.CalledProcessError) as error:
-        sys.exit(f"{name}: {error}")
+        sys.exit(f"{name}: {plain(str(error))}")
     except KeyboardInterrupt:
         sys.exit(f"{name}: interrupted; run the same command again, finished work is kept")
     sys.exit(code)

@@ -28,7 +28,7 @@ from molmo2.inspection.originals import ExampleView, lines, view_examples
 from molmo2.pages import fill_template, size
 from shards.atomic import write_atomic
 from shards.catalog import STAGES, Catalog, CatalogError, Row, Stage, load_catalog
-from shards.command import run
+from shards.command import plain, run
 from shards.sources.parquet import MissingSourceError, SourceError
 
 WIDE = 160  # width in characters of a table that is written to a file
@@ -118,7 +118,11 @@ def main() -> None:
             views[row.name] = list(view_examples(row, stage, raw, args.num_samples, pictures=args.html is not None))
         except SourceError as error:
             hint = f"\n  {catalog.how_to_get(row)}" if isinstance(error, MissingSourceError) else ""
-            print(f"inspect_data: {error}{hint}", file=sys.stderr)
+            print(f"inspect_data: {plain(str(error))}{hint}", file=sys.stderr)
+            failed.append(row.name)
+            continue
+        except Exception as error:  # whatever a published table or image causes: the other datasets are shown
+            print(f"inspect_data: {row.name}: {plain(f'{type(error).__name__}: {error}')}", file=sys.stderr)
             failed.append(row.name)
             continue
         if not args.html:

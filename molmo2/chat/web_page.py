@@ -28,6 +28,7 @@ from molmo2.processing.points import parse_points
 from shards.schema import Turn
 
 MAX_BYTES = 256 << 20  # maximum size of a request, with media in base64
+MAX_TOTAL = 1 << 30  # maximum size of all requests that are read or wait for their answer
 MAX_TEMPERATURE, MAX_NEW_TOKENS = 2.0, 16384
 MARKUP = re.compile(r"<(points|tracks)\b[^<>]*>(?P<label>[^<>]*)</\1>")
 MARKUP_START = re.compile(r"<(points|tracks)\b")
@@ -74,7 +75,20 @@ class ChatServer(ThreadingHTTPServer):
     def __init__(self, answer: Answer, port: int, options: AnswerOptions) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.answer, self.options, self.busy = answer, options, threading.Lock()
+        self.held, self.counting = 0, threading.Lock()  # bytes of all requests in work
         self.names = {f"{host}:{self.server_port}" for host in ("127.0.0.1", "localhost")}
+
+    @contextlib.contextmanager
+    def room(self, size: int) -> Iterator[bool]:
+        """Whether a request of `size` bytes fits beside the others; if so, it counts until the context ends."""
+        with self.counting:
+            fits = self.held + size <= MAX_TOTAL
+            self.held += size if fits else 0
+        try:
+            yield fits
+        finally:
+            with self.counting:
+                self.held -= size if fits else 0
 
     @property
     def url(self) -> str:
@@ -181,8 +195,15 @@ class _Handler(BaseHTTPRequestHandler):
         if int(length) > MAX_BYTES:
             self._refuse(413, f"{int(length) >> 20} MiB, at most {MAX_BYTES >> 20} MiB: use fewer or smaller files")
             return
+        with self.server.room(int(length)) as fits:
+            if fits:
+                self._ask(int(length))
+            else:
+                self._refuse(503, "other questions with large files are being answered: try again")
+
+    def _ask(self, length: int) -> None:
         try:
-            question = ChatRequest.model_validate_json(self.rfile.read(int(length)))
+            question = ChatRequest.model_validate_json(self.rfile.read(length))
         except pydantic.ValidationError as error:
             self._refuse(400, f"not a question: {first_problem(error)}")
             return

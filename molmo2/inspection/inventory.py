@@ -73,7 +73,7 @@ def _built(folder: Path) -> tuple[Built, Totals | None]:
         return "built", parse_index((folder / INDEX_NAME).read_bytes(), str(folder / INDEX_NAME)).totals
     except FileNotFoundError:
         return ("unfinished" if (folder / BUILD_NAME).exists() else "not built"), None
-    except FormatError:
+    except (FormatError, IsADirectoryError, NotADirectoryError):
         return "damaged", None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import mmap
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from shards.layout import VisualLayout
 
 Pixels = npt.NDArray[np.uint8]
+LARGE = 50_000_000  # bytes of an image that is resized without holding all of it as floats
 
 
 @functools.lru_cache(maxsize=64)
@@ -55,9 +57,27 @@ def resize(rgb: Pixels, size: tuple[int, int]) -> Pixels:
         return np.stack([resize(frame, size) for frame in rgb])  # one at a time, since a clip in float32 is large
     import torch  # imported here, so that choosing tilings does not need torch
 
-    pixels = torch.from_numpy(rgb.astype(np.float32)).permute(2, 0, 1)[None]
+    source = rgb.astype(np.float32) if rgb.size < LARGE else _rows_between(rgb, size[0])
+    pixels = torch.from_numpy(source).permute(2, 0, 1)[None]
     pixels = torch.nn.functional.interpolate(pixels, size=tuple(size), mode="bilinear", align_corners=False)
     return pixels.round_().clamp_(0, 255).to(torch.uint8)[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def _rows_between(rgb: Pixels, height: int) -> npt.NDArray[np.float32]:
+    """An image as floats, with only those rows between which the `height` rows of a bilinear resize lie; others are 0.
+
+    Pages of zeros that are never written take no memory, so a large image is not held as floats.
+    """
+    places = (np.arange(height) + 0.5) * (len(rgb) / height) - 0.5
+    reach = 0.1 + len(rgb) / 2**20  # torch computes these places in float32
+    near = np.floor(places - reach)[:, None] + np.arange(int(2 * reach) + 3)
+    rows = np.unique(near.clip(0, len(rgb) - 1).astype(int))
+    memory = mmap.mmap(-1, 4 * rgb.size)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page has several rows, and is in memory if one is written
+    source = np.frombuffer(memory, np.float32).reshape(rgb.shape)
+    source[rows] = rgb[rows]
+    return source
 
 
 def view(layout: VisualLayout, rgb: Pixels) -> Pixels:

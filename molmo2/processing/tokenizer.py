@@ -104,8 +104,8 @@ class Tokenizer:
         self.bos = self._id(names.get("bos_token") or names.get("eos_token") or TURN_END)
         self.pad = self._id(names.get("pad_token") or PAD)
 
-    def _id(self, token: str) -> int:
-        number = self._tokenizer.token_to_id(token)
+    def _id(self, token: Any) -> int:
+        number = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
         if number is None:
             raise TokenizerError(f"{self.directory}: no token {token}, which the chat format needs")
         return int(number)

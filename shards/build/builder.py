@@ -213,7 +213,10 @@ def _table_errors(label: str) -> Iterator[None]:
         yield
     except (SourceError, BuildError):
         raise
-    except (OSError, MemoryError, pa.ArrowException, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (
+        *(OSError, MemoryError, pa.ArrowException),
+        *(ValueError, TypeError, LookupError, AttributeError, RecursionError),
+    ) as error:
         raise SourceError(f"{label}: its tables cannot be read ({type(error).__name__}: {error})") from error
 
 

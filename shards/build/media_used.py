@@ -20,7 +20,7 @@ MediaRecord = dict[str, list[Any] | None]
 def record_media(files: Iterable[Path], raw: Path, verify: bool) -> MediaRecord:
     """Record files; `raw` is the raw folder of the dataset."""
     base = raw.parent.resolve()
-    resolved = {file.resolve() for file in files}
+    resolved = {Path(os.path.realpath(file)) for file in files}  # `resolve` raises for a link to itself
     names = {str(f.relative_to(base)) if f.is_relative_to(base) else str(f): f for f in resolved}
     return {name: _state(names[name], verify) for name in sorted(names)}
 

@@ -106,16 +106,18 @@ class RowsDigest:
         self._add((group.key, [(source.file, source.row) for source in group.sources], group.values))
 
     def _add(self, value: Any) -> None:
-        if isinstance(value, dict):
-            value = list(value.items())
-        if isinstance(value, list | tuple):
-            self.hasher.update(b"[%d" % len(value))
-            for item in value:
-                self._add(item)
-        else:
-            data = value if isinstance(value, bytes) else repr(value).encode(errors="backslashreplace")
-            self.hasher.update(b"%s %d " % (type(value).__name__.encode(), len(data)))
-            self.hasher.update(data)
+        waiting = [value]  # no recursion: a row of JSON may be nested as deeply as its author likes
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, dict):
+                value = list(value.items())
+            if isinstance(value, list | tuple):
+                self.hasher.update(b"[%d" % len(value))
+                waiting.extend(reversed(value))
+            else:
+                data = value if isinstance(value, bytes) else repr(value).encode(errors="backslashreplace")
+                self.hasher.update(b"%s %d " % (type(value).__name__.encode(), len(data)))
+                self.hasher.update(data)
 
     @property
     def text(self) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from shards.catalog.nearest import did_you_mean
+from shards.yaml_limits import check_yaml
 
 try:
     from yaml import CSafeLoader as SafeLoader  # ten times as fast
@@ -40,8 +41,10 @@ def read_catalog_file(path: Path) -> dict[str, Any]:
             names no template.
     """
     try:
-        document = _Loader(path.read_text(encoding="utf-8")).get_single_data()
-    except (OSError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        check_yaml(text)
+        document = _Loader(text).get_single_data()
+    except (OSError, ValueError, yaml.YAMLError) as error:  # a ValueError: no UTF-8, a date of month 99
         raise CatalogError(f"{path}: {error}") from None
     if not isinstance(document, dict):
         raise CatalogError(f"{path}: expected a mapping, found {type(document).__name__}")

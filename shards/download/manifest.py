@@ -81,7 +81,7 @@ def stored_manifest(folder: Path) -> Manifest | None:
     """The manifest of a raw folder, whatever was asked for; None if there is none."""
     try:
         return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-    except (FileNotFoundError, pydantic.ValidationError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, pydantic.ValidationError):
         return None
 
 

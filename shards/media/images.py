@@ -8,16 +8,18 @@ Whatever a file holds, its pixels become RGB with 8 bits:
 - integers of 32 bits and floats are kept if all are within 0 - 255. Floats within 0 - 1 are multiplied by 255; any
   other range is stretched, its smallest value to 0 and its largest to 255. NaN and infinite values become 0.
 
-`image_size` and `load_image` open a file in the same way, with the same limits and orientation.
+`image_size` and `load_image` open a file in the same way, with the same limits and orientation. An image is converted
+in parts, so that a small file of many pixels needs no more memory than its decoder and the result: see `MAX_PIXELS`.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,16 +31,19 @@ from shards.schema import ImageRef, PictureNotes
 
 # The formats that are read. Others that Pillow knows run programs (EPS starts Ghostscript) or have rarely been tested.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "DDS")
-MAX_PIXELS = 200_000_000  # largest image that is decoded
+MAX_PIXELS = 2 * 89_478_485  # largest image that is decoded; Pillow itself refuses more
+# Other limits: these decoders take 16 and 25 bytes of memory for a pixel, where others take up to 10 with the result.
+HEAVY = {"WEBP": MAX_PIXELS // 2, "JPEG2000": MAX_PIXELS // 3}
+PART_PIXELS = 1 << 20  # pixels that are converted at a time
 ORIENTATION = 0x0112  # EXIF tag
-TURNS = {
-    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
-    3: PIL.Image.Transpose.ROTATE_180,
-    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
-    5: PIL.Image.Transpose.TRANSPOSE,
-    6: PIL.Image.Transpose.ROTATE_270,
-    7: PIL.Image.Transpose.TRANSVERSE,
-    8: PIL.Image.Transpose.ROTATE_90,
+TURNS: dict[int, Callable[[Pixels], Pixels]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90,
 }  # EXIF orientation -> the operation that makes the image upright
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}  # chunks of text and colour profiles, whose size Pillow limits
@@ -53,6 +58,14 @@ DEEP = "pictures with more than 8 bits, scaled"
 TURNED = "pictures turned by their EXIF orientation"
 
 Result = TypeVar("Result")
+
+
+class GreyScale(NamedTuple):
+    """How the values of grey with more than 8 bits become levels: `(value - least) / span * top`."""
+
+    least: float = 0.0
+    span: float = 1.0
+    top: float = 1.0
 
 
 def load_image(ref: ImageRef) -> Pixels:
@@ -79,9 +92,9 @@ def _noted_pixels(image: PIL.Image.Image) -> tuple[Pixels, PictureNotes]:
     pixels = rgb_pixels(image)
     transparent = image.has_transparency_data
     if transparent and not high:
-        transparent = bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)
+        transparent = any(np.asarray(part.convert("RGBA"))[..., 3].min() < 255 for _, part in _parts(image))
     height, width = pixels.shape[:2]
-    flat = bool((pixels[0] == pixels[0, 0]).all() and (pixels == pixels[0, 0]).all())
+    flat = bool((pixels[0] == pixels[0, 0]).all() and (pixels.min((0, 1)) == pixels.max((0, 1))).all())
     found = {TRANSPARENT: transparent, FLAT: flat, TINY: min(height, width) < TINY_SIDE, DEEP: deep, TURNED: turned}
     digest = xxhash.xxh3_64_intdigest(np.ascontiguousarray(pixels).data, seed=width)
     return pixels, PictureNotes(kinds=tuple(kind for kind, present in found.items() if present), pixels=digest)
@@ -91,7 +104,7 @@ def image_size(ref: ImageRef) -> tuple[int, int]:
     """Width and height of the image that `load_image` returns, from the header.
 
     Raises:
-        MediaError: the file is missing or not an image; a `TooLargeError` if it has more than `MAX_PIXELS`.
+        MediaError: the file is missing or not an image; a `TooLargeError` if it has too many pixels.
     """
     return _with_image(ref, _upright_size)
 
@@ -101,11 +114,24 @@ def rgb_pixels(image: PIL.Image.Image) -> Pixels:
     raw_mode = _raw_mode(image)
     image.load()
     turn = TURNS.get(_orientation(image))  # after `load`, which turns a TIFF
-    high = image.mode.startswith(("I", "F"))
-    pixels = _high_depth(image) if high else _eight_bits(image, SAMPLE_BITS.get(raw_mode, 8))
-    if turn is not None:
-        pixels = np.asarray(PIL.Image.fromarray(pixels).transpose(turn))
-    return pixels
+    if image.mode.startswith(("I", "F")):
+        convert = functools.partial(_high_depth, scale=_grey_scale(image))
+    else:
+        convert = functools.partial(_eight_bits, bits=SAMPLE_BITS.get(raw_mode, 8))
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for place, part in _parts(image):
+        pixels[place] = convert(part)
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+
+
+def _parts(image: PIL.Image.Image) -> Iterator[tuple[tuple[slice, slice], PIL.Image.Image]]:
+    """Yield an image in parts of at most `PART_PIXELS`, each with its rows and columns; a small one is one part."""
+    width, height = min(image.width, PART_PIXELS), max(1, PART_PIXELS // image.width)
+    for top in range(0, image.height, height):
+        for left in range(0, image.width, width):
+            right, bottom = min(left + width, image.width), min(top + height, image.height)
+            whole = (right - left, bottom - top) == image.size
+            yield (slice(top, bottom), slice(left, right)), image if whole else image.crop((left, top, right, bottom))
 
 
 def _raw_mode(image: PIL.Image.Image) -> str:
@@ -146,9 +172,10 @@ def open_image(source: str | Path | IO[bytes]) -> PIL.Image.Image:
         MediaError: it has too many pixels (`TooLargeError`); Pillow raises exceptions of any other type.
     """
     image = PIL.Image.open(source, formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
+    most = HEAVY.get(image.format or "", MAX_PIXELS)
+    if image.width * image.height > most:
         image.close()
-        raise TooLargeError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are read")
+        raise TooLargeError(f"{image.width} x {image.height} pixels, at most {most} of a {image.format} are read")
     return image
 
 
@@ -217,28 +244,29 @@ def _to_eight(level: int, bits: int) -> int:
     return level >> 8 if bits == 16 else level * 255 // ((1 << bits) - 1)
 
 
-def _high_depth(image: PIL.Image.Image) -> Pixels:
+def _grey_scale(image: PIL.Image.Image) -> GreyScale:
+    """The scale of grey with 16 or 32 bits; see the module."""
+    if image.mode.startswith("I;16") or image.format == "PPM":  # Pillow scales a PGM of any depth to 16 bits
+        return GreyScale(span=257)
+    least, most = np.inf, -np.inf
+    for _, part in _parts(image):
+        values: npt.NDArray[Any] = np.asarray(part)
+        finite = values[np.isfinite(values)].astype(np.float64)
+        least, most = finite.min(initial=least), finite.max(initial=most)
+    if image.mode == "F" and 0 <= least and most <= 1:
+        return GreyScale(top=255)
+    if (0 <= least and most <= 255) or least >= most:
+        return GreyScale()
+    return GreyScale(least=float(least), span=float(most - least), top=255)
+
+
+def _high_depth(image: PIL.Image.Image, scale: GreyScale) -> Pixels:
     """RGB of a grey image with 16 or 32 bits, or of floats."""
     values: npt.NDArray[Any] = np.asarray(image)
-    if image.mode.startswith("I;16") or image.format == "PPM":  # Pillow scales a PGM of any depth to 16 bits
-        grey = np.rint(values.astype(np.float64) / 257)
-    else:
-        grey = _in_range(values.astype(np.float64), floats=image.mode == "F")
+    with np.errstate(invalid="ignore"):  # infinite values
+        grey = np.rint((values.astype(np.float64) - scale.least) / scale.span * scale.top)
+    grey = np.where(np.isfinite(values), grey, 0)
     level = image.info.get("transparency")
     if isinstance(level, int):
         grey = np.where(values == level, 255.0, grey)
     return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
-
-
-def _in_range(values: npt.NDArray[np.float64], *, floats: bool) -> npt.NDArray[np.float64]:
-    """Grey levels 0 - 255 of 32-bit values; see the module."""
-    finite = np.isfinite(values)
-    least, most = (float(values[finite].min()), float(values[finite].max())) if finite.any() else (0.0, 0.0)
-    values = np.where(finite, values, least)
-    if floats and 0 <= least and most <= 1:
-        grey = values * 255
-    elif (0 <= least and most <= 255) or least == most:
-        grey = values
-    else:
-        grey = (values - least) / (most - least) * 255
-    return np.rint(np.where(finite, grey, 0))

@@ -148,7 +148,7 @@ def _load_version(file: Path, version: tuple[int, int], kind: str, form_json: st
             f"{file}: not a readable {kind} file: its text is not UTF-8 ({error}); convert it, such as with "
             f"`iconv -f latin1 -t utf-8`, or {remedy(file)}"
         ) from None
-    except (OSError, ValueError, csv.Error, pa.ArrowException, *DAMAGED_CONTENT) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException, *DAMAGED_CONTENT) as error:
         reason = _bad_line(file, form) if kind == "jsonl" else None
         raise SourceError(f"{file}: not a readable {kind} file ({reason or error}); {remedy(file)}") from None
     except MemoryError:

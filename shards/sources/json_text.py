@@ -52,7 +52,7 @@ def first_bad_line(lines: Iterable[bytes], skip: int, kind: type) -> str | None:
             continue
         try:
             value = json.loads(line.rstrip())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return f"line {number}: {str(error).replace('line 1 column', 'column')}" if begun else None
         if not isinstance(value, kind):
             expected = "an object with columns" if kind is dict else "a list of values"

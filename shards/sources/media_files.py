@@ -154,7 +154,7 @@ class MediaFiles:
                 yield from existing
 
     def _below(self, path: Path, root: Path) -> Path:
-        resolved = path.resolve()
+        resolved = Path(os.path.realpath(path))  # `resolve` raises a RuntimeError for a link to itself
         allowed = (root, self.root, *self.others, *self.outside)
         if not any(resolved.is_relative_to(folder.resolve()) for folder in allowed):
             where = "" if path == resolved else f" (it leads to {resolved})"

@@ -21,6 +21,9 @@ from shards.sources.paths import at, column_remedy, remedy
 
 MAX_BATCH = 1024  # rows that are read at a time
 BATCH_BYTES = 64 << 20  # bytes that are read at a time, unless one row is larger
+VALUE_BYTES = 8  # least memory of a value in a list, which a file may store in much less than a bit
+MAX_VALUES = 1 << 26  # values of a column of lists in one row group, since any of its rows may hold all of them
+MAX_ROWS = 1 << 25  # rows of a table; their numbers alone take 3 GB
 
 
 class SourceError(ValueError):
@@ -119,7 +122,26 @@ def open_parquet(root: Path, files: tuple[Path, ...], columns: Iterable[str]) ->
             )
         counts.append(rows)
         footers.append(hashlib.sha256(footer).hexdigest())
+    if sum(counts) > MAX_ROWS:
+        raise SourceError(f"{root}: {sum(counts)} rows, at most {MAX_ROWS} are read; make several datasets of them")
     return ParquetTable(root, files, tuple(counts), tuple(footers))
+
+
+def _check_values(file: Path, metadata: Any, number: int, roots: set[str]) -> None:
+    """Raise a `SourceError` if these columns of a row group need more memory than a build should have."""
+    group = metadata.row_group(number)
+    for chunk in _chunks(group, roots):
+        if chunk.num_values > max(group.num_rows, MAX_VALUES):
+            raise SourceError(
+                f"{file}: row group {number}: column {chunk.path_in_schema} has {chunk.num_values} values in "
+                f"{group.num_rows} rows, at most {MAX_VALUES} are read; write it in smaller row groups"
+            )
+
+
+def _chunks(group: Any, roots: set[str]) -> list[Any]:
+    """The chunks of a row group that belong to these columns."""
+    chunks = [group.column(place) for place in range(group.num_columns)]
+    return [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in roots]
 
 
 def _has(fields: Any, path: str) -> bool:
@@ -143,6 +165,8 @@ def _footer(path: Path) -> bytes:
 
 def _all_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
     with pq.ParquetFile(file) as reader:
+        for number in range(reader.num_row_groups):
+            _check_values(file, reader.metadata, number, {column})
         for batch in reader.iter_batches(MAX_BATCH, columns=[column]):
             yield from batch.to_pylist()
 
@@ -151,8 +175,8 @@ def _row_bytes(metadata: Any, roots: set[str]) -> int:
     sizes = [0]
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
-        chunks = [group.column(place) for place in range(group.num_columns)]
-        total = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in roots)
+        chunks = _chunks(group, roots)
+        total = sum(max(chunk.total_uncompressed_size, VALUE_BYTES * chunk.num_values) for chunk in chunks)
         sizes.append(total // max(group.num_rows, 1))
     return max(sizes)
 
@@ -162,6 +186,7 @@ class _RowGroup:
 
     def __init__(self, file: Path, number: int, columns: tuple[str, ...]) -> None:
         self.reader, self.number, self.columns = pq.ParquetFile(file), number, list(columns)
+        _check_values(file, self.reader.metadata, number, set(columns))
         size = _row_bytes(self.reader.metadata, set(columns))
         self.batch_size = max(1, min(MAX_BATCH, BATCH_BYTES // max(size, 1)))
         self._restart()

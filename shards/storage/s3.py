@@ -232,7 +232,8 @@ def _whole_body(response: urllib3.BaseHTTPResponse, offset: int, length: int | N
         expected = int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
     chunks, received = [], 0
     while chunk := response.read1(CHUNK):
-        chunks.append(chunk)
+        end = None if length is None else max(start + length - received, 0)
+        chunks.append(chunk[max(start - received, 0) : end])  # the rest of a whole object is not kept
         received += len(chunk)
         if expected is not None and received > expected:
             raise _TransientError(f"more than the {expected} bytes that were announced")
@@ -240,8 +241,7 @@ def _whole_body(response: urllib3.BaseHTTPResponse, offset: int, length: int | N
             raise _TransientError(f"{received} bytes in {ATTEMPT:.0f} s: too slow")
     if expected is not None and received != expected:
         raise _TransientError(f"{received} bytes of a body of {expected}")
-    data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-    return data[start : None if length is None else start + length] if start or length is not None else data
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def _retry_after(response: urllib3.BaseHTTPResponse) -> float:

@@ -135,3 +135,13 @@ def test_everything_that_is_appended_to_is_opened_there() -> None:
     files = [file for name in ("shards", "molmo2", "tools") for file in (root / name).rglob("*.py")]
     opening = {file.name for file in files if re.search(r'open\([^\n]*"ab?"', file.read_text())}
     assert opening == {"atomic.py", "fetch.py"}
+
+
+def test_a_link_that_comes_between_check_and_opening_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    monkeypatch.setattr(Path, "is_symlink", lambda _: False)
+    with pytest.raises(OSError, match="symbolic links"):
+        append_to(tmp_path / "link")
+    assert not (tmp_path / "target").exists()

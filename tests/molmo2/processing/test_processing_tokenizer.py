@@ -1,6 +1,9 @@
+import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,3 +91,51 @@ def test_too_many_entries_are_refused(tmp_path) -> None:
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab={str(i): i for i in np.arange(10).tolist()}, merges=[]))
     with pytest.raises(TokenizerError, match="13 entries, the base vocabulary only 12"):
         write_tokenizer(tokenizer, tmp_path, 12)
+
+
+ODD = [None, 3, "x", [], {}, [1], True, [None], [{}]]
+PLACES: dict[str, list[str | int]] = {  # of values in tokenizer.json
+    **{name: [name] for name in ("added_tokens", "model", "normalizer", "pre_tokenizer", "decoder", "truncation")},
+    **{f"added {name}": ["added_tokens", 0, name] for name in ("content", "id", "special")},
+    **{f"model {name}": ["model", name] for name in ("type", "vocab", "merges")},
+    "the whole": [],
+}
+
+
+def tokenizer_error(directory: Path, base_vocab: int) -> str:
+    """The error of loading a tokenizer, "" if there is none; any other exception fails the test."""
+    try:
+        Tokenizer(directory, base_vocab)
+    except TokenizerError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_tokenizer_with_values_of_wrong_types_is_one_error(tmp_path: Path, place: str) -> None:
+    train_demo_tokenizer(["a b c red blue"] * 20, tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    base = next(token["id"] for token in content["added_tokens"] if token["content"] == MOLMO2_TOKENS[0])
+    assert tokenizer_error(tmp_path, base) == ""
+    errors = []
+    for value in ODD:
+        whole = {"whole": copy.deepcopy(content)}
+        outer: Any = whole
+        *path, last = ["whole", *PLACES[place]]
+        for name in path:
+            outer = outer[name]
+        outer[last] = value
+        (tmp_path / "tokenizer.json").write_text(json.dumps(whole["whole"]))
+        errors.append(tokenizer_error(tmp_path, base))
+    assert any(errors) and all("tokenizer.json" in error and len(error) < 600 for error in errors if error)
+
+
+@pytest.mark.parametrize("key", ["bos_token", "eos_token", "pad_token"])
+@pytest.mark.parametrize("value", [3, [1], True, {"content": 3}, {"content": [None]}, "no such token"], ids=str)
+def test_a_special_token_that_is_no_text_is_one_error(tmp_path: Path, key: str, value: Any) -> None:
+    train_demo_tokenizer(["a b c red blue"] * 20, tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    base = next(token["id"] for token in content["added_tokens"] if token["content"] == MOLMO2_TOKENS[0])
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": None, key: value}))
+    assert "no token" in tokenizer_error(tmp_path, base)

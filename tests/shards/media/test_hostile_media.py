@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import av
@@ -16,9 +19,9 @@ import pytest
 from shards.convert.masks import _mask
 from shards.download.connect import FetchError
 from shards.download.urls import check_image
-from shards.media.images import FORMATS, image_size, load_image
+from shards.media.images import FORMATS, HEAVY, ORIENTATION, image_size, load_image
 from shards.media.timeline import read_timeline
-from shards.media.types import MediaError
+from shards.media.types import MediaError, TooLargeError
 from shards.schema import ImageRef, RejectedError
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
@@ -99,6 +102,58 @@ def test_bytes_that_are_no_image_are_a_recorded_failure(data: bytes) -> None:
         assert error.reason in {"not an image", "too many pixels"}
     with pytest.raises(MediaError):
         load_image(ImageRef(data=data))
+
+
+SIDE = 6000  # pixels
+PEAK = """
+import resource, sys
+from molmo2.processing.tiling import resize
+from shards.media.images import load_with_notes
+from shards.schema import ImageRef
+resize(load_with_notes(ImageRef(path=sys.argv[1]))[0], (48, 48))  # imports torch
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[2:]:
+    resize(load_with_notes(ImageRef(path=path))[0], (378, 378))
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+def zeros(bits: int, colour: int, channels: int, *extra: tuple[bytes, bytes]) -> bytes:
+    """A PNG of `SIDE` x `SIDE` pixels that are 0: a small file that unpacks to a large image."""
+    head = struct.pack(">IIBBBBB", SIDE, SIDE, bits, colour, 0, 0, 0)
+    pack, row = zlib.compressobj(), bytes(1 + SIDE * bits * channels // 8)
+    data = b"".join(pack.compress(row) for _ in range(SIDE)) + pack.flush()
+    chunks = ((b"IHDR", head), *extra, (b"IDAT", data), (b"IEND", b""))
+    parts = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_a_small_file_of_many_pixels_takes_ten_bytes_a_pixel(tmp_path: Path) -> None:
+    """The conversion made 20 bytes of each, or 40 if it had 32 bits: 3 to 7 GiB of the largest image that is read."""
+    turn = b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0) + bytes(4)
+    files = {
+        "grey.png": zeros(16, 0, 1),
+        "transparent.png": zeros(8, 6, 4),
+        "colour.png": zeros(1, 0, 1, (b"tRNS", b"\0\0")),
+        "turned.png": zeros(8, 6, 4, (b"eXIf", turn)),
+    }
+    PIL.Image.new("RGB", (60, 40)).save(tmp_path / "small.png")
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        assert len(data) < SIDE * SIDE // 200
+    command = [sys.executable, "-c", PEAK, *(str(tmp_path / name) for name in ("small.png", *files))]
+    taken = int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    assert taken < 11.5 * SIDE * SIDE  # one for the rows that are resized
+
+
+@pytest.mark.parametrize("form", HEAVY)
+def test_decoders_that_need_more_memory_get_fewer_pixels(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (40, 40)).save(buffer, form)
+    assert image_size(ImageRef(data=buffer.getvalue())) == (40, 40)
+    monkeypatch.setitem(HEAVY, form, 1599)
+    with pytest.raises(TooLargeError, match=f"40 x 40 pixels, at most 1599 of a {form} are read"):
+        load_image(ImageRef(data=buffer.getvalue()))
 
 
 @pytest.mark.parametrize("name", ["list.m3u8", "list.mp4", "list.ffconcat"])

@@ -2,6 +2,7 @@
 
 import os
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from toy import LAYOUT, make_sample, write_dataset
 import shards.storage.s3
 import shards.stream.reader
 from shards.build.verify import Finding, find_datasets, verify_dataset
+from shards.storage import s3
 from shards.storage.base import UnavailableError
 from shards.storage.open import open_storage
 from shards.storage.s3 import S3Storage
@@ -353,3 +355,25 @@ def test_verify_names_what_is_damaged_in_a_bucket(bucket: str, local: Path) -> N
         storage.write("000001.tar", tar)
     new = [found for found in cut if found not in findings]
     assert new and {found.shard for found in new if found.shard} == {"000001.tar"}
+
+
+class WholeObject:
+    """The answer of a server that knows no ranges: an object of 300 MiB, whose every byte is the number of its MiB."""
+
+    status, headers = 200, {"Content-Length": str(300 * s3.CHUNK)}
+
+    def __init__(self) -> None:
+        self.chunks = iter(range(300))
+
+    def read1(self, size: int) -> bytes:
+        return bytes([number % 256]) * size if (number := next(self.chunks, None)) is not None else b""
+
+
+@pytest.mark.parametrize("place", [0, s3.CHUNK - 3, 7 * s3.CHUNK + 5, 299 * s3.CHUNK])
+def test_no_more_than_was_asked_for_is_kept(place: int) -> None:
+    """A whole object in place of a sample was held in memory, whatever its size."""
+    tracemalloc.start()
+    data = s3._whole_body(WholeObject(), place, 10, time.monotonic() + 60)  # type: ignore[arg-type]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert data == bytes((place + byte) // s3.CHUNK % 256 for byte in range(10)) and peak < 4 * s3.CHUNK

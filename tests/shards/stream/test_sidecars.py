@@ -2,11 +2,13 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from toy import write_lengths
+from toy import write_dataset, write_lengths
 
 from shards.format import FormatError
 from shards.stream import sidecars
@@ -99,3 +101,30 @@ def test_no_file_stays_open(root: Path) -> None:
     dataset = open_dataset(str(root), "d")
     assert len(os.listdir("/proc/self/fd")) == before
     assert sum(int(rows["num_tokens"].sum()) for rows in dataset.sidecars) == 80 * 2 * 9
+
+
+MANY = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))  # the usual soft limit, which cannot be raised here
+import numpy as np
+from shards.stream.dataset import open_dataset
+from shards.stream.plan import draws_of
+from shards.stream.reader import StoredSample, read_sample
+dataset = open_dataset(sys.argv[1], "toy")
+draws = draws_of(dataset, np.arange(len(dataset)))
+samples = [read_sample(dataset.tars, draw) for draw in draws]
+print(len(dataset.sidecars), len({sample.key for sample in samples if isinstance(sample, StoredSample)}))
+"""
+
+
+def test_more_shards_than_a_process_may_open_files(tmp_path: Path) -> None:
+    """Each sidecar held a descriptor: 1,500 shards ended in "Too many open files"."""
+    folder = write_dataset(tmp_path, "toy", 3, per_shard=1)
+    index = json.loads((folder / "index.json").read_text())
+    for number in range(3, 1500):  # copies of the first three
+        for suffix in (".tar", ".idx.npy"):
+            os.link(folder / f"{number % 3:06d}{suffix}", folder / f"{number:06d}{suffix}")
+        index["shards"].append(index["shards"][number % 3] | {"name": f"{number:06d}"})
+    (folder / "index.json").write_text(json.dumps(index))
+    command = [sys.executable, "-c", MANY, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, check=True, text=True).stdout.split() == ["1500", "3"]
