@@ -5,7 +5,7 @@
 # make test          all that continuous integration runs
 # make soak          the long run of kills (SOAK_STEPS, SOAK_KILLS)
 # make test-latest   make test in an environment of its own with the newest versions that setup.cfg allows
-# make test-engines the test that vLLM gives our tokens, in an environment of its own (1.6 GB)
+# make test-engines the test that vLLM gives our tokens, in an environment of its own (3 GB)
 # make lock          write requirements.lock anew from setup.cfg; UPGRADE=--upgrade takes the newest versions
 # All work from a clean clone; what exists already is kept.
 

@@ -4,8 +4,8 @@
 
 A prompt is {"text": ..., "question": ..., "images": [file, ...], "frames": file or null, "sampled": ...}; the files
 hold uint8 arrays of NumPy. `sampled` says whether frames are handed over with their times, or left to vLLM as all
-frames of a file at 2 per second. An answer is {"prompt": ids, "chat": ids of the same question asked as a message, "answer": ids,
-"logprobs": {id: the first token's}}.
+frames of a file at 2 per second. An answer is {"prompt": ids, "chat": ids of the same question
+asked as a message, "answer": ids, "logprobs": {id: the first token's}}.
 """
 
 import json

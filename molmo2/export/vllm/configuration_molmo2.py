@@ -12,21 +12,21 @@ from typing import Any
 from transformers import PretrainedConfig
 
 
-class Molmo2VitConfig(PretrainedConfig):  # type: ignore[misc]
+class Molmo2VitConfig(PretrainedConfig):
     """The vision transformer."""
 
     model_type = "molmo2_vit"
     base_config_key = "vit_config"
 
 
-class Molmo2AdapterConfig(PretrainedConfig):  # type: ignore[misc]
+class Molmo2AdapterConfig(PretrainedConfig):
     """The connector: pooling of patches and the projection to the language model."""
 
     model_type = "molmo2_adapter"
     base_config_key = "adapter_config"
 
 
-class Molmo2TextConfig(PretrainedConfig):  # type: ignore[misc]
+class Molmo2TextConfig(PretrainedConfig):
     """The language model; it has defaults because transformers makes an empty one to print another."""
 
     model_type = "molmo2_text"
@@ -47,7 +47,7 @@ class Molmo2TextConfig(PretrainedConfig):  # type: ignore[misc]
         super().__init__(**settings)
 
 
-class Molmo2Config(PretrainedConfig):  # type: ignore[misc]
+class Molmo2Config(PretrainedConfig):
     """The whole model; `model_type` inside a part of `config.json` is ignored."""
 
     model_type = "molmo2"

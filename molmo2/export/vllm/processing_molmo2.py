@@ -10,7 +10,6 @@ token pools.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -87,7 +86,7 @@ def choose_tiling(height: int, width: int, window: int, max_crops: int) -> tuple
 
     `height` and `width` are the image's, without the overlap margins; `window` is the side of a crop without them.
     """
-    pairs = [pair for pair in itertools.product(range(1, max_crops + 1), repeat=2) if pair[0] * pair[1] <= max_crops]
+    pairs = [(i, j) for i in range(1, max_crops + 1) for j in range(1, max_crops // i + 1)]
     pairs.sort(key=lambda pair: (pair[0] * pair[1], pair[0]))
     inner = np.array([height, width], np.float32)
     # float32, since vLLM decides near-ties in float32.
@@ -96,7 +95,7 @@ def choose_tiling(height: int, width: int, window: int, max_crops: int) -> tuple
     return pairs[int(best)]
 
 
-class Molmo2ImageProcessor(BaseImageProcessor):  # type: ignore[misc]
+class Molmo2ImageProcessor(BaseImageProcessor):
     """Images become one crop of the whole image and crops of a tiling, which overlap.
 
     The pooling indices of every image count from its own first patch: vLLM adds the offsets of a batch.
@@ -149,7 +148,7 @@ class Molmo2ImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         return index[kept_rows][:, kept_cols]
 
 
-class Molmo2VideoProcessor(BaseVideoProcessor):  # type: ignore[misc]
+class Molmo2VideoProcessor(BaseVideoProcessor):
     """Frames become one crop each; the pooling indices count from the first frame's first patch."""
 
     model_input_names = ("pixel_values_videos", "video_token_pooling", "video_grids")
@@ -181,7 +180,7 @@ class Molmo2VideoProcessor(BaseVideoProcessor):  # type: ignore[misc]
     __call__ = preprocess
 
 
-class Molmo2Processor(ProcessorMixin):  # type: ignore[misc]
+class Molmo2Processor(ProcessorMixin):
     """A prompt with placeholders and its media become ids, patches and pooling indices."""
 
     def __init__(

@@ -199,8 +199,9 @@ def test_the_configuration_has_every_value(config: Any, code: dict[str, ModuleTy
 
 
 def test_vllm_sees_that_the_template_takes_parts() -> None:
-    """vLLM hands over parts if a loop goes over `message.content`, bare or filtered; else it writes placeholders into the
-    text, where the template breaks them up as what a user wrote.
+    """It looks for a loop over `message.content`, bare or filtered.
+
+    Without one it writes placeholders into the text, where the template breaks them up as what a user wrote.
     """
     tree = _compile_jinja_template(TEMPLATE.read_text()).environment.parse(TEMPLATE.read_text())
     loops = [loop.iter for loop in tree.find_all(jinja2.nodes.For)]
