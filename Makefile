@@ -5,13 +5,14 @@
 # make test          all that continuous integration runs
 # make soak          the long run of kills (SOAK_STEPS, SOAK_KILLS)
 # make test-latest   make test in an environment of its own with the newest versions that setup.cfg allows
+# make test-engines the test that vLLM gives our tokens, in an environment of its own (3 GB)
 # make lock          write requirements.lock anew from setup.cfg; UPGRADE=--upgrade takes the newest versions
 # All work from a clean clone; what exists already is kept.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo demo-steps install install-dev lock system lint types check test soak test-latest bench clean-demo
+.PHONY: demo demo-steps install install-dev lock system lint types check test soak test-latest test-engines bench clean-demo
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,6 +21,7 @@ DEV_PACKAGES := --no-deps -r requirements.lock
 INSTALLED := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 COMPILED := $(VENV)/.compiled
+ENGINES := .venv-engines
 PIP := pip install --quiet --progress-bar off $(LOCK)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MOLMO2_DATA ?= $(CURDIR)/data
@@ -113,6 +115,16 @@ soak: $(DEV) $(COMPILED)
 test-latest:
 	$(MAKE) test VENV=.venv-latest LOCK= \
 	  DEV_PACKAGES="--no-build-isolation --upgrade -e '.[demo,eval,lora,s3,wandb,datatrove,dev]'"
+
+# vLLM for CPUs. It runs without torchvision, torchaudio and torchcodec, of which PyPI has no builds for a CPU. Nor has it
+# the CPU build of torch: PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL must name a place that does.
+$(ENGINES)/.installed: requirements-engines.lock
+	test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/pip install --quiet --progress-bar off --no-deps -r requirements-engines.lock
+	touch $@
+
+test-engines: $(DEV) $(ENGINES)/.installed
+	VLLM_PYTHON=$(CURDIR)/$(ENGINES)/bin/python $(PYTEST) tests/molmo2/export/test_vllm.py
 
 bench: $(DEV) $(COMPILED)
 	python benchmarks/bench_plan.py

@@ -23,11 +23,19 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a run, a checkpoint, or a model's directory")
     parser.add_argument("--out", required=True, type=Path, help="directory to create; an earlier export is replaced")
-    parser.add_argument(
+    code = parser.add_mutually_exclusive_group()
+    code.add_argument(
+        "--for",
+        dest="engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="the engine to export for; vllm adds a configuration and a processor in Python, which vLLM runs",
+    )
+    code.add_argument(
         "--remote-code-from",
         type=Path,
         metavar="DIR",
-        help="copy the remote code of a downloaded release (its *.py files), which vLLM needs",
+        help="copy the remote code of a downloaded release (its *.py files), which transformers 4.57 needs",
     )
     parser.add_argument(
         "--push-to-hub", metavar="OWNER/NAME", help="upload to this repository, which is created as private if missing"
@@ -51,7 +59,13 @@ def main() -> None:
     opened = open_model(args.checkpoint)
     about = about_checkpoint(open_checkpoint(opened.path)) if is_run(args.checkpoint) else About(origin=opened.origin)
     differences = export_model(
-        opened.config, opened.weights, opened.tokenizer_dir, args.out, about, args.remote_code_from
+        opened.config,
+        opened.weights,
+        opened.tokenizer_dir,
+        args.out,
+        about,
+        args.remote_code_from,
+        for_vllm=args.engine == "vllm",
     )
     measured = ", ".join(f"{kind} {value:.1e}" for kind, value in differences.items())
     print(f"exported {opened.path} to {args.out}; largest difference of logits in transformers: {measured}")

@@ -111,9 +111,9 @@ def _hyperparameters(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_card(
-    config: ModelConfig, num_parameters: int, about: About, differences: Mapping[str, float], *, remote_code: bool
+    config: ModelConfig, num_parameters: int, about: About, differences: Mapping[str, float], *, code: str
 ) -> str:
-    """The exported directory's README."""
+    """The exported directory's README; `code` is what lies beside the weights: "", "release" or "vllm"."""
     data = _data(about.shares)
     repos = {row["source"] for row in data if row["source"]}
     values = {
@@ -129,6 +129,6 @@ def model_card(
         "fps": FPS,
         "num_frames": NUM_FRAMES,
         "thin_side": 2 * config.overlap_margin * config.patch_size,
-        "remote_code": remote_code,
+        "code": code,
     }
     return fill_template("export/model_card.md.jinja", **values)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from molmo2.export.card import NUM_FRAMES, About, model_card
 from molmo2.export.check import FPS, MAX_CROPS, ExportError, check
-from molmo2.export.remote_code import copy_remote_code
+from molmo2.export.remote_code import copy_remote_code, write_vllm_code
 from molmo2.export.upload import MARK
 from molmo2.model.presets import ModelConfig
 from molmo2.processing.tokenizer import TOKENIZER_CONFIG, Tokenizer, tokenizer_config
@@ -42,6 +42,8 @@ def export_model(
     out: Path,
     about: About,
     remote_code: Path | None = None,
+    *,
+    for_vllm: bool = False,
 ) -> dict[str, float]:
     """Export a model to `out` atomically; an earlier export there is replaced.
 
@@ -52,6 +54,7 @@ def export_model(
         out: the directory to create.
         about: the origin of the weights, for the model card and `export.json`.
         remote_code: a downloaded release, whose remote code is copied beside the weights.
+        for_vllm: put our configuration and processor for vLLM beside the weights; not together with `remote_code`.
 
     Returns:
         The largest difference of logits to transformers, by kind of prompt.
@@ -68,13 +71,18 @@ def export_model(
     temporary.mkdir(parents=True)
     try:
         write_files(config, weights, tokenizer, temporary)
-        if remote_code is not None:
+        code = ""
+        if for_vllm:
+            code = "vllm"
+            write_vllm_code(temporary)
+        elif remote_code is not None:
+            code = "release"
             copy_remote_code(remote_code, temporary)
         differences = check(temporary, config, weights, tokenizer)
         report = {"origin": dict(about.origin), "largest_logit_difference": differences}
         write_settings(temporary / MARK, report)
         num_parameters = sum(tensor.numel() for tensor in weights.values())
-        card = model_card(config, num_parameters, about, differences, remote_code=remote_code is not None)
+        card = model_card(config, num_parameters, about, differences, code=code)
         (temporary / "README.md").write_text(card)
         replace_directory(temporary, out)
     finally:

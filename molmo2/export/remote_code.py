@@ -1,7 +1,8 @@
-"""Copy released remote code into an export: vLLM and older versions of transformers load Molmo2 with it.
+"""Put code beside the weights of an export, for engines that have no Molmo2 of their own.
 
-The code is not part of this project. Only the `*.py` files of a downloaded release are copied, and `auto_map` names the
-classes in them. The code is not run here.
+vLLM gets our own configuration and processor, from `molmo2/export/vllm`. Older versions of transformers get released
+code, which is not part of this project: only the `*.py` files of a downloaded release are copied. `auto_map` names the
+classes in the code. No code is run here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,28 @@ from molmo2.export.check import ExportError
 
 # Files of a release, and of an export, that may have an `auto_map`.
 FILES = ("config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+VLLM_CODE = Path(__file__).with_name("vllm")
+VLLM_FILES = ("configuration_molmo2.py", "processing_molmo2.py")
+_IMAGES = {"AutoImageProcessor": "processing_molmo2.Molmo2ImageProcessor"}
+_VIDEOS = {"AutoVideoProcessor": "processing_molmo2.Molmo2VideoProcessor"}
+_PROCESSOR = {"AutoProcessor": "processing_molmo2.Molmo2Processor", **_IMAGES, **_VIDEOS}
+
+
+def write_vllm_code(directory: Path) -> None:
+    """Copy `VLLM_FILES` into an export, and name their classes wherever a version of transformers looks for them.
+
+    `processor_config.json` also gets the settings of images and videos, since new versions read them there.
+    """
+    for name in VLLM_FILES:
+        shutil.copyfile(VLLM_CODE / name, directory / name)
+    _set_auto_map(directory / "config.json", {"AutoConfig": "configuration_molmo2.Molmo2Config"})
+    _set_auto_map(directory / "preprocessor_config.json", _IMAGES)
+    _set_auto_map(directory / "video_preprocessor_config.json", _VIDEOS)
+    parts = {
+        "image_processor": json.loads((directory / "preprocessor_config.json").read_text()),
+        "video_processor": json.loads((directory / "video_preprocessor_config.json").read_text()),
+    }
+    _update(directory / "processor_config.json", {"auto_map": _PROCESSOR, **parts})
 
 
 def copy_remote_code(source: Path, directory: Path) -> list[str]:
@@ -76,5 +99,8 @@ def _localise(reference: Any) -> Any:
 
 
 def _set_auto_map(path: Path, auto_map: dict[str, Any]) -> None:
-    config = json.loads(path.read_text()) | {"auto_map": auto_map}
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    _update(path, {"auto_map": auto_map})
+
+
+def _update(path: Path, settings: dict[str, Any]) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings, indent=2) + "\n")

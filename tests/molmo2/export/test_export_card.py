@@ -31,7 +31,7 @@ def head_of(card: str) -> dict[str, Any]:
 
 
 def card_of(about: About, **options: Any) -> str:
-    return model_card(QWEN, 1234567, about, {"text": 1e-6, "video": 2e-6}, **{"remote_code": False, **options})
+    return model_card(QWEN, 1234567, about, {"text": 1e-6, "video": 2e-6}, **{"code": "", **options})
 
 
 def test_recipe_data_and_figures(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_recipe_data_and_figures(tmp_path: Path) -> None:
     assert recipe == json.loads((step / "recipe.json").read_text())
     assert head_of(card)["datasets"] == ["allenai/pixmo-cap"]
     assert head_of(card)["license"] == "other" and "(`stage1`)" in card
-    assert "remote code" not in card and "remote code" in card_of(ABOUT, remote_code=True)
+    assert "remote code" not in card and "remote code" in card_of(ABOUT, code="release")
 
 
 def test_what_is_missing_is_said() -> None:
