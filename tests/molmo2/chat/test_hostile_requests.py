@@ -49,7 +49,7 @@ def test_odd_lengths_are_refused(length: str) -> None:
 
 @contextlib.contextmanager
 def serving() -> Iterator[ChatServer]:
-    with ChatServer(lambda *_: iter(["yes"]), 0) as server:
+    with ChatServer(lambda *_: iter(["yes"]), 0, AnswerOptions()) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         try:
             yield server
