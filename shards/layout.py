@@ -12,7 +12,6 @@ A *crop* is one square ViT input. Sizes are in pixels where the name does not sa
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -178,14 +177,18 @@ def visual_crops(visual: dict[str, Any]) -> int:
 
 
 def split_crops(
-    layout: VisualLayout, tiling: tuple[int, int], canvas: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8]
-) -> None:
-    """Copy the overlapping crops of a canvas, in raster order, into `out`, [rows * cols, crop, crop, 3]."""
+    layout: VisualLayout,
+    tiling: tuple[int, int],
+    view: npt.NDArray[np.uint8],
+    canvas: npt.NDArray[np.uint8],
+    out: npt.NDArray[np.uint8] | None = None,
+) -> npt.NDArray[np.uint8]:
+    """The view, then the overlapping crops of the canvas in raster order, [1 + rows * cols, crop, crop, 3]."""
     size, stride = layout.crop_size, layout.window_patches * layout.patch_size
     tops = [row * stride for row in range(tiling[0])]
     lefts = [col * stride for col in range(tiling[1])]
-    for crop, (top, left) in zip(out, itertools.product(tops, lefts), strict=True):
-        crop[:] = canvas[top : top + size, left : left + size]
+    crops = [canvas[top : top + size, left : left + size] for top in tops for left in lefts]
+    return np.stack([view, *crops], out=out)
 
 
 def sample_visuals(record: dict[str, Any], variant: int) -> list[dict[str, Any]]:

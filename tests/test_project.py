@@ -107,9 +107,9 @@ def test_no_imports_in_a_circle() -> None:
         pytest.fail(" <- ".join(error.args[1]))
 
 
-def test_torch_stays_in_collate_and_loader() -> None:
+def test_torch_stays_where_batches_are_made() -> None:
     users = {path.stem for path in files("shards") if any(n.split(".")[0] == "torch" for n in imported(path))}
-    assert users == {"collate", "loader"}
+    assert users == {"collate", "loader", "slots"}
 
 
 def test_model_imports_torch_alone() -> None:

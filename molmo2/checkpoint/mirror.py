@@ -34,8 +34,8 @@ from molmo2.checkpoint.untrusted import BAD_META, listed_files
 from molmo2.config import Recipe
 from shards.atomic import append_to, file_lock
 from shards.storage.base import Storage
+from shards.storage.local import cache_dir
 from shards.storage.open import open_storage
-from shards.stream.cache import cache_dir
 
 CHUNK = 64 << 20  # bytes of a file that are read at once
 LOG_NAME = "mirror.log"

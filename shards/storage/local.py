@@ -11,6 +11,11 @@ from pathlib import Path, PurePosixPath
 from shards.atomic import create_atomic, replacing, sync, write_atomic
 
 
+def cache_dir() -> Path:
+    """The folder of files cached from a bucket: `$XDG_CACHE_HOME/nanomolmo2` (default `~/.cache/nanomolmo2`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nanomolmo2")
+
+
 class LocalStorage:
     """A local directory."""
 

@@ -26,11 +26,6 @@ CHUNK = 8 << 20  # bytes of one read while a shard is fetched
 _NOT_BEFORE: dict[Path, float] = {}  # shards that this process could not cache -> monotonic time of the next try
 
 
-def cache_dir() -> Path:
-    """The folder of files cached from a bucket: `$XDG_CACHE_HOME/nanomolmo2` (default `~/.cache/nanomolmo2`)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nanomolmo2")
-
-
 @dataclass(frozen=True, slots=True)
 class ShardCache:
     """A folder of at most `budget` bytes that holds whole shards, named by their SHA-256."""

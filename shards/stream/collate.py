@@ -7,8 +7,10 @@ rank decodes only the images and frames of its own split.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +24,31 @@ from shards.media.jpeg import decode_jpeg, jpeg_size
 from shards.split import split_visuals
 from shards.stream.plan import Cursor, Draw, PackSpec
 from shards.stream.reader import Damage, ReadError, StoredSample
-from shards.stream.slots import Arena
 
 MEMBER = 100_000  # segment ids of one member of a pack lie in [number * MEMBER, (number + 1) * MEMBER)
 TRUNK = 10_000  # segment of the shared trunk; above every branch, because a token attends to segments >= its own
 PAD_SEGMENT = 2**31 - 1  # segment id of padding
+ALIGNED = 64  # bytes to which the arrays of a batch are aligned
 Pixels = npt.NDArray[np.uint8]
+
+
+class Arena:
+    """Arrays one after another in a buffer; without a buffer, arrays of their own."""
+
+    def __init__(self, buffer: mmap | None = None) -> None:
+        self.buffer = None if buffer is None else np.frombuffer(buffer, np.uint8)
+        self.used = 0
+
+    def full(self, shape: tuple[int, ...], dtype: npt.DTypeLike, value: float | None) -> npt.NDArray[Any]:
+        """An array filled with a value, or not filled."""
+        if self.buffer is None:
+            return np.empty(shape, dtype) if value is None else np.full(shape, value, dtype)
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        array = self.buffer[self.used : self.used + size].view(dtype).reshape(shape)
+        self.used += -(-size // ALIGNED) * ALIGNED
+        if value is not None:
+            array.fill(value)
+        return array
 
 
 class ReadStats(NamedTuple):
@@ -184,7 +205,7 @@ def decode_crops(layout: VisualLayout, sample: StoredSample, visuals: Sequence[i
                 # The view and the canvas of an image of one tile are the same file.
                 same = visual["canvas"] == visual["view"] and layout.canvas_size(tiling) == view.shape[:2]
                 canvas = view if same else decode(visual["canvas"], *layout.canvas_size(tiling))
-                split_crops(layout, tiling, canvas, crops[1:])
+                split_crops(layout, tiling, view, canvas, crops)
     except ODD_SAMPLE as error:
         raise ReadError(f"{type(error).__name__}: {error}") from None
 

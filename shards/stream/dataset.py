@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from shards.format import INDEX_NAME, DatasetIndex, index_dtype, parse_index
 from shards.storage.base import Storage
-from shards.storage.local import LocalStorage
+from shards.storage.local import LocalStorage, cache_dir
 from shards.storage.open import open_storage
-from shards.stream.cache import ShardCache, cache_dir
 from shards.stream.sidecars import load_sidecars
+
+if TYPE_CHECKING:
+    from shards.stream.cache import ShardCache
 
 SMALL = 64 << 10  # bytes; a dataset whose samples are smaller on average is worth caching as whole shards
 Array = npt.NDArray[Any]
@@ -152,6 +154,10 @@ def with_cache(datasets: Iterable[Dataset], budget: int) -> tuple[Tars, ...]:
         if remote and size <= left and size < SMALL * len(dataset):
             chosen.add(dataset.name)
             left -= size
+    if not chosen:
+        return tuple(dataset.tars for dataset in datasets)
+    from shards.stream.cache import ShardCache
+
     cache = ShardCache(cache_dir() / "shards", budget)
     return tuple(
         replace(

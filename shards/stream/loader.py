@@ -25,6 +25,7 @@ from shards.storage.base import UnavailableError, take_tally
 from shards.storage.local import LocalStorage
 from shards.stream.balance import SAME_COST, PackCost, own_packs
 from shards.stream.collate import (
+    Arena,
     Batch,
     OpenedSample,
     ReadStats,
@@ -39,8 +40,7 @@ from shards.stream.dataset import Dataset, Tars, with_cache
 from shards.stream.plan import Cursor, Draw, Plan
 from shards.stream.read_ahead import MicroSpec, ReadAhead, look_ahead
 from shards.stream.reader import DAMAGE_BUDGET, Damage, ReadError, read_sample, to_damage
-from shards.stream.shared import SharedBatch, batch_bytes, share
-from shards.stream.slots import Arena, SlotRing
+from shards.stream.slots import SharedBatch, SlotRing, batch_bytes, share
 
 LOG = logging.getLogger(__name__)
 READ_AHEAD = 256 << 20  # bytes of samples that a rank reads from a bucket before they are needed
@@ -174,7 +174,8 @@ class PackReader(TorchDataset[Batch | SharedBatch | UnavailableError]):
 
     def _batch(self, spec: MicroSpec, timed: Timed) -> Batch:
         """Decode and collate samples; `timed` holds each with the seconds that reading it took."""
-        samples, seconds, arena = [sample for sample, _ in timed], [], Arena(self.ring, spec.slot)
+        samples, seconds = [sample for sample, _ in timed], []
+        arena = Arena(None if self.ring is None or spec.slot is None else self.ring.slots[spec.slot])
         opened = [sample for sample in samples if isinstance(sample, OpenedSample)]
         for sample in odd_weights(opened) if opened else ():
             return self._batch(spec, self._masked(timed, sample, "loss weights that are not those of the index"))

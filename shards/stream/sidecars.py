@@ -25,8 +25,7 @@ import pyarrow as pa
 from shards.atomic import file_lock, write_atomic
 from shards.format import DatasetIndex, FormatError, ShardInfo, check_sidecar, index_dtype, npy_rows
 from shards.storage.base import Storage
-from shards.storage.local import LocalStorage
-from shards.stream.cache import cache_dir
+from shards.storage.local import LocalStorage, cache_dir
 
 Array = npt.NDArray[Any]
 Facts = list[Any]  # size in bytes, times of the last change of content and of the file (ns), and SHA-256

@@ -3,22 +3,29 @@
 A slot is anonymous memory that is mapped before the workers are forked. It is not in /dev/shm, whose size containers
 limit, and its pages are used again for later batches: fresh pages for every batch cost a worker more than all of its
 own work on text. The main process gets views of a slot, and the slot is free again when the last of them is gone.
-What a batch is, and the way of one that got no slot, is in `shards.stream.shared`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import mmap
 import weakref
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import torch
 
-ALIGNED = 64  # bytes to which the arrays of a batch are aligned
+from shards.layout import VisualLayout
+from shards.stream.collate import ALIGNED, Batch
+from shards.stream.plan import PlanSettings
+from shards.stream.reader import Damage
+
 KEPT = 2  # batches of each worker that the main process may hold while the worker builds further ones
+TOKEN_BYTES = 48  # of a token in the seven tensors [B, S] of a batch, 41, and more
 _RINGS: weakref.WeakValueDictionary[int, SlotRing] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
@@ -37,10 +44,6 @@ class SlotRing:
         """A free slot of a worker; None if all are in use."""
         return self.free[worker].popleft() if self.free[worker] else None
 
-    def address(self, slot: int) -> int:
-        """The address of a slot in this process."""
-        return np.frombuffer(self.slots[slot], np.uint8).ctypes.data
-
     def view(self, slot: int) -> memoryview:
         """The memory of a slot, for the main process; the slot is free when nothing refers to it any more."""
         view = memoryview(self.slots[slot])
@@ -48,26 +51,58 @@ class SlotRing:
         return view
 
 
-def view_slot(ring: int, slot: int) -> memoryview:
-    """`SlotRing.view` of the ring with this number, in the process that made it."""
-    return _RINGS[ring].view(slot)
+@dataclass(frozen=True, slots=True)
+class SharedBatch:
+    """A batch on its way to the main process: its tensors lie in a slot, or, if there was none, come as arrays.
+
+    Attributes:
+        slot: numbers of the ring and of the slot; None: there was none.
+        tensors: dtype, shape and first byte of each tensor, or its values.
+        others: the other fields.
+    """
+
+    slot: tuple[int, int] | None
+    tensors: dict[str, Any]
+    others: dict[str, Any]
+
+    @property
+    def masked(self) -> tuple[Damage, ...]:
+        """See `Batch.masked`."""
+        masked: tuple[Damage, ...] = self.others["masked"]
+        return masked
+
+    def open(self) -> Batch:
+        """The batch, in the main process. Its tensors are views of the slot, which is in use as long as they are."""
+        if self.slot is None:
+            arrays: dict[str, Any] = {name: torch.from_numpy(array) for name, array in self.tensors.items()}
+            return Batch(**self.others, **arrays)
+        whole = torch.frombuffer(_RINGS[self.slot[0]].view(self.slot[1]), dtype=torch.uint8)
+        opened: dict[str, Any] = {
+            name: whole[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for name, (dtype, shape, start) in self.tensors.items()
+        }
+        return Batch(**self.others, **opened)
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, for which torch asks where there is a GPU; the slot is free then."""
+        return self.open().pin_memory()
 
 
-class Arena:
-    """Arrays one after another in a slot; without a slot, arrays of their own."""
+def share(batch: Batch, ring: SlotRing, slot: int | None) -> SharedBatch:
+    """What a worker sends in place of a batch, whose tensors lie in a slot if it had one."""
+    tensors = batch.tensors()
+    others = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in tensors}
+    if slot is None:
+        # By value: torch would use /dev/shm, and where that is full drop the batch, for which the main process waits.
+        return SharedBatch(None, {name: tensor.numpy() for name, tensor in tensors.items()}, others)
+    base = np.frombuffer(ring.slots[slot], np.uint8).ctypes.data
+    starts = {name: tensor.data_ptr() - base if tensor.numel() else 0 for name, tensor in tensors.items()}
+    places = {name: (tensor.dtype, tuple(tensor.shape), starts[name]) for name, tensor in tensors.items()}
+    return SharedBatch((ring.number, slot), places, others)
 
-    def __init__(self, ring: SlotRing | None = None, slot: int | None = None) -> None:
-        self.place = None if ring is None or slot is None else (ring.number, slot)
-        self.buffer = None if ring is None or slot is None else np.frombuffer(ring.slots[slot], np.uint8)
-        self.used = 0
 
-    def full(self, shape: tuple[int, ...], dtype: npt.DTypeLike, value: float | None) -> npt.NDArray[Any]:
-        """An array filled with a value, or not filled."""
-        if self.buffer is None:
-            return np.empty(shape, dtype) if value is None else np.full(shape, value, dtype)
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        array = self.buffer[self.used : self.used + size].view(dtype).reshape(shape)
-        self.used += -(-size // ALIGNED) * ALIGNED
-        if value is not None:
-            array.fill(value)
-        return array
+def batch_bytes(layout: VisualLayout, settings: PlanSettings, micro_batch: int) -> int:
+    """The most bytes of a micro-batch: of its tokens, each with a row of the pooling table, and of its crops."""
+    pooling = 8 * max(layout.image_pool, layout.video_pool) ** 2
+    pack = settings.sequence_length * (TOKEN_BYTES + pooling) + settings.max_crops * (3 * layout.crop_size**2 + 16)
+    return micro_batch * pack + 16 * ALIGNED

@@ -18,7 +18,7 @@ from toy import LAYOUT, write_dataset
 import shards.stream.cache
 import shards.stream.dataset
 from shards.storage.base import take_tally
-from shards.storage.local import LocalStorage
+from shards.storage.local import LocalStorage, cache_dir
 from shards.stream.cache import ShardCache
 from shards.stream.dataset import Dataset, with_cache
 from shards.stream.loader import make_loader
@@ -41,7 +41,7 @@ def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
 
 
 def shard_files() -> list[Path]:
-    return sorted(path for path in (shards.stream.cache.cache_dir() / "shards").glob("*") if path.name != ".lock")
+    return sorted(path for path in (cache_dir() / "shards").glob("*") if path.name != ".lock")
 
 
 def size_of(dataset: Dataset) -> int:
@@ -94,7 +94,7 @@ def test_a_shard_that_is_not_the_one_of_the_index_is_not_kept(far: Dataset) -> N
 
 def test_room_is_made_of_what_nobody_uses(far: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [shard.bytes for shard in far.index.shards]
-    cache = ShardCache(shards.stream.cache.cache_dir() / "shards", sizes[0] + sizes[1])
+    cache = ShardCache(cache_dir() / "shards", sizes[0] + sizes[1])
 
     def read(shard: int) -> None:
         info = far.index.shards[shard]
@@ -116,7 +116,7 @@ def test_room_is_made_of_what_nobody_uses(far: Dataset, monkeypatch: pytest.Monk
 
 def test_nobody_waits_for_another_fetch(far: Dataset) -> None:
     (tars,) = with_cache([far], 1 << 30)
-    folder = shards.stream.cache.cache_dir() / "shards"
+    folder = cache_dir() / "shards"
     folder.mkdir(parents=True)
     with open(folder / ".lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -134,6 +134,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import shards.stream.cache
 from far_storage import FarStorage, draws, open_dataset_of
+from shards.storage.local import cache_dir
 from shards.stream.cache import ShardCache
 read = FarStorage.read
 def slow(self, name, offset=0, length=None):
@@ -144,7 +145,7 @@ FarStorage.read = slow
 shards.stream.cache.CHUNK = 2048
 far = open_dataset_of(Path(sys.argv[1]))
 info = far.index.shards[0]
-cache = ShardCache(shards.stream.cache.cache_dir() / "shards", 1 << 30)
+cache = ShardCache(cache_dir() / "shards", 1 << 30)
 cache.read(far.storage, "000000.tar", info.bytes, info.sha256, 0, 9)
 """
 
@@ -168,7 +169,7 @@ def test_killed_while_a_shard_is_fetched(far: Dataset, tmp_path: Path, reads: in
 def read_all(root: str, budget: int, times: int) -> None:
     """Entry of a process: every sample through a cache that holds one shard."""
     far = open_dataset_of(Path(root))
-    cache = ShardCache(shards.stream.cache.cache_dir() / "shards", budget)
+    cache = ShardCache(cache_dir() / "shards", budget)
     shards.stream.cache.IDLE, shards.stream.cache.AGAIN = 0.0, 0.0
     rng = np.random.Generator(np.random.Philox(os.getpid()))
     found = draws(far)
@@ -203,4 +204,4 @@ def test_batches_do_not_depend_on_the_cache(far: Dataset, tmp_path: Path, monkey
     for ours, batch in zip(make_loader(plan, Cursor(), LAYOUT, cache=1 << 30), wanted, strict=False):
         assert ours.input_ids.equal(batch.input_ids) and ours.pixels.equal(batch.pixels)
     assert shard_files()
-    shutil.rmtree(shards.stream.cache.cache_dir())
+    shutil.rmtree(cache_dir())
