@@ -113,12 +113,9 @@ class PackReader(TorchDataset[Batch | SharedBatch | UnavailableError]):
         layout: the model's geometry.
         sequence_length: tokens of a row.
         share: (rank, ranks) in the sequence-parallel group: only the visuals of this rank's split are decoded.
-
-    Attributes:
-        ring: in workers, the memory in which they build batches.
     """
 
-    ring: SlotRing | None = None
+    ring: SlotRing | None = None  # the memory in which workers build batches
 
     def __init__(
         self, tars: Sequence[Tars], layout: VisualLayout, sequence_length: int, share: tuple[int, int] = (0, 1)

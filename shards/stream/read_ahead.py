@@ -20,10 +20,7 @@ T = TypeVar("T")
 
 
 class MicroSpec(NamedTuple):
-    """One rank's micro-batch of a step, before reading.
-
-    `ahead`: draws of later micro-batches to start reading now. `slot`: where a worker builds it; see `SlotRing`.
-    """
+    """One rank's micro-batch of a step before reading; `slot`: see `SlotRing`; `ahead`: draws to start reading now."""
 
     packs: tuple[PackSpec, ...]
     divisor: float

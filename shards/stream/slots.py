@@ -8,7 +8,6 @@ own work on text. The main process gets views of a slot, and the slot is free ag
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import mmap
 import weakref
@@ -27,14 +26,13 @@ from shards.stream.reader import Damage
 KEPT = 2  # batches of each worker that the main process may hold while the worker builds further ones
 TOKEN_BYTES = 48  # of a token in the seven tensors [B, S] of a batch, 41, and more
 _RINGS: weakref.WeakValueDictionary[int, SlotRing] = weakref.WeakValueDictionary()
-_NUMBERS = itertools.count()
 
 
 class SlotRing:
     """The slots of one loader, of `size` bytes each: `prefetch + KEPT` for each worker."""
 
     def __init__(self, workers: int, prefetch: int, size: int) -> None:
-        self.number = next(_NUMBERS)
+        self.number = id(self)
         self.slots = [mmap.mmap(-1, size) for _ in range(workers * (prefetch + KEPT))]
         # A worker gets its own slots again, whose pages it has mapped already.
         self.free = [deque(range(worker, len(self.slots), workers)) for worker in range(workers)]
