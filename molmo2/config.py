@@ -129,13 +129,6 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
             raise ValueError("fp8 needs precision: bf16")
         return self
 
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _check_old_name(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "activation_checkpointing" in values:
-            raise ValueError("activation_checkpointing was replaced: write recompute: full for true, none for false")
-        return values
-
     def compiles(self, on_gpu: bool) -> bool:
         """Whether parts of layers are compiled."""
         return self.zero_stage < 3 and on_gpu if self.compile is None else self.compile

@@ -255,7 +255,7 @@ def expand(layout: VisualLayout, stored: npt.NDArray[np.void], visuals: list[dic
         weights=out_weights,
         branch=out_branch.astype(np.int16),
         position_ids=positions.astype(np.int32),
-        is_visual=_is_bidirectional(layout.tokens, out_ids),
+        is_visual=_is_bidirectional(layout.tokens, out_ids) if visuals else np.zeros(len(out_ids), np.bool_),
     )
 
 

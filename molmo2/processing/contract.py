@@ -54,6 +54,7 @@ class Contract(NamedTuple):
             "conditioning": self.mode,
             "templates": digest(templates()),
             "jpeg_quality": JPEG_QUALITY,
+            "jpeg_dct": "accurate",
         }
 
 

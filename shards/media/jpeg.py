@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
+from PIL import Image
 
 
 def encode_jpeg(pixels: npt.NDArray[np.uint8], quality: int = 95) -> bytes:
-    """Encode RGB uint8 [H, W, 3] as a JPEG without chroma subsampling (4:4:4)."""
-    data: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "444", fastdct=False)
-    return data
+    """Encode RGB uint8 [H, W, 3] as a JPEG without chroma subsampling (4:4:4), by Pillow, with the accurate DCT.
+
+    simplejpeg encodes with the fast DCT up to quality 95, whatever it is asked for, which costs 0.6 dB.
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
 
 
 def jpeg_size(data: bytes | memoryview) -> tuple[int, int]:

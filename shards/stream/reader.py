@@ -93,7 +93,7 @@ def read_sample(tars: Tars, draw: Draw) -> StoredSample | Damage:
             span = tars.read(draw.shard, draw.offset, draw.span, past_cache=attempt > 0)
             check_span(span, draw)
             tally("bytes", len(span))
-            return parse_sample(span, draw.variant)
+            return parse_sample(span, draw.variant, has_visuals=draw.num_crops > 0)
         except (UnavailableError, PermissionError) as error:
             raise _unavailable(tars, draw, error) from None
         except OSError as error:
@@ -144,8 +144,8 @@ def check_span(span: bytes, draw: Draw) -> None:
         raise ReadError(f"checksum {checksum:016x}, expected {draw.xxh64:016x}")
 
 
-def parse_sample(span: bytes, variant: int) -> StoredSample:
-    """Parse a verified span as a sample.
+def parse_sample(span: bytes, variant: int, *, has_visuals: bool = True) -> StoredSample:
+    """Parse a verified span as a sample. Its record, with the texts of all variants, is parsed for its visuals only.
 
     Raises:
         FormatError: the span is not a plain tar.
@@ -158,9 +158,8 @@ def parse_sample(span: bytes, variant: int) -> StoredSample:
     key = keys.pop()
     try:
         fields = {name.split(".", 1)[1]: data for name, data in members.items()}
-        record = json.loads(str(fields["json"], "utf-8"))
         tokens = read_rows(fields[f"tokens{variant}.npy"], TOKEN_DTYPE)
-        visuals = sample_visuals(record, variant)
+        visuals = sample_visuals(json.loads(str(fields["json"], "utf-8")), variant) if has_visuals else []
         images = {int(name[:-4]): data for name, data in fields.items() if name.endswith(".jpg")}
     except ODD_SAMPLE as error:
         raise ReadError(f"{type(error).__name__}: {error}") from None

@@ -141,12 +141,6 @@ def test_reading_a_recipe_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("value", ["true", "false"])
-def test_the_former_name_of_recompute_is_refused_with_the_remedy(value: str) -> None:
-    with pytest.raises(RecipeError, match="train: activation_checkpointing was replaced: write recompute: full for"):
-        load_recipe(DEMO, [f"train.activation_checkpointing={value}"])
-
-
 def test_offloaded_activations_need_full_recomputation() -> None:
     with pytest.raises(RecipeError, match="offload of activations needs recompute: full"):
         load_recipe(DEMO, ["train.recompute=light", "train.offload=[activations]"])

@@ -1,6 +1,7 @@
 """Reading one sample: as written, read again after a passing fault, and named when it is damaged."""
 
 import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ def dataset(tmp_path: Path) -> Dataset:
 def draws(dataset: Dataset, variant: int = 0) -> list[Draw]:
     """Every sample of the first shard."""
     return [
-        Draw(0, 0, i, variant, *(row[f].item() for f in ("offset", "span", "xxh64")), 0, 0, 0.0)
+        Draw(0, 0, i, variant, *(row[f].item() for f in ("offset", "span", "xxh64")), 0, row["num_crops"][variant], 0.0)
         for i, row in enumerate(dataset.sidecars[0])
     ]
 
@@ -142,3 +143,15 @@ def test_whole_bytes_that_are_no_sample(dataset: Dataset) -> None:
     with pytest.raises(ReadError, match=r"no \.npy rows"):
         parse_sample(pickled, 0)
     assert np.array_equal(parse_sample(spans[0], 1).tokens, make_sample("toy", 0).variants[1])
+
+
+def test_the_record_of_a_sample_without_visuals_is_not_parsed(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the texts of every variant, which took longer than all else about a text."""
+    parsed = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
+    for draw in draws(dataset):
+        assert isinstance(read_sample(dataset.tars, draw), StoredSample)
+    assert len(parsed) == sum(draw.num_crops > 0 for draw in draws(dataset)) < len(dataset.sidecars[0])
