@@ -1,21 +1,41 @@
-"""Helpers for all HTML pages: filling in a template, curves as SVG, and readable numbers.
+"""Helpers for all HTML pages: filling in a template, readable numbers, and charts.
 
 A page is one HTML file that loads nothing else; all but the chat page are without scripts. Every page extends
-`base.html.jinja`, and `parts.html.jinja` has the tables and drawings that several pages share.
+`base.html.jinja`, and `parts.html.jinja` has the tables and drawings that several pages share. Charts are SVG in the
+page itself, drawn by matplotlib; a number that spans more than a factor of twenty has a logarithmic scale.
 """
 
 from __future__ import annotations
 
-import html
+import functools
+import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 560, 180, 44, 22  # size and margins of a curve, in SVG units
-MAX_POINTS = 300  # a curve has at most this many points; longer logs are averaged
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INCHES = (4.2, 2.3)  # of a chart; a page scales it to its column
+LOG_SPAN = 20  # quotient of the extremes above which a scale is logarithmic
+MOST_POINTS = 400  # a curve has at most this many points; longer logs are averaged
+WINDOW = 1 / 20  # part of a curve over which the smooth line is averaged
+COLOUR = "#1f5fa8"
+UNITS = {  # of the numbers of a log that are no plain ones, by the first part of the name
+    "loss": "nats a token",
+    "group_loss": "nats a token",
+    "tokens_per_second": "tokens/s",
+    "mfu": "%",
+    "data_wait": "%",
+    "working_share": "%",
+    "fill": "%",
+    "gpu_utilization": "%",
+    "gpu_memory_gib": "GiB",
+}
 Lines = Sequence[Mapping[str, Any]]  # the lines of a log
 
 
@@ -24,7 +44,7 @@ def fill_template(name: str, /, **values: Any) -> str:
 
     Args:
         name: file relative to `molmo2/`. In `*.html.jinja` every value is escaped, except `Markup`.
-        values: the values by name. The filters are `count`, `size` and `percent`.
+        values: the values by name. The filters are `count`, `size`, `percent` and `histogram`.
     """
     return ENVIRONMENT.get_template(name).render(values)
 
@@ -50,60 +70,127 @@ ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-ENVIRONMENT.filters |= {"count": lambda number: f"{number:,}", "size": size, "percent": percent}
+ENVIRONMENT.filters |= {
+    "count": lambda number: f"{number:,}",
+    "size": size,
+    "percent": percent,
+    "histogram": lambda bins, label: histogram(bins.first, bins.width, bins.counts, label),
+}
 
 
-def averaged(values: Sequence[float], most: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """Average consecutive values in groups of equal length: at most `most` points (step, mean), steps from 1."""
+def averaged(steps: Sequence[float], values: Sequence[float], most: int) -> tuple[list[float], list[float]]:
+    """Means of steps and values over consecutive runs of equal length, at most `most` of them."""
     size = max(1, -(-len(values) // most))
-    runs = [values[first : first + size] for first in range(0, len(values), size)]
-    return [(i * size + (len(run) + 1) / 2, sum(run) / len(run)) for i, run in enumerate(runs)]
+    firsts = range(0, len(values), size)
+    means = [[sum(part) / len(part) for part in (row[i : i + size] for i in firsts)] for row in (steps, values)]
+    return means[0], means[1]
 
 
-def curve(values: Sequence[float], label: str = "loss by step", last: int | None = None) -> Markup:
-    """An SVG curve of `values` with the extremes on the axes; an empty string for fewer than two values.
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean of each value and those around it, over `WINDOW` of all values."""
+    reach = int(len(values) * WINDOW / 2)
+    spans = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(span) / len(span) for span in spans]
 
-    `last`: the step of the last value, if it differs from the number of values.
-    """
-    points = averaged(values)
-    if len(points) < 2:
+
+def noisy(values: Sequence[float]) -> bool:
+    """Whether values change their direction often, so that a mean of neighbours shows more; a schedule does not."""
+    steps = [after - before for before, after in zip(values, values[1:], strict=False)]
+    turns = sum(one * other < 0 for one, other in zip(steps, steps[1:], strict=False))
+    return turns > len(values) / 10
+
+
+def curve(steps: Sequence[float], values: Sequence[float], label: str, unit: str = "") -> Markup:
+    """A curve by step: the values, faint where a smooth line is above them; empty for fewer than two values."""
+    if len(values) < 2:
         return Markup()
-    top = max(value for _, value in points)
-    bottom = min(0.0, min(value for _, value in points))
-    span = (top - bottom) or 1.0
 
-    def place(step: float, value: float) -> str:
-        x = LEFT + (WIDTH - LEFT) * step / len(values)
-        return f"{x:.1f},{(HEIGHT - BOTTOM) * (top - value) / span + 4:.1f}"
+    def draw(axes: Axes) -> None:
+        from matplotlib import ticker as ticks
 
-    line = " ".join(place(step, value) for step, value in points)
-    floor = HEIGHT - BOTTOM + 4
-    labels = (
-        (f"{top:.3g}", 0, 14),
-        (f"{bottom:.3g}", 0, floor),
-        ("1", LEFT, HEIGHT),
-        (str(last or len(values)), WIDTH - 34, HEIGHT),
-    )
-    texts = "".join(f'<text x="{x}" y="{y}">{html.escape(text)}</text>' for text, x, y in labels)
-    return Markup(
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT + 6}" width="{WIDTH}" role="img" '
-        f'aria-label="{html.escape(label)}">'
-        f'<path d="M{LEFT},4V{floor}H{WIDTH}" fill="none" stroke="#999"/>'
-        f'<polyline points="{line}" fill="none" stroke="#1f5fa8" stroke-width="1.5"/>{texts}</svg>'
-    )
+        places, means = averaged(steps, values, MOST_POINTS)
+        smooth = smoothed(means) if noisy(means) else means
+        if smooth != means:
+            axes.plot(places, means, color=COLOUR, alpha=0.3, linewidth=0.8)
+        axes.plot(places, smooth, color=COLOUR, linewidth=1.5)
+        if 0 < min(means) * LOG_SPAN < max(means):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(ticks.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(ticks.NullLocator())
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
+        axes.grid(alpha=0.3)
+
+    return _svg(draw, f"{label} by step")
 
 
-def curves(lines: Lines, kinds: Sequence[str], prefix: str = "") -> list[tuple[str, Markup]]:
-    """Titles and SVG curves of every number of these kinds: "loss", then "loss.<dataset>", in the order of `kinds`.
+def curves(lines: Lines, names: Sequence[str], prefix: str = "") -> list[tuple[str, Markup]]:
+    """Titles and curves of these numbers, in this order; "lr.*" stands for all that begin with "lr.".
 
     Numbers with fewer than two values have no curve.
     """
-    columns: dict[str, list[float]] = {}
+
+    def place(name: str) -> int | None:
+        found = (
+            i
+            for i, wanted in enumerate(names)
+            if name == wanted or (name.startswith(wanted.rstrip("*")) and wanted[-1] == "*")
+        )
+        return next(found, None)
+
+    columns: dict[str, tuple[list[float], list[float]]] = {}
     for line in lines:
         for name, value in line.items():
-            if value is not None and name.partition(".")[0] in kinds:
-                columns.setdefault(name, []).append(value)
-    order = sorted(columns, key=lambda name: (kinds.index(name.partition(".")[0]), name))
-    last = lines[-1]["step"] if lines else 0
-    drawn = ((prefix + name, curve(columns[name], f"{prefix}{name} by step", last)) for name in order)
+            if value is not None and place(name) is not None:
+                unit = UNITS.get(name.partition(".")[0])
+                steps, values = columns.setdefault(name, ([], []))
+                steps.append(line["step"])
+                values.append(100 * value if unit == "%" else value)
+    order = sorted(columns, key=lambda name: (place(name), name))
+    titles = ((name, prefix + name) for name in order)
+    drawn = ((title, curve(*columns[name], title, UNITS.get(name.partition(".")[0], ""))) for name, title in titles)
     return [(title, svg) for title, svg in drawn if svg]
+
+
+def histogram(first: int, width: int, counts: Sequence[int], label: str) -> Markup:
+    """A histogram of one bin or more: bin i begins at `first + i * width`."""
+
+    def draw(axes: Axes) -> None:
+        axes.bar(
+            [first + i * width for i in range(len(counts))],
+            counts,
+            width=0.9 * width,
+            align="edge" if width > 1 else "center",
+            color=COLOUR,
+        )
+        axes.set_xlabel(label)
+        axes.set_ylabel("samples")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        if width == 1:
+            axes.xaxis.get_major_locator().set_params(integer=True)
+
+    return _svg(draw, f"histogram: {label}")
+
+
+def _svg(draw: Any, label: str) -> Markup:
+    figure_type, settings = _matplotlib()
+    with settings({"svg.fonttype": "none", "svg.hashsalt": label, "font.size": 8, "font.family": "sans-serif"}):
+        figure = figure_type(figsize=INCHES, layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    # In a page a drawing needs no names of schemas, no facts about its file, and no size of its own.
+    (view,) = re.findall(r'<svg [^>]*?(viewBox="[^"]*")', text.getvalue())
+    parts = text.getvalue().partition("</metadata>")[2]
+    return Markup(f'<svg class="chart" role="img" aria-label="{escape(label)}" {view}>{parts}')
+
+
+@functools.cache
+def _matplotlib() -> tuple[Any, Any]:
+    from matplotlib import rc_context  # takes half a second, which only a page needs
+    from matplotlib.figure import Figure
+
+    return Figure, rc_context

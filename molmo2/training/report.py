@@ -22,10 +22,9 @@ from molmo2.training.run import DATA_NAME, EVAL_NAME, LOG_NAME, QUARANTINE_NAME,
 from shards.atomic import append_to, write_atomic
 from shards.stream.plan import Cursor
 
-CURVES = (
-    *("loss", "group_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "data_wait", "working_share", "fill"),
-    *("gpu_utilization", "gpu_memory_gib"),
-)
+OVERVIEW = ("loss", "tokens_per_second", "mfu", "data_wait", "working_share")
+CURVES = ("group_loss*", "lr*", "grad_norm*", "fill", "gpu_utilization", "gpu_memory_gib")
+MOST_LOSSES = 12  # datasets whose loss is drawn, those of most tokens: a stage can have a hundred
 
 
 def write_report(recipe: Recipe) -> Path:
@@ -36,12 +35,15 @@ def write_report(recipe: Recipe) -> Path:
     """
     run_dir = recipe.run_dir
     log, held_out, data = (read_log(run_dir / name) for name in (LOG_NAME, EVAL_NAME, DATA_NAME))
+    rows = dataset_rows(log, data[-1]["datasets"] if data else {})
     page = fill_template(
         "training/report.html.jinja",
         title=recipe.name,
         facts=facts(recipe, log),
-        curves=[*curves(log, CURVES), *curves(held_out, ("loss",), "held-out ")],
-        shares=dataset_rows(log, data[-1]["datasets"] if data else {}),
+        overview=[*curves(log, OVERVIEW), *curves(held_out, ("loss*",), "held-out ")],
+        curves=[*curves(log, CURVES), *curves(log, [f"loss.{row['name']}" for row in rows[:MOST_LOSSES]])],
+        left_out=max(0, len(rows) - MOST_LOSSES),
+        shares=sorted(rows, key=lambda row: -row["asked"]),
         samples=latest_samples(run_dir),
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
     )
@@ -68,11 +70,11 @@ def facts(recipe: Recipe, log: Lines) -> dict[str, str]:
 
 
 def dataset_rows(log: Lines, data: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each dataset: its share of the mixture, the draws and the tokens, epochs, and masked samples."""
+    """One row for each dataset, that of most tokens first: its shares, epochs and masked samples."""
     tokens = {name: sum(line.get(f"tokens.{name}", 0) for line in log) for name in data}
     total = sum(tokens.values()) or 1
     rows = [{"name": name, "tokens": tokens[name] / total, **values} for name, values in data.items()]
-    return sorted(rows, key=lambda row: -row["asked"])
+    return sorted(rows, key=lambda row: -row["tokens"])
 
 
 def latest_samples(run_dir: Path) -> list[dict[str, Any]]:
