@@ -57,7 +57,8 @@ $(COMPILED): $(INSTALLED)
 	touch $@
 
 lock: $(DEV)
-	uv pip compile setup.cfg --quiet --universal --python-version 3.11 --all-extras --annotation-style line \
+	uv pip compile setup.cfg --quiet --universal --python-version 3.11 --annotation-style line \
+	  $(foreach extra,demo eval datatrove s3 dev fp8 lmms lora wandb,--extra $(extra)) \
 	  --custom-compile-command 'make lock' --output-file requirements.lock $(UPGRADE)
 
 # Debian packages for tests: a browser for pages, a Slurm of two nodes for batch scripts, sshd and pdsh for hostfiles.

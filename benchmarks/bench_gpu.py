@@ -42,9 +42,11 @@ from bench_model import (
 from torch import Tensor
 
 from molmo2.model.activations import MicroBatch, activation_bytes, measure_saved
-from molmo2.model.attention import dense_attention, flex, has_triton, tiled_attention
+from molmo2.model.attention import dense_attention, tiled_attention
 from molmo2.model.connector import Connector
+from molmo2.model.flex import flex, has_triton, kernel_options
 from molmo2.model.flops import TRAINING_FACTOR, forward_flops, known_peak
+from molmo2.model.fp8 import use_fp8
 from molmo2.model.mask import MEMBER, TRUNK, AttentionMask
 from molmo2.model.pairs import attention_pairs
 from molmo2.model.presets import PRESETS, ModelConfig
@@ -151,9 +153,11 @@ def layout(kind: str, length: int) -> tuple[Tensor, Tensor]:
 
 
 class Row:
-    """Queries, keys, values, the gradient of the result, and the mask of a random row."""
+    """Queries, keys, values, the gradient of the result, and the mask; `ordered`: visual tokens come first."""
 
-    def __init__(self, bench: Bench, kind: str, length: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, bench: Bench, kind: str, length: int, dtype: torch.dtype | None = None, ordered: bool = False
+    ) -> None:
         self.heads, kv_heads, self.dim = (4, 2, 32) if bench.tiny else (32, 8, 128)
         generator = torch.Generator().manual_seed(length)
         shapes = [(1, count, length, self.dim) for count in (self.heads, kv_heads, kv_heads, self.heads)]
@@ -166,6 +170,10 @@ class Row:
         self.flops = 4 * self.heads * self.dim * attention_pairs(*vectors)
         segment_ids, is_visual = (vector.to(bench.device) for vector in vectors)
         self.mask = AttentionMask(segment_ids, is_visual)
+        if ordered:
+            place = torch.where(segment_ids % MEMBER == TRUNK, (~is_visual).long(), 2)
+            order = (segment_ids.long() // MEMBER * 3 + place).argsort(dim=1, stable=True)
+            self.mask = AttentionMask(segment_ids.gather(1, order), is_visual.gather(1, order), order.int())
 
     def forward(self, attend: Any) -> Tensor:
         """The result, without gradients."""
@@ -188,7 +196,10 @@ def attention_part(bench: Bench) -> None:
     if bench.tiny or not has_triton():
         bench.write("flex", skipped="FlexAttention has no backward on a CPU" if bench.tiny else "Triton is missing")
     else:
-        backends = {"flex": flex, **backends}
+        triton = {"BACKEND": "TRITON"}
+        backends = {"flex": flex, "flex, untuned": functools.partial(flex, options=triton, tuned=False), **backends}
+        if kernel_options(bench.device):  # what `flex` takes by itself then
+            backends["flex, Triton"] = functools.partial(flex, options=triton)
     lengths = (256, 384) if bench.tiny else (4_096, 16_384, 36_864)
     for kind in LAYOUTS:
         exact = Row(bench, kind, lengths[0], torch.float32).both(dense_attention)
@@ -219,6 +230,15 @@ def attention_part(bench: Bench) -> None:
                     values |= {"forward_ms": 1e3 * forward, "first_ms": 1e3 * first, "both_ms": 1e3 * best}
                     values["tflops"] = 3.5 * row.flops / best / 1e12  # backward computes the scores again
                     del row
+        measure_order(bench, length, next(iter(backends.items())))
+
+
+def measure_order(bench: Bench, length: int, backend: tuple[str, Any]) -> None:
+    """A video as it is, and with its visual tokens first."""
+    with bench.figure("visual_first", backend=backend[0], tokens=length) as values:
+        for ordered in (False, True):
+            run = functools.partial(Row(bench, "video", length, ordered=ordered).both, backend[1])
+            values["ordered_ms" if ordered else "as_it_is_ms"] = 1e3 * bench.timed(run)[1]
 
 
 def measure_connector(bench: Bench) -> None:
@@ -241,12 +261,14 @@ def _connector_step(connector: Connector, features: Tensor, pooling: Tensor) -> 
 
 # --- step ------------------------------------------------------------------------------------------------------------
 
-VARIANTS = [  # compiled, recompute: the most useful first
-    (True, "light"),
-    (False, "full"),
-    (True, "full"),
-    (False, "light"),
-    (True, "none"),
+VARIANTS = [  # compiled, recompute, activation budget, 8-bit layers: the most useful first
+    (True, "light", 1.0, False),
+    (False, "full", 1.0, False),
+    (True, "none", 0.4, False),
+    (True, "light", 1.0, True),
+    (True, "full", 1.0, False),
+    (False, "light", 1.0, False),
+    (True, "none", 1.0, False),
 ]
 
 
@@ -262,18 +284,21 @@ def step_part(bench: Bench) -> None:
                 continue
             case = Case(PRESETS[name], num_tokens, num_crops)
             batch = make_batch(case, bench.device)
-            for compiled, level in VARIANTS[:3] if bench.tiny else VARIANTS:
+            for compiled, level, budget, fp8 in VARIANTS[:3] if bench.tiny else VARIANTS:
                 if bench.over():
                     return
                 label = {"model": name, "tokens": num_tokens, "crops": num_crops}
-                with bench.figure("step", **label, compiled=compiled, recompute=level) as values:
-                    _measure_step(bench, case.config, batch, compiled, level, peak, values)
+                variant = {"compiled": compiled, "recompute": level, "budget": budget, "fp8": fp8}
+                with bench.figure("step", **label, **variant) as values:
+                    _measure_step(bench, case.config, batch, variant, peak, values)
                     micro = MicroBatch(
                         tokens=num_tokens,
                         crops=num_crops,
                         recompute=level,
                         chunk_crops=None if level == "none" else CHUNK_CROPS,
                         item_size=torch.finfo(bench.dtype).bits // 8,
+                        compiled=compiled,
+                        budget=budget,
                     )
                     activations = sum(activation_bytes(case.config, kept, micro).values())
                     values["estimated_gib"] = (values.pop("weight_bytes") * 2 + activations) / GIB
@@ -288,13 +313,15 @@ def step_part(bench: Bench) -> None:
 
 
 def _measure_step(
-    bench: Bench, config: ModelConfig, batch: Batch, compiled: bool, level: str, peak: float, values: dict[str, Any]
+    bench: Bench, config: ModelConfig, batch: Batch, variant: dict[str, Any], peak: float, values: dict[str, Any]
 ) -> None:
-    model = make_ours(config, bench.device, bench.dtype)
+    model, level = make_ours(config, bench.device, bench.dtype), variant["recompute"]
     model.set_recompute(level, None if level == "none" else CHUNK_CROPS)
-    if compiled:
+    if variant["fp8"]:
+        use_fp8(model, bench.device)
+    if variant["compiled"]:
         torch._dynamo.reset()
-        compile_regions(model, "aot_eager" if bench.tiny else "inductor")
+        compile_regions(model, "aot_eager_decomp_partition" if bench.tiny else "inductor", variant["budget"])
     values["weight_bytes"] = sum(parameter.nbytes for parameter in model.parameters())
     bench.reset_peak()
     losses: list[float] = []
@@ -311,7 +338,7 @@ def _measure_step(
     values["parts_ms"] = {part: round(1e3 * seconds, 3) for part, seconds in parts.items()}
     if peak:
         values["mfu"] = {part: round(v, 4) for part, v in share_of_peak(work, parts, best, peak).items()}
-    if (compiled, level) == VARIANTS[0]:
+    if tuple(variant.values()) == VARIANTS[0]:
         bench.write("kernels", model=config.name, tokens=batch.input_ids.numel(), top=_top_kernels(bench, step))
 
 

@@ -34,8 +34,9 @@ from bench_plan import cpu_name
 from torch import Tensor
 
 from molmo2.model.activations import MicroBatch, activation_bytes, measure_saved, saved_bytes
-from molmo2.model.attention import dense_attention, flex, tiled_attention
+from molmo2.model.attention import dense_attention, tiled_attention
 from molmo2.model.connector import Connector
+from molmo2.model.flex import flex
 from molmo2.model.loss import weighted_loss
 from molmo2.model.mask import MEMBER, TRUNK, AttentionMask
 from molmo2.model.molmo2 import Molmo2

@@ -87,6 +87,9 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
     zero_stage: Literal[0, 1, 2, 3] = 2  # what ranks partition: 1 optimizer states, 2 gradients too, 3 weights too
     recompute: Recompute = "full"  # activations computed again in backward; "light": all but those around attention
     compile: bool | None = None  # torch.compile for the parts of layers; null: on a GPU, except under ZeRO-3
+    activation_budget: float = Field(default=1.0, gt=0, le=1)  # the part that compiled graphs keep of their activations
+    fp8: bool = False  # 8-bit products in the language model's layers, by torchao; needs an H100 or newer
+    visual_first: bool = False  # visual tokens stand before the others of their sample: attention masks less
     offload: tuple[Literal["activations", "optimizer"], ...] = ()  # kept in CPU memory: slower, with less GPU memory
     z_loss: float = Field(default=1e-4, ge=0)  # factor of weight * logsumexp^2
     residual_dropout: float = Field(default=0.0, ge=0, lt=1)  # on the output of every sublayer of the language model
@@ -120,6 +123,10 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
             raise ValueError("offload of activations needs recompute: full, since only inputs of layers are offloaded")
         if self.compile and self.zero_stage == 3:
             raise ValueError("compile: ZeRO-3 gathers parameters inside layers; use zero_stage 2, or compile: false")
+        if self.activation_budget < 1 and (not self.compile or self.recompute != "none"):
+            raise ValueError("activation_budget below 1 needs compile: true and recompute: none")
+        if self.fp8 and self.precision != "bf16":
+            raise ValueError("fp8 needs precision: bf16")
         return self
 
     @pydantic.model_validator(mode="before")
@@ -128,6 +135,10 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
         if isinstance(values, dict) and "activation_checkpointing" in values:
             raise ValueError("activation_checkpointing was replaced: write recompute: full for true, none for false")
         return values
+
+    def compiles(self, on_gpu: bool) -> bool:
+        """Whether parts of layers are compiled."""
+        return self.zero_stage < 3 and on_gpu if self.compile is None else self.compile
 
     @property
     def chunk_crops(self) -> int | None:
@@ -261,6 +272,8 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
             raise ValueError(
                 "train.freeze has llm, but optim.lora trains adapters on it and freezes its own weights; remove one"
             )
+        if self.optim.lora is not None and self.train.fp8:
+            raise ValueError("train.fp8 computes with the layers that optim.lora adapts; remove one")
         if self.optim.lora is not None and self.train.zero_stage == 3:
             raise ValueError(
                 "optim.lora with train.zero_stage 3 is untested and refused; set train.zero_stage=2, which needs "

@@ -35,13 +35,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="--dry-run: memory of a GPU (the one found)")
     parser.add_argument("--gpu-price", type=float, metavar="USD", help="--dry-run: price of a GPU for an hour")
+    parser.add_argument("--measured", type=Path, metavar="RUN", help="--dry-run: a run's folder, whose MFU to assume")
     parser.add_argument(
-        "--inspect",
-        type=int,
-        nargs="?",
-        const=1,
-        metavar="STEP",
-        help="check shards, print shares and packs of a step",
+        "--inspect", type=int, nargs="?", const=1, metavar="STEP", help="check shards, print shares and packs of a step"
     )
     parser.add_argument("--replay", type=int, metavar="STEP", help="loss of each sample of a step, before its update")
     parser.add_argument("--change-data", action="store_true", help="resume with other data or another mixture")
@@ -49,8 +45,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--deepspeed_config", type=Path, metavar="JSON", help="buffers, prefetching, profiling")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args(argv)
-    if not arguments.dry_run and (arguments.gpu_memory, arguments.gpu_price) != (None, None):
-        parser.error("--gpu-memory and --gpu-price are of --dry-run")
+    if not arguments.dry_run and any((arguments.gpu_memory, arguments.gpu_price, arguments.measured)):
+        parser.error("--gpu-memory, --gpu-price and --measured are of --dry-run")
     return arguments
 
 

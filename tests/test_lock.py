@@ -13,10 +13,11 @@ OWN = "nanomolmo2 (setup.cfg)"
 
 
 def ranges() -> list[Requirement]:
-    """Every requirement of setup.cfg, those of the extras too."""
+    """Every requirement of setup.cfg, those of the extras too, except `hopper`, which only one kind of GPU can use."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    texts = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    extras = [text for name, text in setup["options.extras_require"].items() if name != "hopper"]
+    texts = [setup["options"]["install_requires"], *extras]
     lines = [line for text in texts for line in text.splitlines() if line and not line.startswith("#")]
     return [Requirement(line) for line in lines]
 

@@ -113,8 +113,8 @@ def test_torch_stays_in_collate_and_loader() -> None:
 
 
 def test_model_imports_torch_alone() -> None:
-    """And peft, in the function that makes adapters."""
-    allowed = sys.stdlib_module_names | {"torch", "peft"}
+    """And peft and torchao, in the functions that make adapters and 8-bit layers."""
+    allowed = sys.stdlib_module_names | {"torch", "peft", "torchao"}
     for path in files("molmo2/model"):
         outside = {
             name for name in imported(path) if name.split(".")[0] not in allowed and not name.startswith("molmo2.model")

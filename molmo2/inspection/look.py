@@ -14,7 +14,7 @@ from molmo2.inspection.shares import mixture_lines
 from molmo2.model.molmo2 import Molmo2
 from molmo2.parallel.agree import write_line
 from molmo2.parallel.mesh import SINGLE
-from molmo2.training.dry_run import GPUS, dry_run, this_gpu
+from molmo2.training.dry_run import GPUS, Gpu, dry_run, this_gpu
 from molmo2.training.prepare import prepare
 from molmo2.training.recipe_warnings import recipe_warnings
 from molmo2.training.replay import check_shard_files, find_step, show_losses, show_packs
@@ -31,7 +31,8 @@ def look(read_recipes: Callable[[], Sequence[Recipe]], arguments: argparse.Names
     try:
         for recipe in read_recipes():
             if arguments.dry_run:
-                lines = iter(dry_run_lines(recipe, arguments.gpu_memory, arguments.gpu_price))
+                gpu = this_gpu(recipe, arguments.gpu_memory, arguments.gpu_price, arguments.measured)
+                lines = iter(dry_run_lines(recipe, gpu))
             elif arguments.inspect is not None:
                 lines = inspect_lines(_run(recipe), arguments.inspect)
             else:
@@ -48,12 +49,9 @@ def _run(recipe: Recipe) -> Run:
     return prepare(recipe, SINGLE, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def dry_run_lines(recipe: Recipe, gpu_memory: float | None = None, gpu_price: float | None = None) -> list[str]:
-    """What --dry-run prints: the resolved recipe, the plan or why there is none yet, memory, time and cost.
-
-    `gpu_memory`, `gpu_price`: GiB of a GPU, and USD for one hour of it; see `molmo2.training.dry_run.this_gpu`.
-    """
-    needs = dry_run(recipe, this_gpu(recipe, gpu_memory, gpu_price))  # first, since it checks the model's name
+def dry_run_lines(recipe: Recipe, gpu: Gpu) -> list[str]:
+    """What --dry-run prints: the resolved recipe, the plan or why there is none yet, memory, time and cost."""
+    needs = dry_run(recipe, gpu)  # first, since it checks the model's name
     plan = None
     try:
         plan = open_plan(recipe.roots, recipe.data.drawn_mixture, recipe.plan_settings)

@@ -24,7 +24,8 @@ LAYER_PEAK = 1.3  # peak memory of one layer in backward, relative to its saved 
 class MicroBatch:
     """What one GPU computes at once; `recompute`, `chunk_crops` and `offload` as in `Molmo2.set_recompute`.
 
-    `sp`: ranks that share the pack, of whose tokens these are a part. `item_size`: bytes of an activation.
+    `sp`: ranks that share the pack, of whose tokens these are a part. `item_size`: bytes of an activation. `compiled`
+    and `budget`: whether parts of layers are compiled, and the part of their activations that they may keep.
     """
 
     tokens: float
@@ -35,6 +36,8 @@ class MicroBatch:
     item_size: int = 2
     vit_frozen: bool = False
     offload: bool = False
+    compiled: bool = False
+    budget: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +128,16 @@ def measure_saved(config: ModelConfig, dtype: torch.dtype) -> SavedBytes:
 def kept_bytes(config: ModelConfig, kept: SavedBytes, batch: MicroBatch) -> dict[str, float]:
     """Bytes of activations that one GPU keeps from the forward pass of a micro-batch to its backward pass."""
     text, layers = config.text, config.text.num_layers
-    if batch.recompute == "light":
-        # The result of attention is kept before and after its exchange.
-        exchanged = text.num_heads * text.head_dim * batch.item_size if batch.sp > 1 else 0
-        layer = kept.layer_light + exchanged
-    else:
-        layer = kept.layer if batch.recompute == "none" else kept.layer_input
-    block = 0 if batch.vit_frozen else kept.block if batch.recompute == "none" else kept.block_input
+    # The result of attention is kept before and after its exchange.
+    exchanged = text.num_heads * text.head_dim * batch.item_size if batch.sp > 1 else 0
+    layer = {
+        "none": batch.budget * kept.layer + (1 - batch.budget) * kept.layer_light,
+        "light": kept.layer_light + exchanged,
+        "full": kept.layer_input,
+    }[batch.recompute]
+    block = 0.0 if batch.vit_frozen else kept.block_input
+    if batch.recompute == "none" and not batch.vit_frozen:
+        block = batch.budget * kept.block + (1 - batch.budget) * kept.block_input
     on_gpu = 0 if batch.offload else 1
     return {
         "language model": batch.tokens * (on_gpu * layer * layers + kept.norm),
@@ -144,11 +150,11 @@ def activation_bytes(config: ModelConfig, kept: SavedBytes, batch: MicroBatch) -
     """Bytes of activations on one GPU in a micro-batch, with what backward makes again of one layer."""
     at_once = min(batch.crops, batch.chunk_crops or batch.crops)
     parts = kept_bytes(config, kept, batch)
-    if batch.recompute != "none":
+    if batch.recompute != "none" or batch.budget < 1:
         parts["language model"] += batch.tokens * LAYER_PEAK * kept.layer
         parts["vision"] += at_once * LAYER_PEAK * kept.block
     if batch.vit_frozen:  # one block at a time
         parts["vision"] = at_once * kept.block
     heads = config.text.num_heads + 2 * config.text.num_kv_heads
     exchanged = 2 * batch.tokens * heads * config.text.head_dim * batch.item_size
-    return parts | {"logits": CHUNK_BYTES, "exchange": exchanged if batch.sp > 1 else 0}
+    return parts | {"logits": CHUNK_BYTES[batch.compiled], "exchange": exchanged if batch.sp > 1 else 0}

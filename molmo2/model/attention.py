@@ -5,14 +5,11 @@
     flex    FlexAttention over blocks of 128 x 128; per-block statistics find the empty and the full blocks: CUDA
 
 All three take q [B, H, S, D], k and v [B, Hkv, S, D] with Hkv dividing H, and return [B, H, S, D]. `masked_attention`
-chooses one. FlexAttention has no backward on a CPU, and its kernels need Triton.
+chooses one. FlexAttention (`molmo2.model.flex`) is loaded on a GPU only.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -20,15 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from molmo2.model.decoder import Mask
-from molmo2.model.mask import MEMBER, PAD_SEGMENT, AttentionMask, allowed
+from molmo2.model.mask import MEMBER, PAD_SEGMENT, AttentionMask, allowed, row_order
 
 SHORT = 4096  # tiles of rows of at most this many tokens keep their pieces of the mask for backward
 DENSE = 1024  # on CUDA, rows of at most this many tokens get a dense mask: computing every pair is cheap
 TILE = 128  # queries in a tile of `tiled_attention`
-BLOCK = 128  # queries and keys in a block of FlexAttention's kernels
 # cuDNN is left out: it builds a plan for every new shape, and here nearly every shape is new.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -75,7 +70,7 @@ class KeySpan(NamedTuple):
     last_key: int
 
 
-def key_spans(segment_ids: Tensor, is_visual: Tensor, tile: int = TILE) -> list[KeySpan]:
+def key_spans(segment_ids: Tensor, is_visual: Tensor, order: Tensor | None = None, tile: int = TILE) -> list[KeySpan]:
     """Tiles of queries, each with the span of keys that contains every key its queries may see.
 
     A query sees no key of an earlier pack member, and a later key only if both are visual and of one member. Both ends
@@ -85,6 +80,7 @@ def key_spans(segment_ids: Tensor, is_visual: Tensor, tile: int = TILE) -> list[
     Args:
         segment_ids: int [B, S].
         is_visual: bool [B, S].
+        order: see `AttentionMask`.
         tile: number of queries in a tile.
     """
     length = segment_ids.shape[1]
@@ -92,17 +88,19 @@ def key_spans(segment_ids: Tensor, is_visual: Tensor, tile: int = TILE) -> list[
     member = segment_ids // MEMBER
     valid = segment_ids != PAD_SEGMENT
     positions = torch.arange(length, device=segment_ids.device)
+    order = row_order(segment_ids) if order is None else order
     bounds = []
     for start in starts:
         stop = min(start + tile, length)
         own, real = member[:, start:stop], valid[:, start:stop]
         lowest = own.masked_fill(~real, PAD_SEGMENT).amin(1, keepdim=True)
         highest = own.masked_fill(~real, -1).amax(1, keepdim=True)
-        before = valid & (member >= lowest) & (positions < stop)
-        both = is_visual & valid & (member >= lowest) & (member <= highest)
-        first = torch.where(before, positions, length).amin()
-        last = torch.where(both, positions, -1).amax() * (is_visual[:, start:stop] & real).any()
-        bounds.append(torch.stack([first, last]))
+        some_visual = (is_visual[:, start:stop] & real).any(1, keepdim=True)
+        before = order <= order[:, start:stop].amax(1, keepdim=True)
+        seen = valid & (member >= lowest) & (before | (some_visual & is_visual & (member <= highest)))
+        bounds.append(
+            torch.stack([torch.where(seen, positions, length).amin(), torch.where(seen, positions, -1).amax()])
+        )
     key_bounds = torch.stack(bounds).tolist()  # one transfer from the device for all tiles
     spans = []
     for start, (first, last) in zip(starts, key_bounds, strict=True):
@@ -111,10 +109,10 @@ def key_spans(segment_ids: Tensor, is_visual: Tensor, tile: int = TILE) -> list[
     return spans
 
 
-def _tile_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, is_visual: Tensor, span: KeySpan) -> Tensor:
+def _tile_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, span: KeySpan) -> Tensor:
     """Attention of one tile: q [B, H, tile, D], k and v [B, Hkv, keys, D] of the span."""
     queries, keys = slice(span.start, span.stop), slice(span.first_key, span.last_key)
-    return _attention(q, k, v, allowed(segment_ids, is_visual, queries, keys))
+    return _attention(q, k, v, allowed(*mask.vectors, queries, keys))
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
@@ -132,7 +130,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Ten
 def _tile(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, span: KeySpan) -> Tensor:
     keys = slice(span.first_key, span.last_key)
     rows = q[:, :, span.start : span.stop]
-    return _tile_attention(rows, k[:, :, keys], v[:, :, keys], mask.segment_ids, mask.is_visual, span)
+    return _tile_attention(rows, k[:, :, keys], v[:, :, keys], mask, span)
 
 
 class _RecomputedTiles(torch.autograd.Function):
@@ -163,100 +161,12 @@ class _RecomputedTiles(torch.autograd.Function):
                     tensor[:, :, place].detach().requires_grad_()
                     for tensor, place in zip((q, k, v), places, strict=True)
                 ]
-                out = _tile_attention(parts[0], parts[1], parts[2], ctx.mask.segment_ids, ctx.mask.is_visual, span)
+                out = _tile_attention(parts[0], parts[1], parts[2], ctx.mask, span)
             for total, place, part in zip(
                 totals, places, torch.autograd.grad(out, parts, grads[0][:, :, rows]), strict=True
             ):
                 total[:, :, place] += part
         return (*(total.to(tensor.dtype) for total, tensor in zip(totals, (q, k, v), strict=True)), None, None)
-
-
-def _blocks(values: Tensor, fill: Any) -> Tensor:
-    """Reshape [B, S] to [B, blocks, BLOCK]; the last block is padded with `fill`."""
-    missing = -values.shape[1] % BLOCK
-    return F.pad(values, (0, missing), value=fill).unflatten(1, (-1, BLOCK))
-
-
-def block_tables(segment_ids: Tensor, is_visual: Tensor) -> tuple[Tensor, Tensor]:
-    """Classify the blocks of 128 queries x 128 keys as mixed, full or empty.
-
-    The classes follow from the smallest and largest segment id of every block, so no S x S tensor is made. A block
-    that these intervals do not decide counts as mixed, which costs time and changes no result.
-
-    Returns:
-        `mixed` and `full`, bool [B, blocks, blocks]: query blocks by key blocks. In a full block every pair is
-        allowed; a block that is neither is empty.
-    """
-    segments = _blocks(segment_ids, PAD_SEGMENT)
-    valid = segments != PAD_SEGMENT
-    visual = _blocks(is_visual, False) & valid
-    low, high = segments.amin(2), segments.amax(2)  # padding counts as the highest
-    highest_valid = segments.masked_fill(~valid, -1).amax(2)
-    first_member = segments.masked_fill(~visual, PAD_SEGMENT).amin(2) // MEMBER  # visual tokens only
-    last_member = segments.masked_fill(~visual, -1).amax(2) // MEMBER
-    number = torch.arange(low.shape[1], device=low.device)
-    earlier, same = number[None, :] < number[:, None], number[None, :] == number[:, None]
-
-    def pairs(relation: Callable[[Tensor, Tensor], Tensor], query: Tensor, key: Tensor) -> Tensor:
-        return relation(query[:, :, None], key[:, None, :])
-
-    some_vision = pairs(torch.le, first_member, last_member) & pairs(torch.ge, last_member, first_member)
-    one_member = visual.all(2) & (first_member == last_member)
-    all_vision = pairs(torch.logical_and, one_member, one_member) & pairs(torch.eq, first_member, first_member)
-    reaches = pairs(torch.le, low, highest_valid) & (earlier | same | some_vision)
-    full = valid.all(2)[:, None, :] & pairs(torch.le, high, low) & (earlier | all_vision)
-    return (reaches | same) & ~full, full
-
-
-def block_mask(segment_ids: Tensor, is_visual: Tensor) -> BlockMask:
-    """FlexAttention's form of the mask, from `segment_ids` int [B, S] and `is_visual` bool [B, S]."""
-    length = segment_ids.shape[1]
-    mixed, full = block_tables(segment_ids, is_visual)
-
-    def listed(table: Tensor) -> tuple[Tensor, Tensor]:
-        """Number of blocks in each row [B, 1, n], and their numbers first [B, 1, n, n]."""
-        order = table.int().argsort(dim=2, descending=True, stable=True).int()
-        return table.sum(2, dtype=torch.int32)[:, None], order[:, None]
-
-    def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        query_segment, key_segment = segment_ids[batch, query], segment_ids[batch, key]
-        both_visual = is_visual[batch, query] & is_visual[batch, key]
-        same_member = query_segment // MEMBER == key_segment // MEMBER
-        seen = (key_segment != PAD_SEGMENT) & (query_segment <= key_segment)
-        return (seen & ((key <= query) | (both_visual & same_member))) | (query == key)
-
-    return BlockMask.from_kv_blocks(
-        *listed(mixed), *listed(full), BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(length, length)
-    )
-
-
-@functools.cache
-def _compiled_flex() -> Any:
-    # One graph has to serve all lengths. With `fullgraph`, compilation that gives up raises FailOnRecompileLimitHit;
-    # otherwise the uncompiled function would run, and it materializes S x S scores.
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
-
-
-def flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """FlexAttention, compiled for rows of any length.
-
-    Raises:
-        torch._dynamo.exc.FailOnRecompileLimitHit: the kernel was compiled for too many kinds of input.
-    """
-    return _compiled_flex()(q, k, v, block_mask=mask.made(block_mask), enable_gqa=q.shape[1] != k.shape[1])
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed; the first call warns if it is not."""
-    if importlib.util.find_spec("triton") is not None:
-        return True
-    warnings.warn(
-        "Triton is not installed, so attention of long rows runs tile by tile on the GPU, several times slower than by "
-        "FlexAttention; install triton",
-        stacklevel=2,
-    )
-    return False
 
 
 def choose_attention(device: torch.device, length: int) -> Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]:
@@ -265,6 +175,8 @@ def choose_attention(device: torch.device, length: int) -> Callable[[Tensor, Ten
         return tiled_attention
     if length <= DENSE:
         return dense_attention
+    from molmo2.model.flex import flex, has_triton
+
     return flex if has_triton() else tiled_attention
 
 

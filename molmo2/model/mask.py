@@ -21,22 +21,35 @@ from torch import Tensor
 MEMBER = 100_000  # factor of the pack member in a segment id
 TRUNK = 10_000  # branch number of the shared trunk
 PAD_SEGMENT = 2**31 - 1  # segment id of padding tokens
+BLOCK = 128  # queries and keys in a block of FlexAttention's kernels
 
 Made = TypeVar("Made")
 
 
 @dataclass(slots=True)
 class AttentionMask:
-    """The mask of one batch, as two vectors: `segment_ids` int [B, S], `is_visual` bool [B, S]."""
+    """The mask of one batch, as two or three vectors.
+
+    Attributes:
+        segment_ids: int [B, S].
+        is_visual: bool [B, S].
+        order: int [B, S], places in the row by which one token is later than another, if not those where they stand.
+    """
 
     segment_ids: Tensor
     is_visual: Tensor
+    order: Tensor | None = None
     _made: dict[object, object] = field(default_factory=dict, repr=False)
 
-    def made(self, make: Callable[[Tensor, Tensor], Made]) -> Made:
-        """The result of `make` for the two vectors; it is computed once and cached for all layers."""
+    @property
+    def vectors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All three."""
+        return self.segment_ids, self.is_visual, self.order
+
+    def made(self, make: Callable[[Tensor, Tensor, Tensor | None], Made]) -> Made:
+        """The result of `make` for the vectors; it is computed once and cached for all layers."""
         if make not in self._made:
-            self._made[make] = make(self.segment_ids, self.is_visual)
+            self._made[make] = make(*self.vectors)
         return self._made[make]  # type: ignore[return-value]
 
     def dense(self) -> Tensor:
@@ -55,12 +68,27 @@ class KeyMask:
         return self.valid[:, None, None, :]
 
 
-def allowed(segment_ids: Tensor, is_visual: Tensor, queries: slice = slice(None), keys: slice = slice(None)) -> Tensor:
+def row_order(segment_ids: Tensor) -> Tensor:
+    """The places where the tokens of segment_ids [B, S] stand, [B, S]."""
+    return torch.arange(segment_ids.shape[1], device=segment_ids.device).expand(segment_ids.shape)
+
+
+def allowed(
+    segment_ids: Tensor,
+    is_visual: Tensor,
+    order: Tensor | None = None,
+    queries: slice = slice(None),
+    keys: slice = slice(None),
+) -> Tensor:
     """The dense mask of some queries and keys: bool [B, 1, queries, keys]."""
-    query, key = segment_ids[:, None, queries, None], segment_ids[:, None, None, keys]
-    position = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    query_position, key_position = position[queries, None], position[None, keys]
-    both_visual = is_visual[:, None, queries, None] & is_visual[:, None, None, keys]
+    place = row_order(segment_ids)
+    order = place if order is None else order
+
+    def pair(vector: Tensor) -> tuple[Tensor, Tensor]:
+        return vector[:, None, queries, None], vector[:, None, None, keys]
+
+    (query, key), (query_order, key_order), (query_place, key_place) = map(pair, (segment_ids, order, place))
+    both_visual = torch.logical_and(*pair(is_visual))
     same_member = query // MEMBER == key // MEMBER
-    seen = (key != PAD_SEGMENT) & (query <= key) & ((key_position <= query_position) | (both_visual & same_member))
-    return seen | (query_position == key_position)
+    seen = (key != PAD_SEGMENT) & (query <= key) & ((key_order <= query_order) | (both_visual & same_member))
+    return seen | (query_place == key_place)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch._functorch.config
 
 from molmo2.model.connector import Connector
 from molmo2.model.decoder import Layer
@@ -25,11 +26,18 @@ from molmo2.model.molmo2 import Molmo2
 from molmo2.model.vit import Block
 
 
-def compile_regions(model: Molmo2, backend: str | Callable[..., Any] = "inductor") -> None:
+def compile_regions(model: Molmo2, backend: str | Callable[..., Any] = "inductor", budget: float = 1.0) -> None:
     """Compile the regions of a model, in place; its parameters and their names stay as they are.
 
     A graph is made when it is first needed. `fullgraph` makes an operation that cannot be compiled an error.
+
+    Args:
+        model: the model.
+        backend: torch.compile's.
+        budget: what graphs keep for backward of what they would: with 0.5, what costs most time for its memory is kept
+            in half the memory, and the rest is computed again. It holds for all graphs of this process.
     """
+    torch._functorch.config.activation_memory_budget = budget
 
     def compiled(function: Callable[..., Any], dynamic: tuple[int, ...] = ()) -> Callable[..., Any]:
         """`function` as a graph; `dynamic`: numbers of the arguments whose first dimension differs between packs."""

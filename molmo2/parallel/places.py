@@ -51,16 +51,25 @@ class LossPlaces(NamedTuple):
 
 
 class PlacedBatch(NamedTuple):
-    """A batch on the device that computes it, with what a rank does with it, and seeds of dropout, int32 [B, 2]."""
+    """A batch on the device that computes it, with what a rank does with it.
+
+    `seeds`: of dropout, int32 [B, 2]. `order`: see `AttentionMask`.
+    """
 
     batch: Batch
     visual: VisualPlaces
     loss: LossPlaces
     seeds: Tensor
+    order: Tensor | None = None
 
 
 def place_batch(
-    batch: Batch, mesh: Mesh, patches_per_crop: int, device: torch.device | str = "cpu", seeds: Tensor | None = None
+    batch: Batch,
+    mesh: Mesh,
+    patches_per_crop: int,
+    device: torch.device | str = "cpu",
+    seeds: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> PlacedBatch:
     """Find a rank's part of a batch in host memory, and copy both to a device without waiting for it.
 
@@ -70,6 +79,7 @@ def place_batch(
         patches_per_crop: patches of one crop.
         device: where the batch is computed.
         seeds: see `PlacedBatch`; without them there is no dropout.
+        order: see `AttentionMask`.
     """
 
     def moved(tensor: Tensor) -> Tensor:
@@ -84,6 +94,7 @@ def place_batch(
         visual._replace(pooling=moved(visual.pooling), gathered=moved(visual.gathered)),
         LossPlaces(*map(moved, loss)),
         moved(torch.zeros(len(batch.slots), 2, dtype=torch.int32) if seeds is None else seeds),
+        None if order is None else moved(order),
     )
 
 

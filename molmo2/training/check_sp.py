@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from molmo2.config import Recipe
-from molmo2.model.attention import BLOCK, SHORT
-from molmo2.model.mask import MEMBER, PAD_SEGMENT, TRUNK
+from molmo2.model.attention import SHORT
+from molmo2.model.mask import BLOCK, MEMBER, PAD_SEGMENT, TRUNK
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import ModelConfig
 from molmo2.parallel.mesh import SINGLE, Mesh, MeshError

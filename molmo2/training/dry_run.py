@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import functools
 import re
+import statistics
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,14 +28,17 @@ from molmo2.model.flops import PEAK_TFLOPS, Workload, known_peak, step_flops
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS, ModelConfig
 from molmo2.parallel.mesh import MeshError, check_mesh
+from molmo2.training.metrics import read_log
+from molmo2.training.run import LOG_NAME
 
 GIB = 2**30
 LEVELS: tuple[Recompute, ...] = typing.get_args(Recompute)
+BUDGETS = (0.8, 0.6, 0.4, 0.2)  # values of train.activation_budget that are tried
 ALLOCATOR_MARGIN = 1.1  # fragmentation and buffers too small to model
 BUCKET = 5 * 10**8  # parameters that DeepSpeed reduces or gathers at once; its default
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128)  # numbers of GPUs that the table lists
 MACHINE_GPUS = 8  # GPUs of one machine, at most
-UTILISATION = 0.4  # the part of a GPU's peak that is assumed to be used
+UTILISATION = 0.4  # the part of a GPU's peak that is assumed to be used where no run was measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,19 +49,44 @@ class Gpu:
         memory_gib: its memory in GiB; None if it is not known.
         peak_tflops: its dense bfloat16 peak in TFLOP/s.
         price: its price for an hour in USD; None leaves out the cost.
+        mfu: the MFU that a run had on it; None: `UTILISATION` is assumed.
     """
 
     memory_gib: float | None
     peak_tflops: float
     price: float | None = None
+    mfu: float | None = None
 
 
-def this_gpu(recipe: Recipe, memory_gib: float | None = None, price: float | None = None) -> Gpu:
-    """The GPU of this machine, or of `memory_gib`; where its peak is not known either, that of an H100."""
+def this_gpu(
+    recipe: Recipe, memory_gib: float | None = None, price: float | None = None, measured: Path | None = None
+) -> Gpu:
+    """The GPU of this machine, or of `memory_gib`; where its peak is not known either, that of an H100.
+
+    Raises:
+        ValueError: the run `measured` has no log with an MFU.
+    """
     if memory_gib is None and torch.cuda.is_available():
         memory_gib = torch.cuda.mem_get_info()[1] / GIB
     peak = recipe.logging.peak_tflops or known_peak() or PEAK_TFLOPS["H100"]
-    return Gpu(memory_gib=memory_gib, peak_tflops=peak, price=price)
+    mfu = None if measured is None else measured_mfu(measured)
+    return Gpu(memory_gib=memory_gib, peak_tflops=peak, price=price, mfu=mfu)
+
+
+def measured_mfu(run: Path) -> float:
+    """The median MFU of the steps in a run's log; the first steps, which compile, do not move it.
+
+    Raises:
+        ValueError: there is no log, or no MFU in it.
+    """
+    path = run / LOG_NAME
+    values = [line["mfu"] for line in read_log(path) if "mfu" in line]
+    if not values:
+        raise ValueError(
+            f"{path} is missing or has no MFU; --measured takes the folder of a run on a GPU, and a GPU that is not "
+            "known needs logging.peak_tflops"
+        )
+    return statistics.median(values)
 
 
 def count_parameters(recipe: Recipe, config: ModelConfig) -> tuple[int, int]:
@@ -94,6 +124,7 @@ def state_bytes(recipe: Recipe, config: ModelConfig, world: int) -> dict[str, fl
     total, trained = count_parameters(recipe, config)
     half, stage = recipe.train.precision == "bf16", recipe.train.zero_stage
     buckets = 3 if recipe.train.overlaps_reduction else 2  # one is filled while another is reduced
+    head = 0 if "llm" in recipe.frozen else config.text.hidden_size * config.text.vocab_size
     return {
         "parameters": total * (2 if half else 4) / (world if stage == 3 else 1),
         "gradients": trained * 4 / (world if stage >= 2 else 1),  # accumulated in float32
@@ -102,22 +133,32 @@ def state_bytes(recipe: Recipe, config: ModelConfig, world: int) -> dict[str, fl
         # two moments in float32, and float32 master weights when the model is bfloat16
         else trained * (12 if half else 8) / (world if stage >= 1 else 1),
         "buckets": buckets * min(BUCKET, trained) * (2 if half else 4) if stage else 0,
+        # A chunk of the loss makes a gradient of the head, which is added to that of the chunks before it.
+        "head": 2 * head * (2 if half else 4),
     }
 
 
 def micro_batch(recipe: Recipe) -> MicroBatch:
     """A full micro-batch of the recipe, as one GPU computes it."""
-    train, data = recipe.train, recipe.data
+    train = recipe.train
     return MicroBatch(
-        tokens=train.micro_batch * data.sequence_length / train.sp,
-        crops=train.micro_batch * -(-data.max_crops // train.sp),
+        tokens=train.micro_batch * recipe.data.sequence_length / train.sp,
+        crops=train.micro_batch * -(-most_crops(recipe) // train.sp),
         recompute=train.recompute,
         chunk_crops=train.chunk_crops,
         sp=train.sp,
         item_size=2 if train.precision == "bf16" else 4,
         vit_frozen="vit" in train.freeze,
         offload="activations" in train.offload,
+        compiled=train.compiles(on_gpu=True),
+        budget=train.activation_budget,
     )
+
+
+def most_crops(recipe: Recipe) -> int:
+    """The most crops in a pack: those of the recipe, and no more than its tokens hold, a frame having the fewest."""
+    config, data = PRESETS[recipe.model], recipe.data
+    return min(data.max_crops, data.sequence_length // (round(config.patches_per_crop**0.5) // config.video_pool) ** 2)
 
 
 def memory(recipe: Recipe, world: int, kept: SavedBytes) -> dict[str, float]:
@@ -153,7 +194,7 @@ def host_memory(recipe: Recipe, world: int, kept: SavedBytes) -> dict[str, float
 def operations(recipe: Recipe) -> float:
     """Operations of a step, including recomputation; every pack is full and holds one video and one question."""
     config, data = PRESETS[recipe.model], recipe.data
-    tokens, crops = data.sequence_length, data.max_crops
+    tokens, crops = data.sequence_length, most_crops(recipe)
     visual = min(tokens, crops * (round(config.patches_per_crop**0.5) // config.video_pool) ** 2)
     work = Workload(
         num_crops=crops,
@@ -205,11 +246,12 @@ def dry_run(recipe: Recipe, gpu: Gpu) -> list[str]:
     kept = measure_saved(config, torch.bfloat16 if train.precision == "bf16" else torch.float32)
     flops = operations(recipe)
     parts = list(memory(recipe, 1, kept))
+    share, source = (UTILISATION, "assumed") if gpu.mfu is None else (gpu.mfu, "measured MFU")
     cost = "" if gpu.price is None else f", USD at {gpu.price:g} per GPU and hour"
     lines = [
         f"{recipe.name}: {config.name}, {train.steps:,} steps of {train.packs_per_step} packs of "
         f"{recipe.data.sequence_length:,} tokens and {recipe.data.max_crops} crops, {flops / 1e15:,.1f} PFLOP a step",
-        f"GiB of one GPU in a full step, days at {UTILISATION:.0%} of {gpu.peak_tflops:g} TFLOP/s (assumed){cost}",
+        f"GiB of one GPU in a full step, days at {share:.0%} of {gpu.peak_tflops:g} TFLOP/s ({source}){cost}",
         f"{'GPUs':>5} {'total':>7} "
         + " ".join(f"{part:>{max(7, len(part))}}" for part in parts)
         + f" {'days':>8}"
@@ -219,7 +261,7 @@ def dry_run(recipe: Recipe, gpu: Gpu) -> list[str]:
     for world in (world for world in GPUS if _runs_on(recipe, world)):
         need = memory(recipe, world, kept)
         totals[world] = sum(need.values()) / GIB
-        days = train.steps * flops / (world * gpu.peak_tflops * 1e12 * UTILISATION) / 86400
+        days = train.steps * flops / (world * gpu.peak_tflops * 1e12 * share) / 86400
         row = " ".join(f"{need[part] / GIB:>{max(7, len(part))}.1f}" for part in parts)
         paid = "" if gpu.price is None else f" {days * 24 * world * gpu.price:>10,.0f}"
         lines.append(f"{world:>5} {totals[world]:>7.1f} {row} {days:>8.2f}{paid}")
@@ -239,15 +281,25 @@ def dry_run(recipe: Recipe, gpu: Gpu) -> list[str]:
 
 
 def _levels(recipe: Recipe, gpu: Gpu, kept: SavedBytes) -> str:
-    """The least recomputation with which a step fits into the GPU's memory, for each number of GPUs."""
-    levels = ("full",) if "activations" in recipe.train.offload else LEVELS
+    """The least recomputation with which a step fits into the GPU's memory, for each number of GPUs.
+
+    Between "none" and "light" compiled graphs can keep a part of their activations: `train.activation_budget`.
+    """
+    settings: dict[str, dict[str, Any]] = {level: {"recompute": level, "activation_budget": 1.0} for level in LEVELS}
+    if recipe.train.compiles(on_gpu=True):
+        parts = {
+            f"none, activation_budget {part}": {"recompute": "none", "activation_budget": part} for part in BUDGETS
+        }
+        settings = {"none": settings.pop("none"), **parts, **settings}
+    if "activations" in recipe.train.offload:
+        settings = {"full": settings["full"]}
     chosen = []
     for world in (world for world in GPUS if _runs_on(recipe, world)):
         needs = {}
-        for level in levels:
-            changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"recompute": level})})
-            needs[level] = sum(memory(changed, world, kept).values()) / GIB
-        fitting = (f"{level} ({need:.0f} GiB)" for level, need in needs.items() if need <= (gpu.memory_gib or 0))
+        for name, values in settings.items():
+            changed = recipe.model_copy(update={"train": recipe.train.model_copy(update=values)})
+            needs[name] = sum(memory(changed, world, kept).values()) / GIB
+        fitting = (f"{name} ({need:.0f} GiB)" for name, need in needs.items() if need <= (gpu.memory_gib or 0))
         chosen.append(f"{world}: {next(fitting, 'too small')}")
     return ", ".join(chosen)
 

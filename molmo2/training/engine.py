@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from molmo2.config import COMPONENTS, Recipe
 from molmo2.model.attention import masked_attention
 from molmo2.model.dropout import Dropout, seed_words
-from molmo2.model.loss import LossSums, rows_per_chunk, weighted_loss
+from molmo2.model.loss import LossSums, chunk_sums, rows_per_chunk, weighted_loss
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
 from molmo2.parallel.loss_rows import take_loss_rows
@@ -70,13 +70,19 @@ class TrainingModule(nn.Module):
         self.model = model
         self.mesh = mesh
         self.train_settings = recipe.train
-        self.chunk_rows = rows_per_chunk(model.config.text.vocab_size)
+        compiled = model.lm_head.chunk_sums is not chunk_sums
+        self.chunk_rows = rows_per_chunk(model.config.text.vocab_size, compiled)
         self.attend = ulysses(masked_attention, mesh, model.config.text.num_heads, model.config.text.num_kv_heads)
 
     def place(self, batch: Batch, device: torch.device | str = "cpu") -> PlacedBatch:
         """Find what this rank does with a batch in host memory, and copy it to a device."""
         seeds = seed_words((self.train_settings.seed, batch.step, slot) for slot in batch.slots)
-        return place_batch(batch, self.mesh, self.model.config.patches_per_crop, device, seeds)
+        order = None
+        if self.train_settings.visual_first:
+            from molmo2.parallel.visual_first import visual_first
+
+            batch, order = visual_first(batch)
+        return place_batch(batch, self.mesh, self.model.config.patches_per_crop, device, seeds, order)
 
     def forward(self, placed: PlacedBatch, num_datasets: int = 1) -> tuple[Tensor, LossSums]:
         """Compute the loss of one micro-batch; all ranks must call it together. It never waits for the device.
@@ -96,7 +102,7 @@ class TrainingModule(nn.Module):
         own = slice(mesh.sp_rank * length, (mesh.sp_rank + 1) * length)
         # After the sum x is a tensor of its own, no view: a compiled layer sees the same kind of input in every layer.
         x = model.embed(batch.input_ids, features)[:, own] + touch
-        mask = AttentionMask(batch.segment_ids, batch.is_visual)
+        mask = AttentionMask(batch.segment_ids, batch.is_visual, placed.order)
         dropout = self._dropout(placed, own)
         hidden = model.decode(x, batch.position_ids[:, own], mask, attend=self.attend, dropout=dropout)
         loss_of = functools.partial(
@@ -250,10 +256,14 @@ def start_engine(
     on_gpu = get_accelerator().device_name() == "cuda"
     if on_gpu:
         model.vit.pad_crops = PAD_CROPS
-    if train.compile or (train.compile is None and on_gpu and train.zero_stage < 3):
+    if train.fp8:
+        from molmo2.model.fp8 import use_fp8
+
+        use_fp8(model, torch.device("cuda" if on_gpu else "cpu"))
+    if train.compiles(on_gpu):
         from molmo2.model.regions import compile_regions
 
-        compile_regions(model)
+        compile_regions(model, budget=train.activation_budget)
     components = model.parameter_groups()
     assert set(components) == set(COMPONENTS)
     optimizer = ComponentAdamW(

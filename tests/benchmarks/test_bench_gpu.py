@@ -12,7 +12,7 @@ from fork_server import python
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = {
-    "attention": {"machine": 1, "flex": 1, "error": 6, "connector": 2, "time": 12, "end": 1},
+    "attention": {"machine": 1, "flex": 1, "error": 6, "connector": 2, "visual_first": 2, "time": 12, "end": 1},
     "step": {"machine": 1, "kernels": 1, "step": 3, "end": 1},
     "train": {"machine": 1, "shards": 1, "engine": 1, "end": 1},
 }

@@ -173,6 +173,11 @@ def compiled_gradients(cases: list[tuple[int, int, bool | None, str]]) -> list[t
     return results
 
 
+def gradients_of_visual_first(cases: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
+    """For each (ZeRO stage, sp): gradients of a step with visual tokens first."""
+    return [step_gradients(recipe(zero_stage=stage, sp=sp, visual_first=True), model()) for stage, sp in cases]
+
+
 def step_gradients(run: Recipe, start: Molmo2) -> dict[str, Tensor]:
     """Gradients of one step over all batches from the engine, float64."""
     mesh = make_mesh(run.train.sp)
@@ -275,6 +280,28 @@ def train_frozen(settings: list[tuple[int, tuple[str, ...], tuple[str, ...]]]) -
                 pairs = zip(parameters, before[name], strict=True)
                 moved[name] = any(not torch.equal(after, first) for after, first in pairs)
         results.append(Frozen(names, sum(tensor.nbytes for tensor in states), moved))
+        engine.destroy()
+    return results
+
+
+def losses_in_8_bits(cases: list[tuple[int, int]]) -> list[tuple[float, float]]:
+    """For each (ZeRO stage, sp): the losses of all batches before and after two steps on them."""
+    results = []
+    for stage, sp in cases:
+        mesh, run = make_mesh(sp), recipe(zero_stage=stage, sp=sp, precision="bf16", fp8=True)
+        engine, optimizer, names = start_engine(model(), run, mesh)
+        totals = []
+        for step in range(1, 4):
+            set_learning_rates(optimizer, names, run.optim, step, 3)
+            total = torch.zeros(1)
+            for number in range(mesh.dp_rank, len(BATCHES), mesh.dp):
+                loss, _ = engine(engine.module.place(own_crops(make(BATCHES[number]), mesh.sp_rank, mesh.sp)))
+                engine.backward(loss, scale_wrt_gas=False)
+                total += loss.detach()
+            engine.step()
+            dist.all_reduce(total)
+            totals.append(total.item() / mesh.world)
+        results.append((totals[0], totals[-1]))
         engine.destroy()
     return results
 

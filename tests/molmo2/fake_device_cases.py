@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask
 
-from molmo2.model import attention
+from molmo2.model import attention, flex
 from molmo2.model import loss as loss_file
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS, ModelConfig
@@ -29,7 +29,9 @@ from shards.stream.collate import Batch
 DEVICE = "unreal"
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, enable_gqa: bool) -> Tensor:
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, enable_gqa: bool, kernel_options: dict[str, Any]
+) -> Tensor:
     """In place of FlexAttention, whose kernels are compiled for a real device: a result of the same shape."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
@@ -42,8 +44,9 @@ def gpu_attention() -> Iterator[None]:
     """The backends that a GPU takes, on any device."""
     choose = attention.choose_attention
     with (
-        mock.patch.object(attention, "_compiled_flex", lambda: _fused),
-        mock.patch.object(attention, "has_triton", lambda: True),
+        mock.patch.object(flex, "_compiled_flex", lambda tuned: _fused),
+        mock.patch.object(flex, "kernel_options", lambda device: {}),
+        mock.patch.object(flex, "has_triton", lambda: True),
         mock.patch.object(attention, "choose_attention", lambda device, length: choose(torch.device("cuda"), length)),
     ):
         yield

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,21 +11,19 @@ import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from molmo2.model import attention
+from molmo2.model import flex as flex_file
 from molmo2.model.attention import (
-    BLOCK,
     DENSE,
     KeySpan,
     attention_of_group,
-    block_tables,
     choose_attention,
     dense_attention,
-    flex,
     key_spans,
     masked_attention,
     tiled_attention,
 )
-from molmo2.model.mask import MEMBER, PAD_SEGMENT, TRUNK, AttentionMask, allowed
+from molmo2.model.flex import block_tables, flex
+from molmo2.model.mask import BLOCK, MEMBER, PAD_SEGMENT, TRUNK, AttentionMask, allowed
 
 Vectors = tuple[torch.Tensor, torch.Tensor]
 
@@ -121,7 +120,7 @@ def test_tiles_equal_the_dense_mask(name: str, short: int, monkeypatch: pytest.M
 def test_spans_hold_every_allowed_key_and_no_more_than_they_must(name: str, tile: int) -> None:
     segment_ids, is_visual = LAYOUTS[name]
     dense = allowed(segment_ids, is_visual)[:, 0]
-    spans = key_spans(segment_ids, is_visual, tile)
+    spans = key_spans(segment_ids, is_visual, tile=tile)
     assert [span.start for span in spans] == list(range(0, segment_ids.shape[1], tile))
     for span in spans:
         keys = dense[:, span.start : span.stop].any(dim=(0, 1)).nonzero()
@@ -131,10 +130,10 @@ def test_spans_hold_every_allowed_key_and_no_more_than_they_must(name: str, tile
             assert span.last_key <= max(int(keys[-1]) + 1, span.stop) or is_visual[:, span.start : span.stop].any()
 
 
-def dense_blocks(segment_ids: torch.Tensor, is_visual: torch.Tensor) -> torch.Tensor:
+def dense_blocks(segment_ids: torch.Tensor, is_visual: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
     """The dense mask in blocks, [B, query blocks, key blocks, BLOCK * BLOCK]; nothing is allowed behind the end."""
     missing = -segment_ids.shape[1] % BLOCK
-    dense = torch.nn.functional.pad(allowed(segment_ids, is_visual)[:, 0], (0, missing, 0, missing))
+    dense = torch.nn.functional.pad(allowed(segment_ids, is_visual, order)[:, 0], (0, missing, 0, missing))
     return dense.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).transpose(2, 3).flatten(3)
 
 
@@ -155,7 +154,47 @@ def test_few_blocks_are_visited_in_vain(name: str) -> None:
     assert int((mixed | full).sum()) <= 1.25 * needed + len(mixed) + 1  # and the block at the end
 
 
-@pytest.mark.slow
+def visual_first(segment_ids: torch.Tensor, is_visual: torch.Tensor) -> torch.Tensor:
+    """Places of the tokens when visual ones come first in their member's trunk."""
+    group = torch.where(segment_ids % MEMBER == TRUNK, (~is_visual).long(), 2)
+    return (segment_ids.long() // MEMBER * 3 + group).argsort(dim=1, stable=True)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_tokens_in_another_order_see_the_same_keys(name: str) -> None:
+    """The dense mask, tiles and blocks of a row whose tokens were moved."""
+    segment_ids, is_visual = LAYOUTS[name]
+    order = visual_first(segment_ids, is_visual)
+    moved = AttentionMask(segment_ids.gather(1, order), is_visual.gather(1, order), order.int())
+    both_ways = order[:, None, :, None], order[:, None, None, :]
+    rows = torch.arange(len(order))[:, None, None, None]
+    dense = allowed(segment_ids, is_visual)
+    assert torch.equal(moved.dense(), dense[rows, 0, both_ways[0], both_ways[1]])
+    q, k, v, _ = inputs(segment_ids)
+    places = order[:, None, :, None].expand(-1, 4, -1, 8)
+    wanted = dense_attention(q, k, v, AttentionMask(segment_ids, is_visual)).gather(2, places)
+    found = tiled_attention(q.gather(2, places), *(x.gather(2, places[:, :2]) for x in (k, v)), moved)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
+    mixed, full = block_tables(*moved.vectors)
+    blocks = dense_blocks(*moved.vectors)
+    assert not (mixed & full).any() and not (blocks.any(3) & ~mixed & ~full).any()
+    assert not (full & ~blocks.all(3))[:, : segment_ids.shape[1] // BLOCK].any()
+
+
+def test_few_blocks_of_a_video_are_mixed_when_visual_tokens_come_first() -> None:
+    """384 frames with their times, in 36,864 tokens: the share of mixed blocks among those that are visited."""
+    video = ("tttttt" + "v" * 82 + "t") * 384
+    segment_ids, is_visual = vectors(row([(video, [800])], 36864))
+    shares = []
+    for order in (None, visual_first(segment_ids, is_visual)):
+        vector = (segment_ids, is_visual, None)
+        if order is not None:
+            vector = (segment_ids.gather(1, order), is_visual.gather(1, order), order)
+        mixed, full = block_tables(*vector)
+        shares.append(float(mixed.sum() / (mixed | full).sum()))
+    assert shares[0] > 0.45 and shares[1] < 0.16, shares
+
+
 @pytest.mark.slow
 def test_flex_attention_equals_the_dense_mask() -> None:
     """The compiled kernel, which skips empty blocks and masks none of the full ones. Forward alone, as CPUs can."""
@@ -168,10 +207,11 @@ def test_flex_attention_equals_the_dense_mask() -> None:
     for each in rows:
         segment_ids, is_visual = vectors(each)
         q, k, v, _ = inputs(segment_ids, dim=32)
-        with torch.no_grad():
-            found = flex(q, k, v, AttentionMask(segment_ids, is_visual))
-            wanted = dense_attention(q, k, v, AttentionMask(segment_ids, is_visual))
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
+        order = visual_first(segment_ids, is_visual)
+        moved = AttentionMask(segment_ids.gather(1, order), is_visual.gather(1, order), order)
+        for mask in (AttentionMask(segment_ids, is_visual), moved):
+            with torch.no_grad():
+                torch.testing.assert_close(flex(q, k, v, mask), dense_attention(q, k, v, mask), rtol=1e-5, atol=2e-6)
 
 
 LENGTHS = (1040, 1152, 1281, 1300, 1419, 1500, 1664, 1700, 1800, 1921, 2048, 2100)
@@ -182,10 +222,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacken
     """Count the graphs of FlexAttention, which are captured as on a GPU but not turned into kernels."""
     counter = CompileCounterWithBackend("eager")
     torch._dynamo.reset()
-    attention._compiled_flex.cache_clear()
+    flex_file._compiled_flex.cache_clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     yield counter
-    attention._compiled_flex.cache_clear()
+    flex_file._compiled_flex.cache_clear()
     torch._dynamo.reset()
 
 
@@ -232,21 +272,53 @@ def test_long_rows_on_cuda_take_flex_or_tiles_but_no_dense_mask(monkeypatch: pyt
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     find, there = importlib.util.find_spec, {"triton": True}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: there[name] or None if name in there else find(name))
-    attention.has_triton.cache_clear()
+    flex_file.has_triton.cache_clear()
     assert choose_attention(cuda, DENSE) is dense_attention
     assert choose_attention(cuda, DENSE + 1) is flex
     assert choose_attention(cpu, DENSE) is choose_attention(cpu, DENSE + 1) is tiled_attention
     there["triton"] = False
-    attention.has_triton.cache_clear()
+    flex_file.has_triton.cache_clear()
     with pytest.warns(UserWarning, match="Triton is not installed"):
         assert choose_attention(cuda, DENSE + 1) is tiled_attention
-    attention.has_triton.cache_clear()
+    flex_file.has_triton.cache_clear()
+
+
+def test_a_hopper_gpu_takes_flash_attention_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, cpu, find = torch.device("cuda"), torch.device("cpu"), importlib.util.find_spec
+    installed, capability = {"flash_attn.cute": False}, [9, 0]
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: installed[name] or None if name in installed else find(name)
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
+
+    def options(device: torch.device) -> dict[str, Any]:
+        flex_file.kernel_options.cache_clear()
+        return flex_file.kernel_options(device)
+
+    assert options(cuda) == {}
+    installed["flash_attn.cute"] = True
+    assert options(cuda) == {"BACKEND": "FLASH"} and options(cpu) == {}
+    assert "FLASH" in typing.get_args(torch.nn.attention.flex_attention._Backend)  # torch knows the name
+    capability[0] = 8
+    assert options(cuda) == {}
+    flex_file.kernel_options.cache_clear()
+
+
+def test_inference_never_waits_for_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    monkeypatch.setattr(flex_file, "_compiled_flex", lambda tuned: modes.append(tuned) or (lambda q, *_, **__: q))
+    segment_ids, is_visual = LAYOUTS["texts"]
+    q, k, v, _ = inputs(segment_ids)
+    flex(q, k, v, AttentionMask(segment_ids, is_visual))
+    with torch.no_grad():
+        flex(q, k, v, AttentionMask(segment_ids, is_visual))
+    assert modes == [True, False]
 
 
 def test_work_goes_with_the_members_not_with_the_row() -> None:
     def keys(members: int) -> int:
         segment_ids, is_visual = vectors(row([("t" + "v" * 200, [55]) for _ in range(members)], 256 * members))
-        return sum(span.last_key - span.first_key for span in key_spans(segment_ids, is_visual, 64))
+        return sum(span.last_key - span.first_key for span in key_spans(segment_ids, is_visual, tile=64))
 
     assert keys(16) == 8 * keys(2)
 

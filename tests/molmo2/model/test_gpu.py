@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from molmo2.model.attention import dense_attention, flex, tiled_attention
+from molmo2.model.attention import dense_attention, tiled_attention
 from molmo2.model.dropout import Dropout, seed_words
+from molmo2.model.flex import flex
+from molmo2.model.fp8 import use_fp8
 from molmo2.model.mask import MEMBER, TRUNK, AttentionMask
 from molmo2.model.regions import compile_regions
 from molmo2.parallel.mesh import SINGLE
@@ -22,26 +24,31 @@ pytestmark = [
 ]
 
 
-def row(length: int) -> AttentionMask:
-    """Half a video with two branches, half texts of 300 tokens."""
+def row(length: int, ordered: bool = False) -> AttentionMask:
+    """Half a video with two branches, half texts of 300 tokens; `ordered`: visual tokens first."""
     segments, visual = torch.empty(1, length, dtype=torch.int32), torch.zeros(1, length, dtype=torch.bool)
     half, quarter = length // 2, length // 8
     segments[:, :half] = TRUNK
     segments[:, half - 2 * quarter : half] = torch.arange(2 * quarter) // quarter + 1
     visual[:, : half - 2 * quarter] = torch.arange(half - 2 * quarter) % 88 >= 6
     segments[:, half:] = (1 + torch.arange(length - half) // 300) * MEMBER + TRUNK
+    order = (~visual & (segments == TRUNK)).long().masked_fill(segments != TRUNK, 2).argsort(dim=1, stable=True)
+    if ordered:
+        moved = segments.gather(1, order), visual.gather(1, order), order.int()
+        return AttentionMask(*(vector.to(DEVICE) for vector in moved))
     return AttentionMask(segments.to(DEVICE), visual.to(DEVICE))
 
 
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("backend", [flex, tiled_attention, dense_attention])
-def test_backends_equal_float32_of_the_whole_mask(backend) -> None:
+def test_backends_equal_float32_of_the_whole_mask(backend, ordered: bool) -> None:
     """Forward and backward, in bfloat16, at 32 heads on 8 of 128 channels; FlexAttention for several lengths."""
     for length in (1_100, 2_048, 3_333):
         generator = torch.Generator().manual_seed(length)
         shapes = [(1, heads, length, 128) for heads in (32, 8, 8, 32)]
         q, k, v, gradient = (torch.randn(shape, generator=generator).to(DEVICE).bfloat16() for shape in shapes)
 
-        mask = row(length)
+        mask = row(length, ordered)
 
         def results(attend, dtype: torch.dtype, tensors=(q, k, v), gradient=gradient, mask=mask):
             leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
@@ -79,6 +86,19 @@ def steps(device: str, level: str, compiled: bool) -> list[tuple[float, dict[str
         loss.backward()
         results.append((loss.item(), {name: p.grad.cpu() for name, p in module.named_parameters()}))
     return results
+
+
+def test_8_bit_layers_are_near_those_of_16_bits() -> None:
+    """On the GPU's own products; the emulation on a CPU is held in test_fp8.py."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU has no 8-bit products with a scale for each row")
+    module = TrainingModule(engine_cases.model().to(DEVICE, torch.bfloat16), engine_cases.recipe(), SINGLE).train()
+    placed = module.place(engine_cases.make(engine_cases.BATCHES[0]), DEVICE)
+    wanted = module(placed, 3)[0].item()
+    use_fp8(module.model, torch.device(DEVICE))
+    loss, _ = module(placed, 3)
+    loss.backward()
+    assert loss.item() == pytest.approx(wanted, rel=0.01)
 
 
 @pytest.mark.parametrize("level", ["none", "light", "full"])

@@ -1,5 +1,6 @@
 """Compiled regions: equal to the model as it is, without graph breaks, and with few graphs whatever the packs."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,10 +12,12 @@ from ranks import run_ranks
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 
 from molmo2.config import RecipeError
 from molmo2.model.activations import saved_bytes
 from molmo2.model.lora import add_adapters
+from molmo2.model.loss import BYTES_PER_LOGIT, Head, chunk_sums, rows_per_chunk
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import RopeScaling
 from molmo2.model.regions import compile_regions
@@ -144,6 +147,50 @@ def test_compiled_halves_keep_what_the_others_keep(level: str) -> None:
         placed = one.place(batch)
         sizes.append(saved_bytes(one, lambda one=one, placed=placed: one(placed, 3)[0]))
     assert sizes[1] <= sizes[0]
+
+
+@pytest.mark.slow
+def test_a_budget_bounds_what_graphs_keep_and_changes_no_result() -> None:
+    """From what they keep of themselves down to what "light" keeps, with the partitioner that training uses."""
+    text = replace(engine_cases.CONFIG.text, hidden_size=128, intermediate_size=384, num_layers=4)
+    config = replace(engine_cases.CONFIG, text=text)
+    plain, batch = module("none", Molmo2(config).init_weights(7)), engine_cases.batch(1, 2, 192)
+
+    def kept(level: str, budget: float) -> int:
+        torch._dynamo.reset()
+        one = module(level, Molmo2(config).init_weights(7))
+        graphs = CompileCounterWithBackend("aot_eager_decomp_partition")
+        compile_regions(one.model, graphs, budget)
+        placed = one.place(batch)
+        size = saved_bytes(one, lambda: one(placed, 3)[0])
+        assert_equal_steps(plain, one, batch)
+        assert not counters["graph_break"]
+        return size
+
+    light = kept("light", 1.0)
+    sizes = [kept("none", budget) for budget in (0.01, 0.3, 0.6, 1.0)]
+    torch._functorch.config.activation_memory_budget = 1.0
+    assert sizes == sorted(set(sizes)) and sizes[0] < 1.1 * light < sizes[-1] / 2
+    for budget, size in zip((0.3, 0.6), sizes[1:3], strict=True):  # the estimate is between the two in a straight line
+        assert size < 1.1 * (light + budget * (sizes[-1] - light))
+
+
+@pytest.mark.slow
+def test_a_compiled_chunk_of_the_loss_keeps_the_bytes_that_are_counted() -> None:
+    """Buffers of rows x vocabulary in the code that is generated for a chunk and its backward."""
+    vocabulary, rows = 5000, 96
+    head = Head(64, vocabulary, bias=False).to(torch.bfloat16)
+    chunk = torch.compile(lambda *values: chunk_sums(*values, head, 1e-4), fullgraph=True)
+
+    def run() -> None:
+        hidden = torch.randn(rows, 64, dtype=torch.bfloat16, requires_grad=True)
+        chunk(hidden, torch.zeros(rows, dtype=torch.int64), torch.ones(rows))[0].sum().backward()
+
+    _, codes = run_and_get_code(run)
+    buffer = rf"empty_strided_cpu\(\({rows}, {vocabulary}\), \({vocabulary}, 1\), torch.(\w+)\)"
+    found = re.findall(buffer, "".join(codes))
+    assert sum({"bfloat16": 2, "float32": 4}[name] for name in found) == BYTES_PER_LOGIT[True]
+    assert 2000 < rows_per_chunk(151936, compiled=True) < 4000
 
 
 def test_a_recipe_decides_and_zero_3_is_refused() -> None:

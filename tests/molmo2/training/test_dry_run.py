@@ -1,5 +1,6 @@
 """The estimate before a run: against what autograd keeps, against figures worked out elsewhere, and as a tool."""
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def test_a_dry_run_shows_recipe_and_plan_of_the_shards(tmp_path: Path, monkeypat
     toy_run.build_toy(tmp_path)
     monkeypatch.setenv("MOLMO2_DATA", str(tmp_path))
     recipe = load_recipe(toy_run.write_recipe(tmp_path / "r.yaml", "r", steps=12))
-    lines = dry_run_lines(recipe, 80, 2.0)
+    lines = dry_run_lines(recipe, this_gpu(recipe, 80, 2.0))
     assert yaml.safe_load("\n".join(lines[: lines.index("")])) == recipe.model_dump(mode="json")
     header = next(line for line in lines if line.startswith("dataset "))
     assert header.split()[-2:] == ["steps/epoch", "epochs"]
@@ -194,10 +195,50 @@ def test_a_dry_run_shows_recipe_and_plan_of_the_shards(tmp_path: Path, monkeypat
     warmed = load_recipe(tmp_path / "r.yaml", ["optim.vit.warmup_fraction=0.5"])
     assert any(
         line.startswith("r: WARNING: the warm-up of optim.vit takes 6 of 12 steps")
-        for line in dry_run_lines(warmed, 80)
+        for line in dry_run_lines(warmed, this_gpu(warmed, 80))
     )
     (tmp_path / "shards/sft/toy/index.json").unlink()
-    assert any(line.startswith("plan: dataset toy is in none of") for line in dry_run_lines(recipe))
+    assert any(line.startswith("plan: dataset toy is in none of") for line in dry_run_lines(recipe, this_gpu(recipe)))
+
+
+def test_crops_are_those_that_the_tokens_of_a_pack_can_hold() -> None:
+    """A frame has 81 tokens: 2,048 tokens hold 25 of them."""
+    recipe = load_recipe(STAGE1, ["data.sequence_length=2048", "data.max_crops=384", "train.micro_batch=2"])
+    assert micro_batch(recipe).crops == 2 * 25
+    assert micro_batch(long()).crops == 384
+
+
+def test_the_gradient_of_the_head_and_the_logits_of_a_chunk_are_counted() -> None:
+    kept = measure_saved(PRESETS["tiny"], torch.bfloat16)
+    text = PRESETS["4b"].text
+    need = memory(long(), 8, kept)
+    assert need["head"] == pytest.approx(ALLOCATOR_MARGIN * 2 * 2 * text.vocab_size * text.hidden_size)
+    assert need["logits"] == ALLOCATOR_MARGIN * 2 * GIB  # compiled
+    assert memory(long(compile="false"), 8, kept)["logits"] == ALLOCATOR_MARGIN * GIB
+    assert memory(long(freeze="[llm]"), 8, kept)["head"] == 0
+
+
+def test_a_budget_lies_between_none_and_light() -> None:
+    kept = measure_saved(PRESETS["4b"], torch.bfloat16)
+    recipes = [long(recompute="light")]
+    recipes += [long(recompute="none", compile="true", activation_budget=part) for part in (0.01, 0.5, 1.0)]
+    needs = [memory(recipe, 8, kept)["language model"] for recipe in recipes]
+    assert needs[1] == pytest.approx(needs[0], rel=0.05) and needs == sorted(needs)
+    lines = dry_run(load_recipe(STAGE1), Gpu(memory_gib=141, peak_tflops=989))
+    (levels,) = (line for line in lines if line.startswith("the least train.recompute for 141 GiB"))
+    assert ", 8: none, activation_budget 0.4 (" in levels
+
+
+def test_days_follow_the_mfu_of_a_run(tmp_path: Path) -> None:
+    steps = [{"step": 1, "mfu": 0.01}, {"step": 2, "mfu": 0.2}, {"step": 3, "mfu": 0.2}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    recipe = load_recipe(STAGE1, ["model=tiny"])
+    measured, assumed = (dry_run(recipe, this_gpu(recipe, 80, 1.0, run)) for run in (tmp_path, None))
+    assert "days at 20% of 989 TFLOP/s (measured MFU)" in "\n".join(measured)
+    cost = [next(line for line in lines if line.split()[:1] == ["8"]).split() for lines in (measured, assumed)]
+    assert float(cost[0][-1].replace(",", "")) == pytest.approx(2 * float(cost[1][-1].replace(",", "")), abs=1)
+    with pytest.raises(ValueError, match="is missing or has no MFU; --measured takes the folder of a run on a GPU"):
+        this_gpu(recipe, measured=tmp_path / "none")
 
 
 @pytest.mark.slow
@@ -215,7 +256,7 @@ def test_dry_run_needs_no_data_and_no_launcher(tmp_path: Path) -> None:
     assert "model '5b' is not a preset" in run.stderr
     command[-1] = "--gpu-price=2"
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode == 2 and "--gpu-memory and --gpu-price are of --dry-run" in run.stderr
+    assert run.returncode == 2 and "--gpu-memory, --gpu-price and --measured are of --dry-run" in run.stderr
 
 
 def test_a_frozen_component_needs_neither_states_nor_its_backward() -> None:
