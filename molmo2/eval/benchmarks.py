@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from molmo2.eval.metrics.caption_scores import cider, rouge_l
+from molmo2.eval.metrics.choices import multiple_choice
 from molmo2.eval.metrics.point_scores import all_in_mask, count_close, point_f1, video_point_f1
 from molmo2.eval.metrics.scores import (
     CorpusMetric,
     Metric,
     count_exact,
     exact_match,
-    multiple_choice,
     points_in_boxes,
 )
 from molmo2.eval.metrics.text_scores import anls, answer_or_choice, direct_answer, relaxed_accuracy, vqa_accuracy

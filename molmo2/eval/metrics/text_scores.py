@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from molmo2.eval.metrics.scores import Score, exact_match, multiple_choice
+from molmo2.eval.metrics.choices import multiple_choice
+from molmo2.eval.metrics.scores import Score, exact_match
 from shards.schema import Annotation, Choice, Text
 
 AGREEING: Final = 3  # an answer that this many people gave has score 1
