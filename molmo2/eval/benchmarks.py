@@ -26,6 +26,8 @@ from molmo2.eval.metrics.text_scores import anls, answer_or_choice, direct_answe
 from molmo2.eval.metrics.track_scores import hota, track_f1
 from shards.catalog import BenchmarkSpec, Catalog, Row, load_catalog
 from shards.catalog.nearest import nearest
+from shards.format import INDEX_NAME
+from shards.storage.open import open_storage
 
 STAGE: Final = "eval"
 BATCH_SIZE: Final = 32  # questions that are answered together
@@ -118,7 +120,7 @@ def own_suite(name: str, names: str | None = None) -> Suite:
     Raises:
         ValueError: a row names an unknown metric, or a name is unknown.
     """
-    benchmarks = [_benchmark(row, spec) for row in load_catalog(name).rows for spec in row.benchmarks]
+    benchmarks = [_benchmark(row, spec) for row in load_catalog(name).all_rows for spec in row.benchmarks]
     if names is None:
         return Suite(name, tuple(benchmarks))
     selected = [name.strip() for name in names.split(",")]
@@ -126,6 +128,16 @@ def own_suite(name: str, names: str | None = None) -> Suite:
     if unknown := [text for text in selected if text not in known]:
         raise ValueError(f"--benchmarks {unknown[0]!r}: no row of {name} has it; {nearest(unknown[0], sorted(known))}")
     return Suite(name, tuple(b for b in benchmarks if b.name in selected or b.dataset in selected))
+
+
+def is_built(shards: str, dataset: str) -> bool:
+    """Whether a dataset of stage "eval" has finished shards; `shards` is the folder or URL of all stages."""
+    return open_storage(f"{shards.rstrip('/')}/{STAGE}/{dataset}").size(INDEX_NAME) is not None
+
+
+def reason_left_out(dataset: str) -> str | None:
+    """The reason why a published dataset has no row of stage "eval"; None if there is no such dataset."""
+    return load_catalog("molmo2-eval").left_out.get(dataset)
 
 
 def _benchmark(row: Row, spec: BenchmarkSpec) -> Benchmark:
@@ -166,9 +178,7 @@ def choose(names: str) -> list[Suite]:
     for name in selected:
         if name not in loaded and name not in known:
             known_names = f"suites: {', '.join(loaded)}; benchmarks: {', '.join(sorted(known))}"
-            reasons = load_catalog("molmo2-eval").left_out
-            why = reasons.get(name, f"unknown; {known_names}")
-            raise ValueError(f"--benchmarks {name!r}: {why}")
+            raise ValueError(f"--benchmarks {name!r}: {reason_left_out(name) or f'unknown; {known_names}'}")
     single = set(selected) - set(loaded)  # a name of both a suite and a benchmark means the suite
     suites = []
     for name, suite in loaded.items():

@@ -63,7 +63,7 @@ def _readings(label: str) -> list[int]:
 
 
 def _leading_label(answer: str, texts: Sequence[str]) -> int | None:
-    """ "B", "(b)", "B. text", "2) text", "[IV]"; the text decides between two readings of a label."""
+    """An answer such as "B", "(b)", "B. text", "2) text", "[IV]"; the text decides between two readings of a label."""
     match = _LEADING.fullmatch(answer)
     if match is None:
         return None
