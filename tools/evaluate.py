@@ -21,6 +21,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print all benchmarks, or those of --catalog, and stop")
     parser.add_argument("--limit", type=int, help="at most so many samples (images, videos) of each dataset (all)")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="questions at once (%(default)s)")
+    parser.add_argument("--judge", metavar="URL", help="an OpenAI-compatible endpoint for statement F1 (none)")
+    parser.add_argument("--judge-model", help="the judge's model (the first one that the endpoint lists)")
     parser.add_argument("--shards", default=str(data_path("shards")), help="a folder or s3://… (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file (evaluation-BENCHMARKS.json in the run's directory)")
     parser.add_argument("--device", help="(this rank's GPU if there is one, else cpu)")
@@ -208,6 +211,8 @@ def main() -> None:
         print_list(args.catalog, args.shards)
         return
     suites, catalogs = what_to_evaluate(args)
+    if args.judge and not any(benchmark.judged for suite in suites for benchmark in suite.benchmarks):
+        raise ValueError(f"--judge {args.judge}: none of the chosen benchmarks is judged; --list marks those that are")
     with process_group() as ranks:
         evaluate(args, suites, catalogs, ranks)
 
@@ -241,6 +246,7 @@ def what_to_evaluate(args: argparse.Namespace) -> tuple[list[Suite], dict[str, s
 def evaluate(args: argparse.Namespace, suites: list[Suite], catalogs: dict[str, str], ranks: Ranks) -> None:
     """Load the model, evaluate the suites and losses; rank 0 prints and writes the results."""
     from molmo2.eval.answers import weights_digest
+    from molmo2.eval.judge import Judge
     from molmo2.weights.load import open_model
 
     since = time.perf_counter()
@@ -253,6 +259,9 @@ def evaluate(args: argparse.Namespace, suites: list[Suite], catalogs: dict[str, 
     out = args.out or folder / f"evaluation-{label}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     answers, digest = out.parent / "answers", weights_digest(opened.weights)
+    if args.judge and ranks.rank == 0:  # which computes the scores
+        judge = Judge(args.judge, out.parent / "judgements.jsonl", args.judge_model)
+        suites = [replace(s, benchmarks=tuple(b.with_judge(judge) for b in s.benchmarks)) for s in suites]
     outcome = run_suites(suites, args, subject, answers, digest, ranks)
     losses = run_losses(catalogs, args, subject, answers, digest, ranks, outcome.skipped)
     if ranks.rank:

@@ -8,11 +8,11 @@ metric's docstring.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from molmo2.eval.metrics.caption_scores import cider, rouge_l
+from molmo2.eval.metrics.caption_scores import JudgeOfCaptions, cider, rouge_l, statement_f1
 from molmo2.eval.metrics.choices import multiple_choice
 from molmo2.eval.metrics.point_scores import all_in_mask, count_close, point_f1, video_point_f1
 from molmo2.eval.metrics.scores import (
@@ -53,6 +53,8 @@ METRICS: Final[dict[str, Metric]] = {
     )
 }
 CORPUS_METRICS: Final[dict[str, CorpusMetric]] = {metric.__name__: metric for metric in (cider, hota)}
+# metrics of all answers together that a judge must be given for
+JUDGED_METRICS: Final[dict[str, Callable[[JudgeOfCaptions], CorpusMetric]]] = {statement_f1.__name__: statement_f1}
 
 # suite -> the catalog whose rows name it
 SUITES: Final = {
@@ -77,6 +79,7 @@ class Benchmark:
         target: the score that the demo should reach.
         max_new_tokens: maximum length of an answer, in tokens.
         corpus: scores of all answers together, reported besides the mean of `metric`.
+        judged: names of further such scores, which need a judge.
     """
 
     name: str
@@ -86,6 +89,12 @@ class Benchmark:
     target: float | None
     max_new_tokens: int
     corpus: tuple[CorpusMetric, ...]
+    judged: tuple[str, ...]
+
+    def with_judge(self, judge: JudgeOfCaptions) -> Benchmark:
+        """The benchmark with its judged scores."""
+        judged = tuple(JUDGED_METRICS[name](judge) for name in self.judged)
+        return replace(self, corpus=self.corpus + judged, judged=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +150,7 @@ def reason_left_out(dataset: str) -> str | None:
 
 
 def _benchmark(row: Row, spec: BenchmarkSpec) -> Benchmark:
+    corpus = {name: _named(row, "corpus", name, CORPUS_METRICS | JUDGED_METRICS) for name in spec.corpus}
     return Benchmark(
         name=spec.name or row.name,
         dataset=row.name,
@@ -148,7 +158,8 @@ def _benchmark(row: Row, spec: BenchmarkSpec) -> Benchmark:
         chance=spec.chance,
         target=spec.target,
         max_new_tokens=spec.max_new_tokens,
-        corpus=tuple(_named(row, "corpus", metric, CORPUS_METRICS) for metric in spec.corpus),
+        corpus=tuple(metric for name, metric in corpus.items() if name in CORPUS_METRICS),
+        judged=tuple(name for name in corpus if name in JUDGED_METRICS),
     )
 
 

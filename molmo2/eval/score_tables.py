@@ -22,7 +22,10 @@ def list_lines(suites: Mapping[str, Suite], loss_only: Sequence[str], shards: st
     rows = [("suite", "benchmark", "metric", "dataset", "shards")]
     for name, suite in suites.items():
         for benchmark in suite.benchmarks:
-            metrics = ", ".join(metric.__name__ for metric in (benchmark.metric, *benchmark.corpus))
+            metrics = ", ".join(
+                [metric.__name__ for metric in (benchmark.metric, *benchmark.corpus)]
+                + [f"{name} (--judge)" for name in benchmark.judged]
+            )
             rows.append((name, benchmark.name, metrics, benchmark.dataset, _built(shards, benchmark.dataset)))
     rows += [("-", "-", "loss only", dataset, _built(shards, dataset)) for dataset in loss_only]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
