@@ -119,12 +119,13 @@ def suites_of(name: str, catalog: Catalog) -> dict[str, Suite]:
     return {suite: Suite(name, tuple(benchmarks)) for suite, benchmarks in suites.items()}
 
 
-def own_suite(name: str, names: str | None = None) -> Suite:
+def own_suite(name: str, names: str | None = None, source: str = "--benchmarks") -> Suite:
     """The benchmarks of a catalog of one's own, with every `metric` and `benchmark` of its rows.
 
     Args:
         name: path of the catalog.
         names: only these benchmarks or datasets, separated by commas; None: all.
+        source: where the names were given, for messages.
 
     Raises:
         ValueError: a row names an unknown metric, or a name is unknown.
@@ -135,7 +136,7 @@ def own_suite(name: str, names: str | None = None) -> Suite:
     selected = [name.strip() for name in names.split(",")]
     known = {text for benchmark in benchmarks for text in (benchmark.name, benchmark.dataset)}
     if unknown := [text for text in selected if text not in known]:
-        raise ValueError(f"--benchmarks {unknown[0]!r}: no row of {name} has it; {nearest(unknown[0], sorted(known))}")
+        raise ValueError(f"{source} {unknown[0]!r}: no row of {name} has it; {nearest(unknown[0], sorted(known))}")
     return Suite(name, tuple(b for b in benchmarks if b.name in selected or b.dataset in selected))
 
 
@@ -178,8 +179,12 @@ def load_suites() -> dict[str, Suite]:
     return loaded
 
 
-def choose(names: str) -> list[Suite]:
-    """The suites with the selected benchmarks; `names` are names of suites or benchmarks, separated by commas.
+def choose(names: str, source: str = "--benchmarks") -> list[Suite]:
+    """The suites with the selected benchmarks.
+
+    Args:
+        names: names of suites or benchmarks, separated by commas.
+        source: where the names were given, for messages.
 
     Raises:
         ValueError: a name is neither; for a published dataset without a benchmark the message gives the reason.
@@ -189,7 +194,7 @@ def choose(names: str) -> list[Suite]:
     for name in selected:
         if name not in loaded and name not in known:
             known_names = f"suites: {', '.join(loaded)}; benchmarks: {', '.join(sorted(known))}"
-            raise ValueError(f"--benchmarks {name!r}: {reason_left_out(name) or f'unknown; {known_names}'}")
+            raise ValueError(f"{source} {name!r}: {reason_left_out(name) or f'unknown; {known_names}'}")
     single = set(selected) - set(loaded)  # a name of both a suite and a benchmark means the suite
     suites = []
     for name, suite in loaded.items():

@@ -40,7 +40,7 @@ def write_report(recipe: Recipe) -> Path:
         "training/report.html.jinja",
         title=recipe.name,
         facts=facts(recipe, log),
-        curves=[*curves(log, CURVES), *curves(held_out, ("loss",), "held-out ")],
+        curves=[*curves(log, CURVES), *curves(held_out, ("loss", "score"), "held-out ")],
         shares=dataset_rows(log, data[-1]["datasets"] if data else {}),
         samples=latest_samples(run_dir),
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),

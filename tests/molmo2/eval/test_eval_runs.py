@@ -269,7 +269,13 @@ def test_the_list_has_every_benchmark_and_what_is_built(demo, monkeypatch, capsy
     assert not ended.value.code
     lines = {tuple(re.split("  +", line)) for line in capsys.readouterr().out.splitlines()}
     assert ("demo", "counting", "count_exact", "demo-count", "built") in lines
-    assert ("video", "molmo2-cap-eval", "rouge_l, cider, statement_f1 (--judge)", "molmo2-cap-eval", "not built") in lines
+    assert (
+        "video",
+        "molmo2-cap-eval",
+        "rouge_l, cider, statement_f1 (--judge)",
+        "molmo2-cap-eval",
+        "not built",
+    ) in lines
     assert len(lines) == 1 + sum(len(suite.benchmarks) for suite in load_suites().values())
 
 
