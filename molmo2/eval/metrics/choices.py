@@ -72,6 +72,8 @@ def _leading_label(answer: str, texts: Sequence[str]) -> int | None:
         return None
     readings = [index for index in _readings(label) if 0 <= index < len(texts)]
     with_text = [index for index in readings if rest.strip() and texts[index] == plain(rest)]
+    if not with_text and answer[0] in "[(" and _NAMED[1].search(rest):  # "(C) or (A), so (A)"
+        return None
     if label.isdecimal() and any(re.search(r"\d", text) for text in texts):
         readings = []
     return next(iter(with_text + readings), None)
