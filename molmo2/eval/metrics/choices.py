@@ -33,11 +33,12 @@ _NAMED = (
 _ROMAN: Final = {"I": 1, "V": 5, "X": 10}
 
 
-def choice_of(text: str, options: Sequence[str]) -> int | None:
+def choice_of(text: str, options: Sequence[str], labelled: bool = True) -> int | None:
     """The index of the option that an answer names by its text or label; None if it names none.
 
     An answer may have any form that training teaches, with letters, numbers or numerals as labels. Letters are read
-    first, since evaluation shows letters; a number without text is a label only if no option has a digit.
+    first, since evaluation shows letters; a number without text is a label only if no option has a digit. If the
+    options are not `labelled`, because they are letters themselves, a letter means the option with this text.
     """
     answer = (_AFTER_CUE.split(text)[-1].strip(_MARKUP) or text.strip(_MARKUP)) if text.strip() else ""
     if not answer:
@@ -45,16 +46,19 @@ def choice_of(text: str, options: Sequence[str]) -> int | None:
     texts = [plain(option) for option in options]
     if plain(answer) in texts:
         return texts.index(plain(answer))
+    letters = {chr(ord("A") + index): index for index in range(len(texts))}
+    if not labelled:
+        letters = {option.upper(): index for index, option in enumerate(texts)}
     for rule in (_leading_label, _named_label, _part_of_text, _similar_text):
-        index = rule(answer, texts)
+        index = rule(answer, texts, letters)
         if index is not None:
             return index
     return None
 
 
-def _readings(label: str) -> list[int]:
+def _readings(label: str, letters: Mapping[str, int]) -> list[int]:
     """The indices that a label may mean: as a letter, a number, or a numeral."""
-    readings = [int(label) - 1] if label.isdecimal() else [ord(label.upper()) - ord("A")] if len(label) == 1 else []
+    readings = [int(label) - 1] if label.isdecimal() else [letters[label.upper()]] if label.upper() in letters else []
     if set(label) <= set(_ROMAN):
         values = [_ROMAN[sign] for sign in label]
         following = [*values[1:], 0]
@@ -62,7 +66,7 @@ def _readings(label: str) -> list[int]:
     return readings
 
 
-def _leading_label(answer: str, texts: Sequence[str]) -> int | None:
+def _leading_label(answer: str, texts: Sequence[str], letters: Mapping[str, int]) -> int | None:
     """An answer such as "B", "(b)", "B. text", "2) text", "[IV]"; the text decides between two readings of a label."""
     match = _LEADING.fullmatch(answer)
     if match is None:
@@ -70,7 +74,7 @@ def _leading_label(answer: str, texts: Sequence[str]) -> int | None:
     label, rest = match["label"], match["rest"] or ""
     if label.isdecimal() and rest and not rest[0].isspace():  # "3.5", "12:30"
         return None
-    readings = [index for index in _readings(label) if 0 <= index < len(texts)]
+    readings = [index for index in _readings(label, letters) if 0 <= index < len(texts)]
     with_text = [index for index in readings if rest.strip() and texts[index] == plain(rest)]
     if not with_text and answer[0] in "[(" and _NAMED[1].search(rest):  # "(C) or (A), so (A)"
         return None
@@ -79,19 +83,19 @@ def _leading_label(answer: str, texts: Sequence[str]) -> int | None:
     return next(iter(with_text + readings), None)
 
 
-def _named_label(answer: str, texts: Sequence[str]) -> int | None:
+def _named_label(answer: str, texts: Sequence[str], letters: Mapping[str, int]) -> int | None:
     """A capital letter in a sentence: after "answer" or "option", else in brackets, else alone; the last one counts."""
     for text in sorted(texts, key=len, reverse=True):
         if len(text) > 1:  # a letter within an option's text, as in "vitamin C", is no label
             answer = re.sub(rf"(?<!\w){re.escape(text)}(?!\w)", " ", answer, flags=re.IGNORECASE)
     for pattern in _NAMED:
-        labels = [ord(match["label"]) - ord("A") for match in pattern.finditer(answer)]
-        if inside := [index for index in labels if index < len(texts)]:
-            return inside[-1]
+        named = [letters[match["label"]] for match in pattern.finditer(answer) if match["label"] in letters]
+        if named:
+            return named[-1]
     return None
 
 
-def _part_of_text(answer: str, texts: Sequence[str]) -> int | None:
+def _part_of_text(answer: str, texts: Sequence[str], letters: Mapping[str, int]) -> int | None:
     """The only option with which the answer begins, that begins with it, that has it inside, or that is inside."""
     said = plain(answer)
 
@@ -111,7 +115,7 @@ def _part_of_text(answer: str, texts: Sequence[str]) -> int | None:
     return next((rule.index(True) for rule in rules if sum(rule) == 1), None)
 
 
-def _similar_text(answer: str, texts: Sequence[str]) -> int | None:
+def _similar_text(answer: str, texts: Sequence[str], letters: Mapping[str, int]) -> int | None:
     nearest = difflib.get_close_matches(plain(answer), texts, n=1, cutoff=SIMILARITY)
     return texts.index(nearest[0]) if nearest else None
 
@@ -119,4 +123,4 @@ def _similar_text(answer: str, texts: Sequence[str]) -> int | None:
 def multiple_choice(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
     """1 if the prediction names the right option."""
     assert isinstance(asked, Choice)
-    return Score(float(choice_of(prediction, asked.options) == asked.answer), 1 / len(asked.options))
+    return Score(float(choice_of(prediction, asked.options, asked.labelled) == asked.answer), 1 / len(asked.options))

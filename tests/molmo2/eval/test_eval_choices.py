@@ -84,6 +84,15 @@ def test_choice_of(text: str, options: tuple[str, ...], index: int | None) -> No
     assert choice_of(text, options) == index
 
 
+@pytest.mark.parametrize("text", ["A", "a", "(A)", "The answer is A.", "It is A because of the arrow", "Answer: A"])
+def test_options_that_are_letters_are_named_by_themselves(text: str) -> None:
+    """Letters drawn on a diagram, in the order of the question."""
+    assert choice_of(text, ("E", "B", "A", "F"), labelled=False) == 2
+    asked = Choice(style="ai2_diagram", question="?", options=("E", "B", "A", "F"), answer=2, labelled=False)
+    assert multiple_choice(text, asked, {}).value == 1
+    assert choice_of("C", ("E", "B", "A", "F"), labelled=False) is None
+
+
 def test_the_chance_level_follows_from_the_number_of_options() -> None:
     asked = Choice(style="video_multiple_choice", question="?", options=DIGITS, answer=1)
     assert [multiple_choice(text, asked, {}).value for text in ("B. 0", "C. 8")] == [1, 0]
@@ -120,7 +129,7 @@ def test_every_form_of_answer_that_training_teaches_parses_back() -> None:
             forms.add("text")
         assert choice_of(render_choice(asked, None)[1], asked.options) == asked.answer
         unlabelled = choices(rng, labelled=False)
-        assert choice_of(render_choice(unlabelled, rng)[1], unlabelled.options) == unlabelled.answer
+        assert choice_of(render_choice(unlabelled, rng)[1], unlabelled.options, False) == unlabelled.answer
     assert {"text", "X", "X.", "X)", "(X)", "X:", "[X]"} <= forms
 
 
