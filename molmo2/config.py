@@ -204,6 +204,9 @@ class Evaluation(pydantic.BaseModel, extra="forbid", frozen=True):
     steps: PositiveInt = 1  # batches of train.packs_per_step packs, the same at every validation
     samples: NonNegativeInt = 4  # number of answers to generate
     max_new_tokens: PositiveInt = 64  # maximum length of an answer, in tokens
+    benchmarks: tuple[str, ...] = ()  # benchmarks (or suites) that are scored, with their datasets in `roots`
+    catalog: str | None = None  # the catalog of these benchmarks; null: those of tools/evaluate.py
+    questions: PositiveInt = 64  # questions of each benchmark
 
 
 class Logging(pydantic.BaseModel, extra="forbid", frozen=True):

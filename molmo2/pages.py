@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,8 +96,8 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 def noisy(values: Sequence[float]) -> bool:
     """Whether values change their direction often, so that a mean of neighbours shows more; a schedule does not."""
-    steps = [after - before for before, after in zip(values, values[1:], strict=False)]
-    turns = sum(one * other < 0 for one, other in zip(steps, steps[1:], strict=False))
+    steps = [after - before for before, after in itertools.pairwise(values)]
+    turns = sum(one * other < 0 for one, other in itertools.pairwise(steps))
     return turns > len(values) / 10
 
 
@@ -132,12 +133,8 @@ def curves(lines: Lines, names: Sequence[str], prefix: str = "") -> list[tuple[s
     """
 
     def place(name: str) -> int | None:
-        found = (
-            i
-            for i, wanted in enumerate(names)
-            if name == wanted or (name.startswith(wanted.rstrip("*")) and wanted[-1] == "*")
-        )
-        return next(found, None)
+        matches = (name == wanted or (wanted.endswith("*") and name.startswith(wanted[:-1])) for wanted in names)
+        return next(itertools.compress(itertools.count(), matches), None)
 
     columns: dict[str, tuple[list[float], list[float]]] = {}
     for line in lines:
@@ -166,9 +163,8 @@ def histogram(first: int, width: int, counts: Sequence[int], label: str) -> Mark
         )
         axes.set_xlabel(label)
         axes.set_ylabel("samples")
-        axes.yaxis.get_major_locator().set_params(integer=True)
-        if width == 1:
-            axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params("y", integer=True)
+        axes.locator_params("x", integer=width == 1)
 
     return _svg(draw, f"histogram: {label}")
 

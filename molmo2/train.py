@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from molmo2.config import FirstWeights, Recipe
+    from molmo2.training.run import Run, Scorer
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,6 +69,15 @@ def named_weights(name: str) -> str | FirstWeights:
     return name if is_run(name) else FirstWeights(molmo2=name)
 
 
+def open_scorer(run: Run) -> Scorer | None:
+    """What scores the recipe's benchmarks at each validation; None without benchmarks."""
+    if run.recipe.eval is None or not run.recipe.eval.benchmarks:
+        return None
+    from molmo2.eval.during_training import Scorer
+
+    return Scorer(run)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for, and return the exit code."""
     from shards.command import quiet_libraries
@@ -82,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return look(recipes, arguments)
     from molmo2.training.stages import run_stages
 
-    return run_stages(recipes, arguments)
+    return run_stages(recipes, arguments, open_scorer)
 
 
 if __name__ == "__main__":

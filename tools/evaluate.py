@@ -5,6 +5,7 @@
     python tools/evaluate.py --checkpoint OWNER/NAME --benchmarks image,next-qa --limit 200
     python tools/evaluate.py --checkpoint demo-stage3 --loss demo-image-qa,demo-video-qa
     python tools/evaluate.py --checkpoint mine --catalog mine.yaml
+    python tools/evaluate.py --list
     torchrun --nproc-per-node 8 tools/evaluate.py --checkpoint stage3 --benchmarks video
 
 Prints a table with scores and chance levels, and writes it next to the run's checkpoints: as JSON with some answers,
@@ -20,14 +21,25 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from molmo2.config import data_path
-from molmo2.eval.benchmarks import BATCH_SIZE, STAGE, SUITES, Suite, choose, own_suite
-from molmo2.eval.score_tables import results_table, scores_page
+from molmo2.eval.benchmarks import (
+    BATCH_SIZE,
+    STAGE,
+    SUITES,
+    Suite,
+    choose,
+    is_built,
+    load_suites,
+    own_suite,
+    reason_left_out,
+)
+from molmo2.eval.score_tables import list_lines, results_table, scores_page
 from molmo2.model.presets import PRECISION_NAMES
 from shards.atomic import write_atomic
 from shards.catalog import load_catalog
@@ -45,24 +57,28 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint",
-        required=True,
         help="a run or a checkpoint of it (name or path), or an exported or released model (directory, OWNER/NAME)",
     )
     parser.add_argument(
         "--benchmarks",
         help=f"suites ({', '.join(SUITES)}) and single benchmarks, commas between (demo, or none by --loss)",
     )
-    parser.add_argument("--loss", help="datasets, commas between: the mean loss of their evaluation samples")
+    parser.add_argument("--loss", help="datasets with rows or shards of stage eval, commas between: their mean loss")
     parser.add_argument(
         "--catalog", help="a catalog of your own: its metrics and held-out losses, or those of --benchmarks and --loss"
     )
+    parser.add_argument("--list", action="store_true", help="print all benchmarks, or those of --catalog, and stop")
     parser.add_argument("--limit", type=int, help="at most so many samples (images, videos) of each dataset (all)")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="questions at once (%(default)s)")
+    parser.add_argument("--judge", metavar="URL", help="an OpenAI-compatible endpoint for statement F1 (none)")
+    parser.add_argument("--judge-model", help="the judge's model (the first one that the endpoint lists)")
     parser.add_argument("--shards", default=str(data_path("shards")), help="a folder or s3://… (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file (evaluation-BENCHMARKS.json in the run's directory)")
     parser.add_argument("--device", help="(this rank's GPU if there is one, else cpu)")
     parser.add_argument("--precision", choices=PRECISION_NAMES, help="(bf16 on a GPU, fp32 on a CPU)")
     args = parser.parse_args()
+    if not args.checkpoint and not args.list:
+        parser.error("--checkpoint is required (--list prints what a model can be evaluated on)")
     for name in ("limit", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -116,17 +132,22 @@ def run_suites(
     return merged
 
 
-def loss_catalogs(names: list[str], catalogs: tuple[str, ...] = LOSS_CATALOGS) -> dict[str, str]:
-    """The catalog in which each of these datasets has an evaluation row.
+def loss_catalogs(names: list[str], shards: str, catalogs: tuple[str, ...] = LOSS_CATALOGS) -> dict[str, str]:
+    """The catalog in which each of these datasets has an evaluation row; "" for one that is built, but has none.
 
     Raises:
-        ValueError: a dataset has no evaluation row in any catalog.
+        ValueError: a dataset is not built, and has no evaluation row in any catalog.
     """
     rows = {name: {row.name for row in load_catalog(name).rows if STAGE in row.stages} for name in catalogs}
     homes = {name: next((catalog for catalog in rows if name in rows[catalog]), "") for name in names}
-    if missing := [name for name, home in homes.items() if not home]:
+    for name, home in homes.items():
+        if home or is_built(shards, name):
+            continue
+        if reason := reason_left_out(name):
+            raise ValueError(f"--loss {name}: {reason}")
         known = ", ".join(sorted(set().union(*rows.values())))
-        raise ValueError(f"--loss {', '.join(missing)}: no evaluation row in {', '.join(rows)}; known: {known}")
+        where = f"{', '.join(rows)}, nor built in {shards.rstrip('/')}/{STAGE}"
+        raise ValueError(f"--loss {name}: no evaluation row in {where}; rows: {known}")
     return homes
 
 
@@ -186,9 +207,25 @@ def open_subject(opened: OpenedModel, args: argparse.Namespace) -> Subject:
 def main() -> None:
     """Find what to evaluate, and evaluate it on every rank of the launcher."""
     args = parse_args()
+    if args.list:
+        print_list(args.catalog, args.shards)
+        return
     suites, catalogs = what_to_evaluate(args)
+    if args.judge and not any(benchmark.judged for suite in suites for benchmark in suite.benchmarks):
+        raise ValueError(f"--judge {args.judge}: none of the chosen benchmarks is judged; --list marks those that are")
     with process_group() as ranks:
         evaluate(args, suites, catalogs, ranks)
+
+
+def print_list(catalog: str | None, shards: str) -> None:
+    """Print the benchmarks of all suites, or those and the held-out datasets of a catalog of one's own."""
+    suites, loss_only = load_suites(), []
+    if catalog is not None:
+        suites = {Path(catalog).stem: own_suite(catalog)}
+        scored = {benchmark.dataset for suite in suites.values() for benchmark in suite.benchmarks}
+        loss_only = [row.name for row in load_catalog(catalog).require(STAGE) if row.name not in scored]
+    for line in list_lines(suites, loss_only, shards):
+        print(line)
 
 
 def what_to_evaluate(args: argparse.Namespace) -> tuple[list[Suite], dict[str, str]]:
@@ -199,16 +236,17 @@ def what_to_evaluate(args: argparse.Namespace) -> tuple[list[Suite], dict[str, s
     """
     losses = [name.strip() for name in args.loss.split(",")] if args.loss else []
     if args.catalog is None:
-        return choose(args.benchmarks) if args.benchmarks else [], loss_catalogs(losses)
+        return choose(args.benchmarks) if args.benchmarks else [], loss_catalogs(losses, args.shards)
     if not args.benchmarks and not args.loss:
         losses = [row.name for row in load_catalog(args.catalog).require(STAGE)]
     suite = own_suite(args.catalog, args.benchmarks) if args.benchmarks or not args.loss else Suite(args.catalog, ())
-    return [suite], loss_catalogs(losses, (args.catalog,))
+    return [suite], loss_catalogs(losses, args.shards, (args.catalog,))
 
 
 def evaluate(args: argparse.Namespace, suites: list[Suite], catalogs: dict[str, str], ranks: Ranks) -> None:
     """Load the model, evaluate the suites and losses; rank 0 prints and writes the results."""
     from molmo2.eval.answers import weights_digest
+    from molmo2.eval.judge import Judge
     from molmo2.weights.load import open_model
 
     since = time.perf_counter()
@@ -221,6 +259,9 @@ def evaluate(args: argparse.Namespace, suites: list[Suite], catalogs: dict[str, 
     out = args.out or folder / f"evaluation-{label}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     answers, digest = out.parent / "answers", weights_digest(opened.weights)
+    if args.judge and ranks.rank == 0:  # which computes the scores
+        judge = Judge(args.judge, out.parent / "judgements.jsonl", args.judge_model)
+        suites = [replace(s, benchmarks=tuple(b.with_judge(judge) for b in s.benchmarks)) for s in suites]
     outcome = run_suites(suites, args, subject, answers, digest, ranks)
     losses = run_losses(catalogs, args, subject, answers, digest, ranks, outcome.skipped)
     if ranks.rank:

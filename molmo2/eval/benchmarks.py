@@ -8,24 +8,26 @@ metric's docstring.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from molmo2.eval.metrics.caption_scores import cider, rouge_l
+from molmo2.eval.metrics.caption_scores import JudgeOfCaptions, cider, rouge_l, statement_f1
+from molmo2.eval.metrics.choices import multiple_choice
 from molmo2.eval.metrics.point_scores import all_in_mask, count_close, point_f1, video_point_f1
 from molmo2.eval.metrics.scores import (
     CorpusMetric,
     Metric,
     count_exact,
     exact_match,
-    multiple_choice,
     points_in_boxes,
 )
 from molmo2.eval.metrics.text_scores import anls, answer_or_choice, direct_answer, relaxed_accuracy, vqa_accuracy
 from molmo2.eval.metrics.track_scores import hota, track_f1
 from shards.catalog import BenchmarkSpec, Catalog, Row, load_catalog
 from shards.catalog.nearest import nearest
+from shards.format import INDEX_NAME
+from shards.storage.open import open_storage
 
 STAGE: Final = "eval"
 BATCH_SIZE: Final = 32  # questions that are answered together
@@ -51,6 +53,8 @@ METRICS: Final[dict[str, Metric]] = {
     )
 }
 CORPUS_METRICS: Final[dict[str, CorpusMetric]] = {metric.__name__: metric for metric in (cider, hota)}
+# metrics of all answers together that a judge must be given for
+JUDGED_METRICS: Final[dict[str, Callable[[JudgeOfCaptions], CorpusMetric]]] = {statement_f1.__name__: statement_f1}
 
 # suite -> the catalog whose rows name it
 SUITES: Final = {
@@ -75,6 +79,7 @@ class Benchmark:
         target: the score that the demo should reach.
         max_new_tokens: maximum length of an answer, in tokens.
         corpus: scores of all answers together, reported besides the mean of `metric`.
+        judged: names of further such scores, which need a judge.
     """
 
     name: str
@@ -84,6 +89,12 @@ class Benchmark:
     target: float | None
     max_new_tokens: int
     corpus: tuple[CorpusMetric, ...]
+    judged: tuple[str, ...]
+
+    def with_judge(self, judge: JudgeOfCaptions) -> Benchmark:
+        """The benchmark with its judged scores."""
+        judged = tuple(JUDGED_METRICS[name](judge) for name in self.judged)
+        return replace(self, corpus=self.corpus + judged, judged=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,27 +119,39 @@ def suites_of(name: str, catalog: Catalog) -> dict[str, Suite]:
     return {suite: Suite(name, tuple(benchmarks)) for suite, benchmarks in suites.items()}
 
 
-def own_suite(name: str, names: str | None = None) -> Suite:
+def own_suite(name: str, names: str | None = None, source: str = "--benchmarks") -> Suite:
     """The benchmarks of a catalog of one's own, with every `metric` and `benchmark` of its rows.
 
     Args:
         name: path of the catalog.
         names: only these benchmarks or datasets, separated by commas; None: all.
+        source: where the names were given, for messages.
 
     Raises:
         ValueError: a row names an unknown metric, or a name is unknown.
     """
-    benchmarks = [_benchmark(row, spec) for row in load_catalog(name).rows for spec in row.benchmarks]
+    benchmarks = [_benchmark(row, spec) for row in load_catalog(name).all_rows for spec in row.benchmarks]
     if names is None:
         return Suite(name, tuple(benchmarks))
     selected = [name.strip() for name in names.split(",")]
     known = {text for benchmark in benchmarks for text in (benchmark.name, benchmark.dataset)}
     if unknown := [text for text in selected if text not in known]:
-        raise ValueError(f"--benchmarks {unknown[0]!r}: no row of {name} has it; {nearest(unknown[0], sorted(known))}")
+        raise ValueError(f"{source} {unknown[0]!r}: no row of {name} has it; {nearest(unknown[0], sorted(known))}")
     return Suite(name, tuple(b for b in benchmarks if b.name in selected or b.dataset in selected))
 
 
+def is_built(shards: str, dataset: str) -> bool:
+    """Whether a dataset of stage "eval" has finished shards; `shards` is the folder or URL of all stages."""
+    return open_storage(f"{shards.rstrip('/')}/{STAGE}/{dataset}").size(INDEX_NAME) is not None
+
+
+def reason_left_out(dataset: str) -> str | None:
+    """The reason why a published dataset has no row of stage "eval"; None if there is no such dataset."""
+    return load_catalog("molmo2-eval").left_out.get(dataset)
+
+
 def _benchmark(row: Row, spec: BenchmarkSpec) -> Benchmark:
+    corpus = {name: _named(row, "corpus", name, CORPUS_METRICS | JUDGED_METRICS) for name in spec.corpus}
     return Benchmark(
         name=spec.name or row.name,
         dataset=row.name,
@@ -136,7 +159,8 @@ def _benchmark(row: Row, spec: BenchmarkSpec) -> Benchmark:
         chance=spec.chance,
         target=spec.target,
         max_new_tokens=spec.max_new_tokens,
-        corpus=tuple(_named(row, "corpus", metric, CORPUS_METRICS) for metric in spec.corpus),
+        corpus=tuple(metric for name, metric in corpus.items() if name in CORPUS_METRICS),
+        judged=tuple(name for name in corpus if name in JUDGED_METRICS),
     )
 
 
@@ -155,8 +179,12 @@ def load_suites() -> dict[str, Suite]:
     return loaded
 
 
-def choose(names: str) -> list[Suite]:
-    """The suites with the selected benchmarks; `names` are names of suites or benchmarks, separated by commas.
+def choose(names: str, source: str = "--benchmarks") -> list[Suite]:
+    """The suites with the selected benchmarks.
+
+    Args:
+        names: names of suites or benchmarks, separated by commas.
+        source: where the names were given, for messages.
 
     Raises:
         ValueError: a name is neither; for a published dataset without a benchmark the message gives the reason.
@@ -166,9 +194,7 @@ def choose(names: str) -> list[Suite]:
     for name in selected:
         if name not in loaded and name not in known:
             known_names = f"suites: {', '.join(loaded)}; benchmarks: {', '.join(sorted(known))}"
-            reasons = load_catalog("molmo2-eval").left_out
-            why = reasons.get(name, f"unknown; {known_names}")
-            raise ValueError(f"--benchmarks {name!r}: {why}")
+            raise ValueError(f"{source} {name!r}: {reason_left_out(name) or f'unknown; {known_names}'}")
     single = set(selected) - set(loaded)  # a name of both a suite and a benchmark means the suite
     suites = []
     for name, suite in loaded.items():

@@ -22,16 +22,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from molmo2.eval.answers import Line, Store
-from molmo2.eval.benchmarks import BATCH_SIZE, STAGE, Benchmark, Suite
+from molmo2.eval.benchmarks import BATCH_SIZE, STAGE, Benchmark, Suite, is_built
 from molmo2.eval.metrics.scores import Answered, Score
 from molmo2.eval.questions import Question, as_batch, first_draws, questions_of, read_samples
 from molmo2.model.generate import PromptTensors, generate
 from molmo2.model.molmo2 import PRECISIONS, Molmo2
 from molmo2.processing.batch_prompt import prompt_of
 from molmo2.processing.processor import Processor
-from shards.format import INDEX_NAME, REJECTS_NAME
+from shards.format import REJECTS_NAME
 from shards.schema import Annotation, Chat, Choice, Points, Text, Tracks
-from shards.storage.open import open_storage
 from shards.stream.collate import Batch
 from shards.stream.dataset import Dataset, Tars, check_processor, open_dataset
 from shards.stream.plan import Draw
@@ -225,7 +224,7 @@ def open_built(name: str, shards: str, catalog: str, subject: Subject) -> Datase
         DatasetError: it was built for another model or tokenizer.
     """
     root = f"{shards.rstrip('/')}/{STAGE}"
-    if open_storage(f"{root}/{name}").size(INDEX_NAME) is None:
+    if not is_built(shards, name):
         command = f"python tools/build_shards.py --catalog {catalog} --stage {STAGE} --datasets {name}"
         raise NotBuiltError(f"{root}/{name} is not built:\n  {command}")
     dataset = open_dataset(root, name)

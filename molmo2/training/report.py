@@ -40,7 +40,7 @@ def write_report(recipe: Recipe) -> Path:
         "training/report.html.jinja",
         title=recipe.name,
         facts=facts(recipe, log),
-        overview=[*curves(log, OVERVIEW), *curves(held_out, ("loss*",), "held-out ")],
+        overview=[*curves(log, OVERVIEW), *curves(held_out, ("loss*", "score*"), "held-out ")],
         curves=[*curves(log, CURVES), *curves(log, [f"loss.{row['name']}" for row in rows[:MOST_LOSSES]])],
         left_out=max(0, len(rows) - MOST_LOSSES),
         shares=sorted(rows, key=lambda row: -row["asked"]),

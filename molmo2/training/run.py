@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,11 +49,14 @@ class TrainingError(ValueError):
     """The run cannot go on: a loss spike or a loss that is not finite, or ranks of a group that read different data."""
 
 
+Scorer = Callable[[Any], dict[str, float]]  # a model -> scores by name; collective
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """A checked recipe on its ranks: everything that training needs and that does not change during the run.
 
-    `held_out`: the plan of the validation batches, if the recipe has an `eval` section.
+    `held_out`: the plan of the validation batches, if the recipe has an `eval` section; `score` scores its benchmarks.
     """
 
     recipe: Recipe
@@ -63,6 +67,7 @@ class Run:
     layout: VisualLayout
     tokenizer: Tokenizer
     held_out: Plan | None = None
+    score: Scorer | None = None
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from molmo2.training.run import (
     QUARANTINE_NAME,
     SUMMARY_NAME,
     Run,
+    Scorer,
     TrainingError,
     lock_run,
 )
@@ -46,6 +48,7 @@ from shards.stream.loader import Quarantine, QuarantineError
 from shards.stream.plan import Cursor, PlanError
 from shards.stream.reader import Damage
 
+OpenScorer = Callable[[Run], Scorer | None]
 STOPPED = os.EX_TEMPFAIL  # 75: a signal stopped the run before its end; whoever sent it should start the run again
 
 
@@ -112,7 +115,12 @@ def resume(
 
 
 def train_stage(
-    recipe: Recipe, device: torch.device, stop: StopSignal, arguments: argparse.Namespace, given: bool
+    recipe: Recipe,
+    device: torch.device,
+    stop: StopSignal,
+    arguments: argparse.Namespace,
+    given: bool,
+    scorer: OpenScorer,
 ) -> Ending:
     """Train one stage, and return why it ended. `given`: its `init` is that of `--checkpoint`."""
     machines = gather_machines()
@@ -120,6 +128,7 @@ def train_stage(
         mesh = form_mesh(recipe, machines)
         added = read_engine_keys(arguments.deepspeed_config)
         run = prepare(recipe, mesh, device)
+        run = replace(run, score=scorer(run))
     checkpoint = on_rank_zero(newest_checkpoint, recipe)
     with all_ranks_ok():
         if checkpoint and given:
@@ -192,12 +201,13 @@ def cut_run_after(recipe: Recipe, step: int) -> None:
         cut_log(recipe.run_dir / name, step)
 
 
-def run_stages(recipes: Callable[[], list[Recipe]], arguments: argparse.Namespace) -> int:
+def run_stages(recipes: Callable[[], list[Recipe]], arguments: argparse.Namespace, scorer: OpenScorer) -> int:
     """Train the stages, and return the exit code; an error that a user can mend is printed in one message, with code 1.
 
     Args:
         recipes: loads the recipes of the stages, in order.
         arguments: the command line of `molmo2/train.py`.
+        scorer: makes what scores the benchmarks of a recipe, or None if it has none.
     """
     try:
         device = start_distributed()
@@ -213,7 +223,7 @@ def run_stages(recipes: Callable[[], list[Recipe]], arguments: argparse.Namespac
             given = number == 0 and arguments.checkpoint is not None
             with ExitStack() as lock:
                 on_rank_zero(lock.enter_context, lock_run(recipe.run_dir))
-                ending = train_stage(recipe, device, stop, arguments, given)
+                ending = train_stage(recipe, device, stop, arguments, given, scorer)
             if ending != "finished":
                 break
             gc.collect()

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from molmo2.config import Evaluation, Recipe, root_paths
-from molmo2.model.generate import generate
+from molmo2.model.generate import PromptTensors, generate
 from molmo2.parallel.agree import write_line
 from molmo2.parallel.sums import sum_over_ranks
 from molmo2.processing.batch_prompt import prompt_of
@@ -92,7 +92,7 @@ def judge(run: Run, engine: Any, step: int, monitor: Monitor | None) -> None:
 
 
 def validate(run: Run, engine: Any) -> tuple[dict[str, float], list[GeneratedSample]]:
-    """Held-out losses by name, and generated samples (on rank 0 only); collective.
+    """Held-out losses and scores by name, and generated samples (on rank 0 only); collective.
 
     The engine is in training mode afterwards.
     """
@@ -100,7 +100,9 @@ def validate(run: Run, engine: Any) -> tuple[dict[str, float], list[GeneratedSam
     engine.eval()
     try:
         with torch.no_grad():
-            return losses(run, engine, run.held_out), list(answers(run, engine.module.model, run.held_out))
+            model = engine.module.model
+            values = losses(run, engine, run.held_out) | (run.score(model) if run.score else {})
+            return values, list(answers(run, model, run.held_out))
     finally:
         engine.train()
 
@@ -145,7 +147,7 @@ def answers(run: Run, model: Any, plan: Plan) -> Iterator[GeneratedSample]:
         if question is None or missing:
             continue
         prompt, expected = question
-        (ids,) = generate(model, [prompt], settings.max_new_tokens, NO_END_TOKEN)
+        (ids,) = generate(model, [PromptTensors.of(prompt, run.device)], settings.max_new_tokens, NO_END_TOKEN)
         tars = plan.datasets[draw.dataset].tars
         stored = read_sample(tars, draw) if run.mesh.rank == 0 else None
         if not isinstance(stored, StoredSample):

@@ -1,13 +1,14 @@
 """A plugin of lmms-eval: `--model nanomolmo2 --model_args checkpoint=DIR` runs its tasks with our frames and prompts.
 
-The entry point `lmms_eval.models` names `manifest`. Only tasks of type generate_until are supported. Only this module
-imports lmms-eval, and nothing else of the project imports this module. Requests are read in `requests` and answered in
-`replies`.
+The entry point `lmms_eval.models` names `manifest`. Only tasks of type generate_until are supported; `tasks` lists the
+others. Only these two modules import lmms-eval, and nothing else of the project imports them. Requests are read in
+`requests` and answered in `replies`.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from molmo2.eval.lmms.replies import Failures, limits_of, prepared_ahead, replies
 from molmo2.eval.lmms.requests import Generation, example_of, generation_of
+from molmo2.eval.lmms.tasks import check_command_line
 from molmo2.model.generate import PromptTensors
 from molmo2.model.molmo2 import Molmo2
 from molmo2.processing.contract import ProcessorSettings
@@ -58,9 +60,11 @@ class NanoMolmo2(lmms):
             precision: "bf16" or "fp32"; None is bf16 on a GPU and fp32 on a CPU.
 
         Raises:
-            ValueError: no such model, or an argument out of its range.
+            ValueError: no such model, an argument out of its range, or a task on lmms-eval's command line that this
+                model cannot run.
         """
         super().__init__()
+        check_command_line(sys.argv[1:])
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device if device in (None, "cuda") else torch.device(str(device))

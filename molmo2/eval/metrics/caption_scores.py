@@ -1,19 +1,21 @@
 """Metrics of captions: CIDEr and ROUGE-L by pycocoevalcap, and statement F1 with a judge.
 
 Words are split here and not by the PTB tokenizer, which needs Java, so a CIDEr is comparable only with others of this
-project. The project has no judge: it is a language model that the user provides.
+project. The judge is a language model that the user provides.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, Protocol
 
-from molmo2.eval.metrics.scores import Answered, Metric, Score
+from molmo2.eval.metrics.scores import Answered, CorpusMetric, Score
 from molmo2.eval.metrics.text_scores import accepted
 from shards.schema import Annotation
 
+AT_ONCE: Final = 16  # captions whose statements are judged at the same time
 _WORD = re.compile(r"\w+(?:'\w+)?")
 
 
@@ -38,30 +40,34 @@ def cider(answers: Sequence[Answered]) -> float:
     return float(Cider().compute_score(references, predictions)[0])
 
 
-class Judge(Protocol):
-    """A language model that judges captions. Its answers must not depend on the order of the calls."""
+class JudgeOfCaptions(Protocol):
+    """What judges captions (`molmo2.eval.judge`). Its answers must not depend on the order of the calls."""
 
     def statements(self, caption: str) -> list[str]:
         """The single facts that a caption states."""
 
-    def supported(self, statement: str, caption: str) -> bool:
-        """Whether the caption supports the statement."""
+    def supported(self, statements: Sequence[str], caption: str) -> list[bool]:
+        """Whether the caption supports each of the statements."""
 
 
-def statement_f1(judge: Judge) -> Metric:
-    """The statement F1 of a judge, as a metric: the harmonic mean of precision and recall of statements.
+def statement_f1(judge: JudgeOfCaptions) -> CorpusMetric:
+    """The mean statement F1 of all answers, by a judge: the harmonic mean of precision and recall of statements.
 
     Precision is the fraction of the prediction's statements that the reference caption supports. Recall is the fraction
-    of `row["statements"]` that the prediction supports.
+    of `row["statements"]` that the prediction supports. `AT_ONCE` captions are judged at the same time.
     """
 
-    def statement_f1(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
-        (reference,) = accepted(asked, row)
-        predicted, expected = judge.statements(prediction), list(row["statements"])
+    def score(answer: Answered) -> float:
+        (reference,) = accepted(answer.asked, answer.row)
+        predicted, expected = judge.statements(answer.prediction), list(answer.row["statements"])
         if not predicted or not expected:
-            return Score(float(not predicted and not expected))
-        precision = sum(judge.supported(statement, reference) for statement in predicted) / len(predicted)
-        recall = sum(judge.supported(statement, prediction) for statement in expected) / len(expected)
-        return Score(2 * precision * recall / (precision + recall) if precision + recall else 0.0)
+            return float(not predicted and not expected)
+        precision = sum(judge.supported(predicted, reference)) / len(predicted)
+        recall = sum(judge.supported(expected, answer.prediction)) / len(expected)
+        return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+    def statement_f1(answers: Sequence[Answered]) -> float:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return sum(pool.map(score, answers)) / len(answers)
 
     return statement_f1

@@ -1,7 +1,7 @@
 """Types of metrics, and the metrics that need no library: a prediction against its annotation, from 0 to 1.
 
 A metric also gives the chance level if it follows from the question (options, size of the boxes). The other metrics are
-in `text_scores`, `point_scores`, `track_scores` and `caption_scores`.
+in `choices`, `text_scores`, `point_scores`, `track_scores` and `caption_scores`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from molmo2.processing.points import parse_points
-from shards.schema import Annotation, Choice, Points, Text
+from shards.schema import Annotation, Points, Text
 
 _TAG = re.compile(r"<(points|tracks)\b.*?(</\1>|$)", re.DOTALL)
 _INTEGER = re.compile(r"\d+")
-_LABEL = re.compile(r"\s*[\[(]?([A-Za-z])\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +43,15 @@ class Answered:
 CorpusMetric = Callable[[Sequence[Answered]], float]
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """The text in lower case, without final full stops, its words separated by single spaces."""
     return " ".join(text.lower().strip().rstrip(".").split())
 
 
 def exact_match(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
     """1 if the texts are equal, ignoring case, white space and final full stops."""
     assert isinstance(asked, Text)
-    return Score(float(_plain(prediction) == _plain(asked.answer)))
+    return Score(float(plain(prediction) == plain(asked.answer)))
 
 
 def read_count(text: str) -> int | None:
@@ -81,27 +81,6 @@ def right_count(asked: Annotation) -> int:
 def count_exact(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
     """1 if the prediction states the right number."""
     return Score(float(read_count(prediction) == right_count(asked)))
-
-
-def choice_of(text: str, options: Sequence[str]) -> int | None:
-    """The index of the option that an answer names by its label ("A.") or else by its text; None if there is none."""
-    label = _LABEL.match(text)
-    if label and ord(label[1].upper()) - ord("A") < len(options) and not _is_option(text, options):
-        return ord(label[1].upper()) - ord("A")
-    for index, option in enumerate(options):
-        if _plain(option) == _plain(text):
-            return index
-    return None
-
-
-def _is_option(text: str, options: Sequence[str]) -> bool:
-    return _plain(text) in {_plain(option) for option in options}
-
-
-def multiple_choice(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
-    """1 if the prediction names the right option."""
-    assert isinstance(asked, Choice)
-    return Score(float(choice_of(prediction, asked.options) == asked.answer), 1 / len(asked.options))
 
 
 Box = tuple[float, float, float, float]

@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from molmo2.eval.metrics.scores import Score, exact_match, multiple_choice
+from molmo2.eval.metrics.choices import multiple_choice
+from molmo2.eval.metrics.scores import Score, exact_match
 from shards.schema import Annotation, Choice, Text
 
 AGREEING: Final = 3  # an answer that this many people gave has score 1
@@ -24,21 +25,20 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _LONE_PERIOD = re.compile(r"\.(?!\d)")
 _CONTRACTED = """
-ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's i'd i'm
-i've isn't it'd it'll let's ma'am might've mightn't must've mustn't needn't not've o'clock oughtn't shan't she's
-should've shouldn't somebody'd somebody'll somebody's someone'd someone'll someone's something'd something'll that's
-there'd there're there's they'd they'll they're they've wasn't we'd've we've weren't what'll what're what's what've
-when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd
-you'll you're you've couldn't've hadn't've he'd've i'd've it'd've mightn't've she'd've shouldn't've there'd've they'd've
-who'd've wouldn't've you'd've y'all'll
+ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd
+it'll ma'am might've mightn't must've mustn't needn't not've o'clock oughtn't shan't should've shouldn't somebody'll
+somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd they'll
+they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd who'll
+who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've 'ow's'at couldn't've
+hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've there'd've
+they'd've we'd've who'd've wouldn't've y'all'd've y'all'll you'd've
 """.split()
 
 
 def _spellings() -> dict[str, str]:
-    """Misspelled contractions -> contractions: each without one of its apostrophes, or without all of them."""
-    spellings = {}
+    """Misspelled contractions, without one apostrophe -> contractions, as in the table of the VQA evaluation."""
+    spellings = {"somebody'd": "somebodyd"}  # the table has this one the other way round
     for word in _CONTRACTED:
-        spellings[word.replace("'", "")] = word
         for place in (i for i, letter in enumerate(word) if letter == "'"):
             spellings[word[:place] + word[place + 1 :]] = word
     return spellings
@@ -97,9 +97,9 @@ def vqa_accuracy(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> 
 
 
 def direct_answer(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
-    """A-OKVQA's metric: min(1, people who gave this answer / 3), without leaving one out."""
-    predicted = vqa_normal(prediction)
-    return Score(_agreement(predicted, [vqa_normal(answer) for answer in accepted(asked, row)]))
+    """A-OKVQA's metric: min(1, people who gave this answer / 3), ignoring case, without leaving one out."""
+    people = [answer.lower().strip() for answer in accepted(asked, row)]
+    return Score(_agreement(prediction.lower().strip(), people))
 
 
 def anls(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
@@ -123,15 +123,24 @@ def number_of(text: str) -> float | None:
 
 
 def _relaxed(prediction: str, answer: str) -> bool:
-    predicted, expected = number_of(prediction), number_of(answer)
+    """ChartQA's rule as published: a number has no thousands separator, and "12%" is 0.12."""
+    predicted, expected = _strict_number(prediction), _strict_number(answer)
     if predicted is not None and expected:
-        return abs(predicted - expected) <= TOLERANCE * abs(expected) * (1 + 1e-12)  # the bound itself is accepted
-    return " ".join(prediction.lower().split()).rstrip(".") == " ".join(answer.lower().split()).rstrip(".")
+        return abs(predicted - expected) / abs(expected) <= TOLERANCE
+    return prediction.lower() == answer.lower()
+
+
+def _strict_number(text: str) -> float | None:
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
 
 
 def relaxed_accuracy(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:
     """ChartQA's metric: a number must be within 5 % of the answer; any other text must be equal, ignoring case."""
-    return Score(float(any(_relaxed(prediction, answer) for answer in accepted(asked, row))))
+    predicted = " ".join(prediction.split())
+    return Score(float(any(_relaxed(predicted, answer) for answer in accepted(asked, row))))
 
 
 def answer_or_choice(prediction: str, asked: Annotation, row: Mapping[str, Any]) -> Score:

@@ -1,8 +1,8 @@
-"""Metrics of tracks: point F1, HOTA of points in masks, and J&F of masks, the last two by `trackeval`.
+"""Metrics of tracks: point F1, and HOTA of points in masks by `trackeval`.
 
 `row["masks"]` has for each object a list with a mask (or None) per frame, in the forms of `point_scores`; `row["fps"]`
-is the rate of those frames. An answer is compared at the frame rate of the question. J&F needs predicted masks, which
-a model that answers with points does not give: the caller of `j_and_f` must make them from the points.
+is the rate of those frames. An answer is compared at the frame rate of the question. There is no J&F, since it compares
+masks, and the model answers with points.
 """
 
 from __future__ import annotations
@@ -98,30 +98,3 @@ def hota(answers: Sequence[Answered]) -> float:
     scenes = (_Scene(answer.prediction, answer.asked, answer.row) for answer in answers)
     sequences = {number: metric.eval_sequence(hota_data(scene)) for number, scene in enumerate(scenes)}
     return float(np.mean(metric.combine_sequences(sequences)["HOTA"]))
-
-
-def j_and_f(wanted: Sequence[Sequence[Mask]], predicted: Sequence[Sequence[Mask]]) -> float:
-    """J&F: the mean of region similarity and boundary accuracy of one video.
-
-    Args:
-        wanted: for each object a bool mask [height, width] per frame; at least one object.
-        predicted: the same for each predicted object, in any order and number, over the same frames.
-    """
-    from pycocotools import mask as coco
-    from trackeval.metrics import JAndF
-
-    def frames(objects: Sequence[Sequence[Mask]]) -> list[list[dict[str, Any]]]:
-        return [[coco.encode(np.asfortranarray(o[t], np.uint8)) for o in objects] for t in range(len(wanted[0]))]
-
-    result = JAndF().eval_sequence(
-        {
-            "num_timesteps": len(wanted[0]),
-            "num_gt_ids": len(wanted),
-            "num_tracker_ids": len(predicted),
-            "gt_ids": [list(range(len(wanted)))] * len(wanted[0]),
-            "tracker_ids": [list(range(len(predicted)))] * len(wanted[0]),
-            "gt_dets": frames(wanted),
-            "tracker_dets": frames(predicted),
-        }
-    )
-    return float(result["J&F"])

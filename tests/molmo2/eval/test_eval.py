@@ -12,11 +12,9 @@ from demo_eval import DEMO
 from fork_server import python
 
 from molmo2.eval.metrics.scores import (
-    choice_of,
     count_exact,
     exact_match,
     hits,
-    multiple_choice,
     points_in_boxes,
     read_count,
 )
@@ -26,7 +24,7 @@ from molmo2.pages import averaged, curve
 from molmo2.processing.batch_prompt import prompt_of
 from molmo2.processing.processor import build_processor
 from shards.convert.reading import convert, open_rows, read_groups
-from shards.schema import Choice, PointGroup, Points, Text
+from shards.schema import PointGroup, Points, Text
 from shards.stream.dataset import DatasetError, open_dataset
 from tools.demo_report import read_finished, report_page
 
@@ -60,21 +58,6 @@ def test_count_needs_the_number_that_is_there():
     right = 'Counting the <points coords="1 1 100 200">digits</points> shows a total of 2.'
     assert count_exact(right, DIGITS, {}).value == 1
     assert count_exact(right.replace("of 2", "of 3"), DIGITS, {}).value == 0
-
-
-def test_choice_by_label_or_by_text():
-    options = ("7", "0", "8", "left")
-    assert choice_of("B. 0", options) == 1
-    assert choice_of("(c) 8", options) == 2
-    assert choice_of("D", options) == 3
-    assert choice_of("8", options) == 2
-    assert choice_of("left", options) == 3
-    assert choice_of("E. 9", options) is None
-    assert choice_of("", options) is None
-    assert choice_of("a", ("a", "b")) == 0
-    asked = Choice(style="video_multiple_choice", question="?", options=options, answer=1)
-    score = multiple_choice("B. 0", asked, {})
-    assert (score.value, score.chance) == (1, 0.25)
 
 
 def test_hits_gives_every_box_a_point_of_its_own():

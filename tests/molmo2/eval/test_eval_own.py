@@ -24,7 +24,7 @@ from molmo2.training.validation import open_held_out
 from shards.build.builder import build_dataset
 from shards.catalog import load_catalog
 from shards.stream.dataset import DatasetError
-from tools.evaluate import what_to_evaluate
+from tools.evaluate import print_list, what_to_evaluate
 
 CATALOG = """
 preset: tiny
@@ -99,7 +99,7 @@ def test_held_out_rows_have_the_prompts_of_training(own: Path, name: str, form: 
 
 def test_metric_and_loss_of_the_held_out_rows(own: Path, tmp_path: Path) -> None:
     catalog = str(own / "mine.yaml")
-    args = argparse.Namespace(catalog=catalog, benchmarks=None, loss=None)
+    args = argparse.Namespace(catalog=catalog, benchmarks=None, loss=None, shards=str(own / "shards"))
     (suite,), losses = what_to_evaluate(args)
     assert [benchmark.name for benchmark in suite.benchmarks] == ["mine"]
     assert losses == {"mine": catalog, "talk": catalog}
@@ -107,12 +107,22 @@ def test_metric_and_loss_of_the_held_out_rows(own: Path, tmp_path: Path) -> None
     assert what_to_evaluate(args)[1] == {"talk": catalog} and not what_to_evaluate(args)[0][0].benchmarks
     with pytest.raises(ValueError, match=r"--benchmarks 'mien': no row of .* did you mean 'mine'"):
         own_suite(catalog, "mien")
+    args.catalog = None
+    assert what_to_evaluate(args)[1] == {"talk": ""}  # built, so that no catalog is needed
     model = Molmo2(PRESETS["tiny"]).init_weights(0).eval()
     subject = Subject(model=model, processor=build_processor(settings_of(own, "eval")), device=torch.device("cpu"))
     outcome = run_suite(suite, str(own / "shards"), subject, tmp_path, "digest", limit=2)
     assert [(result["name"], result["num_questions"]) for result in outcome.results] == [("mine", 2)]
-    loss = held_out_loss("talk", catalog, str(own / "shards"), subject, tmp_path, "digest")
+    loss = held_out_loss("talk", "", str(own / "shards"), subject, tmp_path, "digest")
     assert loss is not None and loss["num_samples"] == len(prompts(own, "eval", "talk")) and loss["loss"] > 0
+
+
+def test_the_list_of_a_catalog_of_ones_own(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_list(str(own / "mine.yaml"), str(own / "shards"))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1:] == [["mine", "mine", "exact_match", "mine", "built"], ["-", "-", "loss", "only", "talk", "built"]]
+    print_list(str(own / "mine.yaml"), str(tmp_path))
+    assert "not built" in capsys.readouterr().out
 
 
 def test_training_validates_on_shards_of_stage_eval(own: Path, tmp_path: Path) -> None:

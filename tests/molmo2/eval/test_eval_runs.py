@@ -218,11 +218,65 @@ def test_rows_left_out_are_counted(demo, tmp_path):
     assert all("filter: qa_pairs.answer" in reason for reason in result["left_out"])
 
 
-def test_an_unknown_dataset_of_a_loss_is_refused_first(monkeypatch):
+def evaluate(monkeypatch, *arguments):
+    """Run the tool in this process."""
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
+    runpy.run_path(str(ROOT / "tools/evaluate.py"), run_name="__main__")
+
+
+def test_an_unknown_dataset_of_a_loss_is_refused_first(monkeypatch, tmp_path):
     """Before the model is opened: there is none of that name."""
-    monkeypatch.setattr(sys, "argv", ["evaluate", "--checkpoint", "no-such-run", "--loss", "demo-cap"])
-    with pytest.raises(SystemExit, match="--loss demo-cap: no evaluation row in demo"):
-        runpy.run_path(str(ROOT / "tools/evaluate.py"), run_name="__main__")
+    with pytest.raises(SystemExit, match=r"--loss demo-cap: no evaluation row in demo.* nor built in .*/eval; rows: "):
+        evaluate(monkeypatch, "--checkpoint", "no-such-run", "--loss", "demo-cap", "--shards", tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(load_catalog("molmo2-eval").left_out))
+@pytest.mark.parametrize("flag", ["--benchmarks", "--loss"])
+def test_a_published_dataset_without_a_row_is_refused_with_its_reason(monkeypatch, tmp_path, flag, name):
+    reason = load_catalog("molmo2-eval").left_out[name]
+    with pytest.raises(SystemExit, match=f"{flag} '?{name}'?: {re.escape(reason)}"):
+        evaluate(monkeypatch, "--checkpoint", "no-such-run", flag, name, "--shards", tmp_path)
+    assert "--" not in reason or name in LOSSES  # their advice is followed by the next test
+
+
+# the datasets of Molmo2 of which it evaluates the loss
+LOSSES = ("llava-video-academic", "pixmo-ask-model-anything", "pixmo-cap")
+MINE = """
+preset: 4b
+tokenizer: tokenizer
+stages: {sft: {num_variants: 1, examples_per_shard: 8, limits: {sequence_length: 4096, max_crops: 6}}}
+rows: [{name: NAME, stages: [sft], files: {train: a.jsonl}, converter: chat, columns: {messages: messages},
+  options: {style: user_qa}, HELD_OUT}]
+folders: {NAME: {download: {kind: none}}}
+"""
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_advice_of_a_reason_leads_to_a_loss(monkeypatch, tmp_path, name):
+    """`held_out: 1 %` in a catalog of one's own, --catalog and --loss: only the model is missing then."""
+    reason = load_catalog("molmo2-eval").left_out[name]
+    (key,) = re.findall("`(.+?)`", reason)
+    assert {"--catalog", "--loss"} <= set(reason.replace(",", " ").split())
+    (tmp_path / "mine.yaml").write_text(MINE.replace("NAME", name).replace("HELD_OUT", key))
+    with pytest.raises(SystemExit, match="no-such-run"):
+        evaluate(monkeypatch, "--checkpoint", "no-such-run", "--catalog", tmp_path / "mine.yaml", "--loss", name)
+
+
+def test_the_list_has_every_benchmark_and_what_is_built(demo, monkeypatch, capsys):
+    root, _ = demo
+    with pytest.raises(SystemExit) as ended:
+        evaluate(monkeypatch, "--list", "--shards", root / "shards")
+    assert not ended.value.code
+    lines = {tuple(re.split("  +", line)) for line in capsys.readouterr().out.splitlines()}
+    assert ("demo", "counting", "count_exact", "demo-count", "built") in lines
+    assert (
+        "video",
+        "molmo2-cap-eval",
+        "rouge_l, cider, statement_f1 (--judge)",
+        "molmo2-cap-eval",
+        "not built",
+    ) in lines
+    assert len(lines) == 1 + sum(len(suite.benchmarks) for suite in load_suites().values())
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):

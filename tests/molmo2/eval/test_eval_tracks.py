@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 from pycocoevalcap.cider.cider import Cider
-from pycocotools import mask as coco
-from trackeval.metrics import HOTA, JAndF
+from trackeval.metrics import HOTA
 
-from molmo2.eval.metrics.caption_scores import cider, rouge_l, statement_f1, words
+from molmo2.eval.metrics.caption_scores import cider, rouge_l, words
 from molmo2.eval.metrics.scores import Answered
-from molmo2.eval.metrics.track_scores import hota, j_and_f, track_f1
+from molmo2.eval.metrics.track_scores import hota, track_f1
 from shards.schema import Text, Tracks
 
 ASKED = Tracks(style="video_track", label="dogs", fps=1.0, groups=())
@@ -73,25 +72,6 @@ def test_hota_of_random_tracks_is_trackevals():
         assert hota([Answered(said, ASKED, row)]) == pytest.approx(np.mean(HOTA().eval_sequence(data)["HOTA"]))
 
 
-def test_j_and_f_is_trackevals_and_1_for_equal_masks():
-    rng = np.random.default_rng(2)
-    wanted = np.zeros((2, 3, 40, 40), bool)
-    wanted[0, :, 5:20, 5:20] = wanted[1, :, 22:36, 20:38] = True
-    assert j_and_f(wanted, wanted[::-1]) == pytest.approx(1)
-    assert j_and_f(wanted, wanted[:0]) == pytest.approx(0)
-    noisy = wanted ^ (rng.random(wanted.shape) < 0.05)
-    value = j_and_f(wanted, noisy)
-    j = (wanted & noisy).sum((2, 3)) / (wanted | noisy).sum((2, 3))
-
-    def boundary(i: int, t: int) -> float:
-        one, other = ([[coco.encode(np.asfortranarray(m[i, t], np.uint8))]] for m in (wanted, noisy))
-        return float(JAndF._compute_f(one, other, 0, 0, 0.008)[0])
-
-    f = np.mean([[boundary(i, t) for t in range(3)] for i in range(2)])
-    assert 0.3 < value < 0.95
-    assert value == pytest.approx((j.mean() + f) / 2)
-
-
 def caption(answer: str) -> Text:
     return Text(style="long_caption", answer=answer)
 
@@ -119,25 +99,3 @@ def test_cider_is_the_packages_own_and_of_the_whole_corpus():
     assert cider([Answered(r, caption(r), {}) for r in right]) == pytest.approx(10)
     mean_alone = np.mean([cider([answer]) for answer in answers])
     assert mean_alone != pytest.approx(expected)
-
-
-class Words:
-    """A judge for tests: sentences are statements, and supported where they stand in the caption."""
-
-    def statements(self, caption: str) -> list[str]:
-        return [part.strip() for part in caption.split(".") if part.strip()]
-
-    def supported(self, statement: str, caption: str) -> bool:
-        return statement in self.statements(caption)
-
-
-def test_statement_f1_worked():
-    """Two of three statements are right, two of the four wanted ones are said: P = 2/3, R = 2/4: F = 4/7."""
-    metric = statement_f1(Words())
-    row = {"statements": ["a dog", "it runs", "grass", "rain"]}
-    asked = caption("a dog. it runs. grass. rain.")
-    assert metric("a dog. it runs. a cat.", asked, row).value == pytest.approx(4 / 7)
-    assert metric("a cat", asked, row).value == 0
-    assert metric("", asked, row).value == 0
-    assert metric("", caption(""), {"statements": []}).value == 1
-    assert metric.__name__ == "statement_f1"

@@ -149,3 +149,40 @@ def test_two_ranks_share_the_questions(local: Local) -> None:
     results, texts = local.run("local_ranks", ranks=2)
     assert texts["local_ranks"] == local.answers
     assert results["local_ranks"]["exact_match,none"] == 1
+
+
+def describe(folder: Path, name: str, text: str) -> None:
+    (folder / f"{name}.yaml").write_text(text)
+
+
+def test_tasks_that_cannot_run_are_listed_and_refused(tmp_path: Path) -> None:
+    """By name, in a group, by a template that they include, and by a pattern; their functions are not imported."""
+    from molmo2.eval.lmms.tasks import check_command_line, refused_tasks
+
+    task = "task: {}\ndataset_path: none\noutput_type: {}\ndoc_to_text: !function missing.text\n"
+    describe(tmp_path, "fine", task.format("fine_one", "generate_until"))
+    describe(tmp_path, "choice", task.format("choice_one", "multiple_choice"))
+    describe(tmp_path, "_rounds_template", "dataset_path: none\noutput_type: generate_until_multi_round\n")
+    describe(tmp_path, "rounds", "include: _rounds_template.yaml\ntask: rounds_one\n")
+    describe(tmp_path, "group", "group: mixed_group\ntask:\n  - fine_one\n  - group: inner\n    task: [rounds_one]\n")
+    folder = str(tmp_path)
+    assert refused_tasks(["fine_one", "choice_one"], folder) == {"choice_one": "multiple_choice"}
+    assert refused_tasks(["mixed_group"], folder) == {"rounds_one": "generate_until_multi_round"}
+    assert set(refused_tasks(["*_one"], folder)) == {"choice_one", "rounds_one"}
+    everything = refused_tasks()
+    assert "arc_easy" in everything and "mvbench" not in everything and "choice_one" not in everything
+    check_command_line(["--include_path", folder, "--tasks", "fine_one", "--model", "x"])
+    with pytest.raises(ValueError, match="leave out of --tasks:\n  choice_one: multiple_choice\n  rounds_one: gen"):
+        check_command_line(["--include_path", folder, "--tasks=choice_one,mixed_group"])
+
+
+@pytest.mark.slow
+def test_a_refused_task_ends_the_run_before_the_model_is_loaded(tmp_path: Path) -> None:
+    describe(tmp_path, "choice", "task: choice_one\ndataset_path: none\noutput_type: multiple_choice\n")
+    command = [python(), "-m", "lmms_eval", "--model", "nanomolmo2", "--model_args", "checkpoint=no-such-run"]
+    command += ["--include_path", str(tmp_path), "--tasks", "choice_one", "--device", "cpu"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert (
+        "leave out of --tasks:" in run.stderr + run.stdout and "choice_one: multiple_choice" in run.stderr + run.stdout
+    )
+    assert "no-such-run:" not in run.stderr + run.stdout
