@@ -42,7 +42,7 @@ from molmo2.model.mask import MEMBER, TRUNK, AttentionMask
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.pairs import attention_pairs
 from molmo2.model.presets import PRESETS
-from molmo2.parallel.loss_rows import take_loss_rows
+from molmo2.parallel.gather import take_loss_rows
 from molmo2.parallel.mesh import make_mesh
 from molmo2.parallel.places import find_loss_places, find_visual_places
 from molmo2.parallel.ulysses import ulysses

@@ -19,7 +19,7 @@ from molmo2.eval.questions import as_batch, first_draws, read_samples
 from molmo2.eval.runner import ALONE, Ranks, Subject, left_out, open_built
 from molmo2.model.loss import rows_per_chunk, weighted_loss
 from molmo2.model.mask import AttentionMask
-from molmo2.parallel.loss_rows import take_loss_rows
+from molmo2.parallel.gather import take_loss_rows
 from molmo2.parallel.mesh import SINGLE
 from molmo2.parallel.places import place_batch
 from shards.stream.collate import Batch

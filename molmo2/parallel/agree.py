@@ -1,6 +1,6 @@
-"""Agreement of ranks before and between steps: report a failure once, run an action on one rank, print on rank 0.
+"""Agreement of ranks between steps: report a failure once, run an action on one rank, print on rank 0, sum numbers.
 
-It is not used inside a step, where a rank reports its own failure.
+Inside a step a rank reports its own failure.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Sums = TypeVar("Sums", bound=tuple[Tensor, ...])
 
 
 class AgreedError(Exception):
@@ -82,3 +85,18 @@ def write_line(text: str, stream: Any = None) -> None:
     """Print a line without breaking the progress bar."""
     tqdm.write(text, file=stream)
     (stream or sys.stdout).flush()
+
+
+def sum_over_ranks(sums: Sums) -> Sums:
+    """Sum every field over all ranks; collective.
+
+    Args:
+        sums: a NamedTuple of tensors on one device, with the same shapes on every rank.
+
+    Returns:
+        The same type with float64 tensors on the CPU, so that reading a field does not wait for the device again.
+    """
+    flat = torch.cat([value.double().flatten() for value in sums])
+    dist.all_reduce(flat)
+    parts = flat.cpu().split([value.numel() for value in sums])
+    return type(sums)(*(part.view(value.shape) for part, value in zip(parts, sums, strict=True)))

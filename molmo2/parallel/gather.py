@@ -1,4 +1,4 @@
-"""A differentiable all-gather: equal blocks of all ranks of a group, concatenated."""
+"""A differentiable all-gather: equal blocks of all ranks of a group, concatenated; and that of the rows with loss."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from molmo2.parallel.mesh import Mesh
+from molmo2.parallel.places import LossPlaces
 
 
 class _AllGather(torch.autograd.Function):
@@ -35,3 +36,11 @@ def all_gather(value: Tensor, mesh: Mesh) -> Tensor:
     """
     gathered: Tensor = _AllGather.apply(value, mesh)
     return gathered
+
+
+def take_loss_rows(hidden: Tensor, places: LossPlaces, mesh: Mesh) -> Tensor:
+    """The hidden states [n, d] whose loss this rank computes, from its slice [B, S / sp, d]; one all-gather."""
+    rows = hidden.flatten(0, 1).index_select(0, places.sent)
+    if mesh.sp_group is None:
+        return rows
+    return all_gather(rows, mesh).index_select(0, places.taken)

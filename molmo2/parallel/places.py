@@ -64,12 +64,7 @@ class PlacedBatch(NamedTuple):
 
 
 def place_batch(
-    batch: Batch,
-    mesh: Mesh,
-    patches_per_crop: int,
-    device: torch.device | str = "cpu",
-    seeds: Tensor | None = None,
-    order: Tensor | None = None,
+    batch: Batch, mesh: Mesh, patches_per_crop: int, device: torch.device | str = "cpu", seeds: Tensor | None = None
 ) -> PlacedBatch:
     """Find a rank's part of a batch in host memory, and copy both to a device without waiting for it.
 
@@ -79,7 +74,6 @@ def place_batch(
         patches_per_crop: patches of one crop.
         device: where the batch is computed.
         seeds: see `PlacedBatch`; without them there is no dropout.
-        order: see `AttentionMask`.
     """
 
     def moved(tensor: Tensor) -> Tensor:
@@ -94,7 +88,6 @@ def place_batch(
         visual._replace(pooling=moved(visual.pooling), gathered=moved(visual.gathered)),
         LossPlaces(*map(moved, loss)),
         moved(torch.zeros(len(batch.slots), 2, dtype=torch.int32) if seeds is None else seeds),
-        None if order is None else moved(order),
     )
 
 

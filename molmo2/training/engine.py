@@ -28,7 +28,7 @@ from molmo2.model.dropout import Dropout, seed_words
 from molmo2.model.loss import LossSums, chunk_sums, rows_per_chunk, weighted_loss
 from molmo2.model.mask import AttentionMask
 from molmo2.model.molmo2 import Molmo2
-from molmo2.parallel.loss_rows import take_loss_rows
+from molmo2.parallel.gather import take_loss_rows
 from molmo2.parallel.mesh import Mesh, MeshError
 from molmo2.parallel.places import PlacedBatch, place_batch
 from molmo2.parallel.ulysses import ulysses
@@ -77,12 +77,13 @@ class TrainingModule(nn.Module):
     def place(self, batch: Batch, device: torch.device | str = "cpu") -> PlacedBatch:
         """Find what this rank does with a batch in host memory, and copy it to a device."""
         seeds = seed_words((self.train_settings.seed, batch.step, slot) for slot in batch.slots)
-        order = None
-        if self.train_settings.visual_first:
-            from molmo2.parallel.visual_first import visual_first
+        place = functools.partial(place_batch, mesh=self.mesh, patches_per_crop=self.model.config.patches_per_crop)
+        if not self.train_settings.visual_first:
+            return place(batch, device=device, seeds=seeds)
+        from molmo2.parallel.visual_first import visual_first
 
-            batch, order = visual_first(batch)
-        return place_batch(batch, self.mesh, self.model.config.patches_per_crop, device, seeds, order)
+        batch, order = visual_first(batch)
+        return place(batch, device=device, seeds=seeds)._replace(order=order.to(device))
 
     def forward(self, placed: PlacedBatch, num_datasets: int = 1) -> tuple[Tensor, LossSums]:
         """Compute the loss of one micro-batch; all ranks must call it together. It never waits for the device.

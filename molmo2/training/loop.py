@@ -18,9 +18,8 @@ from torch import Tensor
 from molmo2.checkpoint import files as checkpoints
 from molmo2.checkpoint.files import CheckpointError
 from molmo2.model.loss import LossSums
-from molmo2.parallel.agree import on_rank_zero, say, write_line
+from molmo2.parallel.agree import on_rank_zero, say, sum_over_ranks, write_line
 from molmo2.parallel.mesh import Mesh
-from molmo2.parallel.sums import sum_over_ranks
 from molmo2.training.anomalies import LossHistory, action_for, describe
 from molmo2.training.cost import batch_flops, measured_balance, pack_cost, speed
 from molmo2.training.metrics import Monitor, StepClock, gpu_use

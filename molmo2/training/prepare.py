@@ -16,10 +16,10 @@ from shards.stream.plan import open_plan
 
 def prepare(recipe: Recipe, mesh: Mesh, device: torch.device) -> Run:
     """Check everything that can be checked before the model is built: tokenizer, shards, processor."""
-    if recipe.logging.wandb and not importlib.util.find_spec("wandb"):
-        raise ValueError("logging.wandb is set, but wandb is not installed; pip install wandb, or set it to null")
-    if recipe.optim.lora is not None and not importlib.util.find_spec("peft"):
-        raise ValueError("optim.lora is set, but peft is not installed; pip install peft, or set it to null")
+    settings = {"logging.wandb": recipe.logging.wandb, "optim.lora": recipe.optim.lora, "train.fp8": recipe.train.fp8}
+    for (name, value), package in zip(settings.items(), ("wandb", "peft", "torchao"), strict=True):
+        if value and not importlib.util.find_spec(package):
+            raise ValueError(f"{name} is set, but {package} is not installed; pip install {package}, or take it out")
     tokenizer = str(data_path(recipe.tokenizer))
     contract = read_contract(ProcessorSettings(preset=recipe.model, tokenizer_dir=tokenizer, stage=recipe.stage))
     plan = open_plan(recipe.roots, recipe.data.drawn_mixture, recipe.plan_settings, contract.settings)

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from molmo2.config import Evaluation, Recipe, root_paths
 from molmo2.model.generate import PromptTensors, generate
-from molmo2.parallel.agree import write_line
-from molmo2.parallel.sums import sum_over_ranks
+from molmo2.parallel.agree import sum_over_ranks, write_line
 from molmo2.processing.batch_prompt import prompt_of
 from molmo2.processing.pictures import Picture, pictures_of, raster
 from molmo2.training.metrics import Monitor

@@ -56,18 +56,14 @@ class SharedBatch:
     Attributes:
         slot: numbers of the ring and of the slot; None: there was none.
         tensors: dtype, shape and first byte of each tensor, or its values.
+        masked: see `Batch`.
         others: the other fields.
     """
 
     slot: tuple[int, int] | None
     tensors: dict[str, Any]
+    masked: tuple[Damage, ...]
     others: dict[str, Any]
-
-    @property
-    def masked(self) -> tuple[Damage, ...]:
-        """See `Batch.masked`."""
-        masked: tuple[Damage, ...] = self.others["masked"]
-        return masked
 
     def open(self) -> Batch:
         """The batch, in the main process. Its tensors are views of the slot, which is in use as long as they are."""
@@ -92,11 +88,11 @@ def share(batch: Batch, ring: SlotRing, slot: int | None) -> SharedBatch:
     others = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in tensors}
     if slot is None:
         # By value: torch would use /dev/shm, and where that is full drop the batch, for which the main process waits.
-        return SharedBatch(None, {name: tensor.numpy() for name, tensor in tensors.items()}, others)
+        return SharedBatch(None, {name: tensor.numpy() for name, tensor in tensors.items()}, batch.masked, others)
     base = np.frombuffer(ring.slots[slot], np.uint8).ctypes.data
     starts = {name: tensor.data_ptr() - base if tensor.numel() else 0 for name, tensor in tensors.items()}
     places = {name: (tensor.dtype, tuple(tensor.shape), starts[name]) for name, tensor in tensors.items()}
-    return SharedBatch((ring.number, slot), places, others)
+    return SharedBatch((ring.number, slot), places, batch.masked, others)
 
 
 def batch_bytes(layout: VisualLayout, settings: PlanSettings, micro_batch: int) -> int:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from deepspeed.sequence.layer import DistributedAttention
 
 from molmo2.model.loss import weighted_loss
-from molmo2.parallel.loss_rows import take_loss_rows
+from molmo2.parallel.gather import take_loss_rows
 from molmo2.parallel.mesh import gather_machines, make_mesh
 from molmo2.parallel.places import find_loss_places, find_visual_places
 from molmo2.parallel.ulysses import ulysses

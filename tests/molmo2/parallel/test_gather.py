@@ -7,7 +7,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from molmo2.parallel.loss_rows import take_loss_rows
+from molmo2.parallel.gather import take_loss_rows
 from molmo2.parallel.mesh import SINGLE
 from molmo2.parallel.places import find_loss_places
 
