@@ -60,10 +60,10 @@ def averaged(values: Sequence[float], most: int = MAX_POINTS) -> list[tuple[floa
     return [(i * size + (len(run) + 1) / 2, sum(run) / len(run)) for i, run in enumerate(runs)]
 
 
-def curve(values: Sequence[float], label: str = "loss by step", last: int | None = None) -> Markup:
+def curve(values: Sequence[float], label: str = "loss by step", first: int = 1, last: int | None = None) -> Markup:
     """An SVG curve of `values` with the extremes on the axes; an empty string for fewer than two values.
 
-    `last`: the step of the last value, if it differs from the number of values.
+    `first` and `last`: the steps of the first and the last value; the last is the number of values unless given.
     """
     points = averaged(values)
     if len(points) < 2:
@@ -81,7 +81,7 @@ def curve(values: Sequence[float], label: str = "loss by step", last: int | None
     labels = (
         (f"{top:.3g}", 0, 14),
         (f"{bottom:.3g}", 0, floor),
-        ("1", LEFT, HEIGHT),
+        (str(first), LEFT, HEIGHT),
         (str(last or len(values)), WIDTH - 34, HEIGHT),
     )
     texts = "".join(f'<text x="{x}" y="{y}">{html.escape(text)}</text>' for text, x, y in labels)
@@ -104,6 +104,6 @@ def curves(lines: Lines, kinds: Sequence[str], prefix: str = "") -> list[tuple[s
             if value is not None and name.partition(".")[0] in kinds:
                 columns.setdefault(name, []).append(value)
     order = sorted(columns, key=lambda name: (kinds.index(name.partition(".")[0]), name))
-    last = lines[-1]["step"] if lines else 0
-    drawn = ((prefix + name, curve(columns[name], f"{prefix}{name} by step", last)) for name in order)
+    first, last = (lines[0]["step"], lines[-1]["step"]) if lines else (0, 0)
+    drawn = ((prefix + name, curve(columns[name], f"{prefix}{name} by step", first, last)) for name in order)
     return [(title, svg) for title, svg in drawn if svg]
