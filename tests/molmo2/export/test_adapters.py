@@ -101,6 +101,18 @@ def test_peft_gives_the_logits_of_the_merged_export(
     assert others & {"vision_tower", "multi_modal_projector", "trainable_tokens_delta"} == beside
 
 
+def test_a_base_on_the_hub_is_named_with_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(noisy_run(tmp_path / "run", QWEN, ["vit"]))
+    base = exported(noisy(QWEN), tmp_path / "base")
+    monkeypatch.setattr("molmo2.export.adapters.locate", lambda name: base)  # in place of a download
+    for revision in ("", "abc"):
+        export_adapters(checkpoint, f"owner/name@{revision}".rstrip("@"), tmp_path / "out", ABOUT)
+        settings = json.loads((tmp_path / "out/adapter_config.json").read_text())
+        assert (settings["base_model_name_or_path"], settings["revision"]) == ("owner/name", revision or None)
+        card = (tmp_path / "out/README.md").read_text()
+        assert "\nbase_model: owner/name\n" in card and ('revision="abc", ' in card) == bool(revision)
+
+
 def test_another_base_and_a_run_without_adapters_are_refused(tmp_path: Path) -> None:
     step = noisy_run(tmp_path / "run", QWEN, ["vit"])
     checkpoint, out = open_checkpoint(step), tmp_path / "out"
