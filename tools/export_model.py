@@ -5,8 +5,8 @@ The export is reloaded with transformers and compared with the training code bef
     python tools/export_model.py --checkpoint data/runs/demo-stage3 --out data/runs/demo-export
 
 A checkpoint of any ZeRO stage and number of ranks can be exported; a directory that `save_pretrained` of transformers
-wrote becomes a release again. With --push-to-hub the export is uploaded too, with the token of `hf auth login` or
-HF_TOKEN.
+wrote becomes a release again. With --adapters-for MODEL only what a LoRA run has trained is exported, in peft's format.
+With --push-to-hub the export is uploaded too, with the token of `hf auth login` or HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ def parse_args() -> argparse.Namespace:
         metavar="DIR",
         help="copy the remote code of a downloaded release (its *.py files), which transformers 4.57 needs",
     )
+    code.add_argument(
+        "--adapters-for",
+        dest="base",
+        metavar="MODEL",
+        help="export only what a LoRA run has trained, in peft's format, for the model from which the run began",
+    )
     parser.add_argument(
         "--push-to-hub", metavar="OWNER/NAME", help="upload to this repository, which is created as private if missing"
     )
@@ -56,19 +62,28 @@ def main() -> None:
 
     if args.push_to_hub:
         check_repository(args.push_to_hub)
-    opened = open_model(args.checkpoint)
-    about = about_checkpoint(open_checkpoint(opened.path)) if is_run(args.checkpoint) else About(origin=opened.origin)
-    differences = export_model(
-        opened.config,
-        opened.weights,
-        opened.tokenizer_dir,
-        args.out,
-        about,
-        args.remote_code_from,
-        for_vllm=args.engine == "vllm",
-    )
+    if args.base:
+        from molmo2.export.adapters import export_adapters
+
+        checkpoint = open_checkpoint(args.checkpoint)
+        path, about = checkpoint.path, about_checkpoint(checkpoint)
+        differences = export_adapters(checkpoint, args.base, args.out, about)
+    else:
+        opened = open_model(args.checkpoint)
+        path, about = opened.path, About(origin=opened.origin)
+        if is_run(args.checkpoint):
+            about = about_checkpoint(open_checkpoint(opened.path))
+        differences = export_model(
+            opened.config,
+            opened.weights,
+            opened.tokenizer_dir,
+            args.out,
+            about,
+            args.remote_code_from,
+            for_vllm=args.engine == "vllm",
+        )
     measured = ", ".join(f"{kind} {value:.1e}" for kind, value in differences.items())
-    print(f"exported {opened.path} to {args.out}; largest difference of logits in transformers: {measured}")
+    print(f"exported {path} to {args.out}; largest difference of logits in transformers: {measured}")
     if args.push_to_hub:
         message = ", ".join(f"{key} {value}" for key, value in about.origin.items() if key in ("run", "step", "model"))
         print(f"pushed to {push(args.out, args.push_to_hub, message)}")

@@ -77,12 +77,22 @@ def check(
     Raises:
         ExportError: tokens differ, or logits differ by more than `TOLERANCE`.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     options = {"local_files_only": True, "trust_remote_code": False}
-    theirs = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32, **options).eval()
-    preprocess = AutoProcessor.from_pretrained(directory, **options)
+    theirs = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32, **options)
+    return compare(directory, theirs, config, weights, tokenizer)
+
+
+def compare(
+    directory: Path, theirs: Any, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer
+) -> dict[str, float]:
+    """As `check`, with a float32 model that transformers has loaded; the processor is that of `directory`."""
+    from transformers import AutoProcessor
+
+    preprocess = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     ours = Molmo2.with_weights(config, weights).eval()
+    theirs.eval()
     differences = {}
     for kind, asked in questions(config.crop_size).items():
         prompt = our_inputs(config, tokenizer, asked)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,8 @@ def export_model(
         ExportError: `out` exists and is not an export, `remote_code` has no usable code, or the check failed.
         TokenizerError: the tokenizer is missing or does not fit the model.
     """
-    if out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out}: exists and is not an earlier export; choose another directory or remove it")
-    tokenizer = Tokenizer(tokenizer_dir, config.text.vocab_size)
-    temporary = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with new_export(out) as temporary:
+        tokenizer = Tokenizer(tokenizer_dir, config.text.vocab_size)
         write_files(config, weights, tokenizer, temporary)
         code = ""
         if for_vllm:
@@ -79,15 +75,36 @@ def export_model(
             code = "release"
             copy_remote_code(remote_code, temporary)
         differences = check(temporary, config, weights, tokenizer)
-        report = {"origin": dict(about.origin), "largest_logit_difference": differences}
-        write_settings(temporary / MARK, report)
+        write_mark(temporary, about, differences)
         num_parameters = sum(tensor.numel() for tensor in weights.values())
         card = model_card(config, num_parameters, about, differences, code=code)
         (temporary / "README.md").write_text(card)
+    return differences
+
+
+@contextmanager
+def new_export(out: Path) -> Iterator[Path]:
+    """Give a directory to write an export into; when the block ends, it becomes `out` and replaces an earlier export.
+
+    Raises:
+        ExportError: `out` exists and is not an export.
+    """
+    if out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out}: exists and is not an earlier export; choose another directory or remove it")
+    temporary = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
         replace_directory(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return differences
+
+
+def write_mark(directory: Path, about: About, differences: Mapping[str, float]) -> None:
+    """Write the file by which an export is recognised: the origin of the weights, and the results of the check."""
+    report = {"origin": dict(about.origin), "largest_logit_difference": dict(differences)}
+    write_settings(directory / MARK, report)
 
 
 def write_files(config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer, directory: Path) -> None:
@@ -97,6 +114,11 @@ def write_files(config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: T
     write_settings(directory / "config.json", hub_config(config) | written_by)
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
     write_settings(directory / "generation_config.json", ids | written_by)
+    write_processor(config, tokenizer, directory)
+
+
+def write_processor(config: ModelConfig, tokenizer: Tokenizer, directory: Path) -> None:
+    """Write the files of transformers' processor: its settings, the chat template and the tokenizer."""
     for name, settings in processor_configs(config).items():
         write_settings(directory / name, settings)
     shutil.copyfile(TEMPLATE, directory / "chat_template.jinja")

@@ -397,7 +397,17 @@ def run_steps(
         damage_budget=None,  # the damaged samples of all ranks count together, see `compute`
     )
     clock, watchdog = StepClock(), Watchdog(run.mesh.rank, recipe.train.phase_deadline)
+
+    def evaluate(step: int) -> None:
+        from molmo2.training.validation import judge
+
+        watchdog.enter("evaluation", step)
+        judge(run, engine, step, monitor)
+        clock.lap()  # validation counts towards no step's time
+
     try:
+        if recipe.eval is not None and progress.step == 0:
+            evaluate(0)  # the weights from which a new run starts
         for step in range(progress.step + 1, steps + 1):
             rates = set_learning_rates(optimizer, names, recipe.optim, step, steps)
             totals, cursor = compute(run, engine, batches, clock, watchdog, progress, stop)
@@ -408,13 +418,9 @@ def run_steps(
                 line = measurements(run, step, totals, rates, optimizer, clock)
                 monitor.step(line if updated else line | {"skipped": 1})
             ending = ending_of(step, steps, totals)
-            evaluate = recipe.eval is not None and (step == steps or step % recipe.eval.every == 0)
-            if evaluate and ending != "signal":  # a launcher kills the ranks a while after its signal
-                from molmo2.training.validation import judge
-
-                watchdog.enter("evaluation", step)
-                judge(run, engine, step, monitor)
-                clock.lap()  # validation counts towards no step's time
+            due = recipe.eval is not None and (step == steps or step % recipe.eval.every == 0)
+            if due and ending != "signal":  # a launcher kills the ranks a while after its signal
+                evaluate(step)
             if sender is not None:
                 sender.advance()
             if ending or step % recipe.train.checkpoint_every == 0:

@@ -81,7 +81,7 @@ class Monitor:
         if recipe.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # imported here because it is slow
 
-            self.tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+            self.tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=start and start + 1)
         if recipe.logging.wandb:
             self.wandb = _start_wandb(recipe)
 

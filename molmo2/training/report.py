@@ -39,7 +39,7 @@ def write_report(recipe: Recipe) -> Path:
     page = fill_template(
         "training/report.html.jinja",
         title=recipe.name,
-        facts=facts(recipe, log),
+        facts=facts(recipe, log, held_out),
         overview=[*curves(log, OVERVIEW), *curves(held_out, ("loss*", "score*"), "held-out ")],
         curves=[*curves(log, CURVES), *curves(log, [f"loss.{row['name']}" for row in rows[:MOST_LOSSES]])],
         left_out=max(0, len(rows) - MOST_LOSSES),
@@ -51,16 +51,18 @@ def write_report(recipe: Recipe) -> Path:
     return run_dir / REPORT_NAME
 
 
-def facts(recipe: Recipe, log: Lines) -> dict[str, str]:
-    """Progress from the log, ranks and versions from the newest checkpoint, and the hardware of this machine."""
+def facts(recipe: Recipe, log: Lines, held_out: Lines) -> dict[str, str]:
+    """Progress from the logs, ranks and versions from the newest checkpoint, and the hardware of this machine."""
     metas = sorted(checkpoints_dir(recipe.run_dir).glob(f"step-*/{META}"))
     meta = json.loads(metas[-1].read_text()) if metas else {}
     cuda = torch.cuda.is_available()
     hardware = torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
     tokens, seconds = sum(line["tokens"] for line in log), sum(line["seconds"] for line in log)
+    losses = [f"{line['loss']:.4f} at step {line['step']:,}" for line in held_out]
     return {
         "steps": f"{log[-1]['step'] if log else 0:,} of {recipe.train.steps:,}",
         "tokens": f"{tokens:,} in {seconds / 3600:.2f} hours",
+        **({"held-out loss": ", ".join(dict.fromkeys([losses[0], losses[-1]]))} if losses else {}),
         "ranks": f"{meta.get('world', '?')}, {meta.get('sp', '?')} to a pack, ZeRO-{recipe.train.zero_stage}, "
         f"{recipe.train.precision}",
         "hardware": hardware,

@@ -33,12 +33,13 @@ DATA_NAME = "data.jsonl"  # one line a checkpoint: shares, epochs and masked sam
 CHANGES_NAME = "data_changes.jsonl"  # one line for each change of the data with --change-data
 QUARANTINE_NAME = "quarantine.jsonl"  # one line for each damaged sample that was masked
 ANOMALIES_NAME = "anomalies.jsonl"  # one line for each loss spike or loss that is not finite
-EVAL_NAME = "eval.jsonl"  # one line for each evaluation on held-out data
+EVAL_NAME = "eval.jsonl"  # one line for each evaluation on held-out data, the first before step 1
 SAMPLES_NAME = "samples"  # folder of generated answers
 SUMMARY_NAME = "summary.json"  # written at the end
 REPORT_NAME = "report.html"
 STOP_NAME = "stop"  # a user creates it to stop the run
 LOCK_NAME = "lock"  # locked by the process that trains the run; holds its process number and machine
+LOGS = (LOG_NAME, DATA_NAME, CHANGES_NAME, QUARANTINE_NAME, ANOMALIES_NAME)  # each line is of a training step
 
 # The fields of a batch in which ranks of a group may differ: each has the crops of its own split, and read by itself.
 # Samples that they masked differently differ in the other fields too.

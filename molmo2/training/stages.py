@@ -31,18 +31,7 @@ from molmo2.training.engine import read_engine_keys, start_distributed, start_en
 from molmo2.training.loop import Ending, Progress, StopSignal, run_steps
 from molmo2.training.metrics import cut_log
 from molmo2.training.prepare import prepare
-from molmo2.training.run import (
-    ANOMALIES_NAME,
-    CHANGES_NAME,
-    DATA_NAME,
-    LOG_NAME,
-    QUARANTINE_NAME,
-    SUMMARY_NAME,
-    Run,
-    Scorer,
-    TrainingError,
-    lock_run,
-)
+from molmo2.training.run import EVAL_NAME, LOGS, SUMMARY_NAME, Run, Scorer, TrainingError, lock_run
 from molmo2.training.start import starting_model
 from shards.stream.loader import Quarantine, QuarantineError
 from shards.stream.plan import Cursor, PlanError
@@ -197,8 +186,9 @@ def train_stage(
 def cut_run_after(recipe: Recipe, step: int) -> None:
     """Remove checkpoints and log lines of steps after the one from which the run resumes."""
     checkpoints.clear_after(checkpoints.checkpoints_dir(recipe.run_dir), step)
-    for name in (LOG_NAME, QUARANTINE_NAME, ANOMALIES_NAME, CHANGES_NAME, DATA_NAME):
+    for name in LOGS:
         cut_log(recipe.run_dir / name, step)
+    cut_log(recipe.run_dir / EVAL_NAME, step or -1)  # a run from the beginning evaluates its first weights again
 
 
 def run_stages(recipes: Callable[[], list[Recipe]], arguments: argparse.Namespace, scorer: OpenScorer) -> int:

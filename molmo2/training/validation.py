@@ -28,6 +28,7 @@ from molmo2.processing.pictures import Picture, pictures_of, raster
 from molmo2.training.metrics import Monitor
 from molmo2.training.run import EVAL_NAME, SAMPLES_NAME, Run, agree_on_masked
 from shards.atomic import append_to, write_atomic
+from shards.storage.base import take_tally
 from shards.stream.dataset import check_processor
 from shards.stream.loader import pack_reader
 from shards.stream.mixture import MixtureSpec
@@ -104,6 +105,7 @@ def validate(run: Run, engine: Any) -> tuple[dict[str, float], list[GeneratedSam
             return values, list(answers(run, model, run.held_out))
     finally:
         engine.train()
+        take_tally()  # what validation has read is no part of the next step's `reads`
 
 
 def losses(run: Run, engine: Any, plan: Plan) -> dict[str, float]:

@@ -176,8 +176,8 @@ def test_a_run_on_two_ranks_writes_its_scores(root: Path, stage: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     run_dir = root / f"runs/run{stage}"
     lines = [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4]
+    assert [line["step"] for line in lines] == [0, 2, 4]
     assert all(0 <= line["score.mine"] <= 1 and "loss.mine" in line for line in lines)
     assert "held-out score.mine by step" in (run_dir / "report.html").read_text()
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("held_out/score/mine")] == [2, 4]
+    assert [event.step for event in events.Scalars("held_out/score/mine")] == [0, 2, 4]

@@ -44,7 +44,7 @@ def test_a_page_holds_all_that_a_run_has(recipe: Recipe) -> None:
         for step in range(1, 501)
     ]
     write_lines(run / "log.jsonl", log)
-    write_lines(run / "eval.jsonl", [{"step": 250, "loss": 3.0}, {"step": 500, "loss": 2.0}])
+    write_lines(run / "eval.jsonl", [{"step": 0, "loss": 3.0}, {"step": 500, "loss": 2.0}])
     share = {"epochs": 1.5, "masked": 2}
     datasets = {"toy": {"asked": 0.75, "drawn": 0.751, **share}, "<odd>": {"asked": 0.25, "drawn": 0.249, **share}}
     write_lines(run / "data.jsonl", [{"step": 500, "windows": 1, "datasets": datasets}])
@@ -61,6 +61,7 @@ def test_a_page_holds_all_that_a_run_has(recipe: Recipe) -> None:
     for expected in (
         *("500 of 1,000", "500,000 in 0.50 hours", "8, 2 to a pack", "torch 2.9", "abc123"),
         *('"loss by step"', '"loss.toy by step"', '"lr.vit by step"', '"grad_norm.llm by step"'),
+        "3.0000 at step 0, 2.0000 at step 500",
         *('"tokens_per_second by step"', '"data_wait by step"', '"held-out loss by step"'),
         *("75.1%", "90.0%", "1.50", "&lt;odd&gt;", "&lt;script&gt;", "data:image/jpeg;base64,", f"name: {recipe.name}"),
     ):

@@ -174,8 +174,8 @@ def test_being_judged_moves_nothing_and_leaves_losses_and_samples(root: Path, st
     else:
         assert_same_curve(root, name, "whole", 1e-5)
     lines = [json.loads(line) for line in (root / f"runs/{name}/eval.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4, 6]
-    assert lines[0]["loss"] == lines[0]["loss.toy"] > lines[-1]["loss"] and lines[0]["masked"] == 0
+    assert [line["step"] for line in lines] == [0, 2, 4, 6]
+    assert lines[0]["loss"] == lines[0]["loss.toy"] > lines[1]["loss"] > lines[-1]["loss"] and lines[0]["masked"] == 0
     folder = root / f"runs/{name}/samples/step-00000006"
     samples = json.loads((folder / "samples.json").read_text())
     assert len(samples) == 3
@@ -185,10 +185,29 @@ def test_being_judged_moves_nothing_and_leaves_losses_and_samples(root: Path, st
     assert pictures and all((folder / picture).stat().st_size for picture in pictures)
     page = (root / f"runs/{name}/report.html").read_text()
     assert "6 of 6" in page and "held-out loss by step" in page and "data:image/jpeg" in page and "100.0%" in page
+    assert f"{lines[0]['loss']:.4f} at step 0, {lines[-1]['loss']:.4f} at step 6" in page
     events = EventAccumulator(str(root / f"runs/{name}/tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("held_out/loss")] == [2, 4, 6]
+    assert [event.step for event in events.Scalars("held_out/loss")] == [0, 2, 4, 6]
     pictured = samples.index(next(sample for sample in samples if sample["picture"]))
     assert [event.step for event in events.Images(f"held_out/samples/{pictured}")]
+
+
+def test_the_starting_weights_are_judged_once_and_a_repeated_step_has_one_line(root: Path) -> None:
+    recipe = toy_run.write_recipe(root / "again.yaml", "again", steps=4, checkpoint_every=2)
+    judged = ("--set", "eval={roots: [shards/sft], datasets: [toy], every: 3, samples: 0}", "logging.tensorboard=true")
+    run = root / "runs/again"
+    assert "again: step 0, held-out loss" in train(root, recipe, *judged)
+    before = (run / "eval.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in before.splitlines()] == [0, 3, 4]
+    shutil.rmtree(run / "checkpoints/step-00000004")
+    output = train(root, recipe, *judged)  # as after a kill in step 4
+    assert "again: steps 3-4" in output and "step 0, held-out" not in output
+    assert (run / "eval.jsonl").read_text() == before
+    shutil.rmtree(run / "checkpoints")
+    assert "again: step 0, held-out loss" in train(root, recipe, *judged)  # as after a kill in step 1
+    assert (run / "eval.jsonl").read_text() == before
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("held_out/loss")] == [0, 3, 4]
 
 
 def test_a_stop_file_saves_exits_with_zero_and_is_taken_away(root: Path) -> None:
