@@ -9,9 +9,9 @@
     ... by cv2     the same with OpenCV's bilinear resize, which is faster and gives other pixels
 
 Packs have 4,096 tokens and at most 128 crops. Both are read by one worker process; the CPU time of the worker and of
-the main process counts, after a few packs. Pictures are views of photographs (scikit-learn, scikit-image) of about 860 x
-860 pixels, texts are English (Python's own help), ids are Qwen3's. Not here: videos, whose decoding would make an on-the-fly pipeline slower
-still, and reading over a network. The last line is one JSON object.
+the main process counts, after a few packs. Pictures are views of photographs (scikit-learn, scikit-image) of about
+860 x 860 pixels, texts are English (Python's own help), ids are Qwen3's. Not here: videos, whose decoding would make an
+on-the-fly pipeline slower still, and reading over a network. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from molmo2.processing import visuals
 from molmo2.processing.new_tokenizer import write_tokenizer
 from molmo2.processing.processor import ProcessorSettings, build_processor
 from shards.build.writer import npy_bytes, write_shard
-from shards.format import FORMAT_VERSION, DatasetIndex, Totals
+from shards.format import FORMAT_VERSION, DatasetIndex, ShardInfo, Totals
 from shards.layout import split_crops, visual_crops
 from shards.schema import Chat, Example, ImageRef, Limits, Sample, Source, Turn
 from shards.stream.collate import Batch, collate, make_pixels, open_sample
@@ -101,7 +101,8 @@ def example(number: int, picture: bytes | None, question: str, answer: str) -> E
 
 def build(folder: Path, kind: str, count: int, processor: Any) -> None:
     """Shards of the rows, by the processor and the writer of every build."""
-    infos, samples = [], []
+    infos: list[ShardInfo] = []
+    samples: list[Sample] = []
     folder.mkdir(parents=True)
     for number, row in enumerate(rows(kind, count)):
         samples.append(processor(example(number, *row), LIMITS))
