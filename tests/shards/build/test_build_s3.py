@@ -14,6 +14,7 @@ import pytest
 from build_cases import build, build_part, catalog, tree
 from s3_server import BUCKET, Server, client, environment
 
+import shards.storage.ranged
 import shards.storage.s3
 from shards.build.claim import BUILD_NAME, BuildError
 from shards.build.verify import Finding, verify_dataset
@@ -43,7 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def bucket(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in {**environment(server.endpoint), "TMPDIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
-    for cached in (shards.storage.s3._new_client, shards.storage.s3._presigned, shards.storage.s3._connections):
+    for cached in (shards.storage.s3._new_client, shards.storage.s3._presigned, shards.storage.ranged.connections):
         cached.cache_clear()
 
 
