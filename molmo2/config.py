@@ -47,7 +47,6 @@ class Data(pydantic.BaseModel, extra="forbid", frozen=True):
     max_crops: NonNegativeInt  # maximum ViT inputs of a pack
     window: PositiveInt = 4096  # draws that are packed together
     seed: NonNegativeInt = 0  # decides the order of the samples
-    block: PositiveInt = 1  # neighbouring samples of a shard read one after another, for disks with slow seeks
     workers: NonNegativeInt = 2  # reader processes per rank; 0 reads in the training process
     prefetch: PositiveInt = 4  # decoded micro-batches that each worker holds ready
     read_ahead_mib: NonNegativeInt = 256  # MiB of stored samples that a rank reads ahead from a bucket
@@ -58,6 +57,13 @@ class Data(pydantic.BaseModel, extra="forbid", frozen=True):
     def _check(self) -> Data:
         self.mixture.without(self.leave_out)
         return self
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _check_old_name(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "block" in values:
+            raise ValueError(f"block is gone, since it saved no seeks; delete the key (got block: {values['block']!r})")
+        return values
 
     @property
     def drawn_mixture(self) -> MixtureSpec:
@@ -121,6 +127,8 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
             raise ValueError("offload of the optimizer needs zero_stage 1, 2 or 3")
         if "activations" in self.offload and self.recompute != "full":
             raise ValueError("offload of activations needs recompute: full, since only inputs of layers are offloaded")
+        if self.mirror and "://" in self.mirror and not self.mirror.startswith(("s3://", "file://")):
+            raise ValueError(f"mirror {self.mirror}: cannot be written; give s3://bucket/runs or a folder")
         if self.compile and self.zero_stage == 3:
             raise ValueError("compile: ZeRO-3 gathers parameters inside layers; use zero_stage 2, or compile: false")
         if self.activation_budget < 1 and (not self.compile or self.recompute != "none"):
@@ -266,6 +274,7 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Recipe:
+        data_path()  # refuses a URL
         if self.init == self.name:
             raise ValueError(f"init names the run itself ({self.name}); name the run of the stage before, or null")
         if self.optim.lora is not None and "llm" in self.train.freeze:
@@ -306,7 +315,6 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
             packs_per_step=self.train.packs_per_step,
             window=data.window,
             seed=data.seed,
-            block=data.block,
         )
 
     @property
@@ -322,7 +330,13 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
 
 def data_path(name: str | Path = "") -> Path:
     """A path below `MOLMO2_DATA` (default `./data`); an absolute `name` stays as it is."""
-    return Path(os.environ.get("MOLMO2_DATA", "data")) / name
+    folder = os.environ.get("MOLMO2_DATA", "data")
+    if "://" in folder:
+        raise RecipeError(
+            f"MOLMO2_DATA={folder}: runs and raw data are kept on a disk; set it to a local folder, name buckets of "
+            "shards in data.roots, and a bucket for copies of the checkpoints in train.mirror"
+        )
+    return Path(folder) / name
 
 
 def root_paths(roots: Sequence[str]) -> list[str]:
