@@ -33,6 +33,12 @@ COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
 Fraction = typing.Annotated[float, Field(ge=0, le=1)]
 
 
+GONE = {  # keys of earlier versions
+    "data.block": "is gone, since it saved no seeks; delete the key",
+    "train.activation_checkpointing": "was replaced: write recompute: full for true, none for false",
+}
+
+
 class RecipeError(ValueError):
     """A recipe cannot be read or contradicts itself; the message lists every error."""
 
@@ -57,13 +63,6 @@ class Data(pydantic.BaseModel, extra="forbid", frozen=True):
     def _check(self) -> Data:
         self.mixture.without(self.leave_out)
         return self
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _check_old_name(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "block" in values:
-            raise ValueError(f"block is gone, since it saved no seeks; delete the key (got block: {values['block']!r})")
-        return values
 
     @property
     def drawn_mixture(self) -> MixtureSpec:
@@ -136,13 +135,6 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
         if self.fp8 and self.precision != "bf16":
             raise ValueError("fp8 needs precision: bf16")
         return self
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _check_old_name(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "activation_checkpointing" in values:
-            raise ValueError("activation_checkpointing was replaced: write recompute: full for true, none for false")
-        return values
 
     def compiles(self, on_gpu: bool) -> bool:
         """Whether parts of layers are compiled."""
@@ -389,6 +381,8 @@ def parse_recipe(values: Any, where: str) -> Recipe:
 
 def _describe(error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"]) or "recipe"
+    if error["type"] == "extra_forbidden" and path in GONE:
+        return f"{path}: {GONE[path]} (got {error['input']!r})"
     if error["type"] == "extra_forbidden":
         known = _known_names(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
