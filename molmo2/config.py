@@ -31,8 +31,6 @@ Recompute = Literal["none", "light", "full"]
 Component = Literal["vit", "connector", "llm"]
 COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
 Fraction = typing.Annotated[float, Field(ge=0, le=1)]
-
-
 GONE = {  # keys of earlier versions
     "data.block": "is gone, since it saved no seeks; delete the key",
     "train.activation_checkpointing": "was replaced: write recompute: full for true, none for false",

@@ -36,9 +36,12 @@ def num_bytes(folder: str) -> int:
 
 def repair(datasets: list[str], folders: list[str], copy: str | None, reindex: bool) -> None:
     """Repair every damaged dataset, or rebuild the indexes of all datasets, and print what was done."""
+    if far := [dataset for dataset in datasets if "://" in dataset]:
+        raise ValueError(
+            f"{far[0]}: only datasets on a disk are repaired; copy it to a folder, repair it there with --repair (and "
+            "--from PLACE if there is an intact copy), and copy it back, index.json last"
+        )
     for dataset in datasets:
-        if "://" in dataset:
-            raise ValueError(f"{dataset}: only a dataset on disk is repaired; copy it here and back")
         if not reindex and not any(isinstance(result, Finding) for result in verify_dataset(dataset)):
             continue
         root = max((folder.rstrip("/") for folder in folders if dataset.startswith(folder.rstrip("/"))), key=len)

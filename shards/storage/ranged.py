@@ -142,10 +142,9 @@ def request(location: Location, first: int, last: int | None, end: float, redire
         )
         try:
             yield response
-        except BaseException:
-            response.close()  # the rest of the body must not reach the next request on this connection
-            raise
         finally:
+            if not response.isclosed():  # the rest of the body must not reach the next request on this connection
+                response.close()
             response.release_conn()
     except (urllib3.exceptions.HTTPError, OSError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
@@ -175,6 +174,7 @@ def _get(where: str, location: Location, offset: int, length: int | None, remedy
     with request(location, offset, None if length is None else offset + length - 1, end) as response:
         check_status(response, where, remedy)
         if response.status == 416:  # the range begins after the end of the file
+            response.read(CHUNK)
             return b""
         return whole_body(response, offset, length, until)
 

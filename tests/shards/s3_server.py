@@ -143,6 +143,62 @@ class Exchange:
 Fault = Callable[[Exchange], None]
 
 
+def every_third_works(change: Callable[[Exchange], None]) -> Fault:
+    """A fault that hits two of three requests."""
+
+    def fault(exchange: Exchange) -> None:
+        if exchange.number % 3:
+            change(exchange)
+
+    return fault
+
+
+def slow_down(exchange: Exchange) -> None:
+    exchange.status, exchange.headers = 503, {}
+    exchange.body = b"<Error><Code>SlowDown</Code></Error>"
+    exchange.send = len(exchange.body)
+
+
+def reset(exchange: Exchange) -> None:
+    exchange.reset = True
+
+
+def cut(exchange: Exchange) -> None:
+    exchange.send = exchange.send // 2
+
+
+def short(exchange: Exchange) -> None:
+    """Fewer bytes, and a header that is content with that."""
+    exchange.body = exchange.body[: len(exchange.body) // 2]
+    exchange.send = len(exchange.body)
+
+
+def endless(exchange: Exchange) -> None:
+    """Megabytes where kilobytes were asked for."""
+    exchange.body += bytes(2**24)
+    exchange.send = len(exchange.body)
+
+
+def other_range(exchange: Exchange) -> None:
+    exchange.headers = {"Content-Range": "bytes 7-9/10"}
+
+
+def drip(exchange: Exchange) -> None:
+    exchange.pause = 0.05
+
+
+def answer(status: int, code: str, only: str = "") -> Fault:
+    """The store answers every request for a path with `only` in it in this way."""
+
+    def fault(exchange: Exchange) -> None:
+        if only in exchange.path:
+            exchange.status, exchange.headers = status, {}
+            exchange.body = f"<Error><Code>{code}</Code></Error>".encode()
+            exchange.send = len(exchange.body)
+
+    return fault
+
+
 class Proxy(ThreadingHTTPServer):
     """Hands requests on to `upstream`; the first of `faults` is applied to every GET.
 

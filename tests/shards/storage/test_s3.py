@@ -16,7 +16,26 @@ from urllib.parse import parse_qs
 import numpy as np
 import pytest
 import tenacity
-from s3_server import BUCKET, KEYS, LATER_KEYS, Exchange, Fault, environment, faulty_proxy, s3_server, upload
+from s3_server import (
+    BUCKET,
+    KEYS,
+    LATER_KEYS,
+    Exchange,
+    Fault,
+    answer,
+    cut,
+    drip,
+    endless,
+    environment,
+    every_third_works,
+    faulty_proxy,
+    other_range,
+    reset,
+    s3_server,
+    short,
+    slow_down,
+    upload,
+)
 from toy import LAYOUT, make_sample, write_dataset
 
 import shards.storage.ranged
@@ -167,46 +186,6 @@ def test_a_damaged_cached_sidecar_is_fetched_again(bucket: str, local: Path) -> 
     assert len(cached) == 3
 
 
-def every_third_works(change: Callable[[Exchange], None]) -> Fault:
-    """A fault that hits two of three requests."""
-
-    def fault(exchange: Exchange) -> None:
-        if exchange.number % 3:
-            change(exchange)
-
-    return fault
-
-
-def slow_down(exchange: Exchange) -> None:
-    exchange.status, exchange.headers = 503, {}
-    exchange.body = b"<Error><Code>SlowDown</Code></Error>"
-    exchange.send = len(exchange.body)
-
-
-def reset(exchange: Exchange) -> None:
-    exchange.reset = True
-
-
-def cut(exchange: Exchange) -> None:
-    exchange.send = exchange.send // 2
-
-
-def short(exchange: Exchange) -> None:
-    """Fewer bytes, and a header that is content with that."""
-    exchange.body = exchange.body[: len(exchange.body) // 2]
-    exchange.send = len(exchange.body)
-
-
-def endless(exchange: Exchange) -> None:
-    """Megabytes where kilobytes were asked for."""
-    exchange.body += bytes(2**24)
-    exchange.send = len(exchange.body)
-
-
-def other_range(exchange: Exchange) -> None:
-    exchange.headers = {"Content-Range": "bytes 7-9/10"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [slow_down, reset, cut, short, endless, other_range], ids=lambda change: change.__name__
@@ -287,10 +266,6 @@ def test_a_retry_after_beyond_the_deadline_ends_the_read_at_once(
     assert not slept and len(proxy[1]) == 1
 
 
-def drip(exchange: Exchange) -> None:
-    exchange.pause = 0.05
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [slow_down, drip, reset], ids=lambda change: change.__name__)
 def test_lasting_faults_end_in_one_named_error(
@@ -325,18 +300,6 @@ def test_a_vanished_object_is_damage(proxy: tuple[list[Fault], list[str]], local
     found = read_sample(tars, wanted)
     assert isinstance(found, Damage)
     assert "NoSuchKey" in found.reason
-
-
-def answer(status: int, code: str, only: str = "") -> Fault:
-    """The store answers every request for a path with `only` in it in this way."""
-
-    def fault(exchange: Exchange) -> None:
-        if only in exchange.path:
-            exchange.status, exchange.headers = status, {}
-            exchange.body = f"<Error><Code>{code}</Code></Error>".encode()
-            exchange.send = len(exchange.body)
-
-    return fault
 
 
 @pytest.mark.parametrize(
