@@ -143,7 +143,7 @@ def request(location: Location, first: int, last: int | None, end: float, redire
         try:
             yield response
         finally:
-            if not response.isclosed():  # the rest of the body must not reach the next request on this connection
+            if not response.closed:  # the rest of the body must not reach the next request on this connection
                 response.close()
             response.release_conn()
     except (urllib3.exceptions.HTTPError, OSError) as error:

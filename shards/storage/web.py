@@ -173,7 +173,8 @@ class HubStorage(WebStorage):
 
     def list(self, suffix: str = "") -> list[str]:
         """See `storage.Storage.list`."""
-        page = f"{self._api()}/tree/{self.commit()}/{quote(self.folder)}?recursive=true"
+        below = f"/{quote(self.folder)}" if self.folder else ""
+        page = f"{self._api()}/tree/{self.commit()}{below}?recursive=true"
         prefix, names = f"{self.folder}/" if self.folder else "", list[str]()
         while page:
             try:

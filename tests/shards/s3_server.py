@@ -1,5 +1,9 @@
-"""A real S3 server for tests (SeaweedFS), and a proxy before it that misbehaves on request."""
+"""A real S3 server for tests (SeaweedFS), and a proxy before it that misbehaves on request.
 
+`make s3` runs this file: it starts the server for a user, with data that stay in a folder.
+"""
+
+import contextlib
 import http.client
 import json
 import os
@@ -8,11 +12,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -76,7 +80,7 @@ class Server:
             self.process.wait()
 
 
-@contextmanager
+@contextlib.contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
     """Start a server whose data lie in `folder`; yields its endpoint, with an empty bucket in it."""
     server = Server(folder)
@@ -274,7 +278,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer
 
 
-@contextmanager
+@contextlib.contextmanager
 def faulty_proxy(endpoint: str) -> Iterator[Proxy]:
     """A proxy that runs; its endpoint is `http://127.0.0.1:{server_port}`."""
     proxy = Proxy(endpoint.removeprefix("http://"))
@@ -286,3 +290,35 @@ def faulty_proxy(endpoint: str) -> Iterator[Proxy]:
         proxy.shutdown()
         proxy.server_close()
         thread.join()
+
+
+COMMANDS = f"""
+python tools/make_demo_data.py
+python tools/build_shards.py --stage pretraining --catalog demo --out s3://{BUCKET}/shards
+python tools/verify_shards.py s3://{BUCKET}/shards
+DS_ACCELERATOR=cpu deepspeed --num_accelerators 1 molmo2/train.py --recipe recipes/demo/stage1.yaml \\
+  --set 'data.roots=[s3://{BUCKET}/shards/pretraining]' train.mirror=s3://{BUCKET}/runs
+"""
+
+
+def main(folder: Path) -> None:
+    """Run a server until Ctrl-C, and print how it is used."""
+    folder.mkdir(parents=True, exist_ok=True)
+    server = Server(folder)
+    try:
+        server.start()
+        with contextlib.suppress(client(server.endpoint).exceptions.ClientError):  # it is there from an earlier start
+            client(server.endpoint).create_bucket(Bucket=BUCKET)
+        sys.stdout.write(f"# SeaweedFS: bucket {BUCKET!r}, data in {folder}; Ctrl-C ends it. In another terminal:\n\n")
+        sys.stdout.writelines(f"export {name}={value}\n" for name, value in environment(server.endpoint).items())
+        sys.stdout.write(COMMANDS)
+        sys.stdout.flush()
+        server.process.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.kill()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).absolute())

@@ -3,6 +3,9 @@
 import contextlib
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -503,3 +506,32 @@ def test_no_more_than_was_asked_for_is_kept(place: int) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert data == bytes((place + byte) // ranged.CHUNK % 256 for byte in range(10)) and peak < 4 * ranged.CHUNK
+
+
+@pytest.mark.slow
+def test_make_s3_starts_a_server_whose_data_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a user does it: the printed variables lead to the bucket, and after Ctrl-C and a new start it is as it was."""
+    makefile = (Path(__file__).parents[3] / "Makefile").read_text()
+    assert "\ns3: $(DEV)\n\tpython tests/shards/s3_server.py $(MOLMO2_DATA)/s3\n" in makefile
+    script = Path(__file__).parents[1] / "s3_server.py"
+    for start in range(2):
+        with subprocess.Popen([sys.executable, script, tmp_path / "s3"], stdout=subprocess.PIPE, text=True) as shown:
+            assert shown.stdout
+            try:
+                lines = [shown.stdout.readline()]
+                while not lines[-1].lstrip().startswith("--set"):
+                    assert lines[-1], f"it ended: {lines}"
+                    lines.append(shown.stdout.readline())
+                for text in lines:
+                    if text.startswith("export "):
+                        monkeypatch.setenv(*text.removeprefix("export ").strip().split("=", 1))
+                shards.storage.s3._new_client.cache_clear()
+                shards.storage.s3._presigned.cache_clear()
+                storage = open_storage(f"s3://{BUCKET}/shards")
+                if start == 0:
+                    storage.write("kept", b"data")
+                assert storage.read("kept") == b"data"
+                assert f"--out {storage.root}\n" in "".join(lines)
+            finally:
+                shown.send_signal(signal.SIGINT)
+        assert shown.returncode == 0

@@ -1,6 +1,7 @@
 """Published shards on a web server and on the hub: read only, with the checks of a bucket."""
 
 import contextlib
+import json
 import pickle
 import re
 import subprocess
@@ -446,6 +447,28 @@ def test_one_commit_is_read_and_goes_to_workers(hub: Hub, local: Path) -> None:
     web._commit_of.cache_clear()
     copy.read("000000.tar", 0, 10)
     assert hub.log and all(f"/resolve/{commit}/" in line for line in hub.log)
+
+
+class Paged(HubHandler):
+    """The hub lists a large folder in pages."""
+
+    def send_json(self, value: object, status: int = 200) -> None:
+        if isinstance(value, list):
+            first = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
+            url = f"{self.server.url}{urlsplit(self.path).path}?recursive=true&cursor={first + 2}"
+            more = {"Link": f'<{url}>; rel="next"'} if first + 2 < len(value) else {}
+            self.send(status, json.dumps(value[first : first + 2]).encode(), more)
+        else:
+            super().send_json(value, status)
+
+
+def test_long_listings_have_pages(local: Path, tmp_path: Path) -> None:
+    with fake_hub(local, Paged) as hub, client_of(hub, tmp_path / "home"):
+        storage = open_storage("hf://datasets/owner/name/sft/one")
+        assert storage.list(".tar") == ["000000.tar", "000001.tar", "000002.tar"]
+        assert open_storage("hf://datasets/owner/name").list("one/000001.tar") == ["sft/one/000001.tar"]
+        assert open_storage("hf://datasets/owner/name/none").list() == []
+        assert len([line for line in hub.log if "/tree/" in line]) > 6
 
 
 def test_another_revision(hub: Hub, local: Path) -> None:
