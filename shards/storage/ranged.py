@@ -11,10 +11,12 @@ import logging
 import os
 import re
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
+from urllib.parse import urlsplit
 
 import urllib3
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay, wait_exponential_jitter
@@ -131,7 +133,7 @@ def request(location: Location, first: int, last: int | None, end: float, redire
     """Ask for a range; the body is not read yet. Failures of the connection become `TransientError`."""
     seconds = max(0.1, min(ATTEMPT, end - time.monotonic()))
     try:
-        response = connections(os.getpid()).request(
+        response = connections(os.getpid(), _proxy_of(*urlsplit(location.url)[:2])).request(
             "GET",
             location.url,
             headers={**location.headers, "Range": f"bytes={first}-{'' if last is None else last}"},
@@ -227,8 +229,16 @@ def _log_retry(where: str, state: RetryCallState) -> None:
     LOG.warning("%s: attempt %d failed: %s; retry in %.1f s", where, state.attempt_number, error, state.upcoming_sleep)
 
 
+@functools.lru_cache(maxsize=256)
+def _proxy_of(scheme: str, netloc: str) -> str | None:
+    """The proxy for a host by the variables `https_proxy`, `http_proxy` and `no_proxy`."""
+    return None if urllib.request.proxy_bypass(netloc) else urllib.request.getproxies().get(scheme)
+
+
 # Connections do not survive a fork: each process has its own.
-@functools.lru_cache(maxsize=1)
-def connections(pid: int) -> urllib3.PoolManager:
+@functools.lru_cache(maxsize=4)
+def connections(pid: int, proxy: str | None) -> urllib3.PoolManager:
     """The pool of this process."""
+    if proxy is not None:
+        return urllib3.ProxyManager(proxy, num_pools=8, maxsize=POOL)
     return urllib3.PoolManager(num_pools=8, maxsize=POOL)

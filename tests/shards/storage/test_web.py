@@ -136,8 +136,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(shards.storage.ranged, "PAUSE", 0.001)
     monkeypatch.setattr(shards.stream.reader, "PAUSE", 0.0)
-    web._followed.cache_clear()
-    web._commit_of.cache_clear()
+    for cached in (web._followed, web._commit_of, shards.storage.ranged._proxy_of):
+        cached.cache_clear()
 
 
 @pytest.fixture
@@ -343,6 +343,17 @@ def test_a_server_without_ranges_is_refused(files: Files) -> None:
     tars = open_dataset(f"{files.url}/sft", "one").tars  # index and sidecars are read whole
     with pytest.raises(UnavailableError, match=r"the server sends only whole files; read from a server that answers"):
         read_sample(tars, draws(f"{files.url}/sft")[0])
+
+
+def test_the_proxy_of_the_environment_is_used(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes of a cluster often reach other hosts in this way alone."""
+    wanted = (files.folder / "sft/one/index.json").read_bytes()
+    monkeypatch.setenv("http_proxy", files.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert open_storage("http://shards.invalid/sft/one").read("index.json") == wanted
+    with files_server(files.folder) as near:
+        assert open_storage(f"{near.url}/sft/one").read("index.json") == wanted
+        assert len(near.log) == len(files.log) == 2
 
 
 def test_redirects_are_followed(files: Files) -> None:
