@@ -389,7 +389,7 @@ def test_repair_is_refused_before_anything_is_changed(files: Files, tmp_path: Pa
     before = (folder / "index.json").read_bytes()
     far = f"{files.url}/sft/one"
     done = subprocess.run([python(), TOOL, "--reindex", folder, far], capture_output=True, text=True)
-    assert done.returncode == 1 and f"{far}: only datasets on a disk are repaired; copy it" in done.stderr
+    assert done.returncode == 1 and f"{far}: it cannot be written; copy it" in done.stderr
     assert (folder / "index.json").read_bytes() == before
 
 
