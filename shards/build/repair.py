@@ -147,7 +147,8 @@ def _last_index(storage: Storage) -> DatasetIndex:
     except (OSError, *ODD_SAMPLE) as error:
         raise RepairError(
             f"{storage.root}: neither {INDEX_NAME} nor build.json can be read ({type(error).__name__}: {error}): "
-            "without the processor's settings no length can be computed; copy one of them from another machine, or build again"
+            "without the processor's settings no length can be computed; copy one of them from another machine, "
+            "or build again"
         ) from None
 
 

@@ -1,9 +1,8 @@
 """The storage interface with seven methods: read, write, create, publish, size, remove, list.
 
-This module holds the protocol, its error, counters for readers, and threads for reads. Local directories are
-`shards.storage.local`, buckets `shards.storage.s3`, published shards `shards.storage.web`; another backend needs the
-same seven methods and a line in `shards.storage.open`. File names are relative, with "/" between parts, and never leave
-the root.
+This module holds the protocol, its error, counters for readers, and threads for reads. Backends are local directories
+(`local`), buckets (`s3`) and published shards (`web`); another one needs the same seven methods and a line in
+`shards.storage.open`. File names are relative, with "/" between parts, and never leave the root.
 """
 
 from __future__ import annotations

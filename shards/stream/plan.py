@@ -96,8 +96,7 @@ class StepSpec(NamedTuple):
 class PlanSettings:
     """Settings that determine the order of batches, together with the datasets and the mixture.
 
-    `window` is the length of a window in virtual time, about its number of draws; `packs_per_step` is the global batch
-    size in packs.
+    `window`: length of a window in virtual time, about its number of draws; `packs_per_step`: packs of a global batch.
     """
 
     sequence_length: int
@@ -265,8 +264,7 @@ def draws_of(dataset: Dataset, ordinals: Array, epochs: Array | int = 0, number:
 def _saved_identity(state: dict[str, Any]) -> dict[str, Any]:
     """The identity in a saved state. States of earlier versions have `block`, whose default 1 is the order of today."""
     identity: dict[str, Any] = state["identity"]
-    settings = {name: value for name, value in identity["settings"].items() if (name, value) != ("block", 1)}
-    return {**identity, "settings": settings}
+    return identity | {"settings": {k: v for k, v in identity["settings"].items() if (k, v) != ("block", 1)}}
 
 
 def _check_lengths(dataset: Dataset, settings: PlanSettings) -> None:
