@@ -6,13 +6,14 @@
 # make soak          the long run of kills (SOAK_STEPS, SOAK_KILLS)
 # make test-latest   make test in an environment of its own with the newest versions that setup.cfg allows
 # make test-engines the test that vLLM gives our tokens, in an environment of its own (3 GB)
+# make s3            an S3 server on this machine to try buckets with; its data are in MOLMO2_DATA/s3
 # make lock          write requirements.lock anew from setup.cfg; UPGRADE=--upgrade takes the newest versions
 # All work from a clean clone; what exists already is kept.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo demo-steps install install-dev lock system lint types check test soak test-latest test-engines bench clean-demo
+.PHONY: demo demo-steps s3 install install-dev lock system lint types check test soak test-latest test-engines bench clean-demo
 
 PYTHON ?= python3
 VENV := .venv
@@ -94,6 +95,9 @@ demo-steps:
 	$(CPU) python tools/evaluate.py --checkpoint $(RUN)/demo-stage3 --benchmarks demo
 	$(CPU) python tools/export_model.py --checkpoint $(RUN)/demo-stage3 --out $(RUN)/demo-export
 	python tools/demo_report.py
+
+s3: $(DEV)
+	python tests/shards/s3_server.py $(MOLMO2_DATA)/s3
 
 lint: $(DEV)
 	ruff check .

@@ -31,6 +31,10 @@ Recompute = Literal["none", "light", "full"]
 Component = Literal["vit", "connector", "llm"]
 COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
 Fraction = typing.Annotated[float, Field(ge=0, le=1)]
+GONE = {  # keys of earlier versions
+    "data.block": "is gone, since it saved no seeks; delete the key",
+    "train.activation_checkpointing": "was replaced: write recompute: full for true, none for false",
+}
 
 
 class RecipeError(ValueError):
@@ -47,7 +51,6 @@ class Data(pydantic.BaseModel, extra="forbid", frozen=True):
     max_crops: NonNegativeInt  # maximum ViT inputs of a pack
     window: PositiveInt = 4096  # draws that are packed together
     seed: NonNegativeInt = 0  # decides the order of the samples
-    block: PositiveInt = 1  # neighbouring samples of a shard read one after another, for disks with slow seeks
     workers: NonNegativeInt = 2  # reader processes per rank; 0 reads in the training process
     prefetch: PositiveInt = 4  # decoded micro-batches that each worker holds ready
     read_ahead_mib: NonNegativeInt = 256  # MiB of stored samples that a rank reads ahead from a bucket
@@ -121,6 +124,8 @@ class Train(pydantic.BaseModel, extra="forbid", frozen=True):
             raise ValueError("offload of the optimizer needs zero_stage 1, 2 or 3")
         if "activations" in self.offload and self.recompute != "full":
             raise ValueError("offload of activations needs recompute: full, since only inputs of layers are offloaded")
+        if self.mirror and "://" in self.mirror and not self.mirror.startswith(("s3://", "file://")):
+            raise ValueError(f"mirror {self.mirror}: cannot be written; give s3://bucket/runs or a folder")
         if self.compile and self.zero_stage == 3:
             raise ValueError("compile: ZeRO-3 gathers parameters inside layers; use zero_stage 2, or compile: false")
         if self.activation_budget < 1 and (not self.compile or self.recompute != "none"):
@@ -262,6 +267,7 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Recipe:
+        data_path()  # refuses a URL
         if self.init == self.name:
             raise ValueError(f"init names the run itself ({self.name}); name the run of the stage before, or null")
         if self.optim.lora is not None and "llm" in self.train.freeze:
@@ -302,7 +308,6 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
             packs_per_step=self.train.packs_per_step,
             window=data.window,
             seed=data.seed,
-            block=data.block,
         )
 
     @property
@@ -318,7 +323,13 @@ class Recipe(pydantic.BaseModel, extra="forbid", frozen=True):
 
 def data_path(name: str | Path = "") -> Path:
     """A path below `MOLMO2_DATA` (default `./data`); an absolute `name` stays as it is."""
-    return Path(os.environ.get("MOLMO2_DATA", "data")) / name
+    folder = os.environ.get("MOLMO2_DATA", "data")
+    if "://" in folder:
+        raise RecipeError(
+            f"MOLMO2_DATA={folder}: runs and raw data are kept on a disk; set it to a local folder, name buckets of "
+            "shards in data.roots, and a bucket for copies of the checkpoints in train.mirror"
+        )
+    return Path(folder) / name
 
 
 def root_paths(roots: Sequence[str]) -> list[str]:
@@ -371,6 +382,8 @@ def parse_recipe(values: Any, where: str) -> Recipe:
 
 def _describe(error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"]) or "recipe"
+    if error["type"] == "extra_forbidden" and path in GONE:
+        return f"{path}: {GONE[path]} (got {error['input']!r})"
     if error["type"] == "extra_forbidden":
         known = _known_names(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)

@@ -5,9 +5,10 @@
     python tools/verify_shards.py s3://bucket/shards/sft
     python tools/verify_shards.py data/shards/sft --repair --from s3://bucket/shards/sft
 
-A folder may be one dataset or hold many, on disk or in a bucket. `--repair` repairs damaged datasets on disk: a damaged
-shard is fetched from a copy (`--from`, with the same folders below it), or else its damaged samples are dropped; lost
-indexes are rebuilt from the shards. Dropped samples are recorded in `repairs.jsonl` of the dataset. `--reindex`
+A folder may be one dataset or hold many, on disk, in a bucket or on the hub (hf://); of a web server (https://) it is
+one dataset. `--repair` repairs damaged datasets, except published ones: a damaged shard is fetched from a copy
+(`--from`, with the same folders below it), or else its damaged samples are dropped; lost indexes are rebuilt from the
+shards. Dropped samples are recorded in `repairs.jsonl` of the dataset. `--reindex`
 rebuilds all indexes as if they were lost: every sample in the tars that can be parsed is accepted.
 """
 
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -36,14 +36,17 @@ def num_bytes(folder: str) -> int:
 
 def repair(datasets: list[str], folders: list[str], copy: str | None, reindex: bool) -> None:
     """Repair every damaged dataset, or rebuild the indexes of all datasets, and print what was done."""
+    if published := [dataset for dataset in datasets if dataset.startswith(("https://", "http://", "hf://"))]:
+        raise ValueError(
+            f"{published[0]}: it cannot be written; copy it to a folder, repair it there with --repair (and with "
+            "--from PLACE if there is an intact copy), and publish it again"
+        )
     for dataset in datasets:
-        if "://" in dataset:
-            raise ValueError(f"{dataset}: only a dataset on disk is repaired; copy it here and back")
         if not reindex and not any(isinstance(result, Finding) for result in verify_dataset(dataset)):
             continue
         root = max((folder.rstrip("/") for folder in folders if dataset.startswith(folder.rstrip("/"))), key=len)
         place = None if copy is None else open_storage(copy.rstrip("/") + dataset.removeprefix(root))
-        for done in repair_dataset(Path(dataset), place, reindex=reindex):
+        for done in repair_dataset(dataset, place, reindex=reindex):
             how = "fetched" if done.fetched else f"{done.kept} samples kept, {len(done.dropped)} findings dropped"
             print(f"REPAIRED {dataset} / {done.shard}.tar: {how}{', checksums were lost' if done.unchecked else ''}")
             for finding in done.dropped:

@@ -51,10 +51,7 @@ class LossPlaces(NamedTuple):
 
 
 class PlacedBatch(NamedTuple):
-    """A batch on the device that computes it, with what a rank does with it.
-
-    `seeds`: of dropout, int32 [B, 2]. `order`: see `AttentionMask`.
-    """
+    """A batch on its device, with what a rank does with it; seeds of dropout int32 [B, 2]; `order`: `AttentionMask`'s."""
 
     batch: Batch
     visual: VisualPlaces

@@ -70,8 +70,7 @@ class TrainingModule(nn.Module):
         self.model = model
         self.mesh = mesh
         self.train_settings = recipe.train
-        compiled = model.lm_head.chunk_sums is not chunk_sums
-        self.chunk_rows = rows_per_chunk(model.config.text.vocab_size, compiled)
+        self.chunk_rows = rows_per_chunk(model.config.text.vocab_size, model.lm_head.chunk_sums is not chunk_sums)
         self.attend = ulysses(masked_attention, mesh, model.config.text.num_heads, model.config.text.num_kv_heads)
 
     def place(self, batch: Batch, device: torch.device | str = "cpu") -> PlacedBatch:

@@ -1,4 +1,4 @@
-"""Repairing a dataset on disk: fetch shards from a copy, drop damaged samples, rebuild indexes.
+"""Repairing a dataset on a disk or in a bucket: fetch shards from a copy, drop damaged samples, rebuild indexes.
 
 Dropped samples are recorded in `repairs.jsonl`. The old index is saved as `repair.json` before anything is changed, and
 the new one is written last, so the next run resumes a killed repair. A repaired dataset has other samples and another
@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shards.atomic import append_to
 from shards.build.verify import Finding, verify_images, verify_span
 from shards.build.writer import index_row, npy_bytes, row_facts
 from shards.format import (
@@ -43,7 +42,7 @@ from shards.format import (
 from shards.layout import VisualLayout
 from shards.schema import Sample
 from shards.storage.base import Storage
-from shards.storage.local import LocalStorage
+from shards.storage.open import open_storage
 from shards.tar_headers import whole_headers
 
 SET_ASIDE, LOG_NAME = "repair.json", "repairs.jsonl"
@@ -73,33 +72,34 @@ class RepairError(ValueError):
     """A dataset cannot be repaired: no sample is left, or the settings of its index are lost."""
 
 
-def repair_dataset(folder: Path, copy: Storage | None = None, *, reindex: bool = False) -> Iterator[Repaired]:
+def repair_dataset(folder: str | Path, copy: Storage | None = None, *, reindex: bool = False) -> Iterator[Repaired]:
     """Repair a dataset; yields each repaired shard when it is done.
 
     Args:
-        folder: the dataset.
+        folder: the dataset, a path or a URL.
         copy: storage of a copy of the dataset; a shard is taken from it if its bytes match the index.
         reindex: ignore the existing indexes and rebuild them from the tars.
 
     Raises:
         RepairError: there is neither an index nor the settings to rebuild it, or no sample is left.
     """
-    storage, index = LocalStorage(folder), _last_index(folder)
+    storage = open_storage(folder)
+    index = _last_index(storage)
     layout = VisualLayout.from_json(index.processor["layout"])
     known = {} if reindex else {shard.name: shard for shard in index.shards}
     names = list(known) or sorted(name[:-4] for name in storage.list(".tar"))
     storage.write(SET_ASIDE, index.model_dump_json().encode())
-    storage.path(INDEX_NAME).unlink(missing_ok=True)  # the dataset is incomplete from here on
+    storage.remove(INDEX_NAME)  # the dataset is incomplete from here on
     shards, sums = [], dict.fromkeys(Totals.model_fields, 0)
     for name in names:
         info = known.get(name)
         intact = info is not None and _is_intact(storage, info)
         fetched = info is not None and not intact and _fetch(storage, copy, info)
         unchecked = not (intact or fetched or _has_sidecar(storage, info) or _has_tar(storage, info))
-        rows, spans, dropped, annotations = _scan(storage, name, info, index.num_variants, layout, folder.name)
+        rows, spans, dropped, annotations = _scan(storage, name, info, index.num_variants, layout, index.dataset)
         if not spans:
             for suffix in (".tar", ".idx.npy"):
-                storage.path(name + suffix).unlink(missing_ok=True)
+                storage.remove(name + suffix)
         else:
             old, info = info, _rewrite(storage, name, info, rows, spans, bool(dropped))
             shards.append(info)
@@ -109,33 +109,34 @@ def repair_dataset(folder: Path, copy: Storage | None = None, *, reindex: bool =
             for total, value in {**counts, "annotations": annotations}.items():
                 sums[total] += value
         if not intact or dropped:
-            _record(folder, dropped)
+            _record(storage, dropped)
             yield Repaired(shard=name, fetched=fetched, unchecked=unchecked, kept=len(rows), dropped=tuple(dropped))
     if not shards:
         raise RepairError(f"{folder}: no sample is left; build the dataset again with tools/build_shards.py")
     sums["rejects"] = storage.read(REJECTS_NAME).count(b"\n") if storage.size(REJECTS_NAME) else 0
     repaired = index.model_copy(update={"shards": tuple(shards), "totals": Totals(**sums)})
     storage.write(INDEX_NAME, (repaired.model_dump_json(indent=1) + "\n").encode())
-    storage.path(SET_ASIDE).unlink()
+    storage.remove(SET_ASIDE)
 
 
-def _last_index(folder: Path) -> DatasetIndex:
+def _last_index(storage: Storage) -> DatasetIndex:
     """The index, or the one that a killed repair saved, or one rebuilt from the settings in `build.json`.
 
     That of an older format version names no shards, so that all are scanned.
     """
     for name in (INDEX_NAME, SET_ASIDE):
         try:
-            data = (folder / name).read_bytes()
-            return _settings_of_version_1(data) or parse_index(data, str(folder / name))
+            data = storage.read(name)
+            return _settings_of_version_1(data) or parse_index(data, f"{storage.root}/{name}")
         except (FileNotFoundError, FormatError):
             continue
     try:
-        build = json.loads((folder / "build.json").read_bytes())
+        build = json.loads(storage.read("build.json"))
+        stage, name = f"/{storage.root}".split("/")[-2:]
         return DatasetIndex(
             format_version=FORMAT_VERSION,
-            dataset=folder.name,
-            stage=folder.parent.name,
+            dataset=name,
+            stage=stage,
             num_variants=build["settings"]["num_variants"],
             processor=build["processor"],
             source={"note": "the index was lost and made anew from the shards; the catalog names the source"},
@@ -145,8 +146,9 @@ def _last_index(folder: Path) -> DatasetIndex:
         )
     except (OSError, *ODD_SAMPLE) as error:
         raise RepairError(
-            f"{folder}: neither {INDEX_NAME} nor build.json can be read ({type(error).__name__}: {error}): without the "
-            "processor's settings no length can be computed; copy one of them from another machine, or build again"
+            f"{storage.root}: neither {INDEX_NAME} nor build.json can be read ({type(error).__name__}: {error}): "
+            "without the processor's settings no length can be computed; copy one of them from another machine, "
+            "or build again"
         ) from None
 
 
@@ -161,27 +163,27 @@ def _settings_of_version_1(data: bytes) -> DatasetIndex | None:
         return None
 
 
-def _is_intact(storage: LocalStorage, info: ShardInfo) -> bool:
+def _is_intact(storage: Storage, info: ShardInfo) -> bool:
     """Whether both files of a shard have the hashes of the index."""
     return _has_tar(storage, info) and _has_sidecar(storage, info)
 
 
-def _has_tar(storage: LocalStorage, info: ShardInfo | None) -> bool:
-    return info is not None and _sha256(storage.path(f"{info.name}.tar")) == info.sha256
+def _has_tar(storage: Storage, info: ShardInfo | None) -> bool:
+    return info is not None and _sha256(storage, f"{info.name}.tar") == info.sha256
 
 
-def _has_sidecar(storage: LocalStorage, info: ShardInfo | None) -> bool:
-    return info is not None and _sha256(storage.path(f"{info.name}.idx.npy")) == info.index_sha256
+def _has_sidecar(storage: Storage, info: ShardInfo | None) -> bool:
+    return info is not None and _sha256(storage, f"{info.name}.idx.npy") == info.index_sha256
 
 
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
+def _sha256(storage: Storage, name: str) -> str | None:
+    try:
+        return hashlib.sha256(storage.read(name)).hexdigest()
+    except FileNotFoundError:
         return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fetch(storage: LocalStorage, copy: Storage | None, info: ShardInfo) -> bool:
+def _fetch(storage: Storage, copy: Storage | None, info: ShardInfo) -> bool:
     """Fetch a shard from the copy; False if its hashes there are not those of the index."""
     if copy is None:
         return False
@@ -206,7 +208,7 @@ class _Scan(NamedTuple):
 
 
 def _scan(
-    storage: LocalStorage, name: str, info: ShardInfo | None, num_variants: int, layout: VisualLayout, dataset: str
+    storage: Storage, name: str, info: ShardInfo | None, num_variants: int, layout: VisualLayout, dataset: str
 ) -> _Scan:
     """Scan a shard by its sidecar, or without it where the tar is whole and the sidecar would cost samples."""
     try:
@@ -247,7 +249,7 @@ def _scan_spans(
 
 
 def _spans(
-    storage: LocalStorage, name: str, info: ShardInfo | None, num_variants: int, data: bytes
+    storage: Storage, name: str, info: ShardInfo | None, num_variants: int, data: bytes
 ) -> Iterator[tuple[npt.NDArray[np.void] | None, int, int]]:
     """Sidecar row (None if the sidecar cannot be trusted), offset and length of every sample of a tar."""
     rows = None
@@ -287,7 +289,7 @@ def _row(span: bytes, key: str, num_variants: int, layout: VisualLayout) -> npt.
 
 
 def _rewrite(
-    storage: LocalStorage,
+    storage: Storage,
     name: str,
     info: ShardInfo | None,
     rows: npt.NDArray[np.void],
@@ -312,9 +314,9 @@ def _rewrite(
     )
 
 
-def _record(folder: Path, dropped: list[Finding]) -> None:
+def _record(storage: Storage, dropped: list[Finding]) -> None:
     if not dropped:
         return
-    with append_to(folder / LOG_NAME) as file:
-        for finding in dropped:
-            file.write(json.dumps(asdict(finding)) + "\n")
+    before = storage.read(LOG_NAME) if storage.size(LOG_NAME) else b""
+    lines = "".join(json.dumps(asdict(finding)) + "\n" for finding in dropped)
+    storage.write(LOG_NAME, before + lines.encode())

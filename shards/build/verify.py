@@ -7,6 +7,7 @@ samples that the sidecar lists, or if a sample does not expand to the lengths th
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import posixpath
 from collections import Counter
@@ -62,7 +63,13 @@ class Finding:
 
 def find_datasets(root: str) -> list[str]:
     """Every folder at or below `root`, a path or a URL, that holds shards or an index."""
-    marks = [name for suffix in (INDEX_NAME, ".tar", "build.json") for name in open_storage(root).list(suffix)]
+    storage = open_storage(root)
+    try:
+        marks = [name for suffix in (INDEX_NAME, ".tar", "build.json") for name in storage.list(suffix)]
+    except io.UnsupportedOperation:  # a web server; the folder may be a dataset's own
+        if storage.size(INDEX_NAME) is None:
+            raise
+        return [root.rstrip("/")]
     return sorted({posixpath.join(root.rstrip("/"), posixpath.dirname(name)).rstrip("/") for name in marks})
 
 
@@ -84,13 +91,20 @@ def verify_dataset(folder: str) -> Iterator[Finding | ShardInfo]:
         for finding in _verify_shard(storage, index, shard, layout, seen, sums):
             yield Finding(dataset=name, shard=f"{shard.name}.tar", **finding)
         yield shard
-    listed = {shard.name for shard in index.shards}
-    for extra in sorted({n[:-4] for n in storage.list(".tar")} - listed):
+    for extra in _unlisted(storage, index):
         yield Finding(dataset=name, shard=f"{extra}.tar", problem="not in the index")
     sums["rejects"] = storage.read(REJECTS_NAME).count(b"\n") if storage.size(REJECTS_NAME) else 0
     for total, value in index.totals.model_dump().items():
         if sums[total] != value:
             yield Finding(dataset=name, problem=f"{sums[total]} {total}, the index says {value}")
+
+
+def _unlisted(storage: Storage, index: DatasetIndex) -> list[str]:
+    """Shards that the index does not have; none for a web server, which lists no files."""
+    try:
+        return sorted({name[:-4] for name in storage.list(".tar")} - {shard.name for shard in index.shards})
+    except io.UnsupportedOperation:
+        return []
 
 
 def _verify_shard(

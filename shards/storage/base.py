@@ -1,7 +1,7 @@
 """The storage interface with seven methods: read, write, create, publish, size, remove, list.
 
-This module holds the protocol, its error, counters for readers, and threads for reads. Local directories are
-`shards.storage.local`, buckets `shards.storage.s3`; another backend needs the same seven methods and a line in
+This module holds the protocol, its error, counters for readers, and threads for reads. Backends are local directories
+(`local`), buckets (`s3`) and published shards (`web`); another one needs the same seven methods and a line in
 `shards.storage.open`. File names are relative, with "/" between parts, and never leave the root.
 """
 

@@ -21,8 +21,14 @@ def open_storage(url: str | Path) -> Storage:
         except ImportError as error:
             raise ValueError(f"{text}: {error}; buckets need the extra: pip install -e '.[s3]'") from None
         return S3Storage(text)
+    if text.startswith(("https://", "http://", "hf://")):
+        from shards.storage.web import open_web
+
+        return open_web(text)
     if text.startswith("file://"):
         text = text.removeprefix("file://")
     elif "://" in text:
-        raise ValueError(f"{text}: unsupported scheme; give a local directory, a file:// or an s3:// URL")
+        raise ValueError(
+            f"{text}: unsupported scheme; give a local directory, or a URL with file://, s3://, https:// or hf://"
+        )
     return LocalStorage(text)

@@ -53,22 +53,6 @@ def permute(positions: Ints, sizes: Ints, keys: U64) -> Ints:
     return value.astype(np.int64)
 
 
-def permute_blocks(positions: Ints, sizes: Ints, keys: U64, block: int) -> Ints:
-    """Like `permute`, but blocks of `block` neighbours stay together, for disks with slow seeks.
-
-    The blocks are permuted, and the positions within each block; the remainder after the last whole block stays last.
-    """
-    if block == 1:
-        return permute(positions, sizes, keys)
-    whole = sizes // block
-    number, inside = np.divmod(positions, block)
-    tail = number == whole
-    # The remainder is a block of its own that keeps its place.
-    target = np.where(tail, number, permute(np.where(tail, 0, number), np.maximum(whole, 1), keys))
-    length = np.where(tail, np.maximum(sizes - whole * block, 1), block)
-    return target * block + permute(inside, length, epoch_keys(keys, target + 1))
-
-
 def _feistel(value: U64, half: U64, keys: U64) -> U64:
     """A bijection on the numbers of 2 * half bits."""
     low = (np.uint64(1) << half) - np.uint64(1)

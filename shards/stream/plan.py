@@ -22,7 +22,7 @@ import numpy.typing as npt
 from shards.storage.base import read_threads
 from shards.stream.dataset import Dataset, check_processor, find_dataset, setting_differences
 from shards.stream.mixture import MixtureSpec, draws_before, integer_weights, phase
-from shards.stream.order import epoch_keys, key_of, permute_blocks, shuffled
+from shards.stream.order import epoch_keys, key_of, permute, shuffled
 from shards.stream.packing import pack
 
 PLAN_VERSION = 2  # 2: packs of like cost
@@ -96,8 +96,7 @@ class StepSpec(NamedTuple):
 class PlanSettings:
     """Settings that determine the order of batches, together with the datasets and the mixture.
 
-    `window` is the length of a window in virtual time, about its number of draws; `packs_per_step` is the global batch
-    size in packs; `block` is the number of stored neighbours that an epoch reads one after another (1: no blocks).
+    `window`: length of a window in virtual time, about its number of draws; `packs_per_step`: packs of a global batch.
     """
 
     sequence_length: int
@@ -105,7 +104,6 @@ class PlanSettings:
     packs_per_step: int
     window: int = 4096
     seed: int = 0
-    block: int = 1
 
 
 class Plan:
@@ -186,7 +184,7 @@ class Plan:
         Raises:
             PlanError: the state belongs to another plan; every difference is listed.
         """
-        changed = setting_differences(self.identity(), state["identity"])
+        changed = setting_differences(self.identity(), _saved_identity(state))
         if changed:
             listed = "\n  ".join(changed)
             raise PlanError(
@@ -202,7 +200,7 @@ class Plan:
         The cursor is at the same virtual time, at the start of the first window after the current one: the packs left
         in the current window are skipped. Each dataset continues at the draw that this plan gives for that time.
         """
-        cursor, old = Cursor(**state["cursor"]), state["identity"]
+        cursor, old = Cursor(**state["cursor"]), _saved_identity(state)
         changed = setting_differences(self.identity(), old)
         if not changed:
             return cursor, []
@@ -218,7 +216,7 @@ class Plan:
         drawn = np.arange(ends[-1]) + np.repeat(before - ends + counts, counts)  # number of the draw within its dataset
         epochs, positions = np.divmod(drawn, self._sizes[number])
         keys = epoch_keys(self._order_keys[number], epochs)
-        ordinals = permute_blocks(positions, self._sizes[number], keys, self.settings.block)
+        ordinals = permute(positions, self._sizes[number], keys)
         draws: list[Draw] = []
         for i in np.flatnonzero(counts).tolist():
             part = slice(int(ends[i] - counts[i]), int(ends[i]))
@@ -261,6 +259,12 @@ def draws_of(dataset: Dataset, ordinals: Array, epochs: Array | int = 0, number:
     columns = [shard, row, variant, entries["offset"], entries["span"], entries["xxh64"]]
     columns += [entries[field][samples, variant] for field in ("num_tokens", "num_crops", "loss_weight", "num_pairs")]
     return [Draw(number, *values) for values in zip(*(column.tolist() for column in columns), strict=True)]
+
+
+def _saved_identity(state: dict[str, Any]) -> dict[str, Any]:
+    """The identity in a saved state. States of earlier versions have `block`, whose default 1 is the order of today."""
+    identity: dict[str, Any] = state["identity"]
+    return identity | {"settings": {k: v for k, v in identity["settings"].items() if (k, v) != ("block", 1)}}
 
 
 def _check_lengths(dataset: Dataset, settings: PlanSettings) -> None:

@@ -24,7 +24,6 @@ from shards.stream.plan import PlanSettings
 from shards.stream.reader import Damage
 
 KEPT = 2  # batches of each worker that the main process may hold while the worker builds further ones
-TOKEN_BYTES = 48  # of a token in the seven tensors [B, S] of a batch, 41, and more
 _RINGS: weakref.WeakValueDictionary[int, SlotRing] = weakref.WeakValueDictionary()
 
 
@@ -97,6 +96,6 @@ def share(batch: Batch, ring: SlotRing, slot: int | None) -> SharedBatch:
 
 def batch_bytes(layout: VisualLayout, settings: PlanSettings, micro_batch: int) -> int:
     """The most bytes of a micro-batch: of its tokens, each with a row of the pooling table, and of its crops."""
-    pooling = 8 * max(layout.image_pool, layout.video_pool) ** 2
-    pack = settings.sequence_length * (TOKEN_BYTES + pooling) + settings.max_crops * (3 * layout.crop_size**2 + 16)
+    token = 48 + 8 * max(layout.image_pool, layout.video_pool) ** 2  # the seven tensors [B, S] have 41
+    pack = settings.sequence_length * token + settings.max_crops * (3 * layout.crop_size**2 + 16)
     return micro_batch * pack + 16 * ALIGNED

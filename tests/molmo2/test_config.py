@@ -141,6 +141,35 @@ def test_reading_a_recipe_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_the_former_name_of_recompute_is_refused_with_the_remedy(value: str) -> None:
+    with pytest.raises(RecipeError, match=r"train\.activation_checkpointing: was replaced: write recompute"):
+        load_recipe(DEMO, [f"train.activation_checkpointing={value}"])
+
+
+def test_the_former_setting_block_is_refused_with_the_remedy() -> None:
+    with pytest.raises(RecipeError, match=r"data.block: is gone, since it saved no seeks; delete the key \(got 64\)"):
+        load_recipe(DEMO, ["data.block=64"])
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/data", "https://host/data"])
+def test_the_folder_of_runs_is_no_url(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """It was a folder "s3:" below the working directory."""
+    monkeypatch.setenv("MOLMO2_DATA", place)
+    with pytest.raises(RecipeError, match=f"MOLMO2_DATA={place}: .*a local folder.*data.roots.*train.mirror"):
+        load_recipe(DEMO)
+    with pytest.raises(ValueError, match=f"MOLMO2_DATA={place}: "):
+        data_path("runs")
+
+
+@pytest.mark.parametrize("place", ["https://host/runs", "hf://datasets/owner/name", "gs://bucket/runs"])
+def test_a_mirror_is_written(place: str) -> None:
+    with pytest.raises(RecipeError, match=f"train: mirror {place}: .*s3://bucket/runs"):
+        load_recipe(DEMO, [f"train.mirror={place}"])
+    for fine in ("s3://bucket/runs", "file:///far/runs", "/far/runs"):
+        assert load_recipe(DEMO, [f"train.mirror={fine}"]).train.mirror == fine
+
+
 def test_offloaded_activations_need_full_recomputation() -> None:
     with pytest.raises(RecipeError, match="offload of activations needs recompute: full"):
         load_recipe(DEMO, ["train.recompute=light", "train.offload=[activations]"])

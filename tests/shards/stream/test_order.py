@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.stream.order import epoch_keys, key_of, permute, permute_blocks, shuffled
+from shards.stream.order import epoch_keys, key_of, permute, shuffled
 
 
 def whole(size: int, key: int) -> np.ndarray:
@@ -61,26 +61,3 @@ def test_order_is_pinned() -> None:
     assert key_of("order", 0, "demo") == 16718171717350676097
     assert whole(10, 42).tolist() == [1, 5, 2, 9, 8, 0, 7, 6, 3, 4]
     assert epoch_keys(np.array([42], np.uint64), np.array([3])).tolist() == [5139283748462763858]
-
-
-def blocks(size: int, key: int, block: int) -> np.ndarray:
-    return permute_blocks(np.arange(size), np.full(size, size), np.full(size, key, np.uint64), block)
-
-
-@pytest.mark.parametrize("block", [1, 2, 7, 64, 1000])
-@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 640, 999])
-def test_blocks_are_bijective_and_stay_together(size: int, block: int) -> None:
-    order = blocks(size, 11, block)
-    assert sorted(order) == list(range(size))
-    for first in range(0, size, block):
-        assert len(set((order[first : first + block] // block).tolist())) == 1
-
-
-def test_blocks_are_shuffled_outside_and_inside() -> None:
-    order = blocks(1000, 3, 50)
-    visited = order[::50] // 50
-    assert sorted(visited) == list(range(20)) and visited.tolist() != list(range(20))
-    insides = {tuple(order[first : first + 50] % 50) for first in range(0, 1000, 50)}
-    assert len(insides) == 20 and tuple(range(50)) not in insides
-    assert blocks(1000, 4, 50).tolist() != order.tolist()
-    assert blocks(1000, 3, 1).tolist() == whole(1000, 3).tolist()

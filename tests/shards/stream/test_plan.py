@@ -173,6 +173,17 @@ def test_state_is_small_and_restores(plan: Plan) -> None:
     assert isinstance(plan.restore(json.loads(text)), Cursor)
 
 
+def test_a_state_of_before_restores_unless_its_order_is_gone(plan: Plan) -> None:
+    """Earlier versions had a setting `block`; 1 is the order of today."""
+    cursor = until(plan, 3)[-1].cursor
+    state = json.loads(json.dumps(plan.state(cursor)))
+    state["identity"]["settings"]["block"] = 1
+    assert plan.restore(state) == cursor and plan.change_over(state) == (cursor, [])
+    state["identity"]["settings"]["block"] = 64
+    with pytest.raises(PlanError, match=r"settings.block: None, wanted 64"):
+        plan.restore(state)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
