@@ -51,7 +51,7 @@ class LossPlaces(NamedTuple):
 
 
 class PlacedBatch(NamedTuple):
-    """A batch on its device, with what a rank does with it; seeds of dropout int32 [B, 2]; `order`: `AttentionMask`'s."""
+    """A batch on its device, with what a rank does with it; seeds of dropout [B, 2]; `order`: see `AttentionMask`."""
 
     batch: Batch
     visual: VisualPlaces

@@ -10,6 +10,8 @@ import functools
 import logging
 import os
 import re
+import socket
+import ssl
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -152,7 +154,23 @@ def request(location: Location, first: int, last: int | None, end: float, redire
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
         cause = getattr(error, "reason", error) if isinstance(error, urllib3.exceptions.MaxRetryError) else error
+        _raise_if_lasting(cause, location.url)
         raise TransientError(f"{type(cause).__name__}: {cause}") from None
+
+
+def _raise_if_lasting(error: BaseException, url: str) -> None:
+    """Raise what another attempt would not change: a name that does not exist, a certificate that is not trusted."""
+    host, found = urlsplit(url).netloc, error.__cause__
+    if isinstance(found, socket.gaierror) and found.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
+        raise UnavailableError(
+            f"there is no host {host} ({found.strerror}); check the address of the endpoint"
+        ) from None
+    inner = error.args[0] if error.args else None
+    if isinstance(inner, ssl.SSLCertVerificationError):
+        raise UnavailableError(
+            f"the certificate of {host} is not trusted ({inner.verify_message}); check the address of the endpoint, or "
+            "name the file of its authority in SSL_CERT_FILE"
+        ) from None
 
 
 def check_status(response: Response, where: str, remedy: str) -> None:

@@ -4,8 +4,12 @@ import contextlib
 import json
 import pickle
 import re
+import shutil
+import socket
+import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -503,3 +507,34 @@ def test_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         url = f"{gone.url}/shards"
     with pytest.raises(UnavailableError, match=rf"{url}/one/index.json: no answer in .*Connection refused.*check the"):
         find_dataset((url,), "one")
+
+
+def test_a_host_that_does_not_exist_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name server that is busy is asked again; one that knows no such name is not."""
+    asked = []
+
+    def refuse(*where: object, **_: object) -> None:
+        asked.append(where)
+        raise socket.gaierror(socket.EAI_NONAME if len(asked) > 2 else socket.EAI_AGAIN, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    with pytest.raises(UnavailableError, match=r"there is no host nowhere\.example:81 \(Name or service not known\)"):
+        open_storage("http://nowhere.example:81/shards").read("one/index.json")
+    assert len(asked) == 3
+
+
+def test_a_certificate_that_is_not_trusted_is_told_at_once(files: Files, tmp_path: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl, which makes the certificate, is not installed")
+    names = ["-subj", "/CN=127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *names]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    files.socket = context.wrap_socket(files.socket, server_side=True)
+    files.handle_error = lambda *_: None  # type: ignore[method-assign]
+    since = time.monotonic()
+    with pytest.raises(UnavailableError, match=r"the certificate of 127\.0\.0\.1:\d+ is not trusted \(self.signed"):
+        open_storage(files.url.replace("http:", "https:")).read("one/index.json")
+    assert time.monotonic() - since < shards.storage.ranged.DEADLINE / 4
