@@ -43,6 +43,7 @@ class Hub(ThreadingHTTPServer):
     """The server; tests read `log` and set `gated`, `tokens` and `cuts`."""
 
     daemon_threads = True
+    request_queue_size = 256  # loader workers connect with all their threads at once
 
     def __init__(self, root: Path, handler: type["Handler"]) -> None:
         super().__init__(("127.0.0.1", 0), handler)

@@ -210,6 +210,7 @@ class Proxy(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 256  # a read has 48 threads, which connect at once
 
     def __init__(self, upstream: str) -> None:
         super().__init__(("127.0.0.1", 0), ProxyHandler)

@@ -155,6 +155,7 @@ def describe(folder: Path, name: str, text: str) -> None:
     (folder / f"{name}.yaml").write_text(text)
 
 
+@pytest.mark.slow
 def test_tasks_that_cannot_run_are_listed_and_refused(tmp_path: Path) -> None:
     """By name, in a group, by a template that they include, and by a pattern; their functions are not imported."""
     from molmo2.eval.lmms.tasks import check_command_line, refused_tasks

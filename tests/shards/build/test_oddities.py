@@ -103,6 +103,7 @@ def test_a_build_counts_each_file_once_and_finds_equal_pixels_in_other_shards(ra
     assert merge_oddities([(3, {}), (3, {})]) == {}  # parts of builds before there were such logs
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_is_odd(raw: Path, tmp_path: Path) -> None:
     files = pictures()
     for name, (data, _) in files.items():

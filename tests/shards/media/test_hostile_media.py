@@ -128,6 +128,7 @@ def zeros(bits: int, colour: int, channels: int, *extra: tuple[bytes, bytes]) ->
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
+@pytest.mark.slow
 def test_a_small_file_of_many_pixels_takes_ten_bytes_a_pixel(tmp_path: Path) -> None:
     """The conversion made 20 bytes of each, or 40 if it had 32 bits: 3 to 7 GiB of the largest image that is read."""
     turn = b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0) + bytes(4)

@@ -56,6 +56,7 @@ class Files(ThreadingHTTPServer):
     """A web server for a folder, which answers requests for ranges unless `ranges` is False."""
 
     daemon_threads = True
+    request_queue_size = 256  # with the usual 5 a connection that waits is lost, and the client waits for 30 s
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), FilesHandler)
