@@ -2,9 +2,6 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +14,7 @@ import torch.distributed as dist
 import toy_run
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from train_runs import train
 
 from molmo2.config import RecipeError, load_recipe
 from molmo2.eval import during_training
@@ -165,15 +163,10 @@ def test_wrong_benchmarks_are_refused_at_the_start(one_rank: Path, changes: dict
         load_recipe(write_recipe(one_rank, "none", questions=0))
 
 
-@pytest.mark.slow
+@pytest.mark.dist
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_run_on_two_ranks_writes_its_scores(root: Path, stage: int) -> None:
-    recipe = write_recipe(root, f"run{stage}")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "molmo2/train.py", "--recipe", recipe, "--set", f"train.zero_stage={stage}"]
-    environment = {**os.environ, "MOLMO2_DATA": str(root), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    train(root, write_recipe(root, f"run{stage}"), "--set", f"train.zero_stage={stage}")
     run_dir = root / f"runs/run{stage}"
     lines = [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2, 4]

@@ -152,7 +152,7 @@ def test_compiled_halves_keep_what_the_others_keep(level: str) -> None:
 @pytest.mark.slow
 def test_a_budget_bounds_what_graphs_keep_and_changes_no_result() -> None:
     """From what they keep of themselves down to what "light" keeps, with the partitioner that training uses."""
-    text = replace(engine_cases.CONFIG.text, hidden_size=128, intermediate_size=384, num_layers=4)
+    text = replace(engine_cases.CONFIG.text, hidden_size=128, intermediate_size=384, num_layers=2)
     config = replace(engine_cases.CONFIG, text=text)
     plain, batch = module("none", Molmo2(config).init_weights(7)), engine_cases.batch(1, 2, 192)
 
@@ -168,11 +168,10 @@ def test_a_budget_bounds_what_graphs_keep_and_changes_no_result() -> None:
         return size
 
     light = kept("light", 1.0)
-    sizes = [kept("none", budget) for budget in (0.01, 0.3, 0.6, 1.0)]
+    sizes = [kept("none", budget) for budget in (0.01, 0.5, 1.0)]
     torch._functorch.config.activation_memory_budget = 1.0
     assert sizes == sorted(set(sizes)) and sizes[0] < 1.1 * light < sizes[-1] / 2
-    for budget, size in zip((0.3, 0.6), sizes[1:3], strict=True):  # the estimate is between the two in a straight line
-        assert size < 1.1 * (light + budget * (sizes[-1] - light))
+    assert sizes[1] < 1.1 * (light + 0.5 * (sizes[-1] - light))  # the estimate: a straight line
 
 
 @pytest.mark.slow
