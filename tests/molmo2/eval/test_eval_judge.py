@@ -96,6 +96,7 @@ def test_statement_f1_worked(endpoint: tuple[str, Endpoint], tmp_path: Path) -> 
     assert metric([Answered("", replace(ASKED, answer=""), {"statements": []})]) == 1
 
 
+@pytest.mark.slow
 def test_replies_are_stored_and_reused(endpoint: tuple[str, Endpoint], tmp_path: Path) -> None:
     url, state = endpoint
     cache = tmp_path / "new" / "replies.jsonl"

@@ -169,6 +169,7 @@ def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
     return messages
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(conversations(), STYLES)
 def test_the_template_makes_the_tokens_of_training(messages: list[dict[str, Any]], style: str) -> None:

@@ -104,6 +104,7 @@ def test_a_tensor_that_stayed_on_the_cpu_is_noticed(monkeypatch: pytest.MonkeyPa
         fake_device_cases.tiny("cuda", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1024, 36_864])
 def test_forward_and_loss_of_the_4b_model_run_on_a_fake_gpu(length: int) -> None:
     check(fake_device_cases.released("cuda", length), "cuda")

@@ -38,6 +38,7 @@ def lists_of_nulls(path: Path, counts: list[int]) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", ["", "a"], ids=["read", "grouped"])
 @pytest.mark.parametrize("counts", [[parquet.MAX_VALUES + 1], [1, 2, parquet.MAX_VALUES]], ids=["a row", "one of them"])
 def test_a_small_file_of_many_values_is_not_read(tmp_path: Path, column: str, counts: list[int]) -> None:

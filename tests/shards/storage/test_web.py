@@ -192,6 +192,7 @@ def batches(root: str, workers: int, count: int = 6, **options: int) -> list[Bat
         loader.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "options"), [(0, {}), (2, {}), (0, {"cache": 1 << 30})])
 def test_batches_are_those_of_the_disk(
     place: tuple[str, Proxy], local: Path, workers: int, options: dict[str, int]
@@ -367,6 +368,7 @@ def test_redirects_are_followed(files: Files) -> None:
     assert open_storage(f"{root}/one").size("index.json") == (files.folder / "sft/one/index.json").stat().st_size
 
 
+@pytest.mark.slow
 def test_verification(files: Files, hub: Hub) -> None:
     """A web server lists nothing, so it is given a dataset's own folder."""
     root = "hf://datasets/owner/name/sft"
@@ -389,6 +391,7 @@ def test_verification(files: Files, hub: Hub) -> None:
         tar.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_repair_is_refused_before_anything_is_changed(files: Files, tmp_path: Path) -> None:
     folder = write_dataset(tmp_path, "near", 4)
     before = (folder / "index.json").read_bytes()
@@ -427,6 +430,7 @@ def test_the_token_goes_to_the_hub_alone(cdn: tuple[Hub, Files]) -> None:
     assert far.log and set(far.tokens) == {None}
 
 
+@pytest.mark.slow
 def test_an_expired_redirect_is_followed_anew(cdn: tuple[Hub, Files]) -> None:
     hub, far = cdn
     root = "hf://datasets/owner/name/sft"

@@ -108,6 +108,7 @@ def videos_in_packs(folder: Path, windows: int) -> tuple[np.ndarray, np.ndarray,
     return first, last, float(np.std([count for steps in counts for count in steps]))
 
 
+@pytest.mark.slow
 def test_balanced_packs_leave_the_expected_composition_of_a_step_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
