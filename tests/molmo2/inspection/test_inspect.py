@@ -204,7 +204,7 @@ def test_the_page_is_whole_and_stands_alone(data: Path, page: Path) -> None:
         assert name in text
         assert f"{facts.index.totals.tokens:,}" in text
     assert "75.00%" in text
-    assert "demo-stage2: the first 200 of 1800 steps" in text
+    assert "demo-stage2: the first 200 of 1150 steps" in text
 
 
 def test_markup_in_a_dataset_stays_text(page: Path) -> None:
