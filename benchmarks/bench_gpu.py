@@ -51,6 +51,7 @@ from molmo2.model.mask import MEMBER, TRUNK, AttentionMask
 from molmo2.model.pairs import attention_pairs
 from molmo2.model.presets import PRESETS, ModelConfig
 from molmo2.model.regions import compile_regions
+from molmo2.model.visual_order import visual_first_order
 
 GIB = 2**30
 CHUNK_CROPS = 32  # as in a run: `molmo2.config.CHUNK_CROPS`
@@ -171,8 +172,7 @@ class Row:
         segment_ids, is_visual = (vector.to(bench.device) for vector in vectors)
         self.mask = AttentionMask(segment_ids, is_visual)
         if ordered:
-            place = torch.where(segment_ids % MEMBER == TRUNK, (~is_visual).long(), 2)
-            order = (segment_ids.long() // MEMBER * 3 + place).argsort(dim=1, stable=True)
+            order = visual_first_order(segment_ids, is_visual)
             self.mask = AttentionMask(segment_ids.gather(1, order), is_visual.gather(1, order), order.int())
 
     def forward(self, attend: Any) -> Tensor:

@@ -21,12 +21,12 @@ from markupsafe import Markup, escape
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INCHES = (4.2, 2.3)  # of a chart; a page scales it to its column
+INCHES = (4.2, 2.3)  # width and height of a chart, which a page scales to its column
 LOG_SPAN = 20  # quotient of the extremes above which a scale is logarithmic
 MOST_POINTS = 400  # a curve has at most this many points; longer logs are averaged
 WINDOW = 1 / 20  # part of a curve over which the smooth line is averaged
 COLOUR = "#1f5fa8"
-UNITS = {  # of the numbers of a log that are no plain ones, by the first part of the name
+UNITS = {  # the unit of each number of a log that has one, by the first part of its name
     "loss": "nats a token",
     "group_loss": "nats a token",
     "tokens_per_second": "tokens/s",

@@ -21,7 +21,7 @@ from shards.atomic import append_to
 from shards.format import canonical_json
 
 TIMEOUT: Final = 300.0  # seconds to wait for a reply
-RETRIES: Final = 5  # of a request that fails for a passing reason
+RETRIES: Final = 5  # how often a request is repeated that fails for a passing reason
 BACKOFF = 1.0  # seconds before the second retry; the pause doubles
 KEY_VARIABLE: Final = "OPENAI_API_KEY"
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import Tensor
 
-from molmo2.model.mask import MEMBER, TRUNK
+from molmo2.model.visual_order import visual_first_order
 from shards.stream.collate import Batch
 
 TOKENS = ("input_ids", "labels", "loss_weights", "position_ids", "segment_ids", "is_visual", "dataset_ids")
@@ -21,8 +20,6 @@ TOKENS = ("input_ids", "labels", "loss_weights", "position_ids", "segment_ids", 
 
 def visual_first(batch: Batch) -> tuple[Batch, Tensor]:
     """The batch in the other order, and the place where each of its tokens stood before, int32 [B, S]."""
-    in_trunk = batch.segment_ids % MEMBER == TRUNK
-    place = torch.where(in_trunk, torch.where(batch.is_visual, 0, 1), 2)
-    order = (batch.segment_ids.long() // MEMBER * 3 + place).argsort(dim=1, stable=True)
+    order = visual_first_order(batch.segment_ids, batch.is_visual)
     moved = {name: getattr(batch, name).gather(1, order) for name in TOKENS}
     return dataclasses.replace(batch, **moved), order.int()

@@ -23,7 +23,7 @@ from pathlib import Path
 import boto3
 
 KEYS = {"accessKey": "tester", "secretKey": "tester-secret"}
-LATER_KEYS = {"accessKey": "renewed", "secretKey": "renewed-secret"}  # of the same user
+LATER_KEYS = {"accessKey": "renewed", "secretKey": "renewed-secret"}  # keys that the same user gets later
 BUCKET = "bucket"
 
 

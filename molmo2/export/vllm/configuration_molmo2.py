@@ -39,9 +39,8 @@ class Molmo2TextConfig(PretrainedConfig):
         rope_scaling: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        self.max_position_embeddings = (
-            max_position_embeddings  # before `super`, which completes `rope_parameters` by it
-        )
+        # These are set before `super` is called, which completes `rope_parameters` by them.
+        self.max_position_embeddings = max_position_embeddings
         self.rope_theta = rope_theta
         self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta, **(rope_scaling or {})}
         super().__init__(**settings)

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from edit_distance import edits
 
 from molmo2.eval.metrics.choices import choice_of, multiple_choice
 from molmo2.processing.choice import render_choice
@@ -153,15 +154,6 @@ def official_choice(answer: str, options: list[str]) -> int:
         if sum(fits) == 1:
             return fits.index(True)
     return int(np.argmin([edits(answer, option) for option in options]))
-
-
-def edits(a: str, b: str) -> int:
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, row = row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
-    return row[-1]
 
 
 def test_answers_of_the_prompts_form_score_as_with_the_official_rule() -> None:

@@ -27,7 +27,7 @@ class Endpoint:
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
-        self.statuses: list[int] = []  # of the next replies; 200 when empty
+        self.statuses: list[int] = []  # HTTP statuses of the next replies; a reply after them has 200
         self.verdict = "{number}. **{verdict}**"
 
     def reply(self, body: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from edit_distance import edits
 
 from molmo2.eval.metrics.text_scores import (
     anls,
@@ -78,16 +79,6 @@ def test_anls_worked():
     assert anls("ab", asked("abcd"), {}).value == 0
     assert anls("abc", asked("abcd"), {}).value == pytest.approx(3 / 4)
     assert anls("x", asked(), {"answers": ["yyyy", "X"]}).value == 1
-
-
-def edits(a: str, b: str) -> int:
-    """Edit distance, from its definition."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, row = row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
-    return row[-1]
 
 
 def test_anls_on_random_texts():

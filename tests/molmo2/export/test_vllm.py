@@ -39,7 +39,7 @@ pytestmark = [
 ]
 ANSWERS = Path(__file__).parents[1] / "vllm_answers.py"
 NEW_TOKENS = 12
-TOLERANCE = 1e-4  # of a log-probability, float32
+TOLERANCE = 1e-4  # largest accepted difference of a log-probability in float32
 IM_PATCH = 2  # the row of `<im_patch>` among the added tokens
 # vLLM's attention on CPUs has kernels for heads of 32 and more.
 HEADS = {"head_dim": 32, "num_heads": 2, "num_kv_heads": 1}
@@ -135,7 +135,7 @@ def test_every_prompt_has_our_ids(answers: Answers) -> None:
 
 
 def largest_difference(model: Molmo2, prompt: PromptTensors, theirs: dict[str, Any]) -> float:
-    """Of the first token's log-probabilities, over the tokens that vLLM lists."""
+    """The largest difference of the first token's log-probabilities, over the tokens that vLLM lists."""
     with torch.no_grad():
         ours = model.lm_head(prefill(model, [prompt], Cache())[0][:, -1])[0].log_softmax(-1)
     return max(abs(value - float(ours[int(token)])) for token, value in theirs["logprobs"].items())

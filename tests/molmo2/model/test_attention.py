@@ -24,6 +24,7 @@ from molmo2.model.attention import (
 )
 from molmo2.model.flex import block_tables, flex
 from molmo2.model.mask import BLOCK, MEMBER, PAD_SEGMENT, TRUNK, AttentionMask, allowed
+from molmo2.model.visual_order import visual_first_order
 
 Vectors = tuple[torch.Tensor, torch.Tensor]
 
@@ -154,17 +155,11 @@ def test_few_blocks_are_visited_in_vain(name: str) -> None:
     assert int((mixed | full).sum()) <= 1.25 * needed + len(mixed) + 1  # and the block at the end
 
 
-def visual_first(segment_ids: torch.Tensor, is_visual: torch.Tensor) -> torch.Tensor:
-    """Places of the tokens when visual ones come first in their member's trunk."""
-    group = torch.where(segment_ids % MEMBER == TRUNK, (~is_visual).long(), 2)
-    return (segment_ids.long() // MEMBER * 3 + group).argsort(dim=1, stable=True)
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_tokens_in_another_order_see_the_same_keys(name: str) -> None:
     """The dense mask, tiles and blocks of a row whose tokens were moved."""
     segment_ids, is_visual = LAYOUTS[name]
-    order = visual_first(segment_ids, is_visual)
+    order = visual_first_order(segment_ids, is_visual)
     moved = AttentionMask(segment_ids.gather(1, order), is_visual.gather(1, order), order.int())
     both_ways = order[:, None, :, None], order[:, None, None, :]
     rows = torch.arange(len(order))[:, None, None, None]
@@ -186,7 +181,7 @@ def test_few_blocks_of_a_video_are_mixed_when_visual_tokens_come_first() -> None
     video = ("tttttt" + "v" * 82 + "t") * 384
     segment_ids, is_visual = vectors(row([(video, [800])], 36864))
     shares = []
-    for order in (None, visual_first(segment_ids, is_visual)):
+    for order in (None, visual_first_order(segment_ids, is_visual)):
         vector = (segment_ids, is_visual, None)
         if order is not None:
             vector = (segment_ids.gather(1, order), is_visual.gather(1, order), order)
@@ -207,7 +202,7 @@ def test_flex_attention_equals_the_dense_mask() -> None:
     for each in rows:
         segment_ids, is_visual = vectors(each)
         q, k, v, _ = inputs(segment_ids, dim=32)
-        order = visual_first(segment_ids, is_visual)
+        order = visual_first_order(segment_ids, is_visual)
         moved = AttentionMask(segment_ids.gather(1, order), is_visual.gather(1, order), order)
         for mask in (AttentionMask(segment_ids, is_visual), moved):
             with torch.no_grad():

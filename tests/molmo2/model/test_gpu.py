@@ -11,6 +11,7 @@ from molmo2.model.flex import flex
 from molmo2.model.fp8 import use_fp8
 from molmo2.model.mask import MEMBER, TRUNK, AttentionMask
 from molmo2.model.regions import compile_regions
+from molmo2.model.visual_order import visual_first_order
 from molmo2.parallel.mesh import SINGLE
 from molmo2.training.engine import PAD_CROPS, TrainingModule
 
@@ -32,8 +33,8 @@ def row(length: int, ordered: bool = False) -> AttentionMask:
     segments[:, half - 2 * quarter : half] = torch.arange(2 * quarter) // quarter + 1
     visual[:, : half - 2 * quarter] = torch.arange(half - 2 * quarter) % 88 >= 6
     segments[:, half:] = (1 + torch.arange(length - half) // 300) * MEMBER + TRUNK
-    order = (~visual & (segments == TRUNK)).long().masked_fill(segments != TRUNK, 2).argsort(dim=1, stable=True)
     if ordered:
+        order = visual_first_order(segments, visual)
         moved = segments.gather(1, order), visual.gather(1, order), order.int()
         return AttentionMask(*(vector.to(DEVICE) for vector in moved))
     return AttentionMask(segments.to(DEVICE), visual.to(DEVICE))

@@ -94,7 +94,7 @@ def test_too_many_entries_are_refused(tmp_path) -> None:
 
 
 ODD = [None, 3, "x", [], {}, [1], True, [None], [{}]]
-PLACES: dict[str, list[str | int]] = {  # of values in tokenizer.json
+PLACES: dict[str, list[str | int]] = {  # the path of each value in tokenizer.json that is replaced
     **{name: [name] for name in ("added_tokens", "model", "normalizer", "pre_tokenizer", "decoder", "truncation")},
     **{f"added {name}": ["added_tokens", 0, name] for name in ("content", "id", "special")},
     **{f"model {name}": ["model", name] for name in ("type", "vocab", "merges")},
