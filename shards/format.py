@@ -1,4 +1,4 @@
-"""Shard format, version 2: names, dtypes and the index, shared by the builder and the reader.
+"""Shard format, version 3: names, dtypes and the index, shared by the builder and the reader.
 
 `docs/shard-format.md` is the specification. The functions here work on bytes and arrays: they open no file and need no
 tokenizer.
@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Container
 from typing import Annotated, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import pydantic
 import xxhash
 
-FORMAT_VERSION = 2  # 2: allowed pairs of every sample, and the largest lengths of every shard
+FORMAT_VERSION = 3  # 2: allowed pairs of every sample, largest lengths of every shard; 3: equal variants stored once
 BLOCK = 512  # bytes; tar headers and contents begin at multiples of it
 INDEX_NAME = "index.json"
 ASKED_NAME = "asked.json.gz"  # member of a sample of stage "eval"; `shards.asked` reads it
@@ -72,6 +73,11 @@ def key_hash(key: str) -> int:
 def span_hash(data: bytes | memoryview) -> int:
     """xxh3-64 of a sample's bytes."""
     return xxhash.xxh3_64_intdigest(data)
+
+
+def stored_variant(members: Container[str], variant: int) -> int:
+    """The number of the token member that holds a variant: 0 if a sample has one member, because all are equal."""
+    return variant if "tokens1.npy" in members else 0
 
 
 def printable(text: str) -> str:

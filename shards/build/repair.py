@@ -37,6 +37,7 @@ from shards.format import (
     parse_index,
     read_rows,
     span_hash,
+    stored_variant,
     tar_members,
 )
 from shards.layout import VisualLayout
@@ -127,7 +128,7 @@ def _last_index(storage: Storage) -> DatasetIndex:
     for name in (INDEX_NAME, SET_ASIDE):
         try:
             data = storage.read(name)
-            return _settings_of_version_1(data) or parse_index(data, f"{storage.root}/{name}")
+            return _settings_of_older_version(data) or parse_index(data, f"{storage.root}/{name}")
         except (FileNotFoundError, FormatError):
             continue
     try:
@@ -152,11 +153,11 @@ def _last_index(storage: Storage) -> DatasetIndex:
         ) from None
 
 
-def _settings_of_version_1(data: bytes) -> DatasetIndex | None:
-    """The index of a dataset of format version 1 without its shards, whose tars are the same; None for another file."""
+def _settings_of_older_version(data: bytes) -> DatasetIndex | None:
+    """The index of an older format version without its shards, whose tars are read as they are; None if none."""
     try:
         raw = json.loads(data)
-        if not isinstance(raw, dict) or raw.get("format_version") != 1:
+        if not isinstance(raw, dict) or raw.get("format_version") not in range(1, FORMAT_VERSION):
             return None
         return DatasetIndex.model_validate({**raw, "format_version": FORMAT_VERSION, "shards": ()})
     except (ValueError, RecursionError):
@@ -280,7 +281,8 @@ def _row(span: bytes, key: str, num_variants: int, layout: VisualLayout) -> npt.
     if not KEY_PATTERN.fullmatch(key):
         raise FormatError(f"no key: {key[:40]!r}")
     files = {name.split(".", 1)[1]: bytes(data) for name, data in tar_members(span).items()}
-    tokens = [read_rows(files[f"tokens{k}.npy"], TOKEN_DTYPE) for k in range(num_variants)]
+    names = [f"tokens{stored_variant(files, k)}.npy" for k in range(num_variants)]
+    tokens = [read_rows(files[name], TOKEN_DTYPE) for name in names]
     record = json.loads(files["json"])
     verify_images(files, record["visuals"], layout)  # first, since a tiling without its image could fill the memory
     row = index_row(layout, Sample(key=key, record=record, variants=tuple(tokens)))

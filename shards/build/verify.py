@@ -37,6 +37,7 @@ from shards.format import (
     printable,
     read_rows,
     span_hash,
+    stored_variant,
     tar_members,
 )
 from shards.layout import VisualLayout, allowed_pairs, expand, sample_visuals, visual_crops
@@ -179,21 +180,24 @@ def verify_span(span: bytes, key: str, row: npt.NDArray[np.void], num_variants: 
 def _verify_content(files: dict[str, bytes], row: npt.NDArray[np.void], num_variants: int, layout: VisualLayout) -> int:
     """Compare a sample's files with its sidecar row; returns its number of annotations. Raises like `verify_span`."""
     record = json.loads(files["json"])
+    num_stored = 1 + stored_variant(files, num_variants - 1)
     asked_names = {ASKED_NAME} & set(files)
     expected = asked_names | {
         "json",
-        *(f"tokens{k}.npy" for k in range(num_variants)),
+        *(f"tokens{k}.npy" for k in range(num_stored)),
         *(f"{i:03d}.jpg" for i in range(sum(name.endswith(".jpg") for name in files))),
     }
     if set(files) != expected:
         raise FormatError(f"members {sorted(set(files) ^ expected)} are missing or unexpected")
+    if len(record["variants"]) != num_stored:
+        raise FormatError(f"{len(record['variants'])} variants in the record, {num_stored} members of tokens")
     verify_images(files, record["visuals"], layout)
     num_frames = sum(visual["kind"] == "frame" for visual in record["visuals"])
     if num_frames != row["num_frames"]:
         raise FormatError(f"{num_frames} frames, the sidecar says {row['num_frames']}")
     annotations, num_asked = 0, len(read_asked(files[ASKED_NAME])) if asked_names else None
     for k in range(num_variants):
-        tokens = read_rows(files[f"tokens{k}.npy"], TOKEN_DTYPE)
+        tokens = read_rows(files[f"tokens{stored_variant(files, k)}.npy"], TOKEN_DTYPE)
         if not (np.isfinite(tokens["weight"]) & (tokens["weight"] >= 0)).all():
             raise FormatError(f"variant {k}: a loss weight is negative, infinite or undefined")
         visuals = sample_visuals(record, k)

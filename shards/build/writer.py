@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,19 @@ def npy_bytes(array: npt.NDArray[Any]) -> bytes:
 
 def members(sample: Sample) -> dict[str, bytes]:
     """The files of a sample: name after the key -> content."""
+    sample = _with_equal_variants_once(sample)
     files = {"json": canonical_json(sample.record)}
     files |= {f"tokens{k}.npy": npy_bytes(tokens) for k, tokens in enumerate(sample.variants)}
     files |= {f"{number:03d}.jpg": image for number, image in enumerate(sample.images)}
     return files | ({ASKED_NAME: asked.asked_bytes(sample.asked)} if sample.asked else {})
+
+
+def _with_equal_variants_once(sample: Sample) -> Sample:
+    """The sample with one variant if all are equal, as for a text in which nothing is drawn."""
+    (tokens, *others), (entry, *entries) = sample.variants, sample.record["variants"]
+    if any(not np.array_equal(tokens, other) for other in others) or any(other != entry for other in entries):
+        return sample
+    return replace(sample, variants=(tokens,), record={**sample.record, "variants": [entry]})
 
 
 def index_row(layout: VisualLayout, sample: Sample) -> npt.NDArray[np.void]:

@@ -27,6 +27,7 @@ from shards.format import (
     printable,
     read_rows,
     span_hash,
+    stored_variant,
     tar_members,
 )
 from shards.layout import sample_visuals
@@ -158,7 +159,7 @@ def parse_sample(span: bytes, variant: int, *, has_visuals: bool = True) -> Stor
     key = keys.pop()
     try:
         fields = {name.split(".", 1)[1]: data for name, data in members.items()}
-        tokens = read_rows(fields[f"tokens{variant}.npy"], TOKEN_DTYPE)
+        tokens = read_rows(fields[f"tokens{stored_variant(fields, variant)}.npy"], TOKEN_DTYPE)
         visuals = sample_visuals(json.loads(str(fields["json"], "utf-8")), variant) if has_visuals else []
         images = {int(name[:-4]): data for name, data in fields.items() if name.endswith(".jpg")}
     except ODD_SAMPLE as error:
