@@ -57,7 +57,7 @@ LAYOUT = VisualLayout(
 PACKAGES = {
     "webdataset": ("webdataset", "pillow"),
     "mds": ("mosaicml-streaming",),
-    "litdata": ("litdata",),
+    "litdata": ("litdata", "xxhash"),
     "energon": ("megatron-energon",),
 }
 STEPS = (10, 10_000, 1_000_000)
@@ -143,11 +143,11 @@ def cursor_at(plan: Plan, step: int) -> Cursor:
 def ours(folder: Path, decode: bool, step: int) -> Stream:
     """Samples one by one, as the workers read them."""
     plan = open_ours(folder)
-    cursor = cursor_at(plan, step)
+    cursor, (tars,) = cursor_at(plan, step), [dataset.tars for dataset in plan.datasets]
     while True:
         spec = plan.step(cursor)
         for draw in (draw for pack in spec.packs for draw in pack.draws):
-            found = read_sample(plan.datasets[draw.dataset].tars, draw)
+            found = read_sample(tars, draw)
             assert not isinstance(found, Damage), found
             yield decoded(draw, found) if decode else found
         cursor = spec.cursor
@@ -311,6 +311,24 @@ def bars(kind: str, results: dict[str, dict[str, dict[str, Any]]]) -> dict[str, 
     return made
 
 
+def far_bars(kind: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """From a bucket, by the clock: the loader as a recipe configures it, beside every peer that could be measured."""
+    own = found["ours"].get("per_second")
+    peers = {name: figures["per_second"] for name, figures in found.items() if name in FAR and "per_second" in figures}
+    return {
+        f"{kind}_from_a_bucket_over_{name}": {"value": round(own / peer, 3), "bar": 1.0, "ok": own >= peer}
+        for name, peer in peers.items()
+        if own
+    }
+
+
+def rounded(value: Any) -> Any:
+    """The same with four digits of every number."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 def main() -> None:
     """Make the samples, measure everyone, print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -334,6 +352,7 @@ def main() -> None:
         return
     python, absent = environment()
     made: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for kind, num_frames in FRAMES.items():
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
@@ -352,8 +371,9 @@ def main() -> None:
         far_table(far)
         for name, reason in reasons.items():
             print(f"absent: {name}: {reason}")
-        made |= bars(kind, results)
-    print(json.dumps({"bench": "loader", "hardware": cpu_name(), "bars": made}))
+        made |= bars(kind, results) | far_bars(kind, far)
+        figures[kind] = {"bytes_of_a_sample": round(size), "near": rounded(results), "from_a_bucket": rounded(far)}
+    print(json.dumps({"bench": "loader", "hardware": cpu_name(), "figures": figures, "bars": made}))
 
 
 if __name__ == "__main__":

@@ -224,6 +224,11 @@ def build_processor_of(root: Path, num_variants: int = 4) -> Any:
     return build_processor(settings)
 
 
+def shard_bytes(folder: Path) -> int:
+    """Size of a dataset's shards with their sidecars."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
 def cpu_seconds(children: list[int]) -> float:
     """CPU time of this process and of its workers."""
     own = resource.getrusage(resource.RUSAGE_SELF)
@@ -265,6 +270,8 @@ def main() -> None:
             build(root / "shards" / kind, kind, args.samples, build_processor_of(root))
             write_raw(root / f"{kind}.tar", kind, args.samples)
             fly = functools.partial(DataLoader, batch_size=None, num_workers=1, prefetch_factor=4)
+            stored, raw = shard_bytes(root / "shards" / kind), (root / f"{kind}.tar").stat().st_size
+            result["figures"][f"{kind}, shards / raw tar, bytes"] = float(f"{stored / raw:.3g}")
             pipelines = {"ours": ours(root, kind)}
             pipelines["on the fly"] = iter(fly(OnTheFly(root, kind, opencv=False)))
             if KINDS[kind]:
@@ -274,6 +281,7 @@ def main() -> None:
                 result["figures"][f"{kind}, {name}"] = {key: float(f"{v:.4g}") for key, v in found.items()}
                 print(f"{kind:<6} {name:<18} {found['packs']:>8.1f} {found['tokens']:>10,.0f}", flush=True)
                 del pipelines[name]
+            print(f"{kind:<6} shards take {stored / raw:.2f} times the bytes of the raw rows", flush=True)
     figures = result["figures"]
     for kind, goal in (("text", 8.0), ("image", 3.0), ("mix", 10.0)):
         ratio = figures[f"{kind}, ours"]["tokens"] / figures[f"{kind}, on the fly"]["tokens"]

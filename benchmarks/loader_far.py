@@ -33,9 +33,9 @@ VALID = 3600  # seconds of a presigned URL
 FORMATS = {"ours": "ours", "mds": "mds", "litdata": "litdata"}
 # name in the table: (workers, what make_loader is told)
 OURS: dict[str, tuple[int, dict[str, Any]]] = {
-    "ours": (0, {}),
+    "ours": (0, {"cache": 1 << 32}),  # as recipes have it by default
+    "ours, no shard kept": (0, {}),
     "ours, nothing ahead": (0, {"read_ahead": 0}),
-    "ours, shards kept": (0, {"cache": 1 << 30}),
     "ours, 2 workers": (2, {}),
 }
 

@@ -165,6 +165,21 @@ def litdata(folder: Path, decode: bool, step: int) -> Stream:
     return (decoded_columns(sample, by_torchvision()) for sample in samples) if decode else samples
 
 
+def litdata_hashed(folder: Path, decode: bool, step: int) -> Stream:
+    """LitData and an xxh3 of every sample's bytes, which is what our reader does to verify them."""
+    import xxhash
+
+    def hashed(sample: dict[str, bytes]) -> dict[str, bytes]:
+        digest = xxhash.xxh3_64()
+        for data in sample.values():
+            digest.update(data)
+        digest.intdigest()
+        return sample
+
+    samples = map(hashed, litdata(folder, False, step))
+    return (decoded_columns(sample, by_torchvision()) for sample in samples) if decode else samples
+
+
 def prepare_energon(folder: Path) -> None:
     from megatron.energon.flavors.webdataset import BaseWebdatasetFactory
 
@@ -263,6 +278,7 @@ READERS: dict[str, Callable[[Path, bool, int], Stream]] = {
     "webdataset": webdataset,
     "mds": mds,
     "litdata": litdata,
+    "litdata, xxh3": litdata_hashed,
     "energon": energon,
 }
 PREPARE: dict[str, Callable[[Path], None]] = {

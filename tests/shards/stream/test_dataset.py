@@ -61,7 +61,7 @@ def test_another_format_version_and_half_an_index_are_refused(tmp_path: Path) ->
     file = write_dataset(tmp_path, "d", 2) / "index.json"
     text = file.read_text()
     file.write_text(json.dumps(json.loads(text) | {"format_version": 1}))
-    with pytest.raises(FormatError, match="version 1, this code reads 2"):
+    with pytest.raises(FormatError, match="version 1, this code reads 3"):
         open_dataset(str(tmp_path), "d")
     file.write_text(text[: len(text) // 2])
     with pytest.raises(FormatError, match="not JSON"):
