@@ -11,10 +11,13 @@ uint8 arrays. Decoders are each project's own choice: PIL for webdataset, Energo
 from __future__ import annotations
 
 import argparse
+import collections
+import hashlib
 import io
 import itertools
 import json
 import os
+import random
 import resource
 import tarfile
 import tempfile
@@ -281,6 +284,7 @@ READERS: dict[str, Callable[[Path, bool, int], Stream]] = {
     "litdata, xxh3": litdata_hashed,
     "energon": energon,
 }
+FILES = {"mds": "mds/*.mds", "litdata": "litdata/*.bin"}  # the files with samples; other loaders read our tars
 PREPARE: dict[str, Callable[[Path], None]] = {
     "mds": prepare_mds,
     "litdata": prepare_litdata,
@@ -335,6 +339,45 @@ def measure(read: Callable[[int], Stream], step: int, seconds: float, wall: bool
     return result | {"peak_bytes": peak_bytes()}
 
 
+def content(sample: Any) -> str:
+    """A digest of everything that a sample holds besides what its loader adds."""
+    files = sample if isinstance(sample, dict) else sample.files
+    digest = hashlib.sha256()
+    for name in sorted(name for name in files if not name.startswith("_")):
+        digest.update(name.encode())
+        digest.update(bytes(files[name]))
+    return digest.hexdigest()
+
+
+def outcome(read: Callable[[], Stream], whole: set[str]) -> str:
+    """What a loader makes of a damaged file: one pass over as many samples as there are."""
+    seen = set()
+    try:
+        for sample in itertools.islice(read(), len(whole)):
+            seen.add(content(sample))
+    except Exception:  # whatever it is, the damage was noticed
+        return "error"
+    if seen - whole:
+        return "wrong bytes"
+    return "samples lost" if whole - seen else "no effect"
+
+
+def damage(read: Callable[[], Stream], files: list[Path], count: int, flips: int) -> dict[str, int]:
+    """Flip single bytes of a dataset's files, each at a random place, read everything, and count the outcomes."""
+    whole = {content(sample) for sample in itertools.islice(read(), count)}
+    assert len(whole) == count, f"{len(whole)} samples of {count}"
+    rng, found = random.Random(7), collections.Counter[str]()
+    sizes = [path.stat().st_size for path in files]
+    for _ in range(flips):
+        (path,) = rng.choices(files, sizes)
+        data = path.read_bytes()
+        place = rng.randrange(len(data))
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :])
+        found[outcome(read, whole)] += 1
+        path.write_bytes(data)
+    return dict(found)
+
+
 def report(read: Callable[[int], Stream], step: int, seconds: float, wall: bool = False) -> None:
     """Print what `measure` finds, or why there is nothing, as JSON."""
     try:
@@ -346,16 +389,23 @@ def report(read: Callable[[int], Stream], step: int, seconds: float, wall: bool 
 def main() -> None:
     """Prepare or measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prepare", "run"))
+    parser.add_argument("what", choices=("prepare", "run", "damage"))
     parser.add_argument("loader", choices=sorted(READERS))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--decode", action="store_true")
     parser.add_argument("--step", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=0.0, help="of CPU time")
     parser.add_argument("--far", action="store_true")
+    parser.add_argument("--samples", type=int, help="number of samples, of a damaged dataset")
+    parser.add_argument("--flips", type=int, help="number of flipped bytes")
     args = parser.parse_args()
     if args.far:
         report(lambda step: FAR[args.loader](), 0, args.seconds, wall=True)
+        return
+    if args.what == "damage":
+        files = sorted(args.folder.glob(FILES.get(args.loader, "ours/bench/*.tar")))
+        found = damage(lambda: READERS[args.loader](args.folder, False, 0), files, args.samples, args.flips)
+        print(json.dumps(found))
         return
     if args.what == "prepare":
         if args.loader in PREPARE:

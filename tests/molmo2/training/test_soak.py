@@ -67,7 +67,7 @@ def test_kills_at_random_leave_the_curve_as_it_was(tmp_path: Path, monkeypatch: 
         train(tmp_path, toy_run.write_recipe(tmp_path / "calm.yaml", "calm", **settings))
         path = toy_run.write_recipe(tmp_path / "soak.yaml", "soak", **settings)
         recipe = yaml.safe_load(path.read_text())
-        recipe["data"]["roots"] = [f"s3://{BUCKET}/shards/sft"]
+        recipe["data"] |= {"roots": [f"s3://{BUCKET}/shards/sft"], "cache_mib": 0}  # every sample from the server
         path.write_text(yaml.safe_dump(recipe))
         at = sorted(rng.choice(np.arange(2, STEPS - 1), KILLS, replace=False).tolist())
         process = start(tmp_path, path)
