@@ -176,7 +176,7 @@ def help_of(script: str) -> str:
 
 PAGES = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("adding-a-dataset", "guide", "operations", "own-data", "quick-start")),
+    *(f"docs/{name}.md" for name in ("adding-a-dataset", "guide", "operations", "own-data")),
 ]
 
 
