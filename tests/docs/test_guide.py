@@ -1,6 +1,6 @@
 """docs/guide.md, last section: it has each command of the original guide, and the commands of today run in order.
 
-The hub, the data and the model are small.
+The hub, the data and the model are small. Afterwards commands of other pages run on the same data and models.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import toy_run
 import yaml
 from catalog_cases import image, video
 from fake_hub import environment, fake_hub
+from page_commands import RUN_AFTER_GUIDE
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/guide.md").read_text(encoding="utf-8").partition("## 9. ")[2]
@@ -134,9 +135,10 @@ def small(command: str) -> str:
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(600)  # about 55 commands
 def test_the_commands_of_today_run(tmp_path: Path) -> None:
-    run = [small(command) for command in commands()]
-    assert len(run) >= 30
+    run = [small(command) for command in [*commands(), *(as_run or page for page, as_run in RUN_AFTER_GUIDE.items())]]
+    assert len(run) >= 50
     publish(tmp_path / "hub")
     toy_run.make_tokenizer(tmp_path / "data/raw/tokenizer")
     write_recipes(tmp_path / "recipes")
@@ -144,7 +146,8 @@ def test_the_commands_of_today_run(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"reduce_bucket_size": 100000000}}')
     with fake_hub(tmp_path / "hub") as hub:
         toy_run.run_page("\n".join(run), tmp_path, **environment(hub, tmp_path / "home"))
-    assert (tmp_path / "molmo2-4b/config.json").exists()
+    written = ("molmo2-4b/config.json", "samples.html", "sft.html", "data/exports/stage3-vllm/config.json")
+    assert all((tmp_path / name).exists() for name in written)
     for name in ("stage1", "stage2", "stage3", "buffers", "workers"):
         assert (tmp_path / f"data/runs/{name}/log.jsonl").read_text().count("\n") == 4, name
 
