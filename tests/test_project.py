@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from fork_server import python
 
 import shards
 
@@ -156,49 +155,6 @@ def test_paths_in_the_documents_exist() -> None:
         missing += [f"{document.name}: {name}" for name in named if not (ROOT / name).exists()]
         missing += [f"{document.name}: {link}" for link in links if not (document.parent / link).exists()]
     assert not missing
-
-
-def commands_of(page: Path) -> list[str]:
-    """Lines of a page's shell blocks, and what stands in backquotes elsewhere."""
-    text = page.read_text()
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
-    plain = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    lines = [line.split("#")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return lines + re.findall(r"`([^`\n]+)`", plain)
-
-
-@functools.cache
-def help_of(script: str) -> str:
-    run = subprocess.run([python(), ROOT / script, "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
-PAGES = [
-    "README.md",
-    *(f"docs/{name}.md" for name in ("adding-a-dataset", "guide", "operations", "own-data", "quick-start")),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_of_the_pages_know_their_options(page: str) -> None:
-    """Every `tools/x.py --flag` names a flag that the tool's --help lists; make targets and recipes exist."""
-    makefile = (ROOT / "Makefile").read_text()
-    seen = 0
-    for command in commands_of(ROOT / page):
-        for target in re.findall(r"^make ([\w-]+)", command):
-            seen += 1
-            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"no make target {target}"
-        script = re.search(r"\b((?:tools|molmo2|benchmarks)/\w+\.py)(.*)", command)
-        if not script or not (ROOT / script[1]).exists():
-            continue
-        seen += 1
-        for flag in re.findall(r"(?<=\s)--[a-z][\w-]*", script[2]):
-            assert re.search(rf"(?<![\w-]){flag}(?![\w-])", help_of(script[1])), f"{script[1]} has no {flag}"
-        for recipe in re.findall(r"recipes/[\w/]+\.yaml", script[2]):
-            assert (ROOT / recipe).exists(), recipe
-    assert seen >= 4
 
 
 def test_committed_files_are_small_and_name_no_machine() -> None:

@@ -1,11 +1,14 @@
-"""docs/quick-start.md: the commands of its middle column run, in order; the hub, the data and the model are small."""
+"""docs/guide.md, last section: it has each command of the original guide, and the commands of today run in order.
+
+The hub, the data and the model are small. Afterwards commands of other pages run on the same data and models.
+"""
 
 from __future__ import annotations
 
 import io
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,18 +17,36 @@ import toy_run
 import yaml
 from catalog_cases import image, video
 from fake_hub import environment, fake_hub
+from page_commands import RUN_AFTER_GUIDE
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs/quick-start.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/guide.md").read_text(encoding="utf-8").partition("## 9. ")[2]
+ORIGINAL = (ROOT / "tests/docs/original_guide.txt").read_text(encoding="utf-8").splitlines()
+NO_COMMAND = "-"  # stands for a step that the original guide did not have
 LIMITS = {"sequence_length": 512, "max_crops": 16, "max_frames": 6, "image_crops": 2}
 COLOURS = ["red", "green", "blue", "white", "grey", "pink"]
 
 
-def lines() -> list[tuple[str, str]]:
-    """(Command, why it is not run here or "") of every row of the page's tables."""
+class Line(NamedTuple):
+    """A row of the page's tables: the original command, that of today, and why the latter is not run here or ""."""
+
+    original: str
+    today: str
+    reason: str
+
+
+def lines() -> list[Line]:
     rows = [line.strip("|").split("|") for line in re.findall(r"^\|.*\|$", PAGE, re.MULTILINE)]
     assert all(len(row) == 3 for row in rows)
-    return [(row[1].strip(" `"), row[2].strip()) for row in rows if row[1].startswith(" `")]
+    return [Line(row[0].strip(" `"), row[1].strip(" `"), row[2].strip()) for row in rows if row[1].startswith(" `")]
+
+
+def commands() -> list[str]:
+    """What is run, each command once, and the settings together in one dry run."""
+    listed = [line.today for line in lines() if not line.reason]
+    settings = [command.removeprefix("--set ") for command in listed if command.startswith("--set ")]
+    dry_run = f"python molmo2/train.py --recipe recipes/stage2.yaml --set {' '.join(settings)} --dry-run"
+    return [*dict.fromkeys(command for command in listed if not command.startswith("--set ")), dry_run]
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
@@ -114,9 +135,10 @@ def small(command: str) -> str:
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(600)  # about 55 commands
 def test_the_commands_of_today_run(tmp_path: Path) -> None:
-    run = [small(command) for command, reason in lines() if not reason]
-    assert len(run) >= 30
+    run = [small(command) for command in [*commands(), *(as_run or page for page, as_run in RUN_AFTER_GUIDE.items())]]
+    assert len(run) >= 50
     publish(tmp_path / "hub")
     toy_run.make_tokenizer(tmp_path / "data/raw/tokenizer")
     write_recipes(tmp_path / "recipes")
@@ -124,13 +146,20 @@ def test_the_commands_of_today_run(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"reduce_bucket_size": 100000000}}')
     with fake_hub(tmp_path / "hub") as hub:
         toy_run.run_page("\n".join(run), tmp_path, **environment(hub, tmp_path / "home"))
-    assert (tmp_path / "molmo2-4b/config.json").exists()
+    written = ("molmo2-4b/config.json", "samples.html", "sft.html", "data/exports/stage3-vllm/config.json")
+    assert all((tmp_path / name).exists() for name in written)
     for name in ("stage1", "stage2", "stage3", "buffers", "workers"):
         assert (tmp_path / f"data/runs/{name}/log.jsonl").read_text().count("\n") == 4, name
 
 
 def test_what_is_not_run_names_a_test_that_exists() -> None:
-    reasons = [reason for _, reason in lines() if reason]
-    assert 0 < len(reasons) < 10
+    reasons = [line.reason for line in lines() if line.reason]
+    assert 0 < len(reasons) < 16
     for name in re.findall(r"`(test_\w+\.py)`", " ".join(reasons)):
         assert list((ROOT / "tests").rglob(name)), name
+
+
+def test_every_command_of_the_original_guide_has_its_row() -> None:
+    original = [line for line in ORIGINAL if not line.startswith("#")]
+    assert len(original) == len(set(original)) > 60
+    assert sorted(line.original for line in lines() if line.original != NO_COMMAND) == sorted(original)
