@@ -8,7 +8,7 @@ import pytest
 from shards.format import FormatError, ShardInfo, check_sidecar, index_dtype, key_hash, parse_index
 
 INDEX = {
-    "format_version": 3,
+    "format_version": 2,
     "dataset": "toy",
     "stage": "sft",
     "num_variants": 4,
@@ -37,7 +37,7 @@ def test_digest_depends_on_samples_and_processor_alone() -> None:
     ("data", "match"),
     [
         (b"{", "not JSON"),
-        (json.dumps({**INDEX, "format_version": 1}).encode(), "format version 1, this code reads 3.*--reindex"),
+        (json.dumps({**INDEX, "format_version": 1}).encode(), "format version 1, this code reads 2.*--reindex"),
         (json.dumps({**INDEX, "extra": 1}).encode(), "extra"),
         (json.dumps({**INDEX, "shards": [{**INDEX["shards"][0], "name": "../x"}]}).encode(), "name"),  # type: ignore[index]
         (b"[]", "format version None"),

@@ -5,20 +5,17 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset as wds
 
-from shards.build.verify import verify_span
 from shards.build.writer import WriteError, npy_bytes, write_shard
 from shards.format import TOKEN_DTYPE, index_dtype, key_hash, span_hash, tar_members
 from shards.layout import VisualLayout, VisualTokens, expand
 from shards.media.jpeg import decode_jpeg, encode_jpeg
 from shards.schema import Sample
-from shards.stream.reader import parse_sample
 
 LAYOUT = VisualLayout(
     tokens=VisualTokens.after(512), crop_size=48, patch_size=8, overlap_margin=1, image_pool=2, video_pool=3
@@ -93,21 +90,6 @@ def test_plain_webdataset_sees_every_field(tmp_path: Path) -> None:
         for number, image in enumerate(stored.images):
             np.testing.assert_array_equal(read.pop(f"{number:03d}.jpg"), decode_jpeg(image))
         assert all(name.startswith("__") for name in read)
-
-
-def test_equal_variants_are_stored_once(tmp_path: Path) -> None:
-    """Every variant of such a sample is read from one member and one entry of the record."""
-    different, text = sample(1), sample(2, num_frames=0)
-    equal = replace(text, variants=(text.variants[0],) * 3, record={**text.record, "variants": [{"messages": []}] * 3})
-    almost = replace(equal, record={**text.record, "variants": [{"messages": []}] * 2 + [{"messages": [1]}]})
-    for stored, num_variants, members in ((equal, 3, 2), (almost, 3, 4), (different, 2, 5)):
-        _, rows = write_shard(tmp_path / "a", "000000", [stored], LAYOUT, num_variants)
-        span = (tmp_path / "a").read_bytes()[: rows[0]["span"]]
-        assert len(tar_members(span)) == members
-        for k, tokens in enumerate(stored.variants):
-            np.testing.assert_array_equal(parse_sample(span, k).tokens, tokens)
-            assert len(parse_sample(span, k).visuals) == rows[0]["num_crops"][k]
-        assert verify_span(span, stored.key, rows[0], num_variants, LAYOUT) == 1
 
 
 def test_equal_samples_give_equal_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
