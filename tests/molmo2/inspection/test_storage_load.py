@@ -12,6 +12,7 @@ from molmo2.config import Recipe, load_recipe
 from molmo2.inspection.shares import DrawCounts, draw_steps
 from molmo2.inspection.storage_load import storage_lines, variant_bytes
 from shards.format import BLOCK, tar_members
+from shards.storage.base import take_tally
 from shards.storage.s3 import S3Storage
 from shards.stream.dataset import open_dataset
 from shards.stream.loader import make_loader
@@ -67,6 +68,7 @@ def test_counted_bytes_are_those_that_a_run_reads(plan: Plan) -> None:
     mixture = MixtureSpec.model_validate({"groups": {"g": {"rate": 1, "datasets": {"beta": None}}}})
     near = Plan(plan.datasets[1:], mixture, SETTINGS)
     drawn = draw_steps(near, 5)
+    take_tally()  # what other tests have read
     batches = list(itertools.islice(make_loader(near, Cursor(), LAYOUT, micro_batch=4), 5))
     assert sum(drawn.bytes) == sum(batch.reads.counts["bytes"] for batch in batches) > 0
     assert sum(drawn.samples) == sum(len(batch.reads.read) for batch in batches)

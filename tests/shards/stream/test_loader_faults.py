@@ -38,7 +38,7 @@ from toy import LAYOUT, write_dataset
 
 import shards.storage.ranged
 import shards.stream.reader
-from shards.storage.base import UnavailableError
+from shards.storage.base import UnavailableError, take_tally
 from shards.stream.collate import Batch
 from shards.stream.loader import make_loader
 from shards.stream.mixture import MixtureSpec
@@ -145,6 +145,7 @@ class Weather:
 def test_all_passing_faults_together_change_no_batch(proxy: Proxy, wanted: list[Batch]) -> None:
     plan = open_mixture(ROOT)
     proxy.faults.append(weather := Weather(seed=1))
+    take_tally()  # workers inherit what other tests have counted
     found = batches(plan)
     assert set(weather.seen) == {fault.__name__ for fault in FAULTS}
     for ours, theirs in zip(found, wanted, strict=True):
