@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from molmo2.config import Recipe
-from molmo2.inspection.shares import mixture_lines
+from molmo2.inspection.shares import draw_steps, mixture_lines, plan_and_draw
 from molmo2.model.molmo2 import Molmo2
 from molmo2.parallel.agree import write_line
 from molmo2.parallel.mesh import SINGLE
@@ -20,7 +20,6 @@ from molmo2.training.recipe_warnings import recipe_warnings
 from molmo2.training.replay import check_shard_files, find_step, show_losses, show_packs
 from molmo2.training.run import Run
 from molmo2.training.start import first_weights_of
-from shards.stream.plan import open_plan
 
 PACKS_SHOWN = 3  # packs of a step that --inspect prints
 STEPS_DRAWN = 50  # steps at the start whose draws --inspect and --dry-run count
@@ -54,8 +53,8 @@ def dry_run_lines(recipe: Recipe, gpu: Gpu) -> list[str]:
     needs = dry_run(recipe, gpu)  # first, since it checks the model's name
     plan = None
     try:
-        plan = open_plan(recipe.roots, recipe.data.drawn_mixture, recipe.plan_settings)
-        mixture = mixture_lines(recipe, STEPS_DRAWN, plan, worlds=GPUS)
+        plan, drawn = plan_and_draw(recipe, STEPS_DRAWN)
+        mixture = mixture_lines(recipe, plan, drawn, worlds=GPUS)
     except (ValueError, OSError) as error:  # most often the shards are not built yet
         mixture = [f"plan: {error}"]
     resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
@@ -65,7 +64,8 @@ def dry_run_lines(recipe: Recipe, gpu: Gpu) -> list[str]:
 def inspect_lines(run: Run, number: int) -> Iterator[str]:
     """What --inspect prints: that all shard files are there, asked and drawn shares, and packs of step `number`."""
     yield f"every one of the {check_shard_files(run):,} shard files is there\n"
-    yield "\n".join(mixture_lines(run.recipe, STEPS_DRAWN, run.plan)) + "\n"
+    drawn = draw_steps(run.plan, min(STEPS_DRAWN, run.recipe.train.steps))
+    yield "\n".join(mixture_lines(run.recipe, run.plan, drawn)) + "\n"
     yield from show_packs(run, find_step(run, number), PACKS_SHOWN)
 
 

@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from molmo2.config import Recipe
 from shards.stream.mixture import SCALE
-from shards.stream.plan import Cursor, PackSizes, Plan, open_plan
+from shards.stream.plan import Cursor, Draw, PackSizes, Plan, open_plan
+
+TEXTS = 10_000  # samples without visuals that are kept for a mean
 
 
 @dataclass(slots=True)
@@ -26,6 +28,10 @@ class DrawCounts:
     samples: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     crops: list[int] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)  # as stored
+    text_samples: int = 0  # samples without visuals, and their bytes
+    text_bytes: int = 0
+    texts: list[Draw] = field(default_factory=list)  # the first of them, at most `TEXTS`
     fewest_tokens: int = sys.maxsize  # tokens of the pack with the fewest
     sizes: list[list[PackSizes]] = field(default_factory=list)  # of the packs of each step
 
@@ -58,7 +64,7 @@ class Share:
 def draw_steps(plan: Plan, num_steps: int) -> DrawCounts:
     """Plan the first steps and count their packs, samples, tokens and crops."""
     zeros = [0] * len(plan.datasets)
-    drawn = DrawCounts(num_steps, samples=zeros.copy(), tokens=zeros.copy(), crops=zeros.copy())
+    drawn = DrawCounts(num_steps, samples=zeros.copy(), tokens=zeros.copy(), crops=zeros.copy(), bytes=zeros.copy())
     cursor = Cursor()
     for _ in tqdm(range(num_steps), desc="plan", unit="step", leave=False):
         step = plan.step(cursor)
@@ -67,6 +73,12 @@ def draw_steps(plan: Plan, num_steps: int) -> DrawCounts:
                 drawn.samples[draw.dataset] += 1
                 drawn.tokens[draw.dataset] += draw.num_tokens
                 drawn.crops[draw.dataset] += draw.num_crops
+                drawn.bytes[draw.dataset] += draw.span
+                if not draw.num_crops:
+                    drawn.text_samples += 1
+                    drawn.text_bytes += draw.span
+                    if len(drawn.texts) < TEXTS:
+                        drawn.texts.append(draw)
         sizes = [pack.sizes for pack in step.packs]
         drawn.fewest_tokens = min(drawn.fewest_tokens, *(size.tokens for size in sizes))
         drawn.sizes.append(sizes)
@@ -138,16 +150,11 @@ def draw_summary(recipe: Recipe, drawn: DrawCounts) -> list[str]:
     return lines
 
 
-def mixture_lines(recipe: Recipe, num_steps: int, plan: Plan | None = None, worlds: Sequence[int] = ()) -> list[str]:
-    """Lines to print: the table and the summary of a recipe's first steps, at most `num_steps`.
+def mixture_lines(recipe: Recipe, plan: Plan, drawn: DrawCounts, worlds: Sequence[int] = ()) -> list[str]:
+    """Lines to print: the table and the summary of a recipe's first steps.
 
-    `plan`: the recipe's plan; None opens it. `worlds`: numbers of ranks whose balance is printed too.
-
-    Raises:
-        DatasetError, FormatError, MixtureError, PlanError: see `shards.stream.plan.open_plan`.
+    `worlds`: numbers of ranks whose balance is printed too.
     """
-    plan = plan or open_plan(recipe.roots, recipe.data.drawn_mixture, recipe.plan_settings)
-    drawn = draw_steps(plan, min(num_steps, recipe.train.steps))
     lines = [*share_table(shares_of(recipe, plan, drawn)), "", *draw_summary(recipe, drawn)]
     if worlds:
         from molmo2.inspection.balance import balance_lines  # imported here because it imports torch

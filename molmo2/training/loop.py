@@ -317,7 +317,7 @@ def measurements(
     }
 
 
-def save_checkpoint(run: Run, engine: Any, progress: Progress, sender: Sender | None) -> None:
+def save_checkpoint(run: Run, engine: Any, progress: Progress, sender: Sender | None, monitor: Monitor | None) -> None:
     """Write a checkpoint and begin to copy it to the mirror; when writing fails, `train.on_full_disk` decides."""
     recipe, state = run.recipe, run.plan.state(progress.cursor)
     history = {
@@ -336,11 +336,11 @@ def save_checkpoint(run: Run, engine: Any, progress: Progress, sender: Sender | 
     else:
         if sender is not None:
             sender.start(path)
-    if run.mesh.rank == 0:
+    if monitor is not None:
         from molmo2.training.report import record_data, write_report
 
         try:
-            record_data(run, progress.step, progress.cursor)
+            monitor.plot(progress.step, record_data(run, progress.step, progress.cursor))
             write_report(recipe)
         except OSError as error:  # a missing report is no reason to stop a run
             write_line(f"{recipe.name}: WARNING: no {DATA_NAME} or {REPORT_NAME}: {error}", sys.stderr)
@@ -425,7 +425,7 @@ def run_steps(
                 sender.advance()
             if ending or step % recipe.train.checkpoint_every == 0:
                 watchdog.enter("checkpoint", step)
-                save_checkpoint(run, engine, progress, sender)
+                save_checkpoint(run, engine, progress, sender, monitor)
             if ending:
                 on_rank_zero((recipe.run_dir / STOP_NAME).unlink, missing_ok=True)
                 limit = recipe.train.mirror_deadline

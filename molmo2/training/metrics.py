@@ -30,7 +30,8 @@ from shards.stream.collate import ReadStats
 LINES = 100  # a run without a terminal prints about so many lines of progress
 # The part of TensorBoard and W&B that shows a number, by the first part of its name; all others are in "train".
 TAG_GROUPS = {
-    **dict.fromkeys(("tokens", "fill", "crops", "masked", "retries", "cache_hits", "megabytes"), "data"),
+    **dict.fromkeys(("tokens", "fill", "crops", "retries", "cache_hits", "megabytes"), "data"),
+    **dict.fromkeys(("masked", "share", "epochs"), "data"),
     **dict.fromkeys(("seconds", "tokens_per_second", "tflops", "mfu", "data_wait", "read_ms", "decode_ms"), "time"),
     **dict.fromkeys(("working_share", "slowest_rank", "gpu_memory_gib", "gpu_utilization"), "time"),
 }

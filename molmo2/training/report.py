@@ -90,8 +90,12 @@ def latest_samples(run_dir: Path) -> list[dict[str, Any]]:
     return samples
 
 
-def record_data(run: Run, step: int, cursor: Cursor) -> None:
-    """Write a line to `data.jsonl`: each dataset's share of the mixture and of the draws, epochs, masked samples."""
+def record_data(run: Run, step: int, cursor: Cursor) -> dict[str, float]:
+    """Write a line to `data.jsonl`: each dataset's share of the mixture and of the draws, epochs, masked samples.
+
+    Returns:
+        The same numbers under flat names, for plots: "share.NAME" (of the draws), "epochs.NAME" and "masked.NAME".
+    """
     weights, drawn = run.plan.weights, run.plan.draws_at(cursor)
     total, sizes = sum(weights.values()), {dataset.name: len(dataset) for dataset in run.plan.datasets}
     masked = Counter(line["dataset"] for line in read_log(run.recipe.run_dir / QUARANTINE_NAME))
@@ -106,3 +110,5 @@ def record_data(run: Run, step: int, cursor: Cursor) -> None:
     }
     with append_to(run.recipe.run_dir / DATA_NAME) as file:
         file.write(json.dumps({"step": step, "windows": cursor.window, "datasets": line}) + "\n")
+    plotted = {"share": "drawn", "epochs": "epochs", "masked": "masked"}
+    return {f"{title}.{name}": line[name][field] for title, field in plotted.items() for name in line}

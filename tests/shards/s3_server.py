@@ -21,6 +21,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
+import pytest
+
+import shards.storage.ranged
+import shards.storage.s3
 
 KEYS = {"accessKey": "tester", "secretKey": "tester-secret"}
 LATER_KEYS = {"accessKey": "renewed", "secretKey": "renewed-secret"}  # keys that the same user gets later
@@ -125,6 +129,14 @@ def environment(endpoint: str) -> dict[str, str]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+
+
+def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `shards.storage.s3` use an endpoint."""
+    for name, value in environment(endpoint).items():
+        monkeypatch.setenv(name, value)
+    for cached in (shards.storage.s3._new_client, shards.storage.s3._presigned, shards.storage.ranged.connections):
+        cached.cache_clear()
 
 
 def upload(endpoint: str, folder: Path, prefix: str) -> None:

@@ -429,13 +429,21 @@ def test_a_flipped_byte_is_masked_and_recorded(root: Path, tmp_path: Path) -> No
     body[600] ^= 1  # inside the first sample's record
     tar.write_bytes(body)
     recipe = toy_run.write_recipe(tmp_path / "r.yaml", "r", steps=8)
-    output = train(data, recipe, ranks=1)
+    output = train(data, recipe, "--set", "logging.tensorboard=true", "train.checkpoint_every=3", ranks=1)
     assert re.search(r"masked in step \d+: toy/000000\.tar, .*at byte 0: .*checksum", output)
     recorded = [json.loads(line) for line in (data / "runs/r/quarantine.jsonl").read_text().splitlines()]
     masked = [line["step"] for line in log(data, "r") for _ in range(line["masked"])]
     assert masked
     assert [entry["step"] for entry in recorded] == masked
     assert {entry["shard"] for entry in recorded} == {"000000"}
+    events = EventAccumulator(str(data / "runs/r/tensorboard")).Reload()
+    checkpoints = [json.loads(line) for line in (data / "runs/r/data.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in checkpoints] == [3, 6, 8] and checkpoints[-1]["datasets"]["toy"]["masked"]
+    for title, field in (("share", "drawn"), ("epochs", "epochs"), ("masked", "masked")):
+        for name in checkpoints[0]["datasets"]:
+            plotted = [(event.step, event.value) for event in events.Scalars(f"data/{title}/{name}")]
+            assert plotted == [(line["step"], pytest.approx(line["datasets"][name][field])) for line in checkpoints]
+    assert sum(event.value for event in events.Scalars("data/masked")) == len(masked)
 
 
 def test_too_much_damage_ends_the_run_with_the_list(root: Path, tmp_path: Path) -> None:

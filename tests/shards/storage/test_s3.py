@@ -29,10 +29,10 @@ from s3_server import (
     cut,
     drip,
     endless,
-    environment,
     every_third_works,
     faulty_proxy,
     other_range,
+    point_at,
     reset,
     s3_server,
     short,
@@ -73,14 +73,6 @@ def local(tmp_path_factory: pytest.TempPathFactory, server: str) -> Path:
     for name in ("one", "two"):
         upload(server, write_dataset(root, name, SAMPLES, per_shard=10), f"shards/sft/{name}")
     return root
-
-
-def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make `shards.storage.s3` use an endpoint."""
-    for name, value in environment(endpoint).items():
-        monkeypatch.setenv(name, value)
-    for cached in (shards.storage.s3._new_client, shards.storage.s3._presigned, shards.storage.ranged.connections):
-        cached.cache_clear()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import hashlib
 import itertools
 import logging
 import pickle
@@ -16,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pack_digests import by_slot
 from toy import LAYOUT, write_dataset
 
 import shards.stream.collate
@@ -43,27 +43,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plan(root: Path) -> Plan:
     return open_plan([str(root)], MIXTURE, SETTINGS)
-
-
-def by_slot(batch: Batch) -> dict[int, str]:
-    """A digest of everything that a pack brings, whichever batch it travels in."""
-    found: dict[int, str] = {}
-    tokens = (batch.input_ids == LAYOUT.tokens.im_patch).sum(dim=1).tolist()
-    token = crop = visual = 0
-    for row, slot in enumerate(batch.slots):
-        fields = (batch.input_ids, batch.labels, batch.loss_weights, batch.position_ids, batch.segment_ids)
-        parts = [field[row].numpy().tobytes() for field in fields]
-        pooling = batch.pooling[token : token + tokens[row]]
-        first = crop
-        while token < sum(tokens[: row + 1]):
-            token += int(batch.visual_tokens[visual])
-            crop += int(batch.visual_crops[visual])
-            visual += 1
-        own = torch.where(pooling >= 0, pooling - first * LAYOUT.crop_patches**2, -1)
-        width = int((own >= 0).any(dim=0).sum())  # wider where another pack of the batch pools more
-        parts += [batch.pixels[first:crop].numpy().tobytes(), own[:, :width].numpy().tobytes()]
-        found[slot] = hashlib.sha256(b"".join(parts)).hexdigest()
-    return found
 
 
 def steps_of(plan: Plan, cursor: Cursor, count: int, dp: int, micro: int, **options: Any) -> list[dict[int, str]]:

@@ -40,7 +40,8 @@ def preview(data: Path, *settings: str, python: tuple[str, ...] = ()) -> subproc
 def test_shares_epochs_and_fill_are_shown(data: Path) -> None:
     done = preview(data)
     assert done.returncode == 0, done.stderr
-    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
+    shares, storage = done.stdout.split("\nstorage: ")
+    rows = {line.split()[0]: line.split()[1:] for line in shares.splitlines() if line}
     alpha, beta = ([float(value.replace(",", "")) for value in rows[name]] for name in ("alpha", "beta"))
     assert (alpha[0], beta[0]) == (20, 5)
     assert (alpha[1], beta[1]) == (75, 25)
@@ -51,6 +52,7 @@ def test_shares_epochs_and_fill_are_shown(data: Path) -> None:
     assert alpha[6] * alpha[7] == pytest.approx(steps, rel=0.1)  # steps per epoch are printed to a tenth
     fill = re.search(r"fill: ([\d.]+)% of 1,000 tokens .*, ([\d.]+)% of 24 crops", done.stdout)
     assert fill and 50 < float(fill[1]) <= 100
+    assert re.search(r"^alpha .* local$", storage, re.MULTILINE) and "text-only samples are" in storage
 
 
 def test_no_torch_is_needed(data: Path) -> None:
