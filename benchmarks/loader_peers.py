@@ -16,6 +16,7 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -303,8 +304,13 @@ def mark_start() -> None:
 
 
 def cpu_seconds() -> float:
-    """Of this process, all its threads, and its children that ended."""
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    """Of this process, all its threads, its workers, and its children that ended."""
+    ended = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    ticks = 0
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ended + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def bytes_read() -> int:
@@ -313,7 +319,8 @@ def bytes_read() -> int:
 
 
 def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Peak memory of this process; unlike `ru_maxrss` it does not begin with that of the process that started it."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def measure(read: Callable[[int], Stream], step: int, seconds: float, wall: bool = False) -> dict[str, float]:

@@ -55,7 +55,7 @@ class Data(pydantic.BaseModel, extra="forbid", frozen=True):
     prefetch: PositiveInt = 4  # decoded micro-batches that each worker holds ready
     read_ahead_mib: NonNegativeInt = 256  # MiB of stored samples that a rank reads ahead from a bucket
     damage_budget: float = Field(default=DAMAGE_BUDGET, ge=0, lt=1)  # fraction of a dataset; 0: none may be
-    cache_mib: NonNegativeInt = 4096  # MiB of a machine's disk for whole shards of small samples from a bucket
+    cache_mib: NonNegativeInt = 4096  # MiB of a machine's disk for small datasets from a bucket, as whole shards
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Data:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from molmo2.config import Recipe
 from shards.stream.mixture import SCALE
-from shards.stream.plan import Cursor, Draw, PackSizes, Plan, open_plan
+from shards.stream.plan import Cursor, PackSizes, Plan, open_plan
 
 TEXTS = 10_000  # samples without visuals that are kept for a mean
 
@@ -31,7 +31,6 @@ class DrawCounts:
     bytes: list[int] = field(default_factory=list)  # as stored
     text_samples: int = 0  # samples without visuals, and their bytes
     text_bytes: int = 0
-    texts: list[Draw] = field(default_factory=list)  # the first of them, at most `TEXTS`
     fewest_tokens: int = sys.maxsize  # tokens of the pack with the fewest
     sizes: list[list[PackSizes]] = field(default_factory=list)  # of the packs of each step
 
@@ -77,8 +76,6 @@ def draw_steps(plan: Plan, num_steps: int) -> DrawCounts:
                 if not draw.num_crops:
                     drawn.text_samples += 1
                     drawn.text_bytes += draw.span
-                    if len(drawn.texts) < TEXTS:
-                        drawn.texts.append(draw)
         sizes = [pack.sizes for pack in step.packs]
         drawn.fewest_tokens = min(drawn.fewest_tokens, *(size.tokens for size in sizes))
         drawn.sizes.append(sizes)

@@ -7,16 +7,14 @@ from collections.abc import Iterator, Sequence
 
 from molmo2.config import Recipe
 from molmo2.inspection.shares import DrawCounts
-from shards.format import BLOCK, TOKEN_DTYPE
 from shards.storage.local import LocalStorage
 from shards.stream.dataset import Dataset
-from shards.stream.plan import Draw, Plan
+from shards.stream.plan import Plan
 
 TOP = 8  # datasets that are listed, those of most bytes
 # GET and HEAD requests a second that Amazon S3 supports at least for each prefix into which it has divided a bucket:
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/optimizing-performance.html
 S3_REQUESTS = 5500
-NPY_HEADER = 128  # bytes before the rows of a `.npy` file of tokens
 
 
 def storage_lines(
@@ -33,10 +31,10 @@ def storage_lines(
     """
     samples, megabytes = sum(drawn.samples) / drawn.steps, sum(drawn.bytes) / drawn.steps / 1e6
     return [
-        f"storage: the {samples:,.1f} samples of a step are {megabytes:,.2f} MB, and as many range requests, or fewer "
-        "where neighbours are read at once or shards are cached",
+        f"storage: the {samples:,.1f} samples of a step are {megabytes:,.2f} MB in as many range requests, "
+        "or in fewer where a bucket's shards are kept on the disk (data.cache_mib)",
         *_by_dataset(plan, drawn),
-        *_text_only(plan, drawn),
+        _text_only(drawn),
         *_by_rank(recipe, samples, megabytes, worlds, step_seconds),
         *_limits(recipe, plan, drawn, step_seconds),
     ]
@@ -60,33 +58,10 @@ def _by_dataset(plan: Plan, drawn: DrawCounts) -> Iterator[str]:
         yield f"and {len(rest)} more with {sum(drawn.bytes[i] for i in rest) / size:.1%} of the bytes"
 
 
-def _text_only(plan: Plan, drawn: DrawCounts) -> Iterator[str]:
-    """The share of samples without visuals, and how much of one a read of a single variant would need."""
+def _text_only(drawn: DrawCounts) -> str:
+    """The share of samples without visuals."""
     share, requests = drawn.text_bytes / max(1, sum(drawn.bytes)), drawn.text_samples / sum(drawn.samples)
-    line = f"text-only samples are {share:.1%} of the bytes and {requests:.1%} of the requests"
-    if not drawn.texts:
-        yield line
-        return
-    whole = sum(draw.span for draw in drawn.texts) / len(drawn.texts)
-    parts = [variant_bytes(plan.datasets[draw.dataset], draw) for draw in drawn.texts]
-    tokens, record = (sum(column) / len(parts) for column in zip(*parts, strict=True))
-    yield (
-        f"{line}; of the {whole / 1e3:,.2f} kB of one, its variant is about {tokens / 1e3:,.2f} kB and the record with "
-        f"the texts of all variants {record / 1e3:,.2f} kB"
-    )
-
-
-def variant_bytes(dataset: Dataset, draw: Draw) -> tuple[int, int]:
-    """Bytes of a text-only sample's span: those of the drawn variant's tokens, and those of the record.
-
-    The index has the input tokens of a variant, to which the last token of every annotation comes, so that a size can
-    be a block of the tar too small, and the record's that much too large.
-    """
-    row = dataset.sidecars[draw.shard][draw.row]
-    sizes = [
-        BLOCK + -(-(NPY_HEADER + TOKEN_DTYPE.itemsize * count) // BLOCK) * BLOCK for count in row["num_tokens"].tolist()
-    ]
-    return sizes[draw.variant], draw.span - sum(sizes)
+    return f"text-only samples are {share:.1%} of the bytes and {requests:.1%} of the requests"
 
 
 def _by_rank(
@@ -125,7 +100,7 @@ def _limits(recipe: Recipe, plan: Plan, drawn: DrawCounts, step_seconds: float |
         if step_seconds and requests / step_seconds > S3_REQUESTS:
             yield (
                 f"WARNING: {requests / step_seconds:,.0f} requests a second to {prefix}: S3 answers some with 503 "
-                "(SlowDown), and they are retried, until it has divided the prefix; keep shards of small samples on "
+                "(SlowDown), and they are retried, until it has divided the prefix; keep small datasets on "
                 "the disk (data.cache_mib), or put them below several prefixes"
             )
 

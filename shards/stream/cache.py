@@ -1,16 +1,18 @@
-"""A disk cache of whole shards of small samples: one read from a bucket per shard instead of one per sample.
+"""A disk cache of whole shards of small datasets: one read from a bucket per shard instead of one per sample and epoch.
 
 A run caches a dataset only if all of it fits the budget, so that its own shards never evict each other. Processes and
-runs share the folder. No process waits: while one fetches a shard, the others read ranges from the bucket. Cached bytes
-are verified like any other read. Datasets of images and frames are not cached: their ranges are long enough.
+runs share the folder. No process waits: while one fetches a shard, the others read ranges from the bucket, and so does
+the process itself if the shard is large. Cached bytes are verified like any other read.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ LOG = logging.getLogger(__name__)
 IDLE = 600.0  # seconds without a read after which a shard may be evicted
 AGAIN = 60.0  # seconds until a process retries to cache a shard for which there was no room
 CHUNK = 8 << 20  # bytes of one read while a shard is fetched
+AT_ONCE = 16 << 20  # bytes; a sample waits for the fetch of a smaller shard, which takes as long as a few requests
+_UNDER_WAY: set[Path] = set()  # large shards that this process is fetching
 _NOT_BEFORE: dict[Path, float] = {}  # shards that this process could not cache -> monotonic time of the next try
 
 
@@ -36,8 +40,12 @@ class ShardCache:
     def read(self, storage: Storage, name: str, size: int, sha256: str, offset: int, length: int) -> bytes:
         """Read a range of a shard: from the folder if the shard is cached or can be cached now, else from `storage`."""
         path = self.folder / f"{sha256}.tar"
-        if not path.exists() and not self._keep(storage, name, size, path):
-            return storage.read(name, offset, length)
+        if not path.exists():
+            if size > AT_ONCE:
+                self._keep_meanwhile(storage, name, size, path)
+                return storage.read(name, offset, length)
+            if not self._keep(storage, name, size, path):
+                return storage.read(name, offset, length)
         try:
             data = LocalStorage(self.folder).read(path.name, offset, length)
             os.utime(path)  # marks the shard as in use
@@ -49,6 +57,22 @@ class ShardCache:
     def forget(self, sha256: str) -> None:
         """Remove a shard whose cached bytes were wrong."""
         (self.folder / f"{sha256}.tar").unlink(missing_ok=True)
+
+    def _keep_meanwhile(self, storage: Storage, name: str, size: int, path: Path) -> None:
+        """Cache a shard in a thread."""
+        if path in _UNDER_WAY:
+            return
+        _UNDER_WAY.add(path)
+
+        def keep() -> None:
+            try:
+                self._keep(storage, name, size, path)
+            except UnavailableError as error:  # the reads of samples meet the same storage, and end the run
+                LOG.warning("%s: not cached: %s", path, error)
+            finally:
+                _UNDER_WAY.discard(path)
+
+        _fetcher(os.getpid()).submit(keep)
 
     def _keep(self, storage: Storage, name: str, size: int, path: Path) -> bool:
         """Cache a shard; False if another process is fetching, there is no room, or the bytes are wrong."""
@@ -83,6 +107,12 @@ class ShardCache:
             file.unlink(missing_ok=True)
             excess -= file_size
         return excess <= 0
+
+
+@functools.lru_cache(maxsize=1)
+def _fetcher(pid: int) -> ThreadPoolExecutor:
+    """The thread of this process that fetches large shards, one after another; it does not survive a fork."""
+    return ThreadPoolExecutor(1, "fetch")
 
 
 class _WrongBytesError(Exception):

@@ -18,7 +18,6 @@ from shards.stream.sidecars import load_sidecars
 if TYPE_CHECKING:
     from shards.stream.cache import ShardCache
 
-SMALL = 64 << 10  # bytes; a dataset whose samples are smaller on average is worth caching as whole shards
 Array = npt.NDArray[Any]
 
 
@@ -145,13 +144,13 @@ def check_processor(dataset: Dataset, wanted: dict[str, Any]) -> None:
 
 
 def with_cache(datasets: Iterable[Dataset], budget: int) -> tuple[Tars, ...]:
-    """The `Tars` of each dataset. The smallest remote datasets of small samples get the cache if they fit it."""
+    """The `Tars` of each dataset. The smallest remote datasets, as many as fit the budget together, get the cache."""
     datasets = tuple(datasets)
     sizes = {dataset.name: sum(shard.bytes for shard in dataset.index.shards) for dataset in datasets}
     chosen, left = set(), budget
     for dataset in sorted(datasets, key=lambda dataset: (sizes[dataset.name], dataset.name)):
         size, remote = sizes[dataset.name], not isinstance(dataset.storage, LocalStorage)
-        if remote and size <= left and size < SMALL * len(dataset):
+        if remote and size <= left:
             chosen.add(dataset.name)
             left -= size
     if not chosen:

@@ -284,7 +284,7 @@ def make_loader(
         workers: number of worker processes; 0 reads in this process.
         prefetch: decoded micro-batches that each worker holds ready.
         read_ahead: bytes of stored samples that this rank reads from a bucket before they are needed.
-        cache: bytes of whole shards of small samples from a bucket that this machine may cache on its disk.
+        cache: bytes of small datasets from a bucket that this machine may cache on its disk, as whole shards.
         cost: cost of a pack, by which the packs of a step are dealt to the ranks; all ranks pass the same one.
         damage_budget: see `Quarantine`, for the samples of this rank; None leaves counting to the caller.
 

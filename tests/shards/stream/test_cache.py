@@ -1,4 +1,4 @@
-"""Whole shards of tiny samples from a bucket, kept on the disk: right bytes, a bound, nobody waits, nothing half."""
+"""Whole shards of small datasets from a bucket, kept on the disk: right bytes, a bound, nobody waits, nothing half."""
 
 import fcntl
 import multiprocessing
@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,10 @@ def shard_files() -> list[Path]:
     return sorted(path for path in (cache_dir() / "shards").glob("*") if path.name != ".lock")
 
 
+def finished() -> list[Path]:
+    return [path for path in shard_files() if path.suffix == ".tar"]
+
+
 def size_of(dataset: Dataset) -> int:
     return sum(shard.bytes for shard in dataset.index.shards)
 
@@ -58,13 +64,15 @@ def test_a_shard_is_fetched_once_for_all_its_samples(far: Dataset) -> None:
     assert [path.name for path in shard_files()] == sorted(f"{shard.sha256}.tar" for shard in far.index.shards)
 
 
-def test_only_small_samples_that_fit_whole_are_kept(far: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    def kept(budget: int) -> bool:
-        return with_cache([far], budget)[0].cache is not None
+def test_the_smallest_datasets_that_fit_whole_are_kept(far: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    larger = replace(far, name="larger", index=far.index.model_copy(update={"shards": far.index.shards * 2}))
 
-    assert kept(size_of(far)) and not kept(size_of(far) - 1)
-    monkeypatch.setattr(shards.stream.dataset, "SMALL", 10)
-    assert not kept(1 << 30)
+    def kept(budget: int) -> list[str]:
+        return [tars.name for tars in with_cache([larger, far], budget) if tars.cache is not None]
+
+    assert kept(3 * size_of(far)) == ["larger", "toy"]
+    assert kept(3 * size_of(far) - 1) == kept(size_of(far)) == ["toy"]
+    assert kept(size_of(far) - 1) == []
     monkeypatch.undo()
     assert with_cache([far], 1 << 30)[0].cache is None, "a local disk needs no copy"
 
@@ -128,6 +136,30 @@ def test_nobody_waits_for_another_fetch(far: Dataset) -> None:
     assert FarStorage.reads == len(far) + 3
 
 
+def test_nobody_waits_for_a_large_shard(far: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards.stream.cache, "AT_ONCE", 0)
+    gate, read = threading.Event(), FarStorage.read
+
+    def slow(self: FarStorage, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        if threading.current_thread().name.startswith("fetch"):
+            assert gate.wait(60)
+        return read(self, name, offset, length)
+
+    monkeypatch.setattr(FarStorage, "read", slow)
+    (tars,) = with_cache([far], 1 << 30)
+    for _ in range(2):
+        assert all(isinstance(read_sample(tars, each), StoredSample) for each in draws(far))
+    assert FarStorage.reads == 2 * len(far) and not finished()
+    gate.set()
+    until = time.monotonic() + 60
+    while len(finished()) < 3 or shards.stream.cache._UNDER_WAY:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert FarStorage.reads == 2 * len(far) + 3, "each was fetched once"
+    assert all(isinstance(read_sample(tars, each), StoredSample) for each in draws(far))
+    assert FarStorage.reads == 2 * len(far) + 3
+
+
 SLOW = """
 import sys, time
 from pathlib import Path
@@ -158,11 +190,11 @@ def test_killed_while_a_shard_is_fetched(far: Dataset, tmp_path: Path, reads: in
         for _ in range(reads):
             assert process.stdout.readline() == "reading\n"
         process.send_signal(signal.SIGKILL)
-    assert not [path for path in shard_files() if path.suffix == ".tar"]
+    assert not finished()
     assert [path for path in shard_files() if path.suffix == ".tmp"]
     (tars,) = with_cache([far], 1 << 30)
     assert all(isinstance(read_sample(tars, each), StoredSample) for each in draws(far))
-    assert len([path for path in shard_files() if path.suffix == ".tar"]) == 3
+    assert len(finished()) == 3
     assert not [path for path in shard_files() if path.suffix == ".tmp"]
 
 
