@@ -66,7 +66,7 @@ class Scorer:
     @torch.no_grad()
     def __call__(self, model: Molmo2) -> dict[str, float]:
         """The scores by name, see `scores_of`; questions of damaged samples are left out; collective."""
-        scores = {}
+        scores: dict[str, float] = {}
         for opened in self.benchmarks:
             mesh, questions = self.run.mesh, opened.questions
             numbers = range(len(questions)) if self.collective else range(mesh.rank, len(questions), mesh.world)
