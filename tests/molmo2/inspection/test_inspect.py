@@ -208,8 +208,8 @@ def test_marks_of_raw_samples_are_numbered_as_in_the_answer() -> None:
     }
     for annotation, text in texts.items():
         example = Example(key="k", dataset="d", source=Source(file="f", row=0), annotations=(annotation,))
-        marks = [(at, int(mark.label), mark.x, mark.y) for at, mark in _marks(example)]
-        assert marks == [(point.at, point.id, point.x, point.y) for point in parse_points(text)]
+        marks = sorted((at, int(mark.label), mark.x, mark.y) for at, mark in _marks(example))
+        assert marks == sorted((point.at, point.id, point.x, point.y) for point in parse_points(text))
 
 
 def test_the_page_is_whole_and_stands_alone(data: Path, page: Path) -> None:
