@@ -67,8 +67,7 @@ def is_run(name: str) -> bool:
         return True
     if "/" not in name:
         runs = data_path("runs")
-        known = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
-        hint = did_you_mean(name, known)
+        hint = did_you_mean(name, (path.name for path in runs.glob("*")))
         raise PretrainedError(f"{name}: no run in {runs}, no directory, and no OWNER/NAME of the hub. {hint}".strip())
     return False
 
