@@ -81,7 +81,8 @@ else
 endif
 
 demo: $(COMPILED)
-	@start=$$SECONDS; $(MAKE) --no-print-directory demo-steps; echo "make demo took $$((SECONDS - start)) s"
+	@start=$$SECONDS; $(MAKE) --no-print-directory demo-steps; \
+	python tools/demo_report.py --took $$((SECONDS - start))
 
 demo-steps:
 	python tools/make_demo_data.py
@@ -94,7 +95,6 @@ demo-steps:
 	$(LAUNCH) molmo2/train.py --recipe recipes/demo/stage1.yaml --all-stages
 	$(CPU) python tools/evaluate.py --checkpoint $(RUN)/demo-stage3 --benchmarks demo
 	$(CPU) python tools/export_model.py --checkpoint $(RUN)/demo-stage3 --out $(RUN)/demo-export
-	python tools/demo_report.py
 
 s3: $(DEV)
 	python tests/shards/s3_server.py $(MOLMO2_DATA)/s3

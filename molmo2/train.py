@@ -31,15 +31,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="override")
     parser.add_argument("--checkpoint", metavar="PATH", help="weights to start from, in place of the recipe's init")
     parser.add_argument("--all-stages", action="store_true", help="run every stage*.yaml beside the recipe, in order")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print recipe, plan, memory and time for numbers of GPUs"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="print recipe, plan, memory and time on 1 to 128 GPUs")
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="--dry-run: memory of a GPU (the one found)")
     parser.add_argument("--gpu-price", type=float, metavar="USD", help="--dry-run: price of a GPU for an hour")
     parser.add_argument("--measured", type=Path, metavar="RUN", help="--dry-run: a run's folder, whose MFU to assume")
-    parser.add_argument(
-        "--inspect", type=int, nargs="?", const=1, metavar="STEP", help="check shards, print shares and packs of a step"
-    )
+    parser.add_argument("--inspect", type=int, nargs="?", const=1, metavar="STEP", help="check data, print a step")
     parser.add_argument("--replay", type=int, metavar="STEP", help="loss of each sample of a step, before its update")
     parser.add_argument("--change-data", action="store_true", help="resume with other data or another mixture")
     parser.add_argument("--check-sp", action="store_true", help="compare a pack on one rank and on a group first")
@@ -58,7 +54,12 @@ def read_recipes(arguments: argparse.Namespace) -> list[Recipe]:
     paths = sorted(arguments.recipe.parent.glob("stage*.yaml")) if arguments.all_stages else []
     first, *others = paths or [arguments.recipe]
     init = None if arguments.checkpoint is None else named_weights(arguments.checkpoint)
-    return [load_recipe(first, arguments.set, init), *(load_recipe(path, arguments.set) for path in others)]
+    recipes = [load_recipe(first, arguments.set, init), *(load_recipe(path, arguments.set) for path in others)]
+    if any(recipe.eval and recipe.eval.benchmarks for recipe in recipes):
+        from molmo2.eval.benchmarks import check_recipes
+
+        check_recipes(recipes)
+    return recipes
 
 
 def named_weights(name: str) -> str | FirstWeights:

@@ -5,7 +5,8 @@
     python tools/chat.py --checkpoint demo-stage3 --web --port 8080
 
 Questions are read from the standard input, one per line; earlier turns stay part of the conversation. An empty line or
-the end of the input ends it. Points in an answer are listed below it, as fractions of the image's width and height.
+the end of the input ends it. Points in an answer are listed below it, as fractions of the width and height of an image
+or frame.
 `--web` serves a page to this machine only, on which images or a video are chosen, dropped or pasted, answers can be
 stopped, and points and tracks are drawn; `--temperature` and `--max-new-tokens` are what its controls show first.
 """
@@ -46,9 +47,10 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def point_lines(text: str) -> list[str]:
-    """A line per point of an answer; `at` is the number of the image, or seconds."""
-    return [f"  point {p.id}: at {p.at:g}, x {p.x:.3f}, y {p.y:.3f}\n" for p in parse_points(text)]
+def point_lines(text: str, video: bool) -> list[str]:
+    """A line per point of an answer."""
+    places = [(f"at {p.at:.1f} s" if video else f"in image {p.at:g}", p) for p in parse_points(text)]
+    return [f"  point {p.id} {where}: x {p.x:.3f}, y {p.y:.3f}\n" for where, p in places]
 
 
 def main() -> None:
@@ -62,12 +64,13 @@ def converse(args: argparse.Namespace) -> None:
     import pydantic
     import torch  # these imports take seconds, so they wait until the command line has been read
 
-    from molmo2.chat.conversation import answer, conversation
+    from molmo2.chat.conversation import LIMITS, answer, conversation
     from molmo2.chat.web_page import AnswerOptions, first_problem, serve
     from molmo2.model.generate import Sampling
     from molmo2.model.molmo2 import Molmo2
     from molmo2.processing.contract import ProcessorSettings
     from molmo2.processing.processor import build_processor
+    from molmo2.processing.visuals import open_media
     from molmo2.weights.load import open_model
 
     def drawn_at(temperature: float) -> Sampling:
@@ -82,6 +85,8 @@ def converse(args: argparse.Namespace) -> None:
     missing = [str(path) for path in [*args.image, args.video] if path is not None and not path.is_file()]
     if missing:
         raise ValueError(f"no such file: {', '.join(missing)}")
+    if args.image or args.video:  # unreadable media are refused before the model is loaded
+        open_media(conversation([Turn(role="user", text="-")], args.image, args.video), LIMITS)
     opened = open_model(args.checkpoint)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = Molmo2.for_inference(opened.config, opened.weights, device, args.precision)
@@ -102,11 +107,15 @@ def converse(args: argparse.Namespace) -> None:
             first,
         )
         return
+    if sys.stdin.isatty():
+        print("Ask a question on one line; an empty line ends the conversation.")
     turns: list[Turn] = []
     while True:
         print("> ", end="", flush=True)
-        question = sys.stdin.readline().strip()
+        line = sys.stdin.readline()
+        question = line.strip()
         if not question:
+            print("" if line else "\n", end="")  # at the end of the input the cursor still stands after the prompt
             return
         turns.append(Turn(role="user", text=question))
         pieces = []
@@ -116,7 +125,7 @@ def converse(args: argparse.Namespace) -> None:
             pieces.append(piece)
         print()
         text = "".join(pieces)
-        print("".join(point_lines(text)), end="")
+        print("".join(point_lines(text, args.video is not None)), end="")
         turns.append(Turn(role="assistant", text=text.strip() or "-"))  # a turn must not be empty
 
 

@@ -1,4 +1,4 @@
-"""Report on the demo: the training of each stage, held-out accuracies beside chance, and paths of the results.
+"""Report on the demo: the training of each stage, held-out accuracies beside chance, and what to do next.
 
 Example: `python tools/demo_report.py --out report.html`
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--recipes", type=Path, default=RECIPES, help="folder of stage*.yaml (%(default)s)")
     parser.add_argument("--export", type=Path, default=data_path("runs/demo-export"), help="exported model")
     parser.add_argument("--out", type=Path, default=data_path("runs/demo-report.html"), help="(%(default)s)")
+    parser.add_argument("--took", type=int, metavar="SECONDS", help="the time of the steps before, to print")
     return parser.parse_args()
 
 
@@ -86,6 +89,24 @@ def stages_table(stages: Sequence[FinishedRun]) -> Table:
     return table
 
 
+def next_steps(checkpoint: Path, report: Path) -> list[str]:
+    """What a user of the demo can do next, with commands to paste in the current folder."""
+    activate = [f"  source {_shown(Path(sys.prefix, 'bin/activate'))}"] if sys.prefix != sys.base_prefix else []
+    return [
+        "What to do next:",
+        *activate,
+        f"  open the report      {_shown(report)}",
+        f"  chat with the model  python tools/chat.py --checkpoint {_shown(checkpoint)} --web",
+        "  use your own data    python tools/new_dataset.py PATH --name mine --go",
+        "  train a full Molmo2  docs/guide.md, with recipes/stage1.yaml to stage3.yaml",
+    ]
+
+
+def _shown(path: Path) -> str:
+    """A path as it is typed in the current folder."""
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+
+
 def main() -> None:
     """Read the runs and the evaluation, write the report, print the tables."""
     args = parse_args()
@@ -105,8 +126,11 @@ def main() -> None:
     console = Console()
     console.print(stages_table(stages))
     console.print(results_table("Held-out digits", evaluation["results"]))
-    for name, value in {**facts, "report": str(args.out)}.items():
+    for name, value in facts.items():
         print(f"{name}: {value}")
+    if args.took is not None:
+        print(f"the demo took {args.took} s before this report")
+    print("\n".join(["", *next_steps(args.export if args.export.is_dir() else recipes[-1].run_dir, args.out)]))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ metric's docstring.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from molmo2.eval.metrics.caption_scores import JudgeOfCaptions, cider, rouge_l, statement_f1
 from molmo2.eval.metrics.choices import multiple_choice
@@ -25,9 +25,12 @@ from molmo2.eval.metrics.scores import (
 from molmo2.eval.metrics.text_scores import anls, answer_or_choice, direct_answer, relaxed_accuracy, vqa_accuracy
 from molmo2.eval.metrics.track_scores import hota, track_f1
 from shards.catalog import BenchmarkSpec, Catalog, Row, load_catalog
-from shards.catalog.nearest import nearest
+from shards.catalog.nearest import did_you_mean, nearest
 from shards.format import INDEX_NAME
 from shards.storage.open import open_storage
+
+if TYPE_CHECKING:
+    from molmo2.config import Recipe
 
 STAGE: Final = "eval"
 BATCH_SIZE: Final = 32  # questions that are answered together
@@ -194,7 +197,8 @@ def choose(names: str, source: str = "--benchmarks") -> list[Suite]:
     for name in selected:
         if name not in loaded and name not in known:
             known_names = f"suites: {', '.join(loaded)}; benchmarks: {', '.join(sorted(known))}"
-            raise ValueError(f"{source} {name!r}: {reason_left_out(name) or f'unknown; {known_names}'}")
+            unknown = f"unknown; {did_you_mean(name, [*loaded, *sorted(known)])}{known_names}"
+            raise ValueError(f"{source} {name!r}: {reason_left_out(name) or unknown}")
     single = set(selected) - set(loaded)  # a name of both a suite and a benchmark means the suite
     suites = []
     for name, suite in loaded.items():
@@ -202,3 +206,27 @@ def choose(names: str, source: str = "--benchmarks") -> list[Suite]:
         if benchmarks:
             suites.append(replace(suite, benchmarks=benchmarks))
     return suites
+
+
+def choose_of_recipe(names: Sequence[str], catalog: str | None) -> list[Suite]:
+    """The suites with the benchmarks that a recipe names: `eval.benchmarks`, and `eval.catalog` if it is not None.
+
+    Raises:
+        ValueError: a name is unknown; nothing is said about whether its dataset is built.
+    """
+    joined, source = ",".join(names), "eval.benchmarks"
+    return choose(joined, source) if catalog is None else [own_suite(catalog, joined, source)]
+
+
+def check_recipes(recipes: Iterable[Recipe]) -> None:
+    """Check the names of the benchmarks of recipes, before the first of them trains.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    for recipe in recipes:
+        if recipe.eval is not None and recipe.eval.benchmarks:
+            try:
+                choose_of_recipe(recipe.eval.benchmarks, recipe.eval.catalog)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"recipe {recipe.name}: {error}") from None

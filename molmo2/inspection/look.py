@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from molmo2.config import Recipe
+from molmo2.eval.during_training import missing_benchmarks, open_benchmarks
 from molmo2.inspection.shares import draw_steps, mixture_lines, plan_and_draw
 from molmo2.model.molmo2 import Molmo2
 from molmo2.parallel.agree import write_line
@@ -49,7 +50,7 @@ def _run(recipe: Recipe) -> Run:
 
 
 def dry_run_lines(recipe: Recipe, gpu: Gpu) -> list[str]:
-    """What --dry-run prints: the resolved recipe, the plan or why there is none yet, memory, time and cost."""
+    """What --dry-run prints: recipe, plan or why there is none yet, benchmarks to build, memory, time and cost."""
     needs = dry_run(recipe, gpu)  # first, since it checks the model's name
     plan = None
     try:
@@ -57,13 +58,20 @@ def dry_run_lines(recipe: Recipe, gpu: Gpu) -> list[str]:
         mixture = mixture_lines(recipe, plan, drawn, worlds=GPUS)
     except (ValueError, OSError) as error:  # most often the shards are not built yet
         mixture = [f"plan: {error}"]
+    missing = []
+    if recipe.eval is not None and recipe.eval.benchmarks:
+        missing = [*missing_benchmarks(recipe.eval), ""]
     resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    return [*resolved.splitlines(), "", *mixture, "", *needs, "", *recipe_warnings(recipe, plan)]
+    return [*resolved.splitlines(), "", *mixture, "", *missing, *needs, "", *recipe_warnings(recipe, plan)]
 
 
 def inspect_lines(run: Run, number: int) -> Iterator[str]:
-    """What --inspect prints: that all shard files are there, asked and drawn shares, and packs of step `number`."""
+    """What --inspect prints: files and benchmarks that are there, asked and drawn shares, packs of step `number`."""
     yield f"every one of the {check_shard_files(run):,} shard files is there\n"
+    if run.recipe.eval is not None and run.recipe.eval.benchmarks:
+        opened = open_benchmarks(run, run.recipe.eval)
+        counts = [f"{one.benchmark.name} ({len(one.questions)} questions)" for one in opened]
+        yield f"benchmarks at each validation: {', '.join(counts)}\n"
     drawn = draw_steps(run.plan, min(STEPS_DRAWN, run.recipe.train.steps))
     yield "\n".join(mixture_lines(run.recipe, run.plan, drawn)) + "\n"
     yield from show_packs(run, find_step(run, number), PACKS_SHOWN)

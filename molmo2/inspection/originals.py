@@ -148,19 +148,26 @@ def _frames(example: Example, ref: VideoRef, duration: float) -> list[Picture]:
 
 
 def _marks(example: Example) -> list[tuple[float, Mark]]:
-    """All points and tracks, each as (image number or seconds, mark in fractions)."""
+    """All points and tracks, each as (image number or seconds, mark in fractions).
+
+    They are numbered as in the answer: points in the order of the text, objects of tracks by first appearance.
+    """
     marks = []
     for i, annotation in enumerate(example.annotations):
         if isinstance(annotation, Points):
-            places = [(group.at, j, x, y) for group in annotation.groups for j, (x, y) in enumerate(group.points)]
+            groups = sorted(annotation.groups, key=lambda group: group.at)
+            places = [(group.at, x, y) for group in groups for x, y in sorted(group.points)]
+            colour = COLOURS[i % len(COLOURS)]
+            marks += [
+                (at, Mark(x=x, y=y, label=str(number), colour=colour)) for number, (at, x, y) in enumerate(places, 1)
+            ]
         elif isinstance(annotation, Tracks):
-            places = [(group.time, obj, x, y) for group in annotation.groups for obj, x, y in group.objects]
-        else:
-            continue
-        for at, number, x, y in places:
-            colour = COLOURS[(number if isinstance(annotation, Tracks) else i) % len(COLOURS)]
-            label = str(number if isinstance(annotation, Tracks) else number + 1)
-            marks.append((at, Mark(x=x, y=y, label=label, colour=colour)))
+            numbers: dict[int, int] = {}
+            for group in sorted(annotation.groups, key=lambda group: group.time):
+                for x, y, obj in sorted((x, y, obj) for obj, x, y in group.objects):
+                    number = numbers.setdefault(obj, len(numbers) + 1)
+                    colour = COLOURS[(number - 1) % len(COLOURS)]
+                    marks.append((group.time, Mark(x=x, y=y, label=str(number), colour=colour)))
     return marks
 
 
@@ -181,7 +188,11 @@ def lines(views: Sequence[ExampleView]) -> Iterator[str]:
             yield _plain(f"left out: {view.left_out}")
         yield from map(_plain, view.media)
         for annotation in view.annotations:
-            points = "" if annotation.num_points is None else f", {annotation.num_points} points"
+            points = (
+                ""
+                if annotation.num_points is None
+                else f", {annotation.num_points} point{'s' * (annotation.num_points != 1)}"
+            )
             yield _plain(f"  {annotation.kind} {annotation.style}{points}")
             for message in annotation.messages:
                 text = _plain(message.content).replace("\n", "\n    ")

@@ -14,6 +14,7 @@ from molmo2.config import data_path
 from molmo2.model.presets import ModelConfig
 from molmo2.weights.config_types import CONFIG
 from molmo2.weights.pretrained import PretrainedError, load_released, locate
+from shards.catalog.nearest import did_you_mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +66,9 @@ def is_run(name: str) -> bool:
     if "://" in name or any(path.exists() for path in (Path(name), data_path("runs") / name)):
         return True
     if "/" not in name:
-        raise PretrainedError(f"{name}: no run in {data_path('runs')}, no directory, and no OWNER/NAME of the hub")
+        runs = data_path("runs")
+        hint = did_you_mean(name, (path.name for path in runs.glob("*")))
+        raise PretrainedError(f"{name}: no run in {runs}, no directory, and no OWNER/NAME of the hub. {hint}".strip())
     return False
 
 

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,17 @@ def example(number: int) -> Example:
     )
 
 
-def build_toy(root: Path, num_samples: int = 24) -> None:
-    """`root`/raw/tokenizer and `root`/shards/sft/toy, one shard."""
+def build_toy(
+    root: Path, num_samples: int = 24, examples: Sequence[Example] | None = None, limits: Limits = LIMITS
+) -> None:
+    """`root`/raw/tokenizer and `root`/shards/sft/toy, one shard, of `examples` or the first of `example`."""
     make_tokenizer(root / "raw/tokenizer")
     settings = ProcessorSettings(preset="tiny", tokenizer_dir=str(root / "raw/tokenizer"), stage="sft")
     processor = build_processor(settings)
     directory = root / "shards/sft/toy"
     directory.mkdir(parents=True)
-    samples = [processor(example(number), LIMITS) for number in range(num_samples)]
+    examples = [example(number) for number in range(num_samples)] if examples is None else examples
+    samples = [processor(one, limits) for one in examples]
     tar = directory / "000000.tar"
     info, rows = write_shard(tar, "000000", samples, processor.layout, processor.num_variants)
     (directory / "000000.idx.npy").write_bytes(npy_bytes(rows))

@@ -76,8 +76,12 @@ def test_drawn_answers_follow_the_seed(folder: Path) -> None:
 def test_points_of_an_answer_are_listed() -> None:
     lines = runpy.run_path(str(ROOT / "tools/chat.py"))["point_lines"]
     text = 'Here: <points coords="1 1 250 500 2 999 000">cats</points>'
-    assert lines(text) == ["  point 1: at 1, x 0.250, y 0.500\n", "  point 2: at 1, x 0.999, y 0.000\n"]
-    assert lines("none") == []
+    assert lines(text, False) == [
+        "  point 1 in image 1: x 0.250, y 0.500\n",
+        "  point 2 in image 1: x 0.999, y 0.000\n",
+    ]
+    assert lines('<points coords="1.5 1 250 500">cats</points>', True) == ["  point 1 at 1.5 s: x 0.250, y 0.500\n"]
+    assert lines("none", False) == []
 
 
 @pytest.mark.slow
@@ -86,7 +90,8 @@ def test_points_of_an_answer_are_listed() -> None:
     [
         (["--image", "none.png"], "chat: no such file: none.png"),
         (["--temperature", "-1"], "chat: temperature -1.0 and top_p 1.0"),
-        (["--video", "setup.cfg"], "chat: "),
+        (["--video", "setup.cfg"], "chat: media: setup.cfg: "),
+        (["--image", "setup.cfg"], "chat: media: setup.cfg: not a readable image"),
         (["--web", "--temperature", "3"], "chat: --web: temperature: Input should be less than or equal to 2"),
     ],
 )
@@ -94,4 +99,5 @@ def test_mistakes_are_told_in_one_line(folder: Path, options: list[str], told: s
     run = chat(folder, "red?\n", *options)
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].startswith(told)
+    assert ">" not in run.stdout  # no question was asked for
     assert "Traceback" not in run.stderr

@@ -3,7 +3,6 @@
 import base64
 import http.client
 import json
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from catalog_cases import image, video
-from programs import why_missing
+from chat_pages import centres, converse, wait_for_time
 
 from molmo2.chat.conversation import answer, conversation
 from molmo2.chat.web_page import MAX_BYTES, MAX_NEW_TOKENS, AnswerOptions, ChatServer, split_markup
@@ -241,39 +240,6 @@ def test_no_token_is_computed_after_the_connection_was_closed(served: Any, real:
     assert ask(server, question())[0] == 200  # the next question is answered
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if reason := why_missing("chromium"):
-        pytest.skip(reason)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield running
-        running.close()
-
-
-def converse(page: Any, text: str, number: int) -> None:
-    page.fill("#question", text)
-    page.press("#question", "Enter")
-    page.wait_for_selector(f"body[data-answered='{number}']", timeout=60_000)
-
-
-def centres(page: Any) -> list[tuple[float, float]]:
-    """Centres of the circles on the picture, as parts of its width and height."""
-    box = page.locator("figure img").first.bounding_box()
-    drawn = [circle.bounding_box() for circle in page.locator("figure circle").all()]
-    return [
-        (
-            round((c["x"] + c["width"] / 2 - box["x"]) / box["width"], 2),
-            round((c["y"] + c["height"] / 2 - box["y"]) / box["height"], 2),
-        )
-        for c in drawn
-    ]
-
-
 def test_a_browser_uploads_asks_and_draws(served: Any, browser: Any, tmp_path: Path) -> None:
     errors: list[str] = []
     page = browser.new_page(viewport={"width": 900, "height": 800})
@@ -292,12 +258,7 @@ def test_a_browser_uploads_asks_and_draws(served: Any, browser: Any, tmp_path: P
     converse(page, "track it", 2)
     assert page.locator(".times button").all_inner_texts() == ["0.5 s", "1.0 s", "2.0 s"]
     page.locator(".times button").nth(1).click()
-    for _ in range(200):  # not wait_for_function, whose polling evaluates a string, which the page's policy forbids
-        if page.evaluate("Math.abs(document.querySelector('video').currentTime - 1) < 0.05"):
-            break
-        page.wait_for_timeout(50)
-    else:
-        pytest.fail("the video was not sought to the time of the button")
+    wait_for_time(page, 1.0)
     page.wait_for_selector("figure circle")
     assert page.locator("figure polyline").count() == 1
     page.screenshot(path=tmp_path / "video.png")

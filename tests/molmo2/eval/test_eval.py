@@ -1,6 +1,10 @@
 import json
 import os
+import re
+import runpy
+import shlex
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +30,7 @@ from molmo2.processing.processor import build_processor
 from shards.convert.reading import convert, open_rows, read_groups
 from shards.schema import PointGroup, Points, Text
 from shards.stream.dataset import DatasetError, open_dataset
-from tools.demo_report import read_finished, report_page
+from tools.demo_report import next_steps, read_finished, report_page
 
 DIGITS = Points(style="point_count", label="digits", groups=(PointGroup(at=1, points=((0.1, 0.2), (0.5, 0.5))),))
 
@@ -237,3 +241,22 @@ def test_the_demo_report_shows_benchmarks_without_a_target(tmp_path):
     assert "pointing at all" in run.stdout
     assert "50.0%" in run.stdout
     assert (tmp_path / "runs" / "demo-report.html").is_file()
+    assert (
+        run.stdout.splitlines()[-4:]
+        == next_steps(tmp_path / "runs/demo-stage3", tmp_path / "runs/demo-report.html")[-4:]
+    )
+
+
+def test_the_demo_ends_with_commands_that_run_as_printed(monkeypatch):
+    """The real parsers take every command of its last lines, and the pages and recipes that it names exist."""
+    root = Path(__file__).parents[3]
+    lines = next_steps(Path("some folder/demo export"), Path.cwd() / "runs/report.html")
+    assert any(line.endswith("  runs/report.html") for line in lines)
+    parsed = {}
+    for program, text in re.findall(r"python tools/(\w+)\.py (.+)", "\n".join(lines)):
+        monkeypatch.setattr(sys, "argv", [program, *shlex.split(text)])
+        parsed[program] = runpy.run_path(str(root / f"tools/{program}.py"))["parse_args"]()
+    assert parsed["chat"].web and parsed["chat"].checkpoint == "some folder/demo export"
+    assert parsed["new_dataset"].go and parsed["new_dataset"].name == "mine"
+    (page, first) = re.search(r"(docs/\S+\.md), with (recipes/\S+\.yaml) to stage3.yaml", lines[-1]).groups()
+    assert (root / page).is_file() and (root / first).is_file() and (root / "recipes/stage3.yaml").is_file()

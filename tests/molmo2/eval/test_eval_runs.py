@@ -75,7 +75,7 @@ def test_suites_and_single_names_mix():
     ]
     with pytest.raises(ValueError, match=r"pixmo-cap.*no such split is published"):
         choose("pixmo-cap")
-    with pytest.raises(ValueError, match="unknown; suites: demo, image"):
+    with pytest.raises(ValueError, match=r"unknown; did you mean 'next-qa'\? suites: demo, image"):
         choose("nextqa")
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from molmo2.config import RecipeError, load_recipe
 from molmo2.eval import during_training
 from molmo2.eval.benchmarks import own_suite
 from molmo2.eval.during_training import Scorer
-from molmo2.eval.metrics.scores import Score
+from molmo2.eval.metrics.scores import Answered, Score
 from molmo2.eval.runner import Subject, run_suite
 from molmo2.model.molmo2 import Molmo2
 from molmo2.model.presets import PRESETS
 from molmo2.parallel.mesh import SINGLE
 from molmo2.processing.contract import ProcessorSettings
 from molmo2.processing.processor import build_processor
+from molmo2.train import main
 from molmo2.training.prepare import prepare
 from molmo2.training.run import Run
 from shards.build.builder import build_dataset
@@ -42,7 +43,7 @@ rows:
     stages: [sft]
     files: {train: rows.jsonl}
     held_out: 40 %
-    benchmark: {suite: demo, metric: exact_match, max_new_tokens: 7}
+    benchmark: {suite: demo, metric: exact_match, corpus: [cider, statement_f1], max_new_tokens: 7}
     converter: image_qa
     columns: {image: image, question: question, answer: answer}
     options: {style: text_vqa}
@@ -73,7 +74,7 @@ def settings_of(root: Path, stage: str) -> ProcessorSettings:
 
 
 def write_recipe(root: Path, name: str, **evaluation: Any) -> Path:
-    path = toy_run.write_recipe(root / f"{name}.yaml", name, steps=4, checkpoint_every=100)
+    path = toy_run.write_recipe(root / f"{name}.yaml", Path(name).name, steps=4, checkpoint_every=100)
     recipe = yaml.safe_load(path.read_text())
     recipe["data"]["mixture"] = {"groups": {"all": {"rate": 1, "datasets": {"mine": None}}}}
     recipe["eval"] = {"roots": ["shards/eval"], "datasets": ["mine"], "every": 2, "samples": 0}
@@ -101,19 +102,27 @@ def spelled(text: str, asked: Any, facts: Any) -> Score:
     return Score(sum(map(ord, text)) % 97 / 97)
 
 
+def in_order(answers: Sequence[Answered]) -> float:
+    """A score of all answers that depends on which answer belongs to which question."""
+    return float(sum(n * sum(map(ord, answer.prediction)) for n, answer in enumerate(answers, 1)) % 97)
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_scores_are_those_of_evaluate(one_rank: Path, tmp_path: Path, stage: int) -> None:
     run = open_run(write_recipe(one_rank, f"equal{stage}"), f"train.zero_stage={stage}")
     model = Molmo2(PRESETS["tiny"]).init_weights(3).eval()
     suite = own_suite(str(one_rank / "mine.yaml"))
-    suite = replace(suite, benchmarks=tuple(replace(one, metric=spelled) for one in suite.benchmarks))
+    corpus = (*suite.benchmarks[0].corpus, in_order)
+    suite = replace(suite, benchmarks=tuple(replace(one, metric=spelled, corpus=corpus) for one in suite.benchmarks))
     processor = build_processor(settings_of(one_rank, "eval"))
     subject = Subject(model=model, processor=processor, device=torch.device("cpu"))
     (result,) = run_suite(suite, str(one_rank / "shards"), subject, tmp_path, "d", limit=5).results
     scorer = Scorer(run)
     scorer.benchmarks = tuple(replace(one, benchmark=suite.benchmarks[0]) for one in scorer.benchmarks)
     assert result["num_questions"] == 5 and result["score"] > 0
-    assert scorer(model) == {"score.mine": pytest.approx(result["score"])}
+    assert result["corpus"].keys() == {"cider", "in_order"}
+    expected = {"score.mine": result["score"]} | {f"score.mine.{name}": v for name, v in result["corpus"].items()}
+    assert scorer(model) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -133,7 +142,8 @@ def test_right_answers_score_and_damaged_samples_are_left_out(
 
     monkeypatch.setattr(during_training, "generate", reply)
     model = Molmo2(PRESETS["tiny"])
-    assert scorer(model) == {"score.mine": pytest.approx(2 / 5)}
+    scores = scorer(model)
+    assert scores["score.mine"] == pytest.approx(2 / 5) and scores["score.mine.cider"] > 0
     read, calls = during_training.read_prompt, []
 
     def damaged(*arguments: Any) -> Any:
@@ -141,7 +151,7 @@ def test_right_answers_score_and_damaged_samples_are_left_out(
         return read(*arguments) if len(calls) == 1 else None
 
     monkeypatch.setattr(during_training, "read_prompt", damaged)
-    assert scorer(model) == {"score.mine": 1.0} and len(calls) == 5
+    assert scorer(model)["score.mine"] == 1.0 and len(calls) == 5
 
 
 @pytest.mark.parametrize(
@@ -163,6 +173,50 @@ def test_wrong_benchmarks_are_refused_at_the_start(one_rank: Path, changes: dict
         load_recipe(write_recipe(one_rank, "none", questions=0))
 
 
+def test_scores_that_need_a_judge_are_named_at_the_start(one_rank: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Scorer(open_run(write_recipe(one_rank, "judged")))
+    line = "eval.benchmarks: statement_f1 of mine needs a judge and is not computed during training; run tools/evaluate"
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_look_at_a_recipe_checks_its_benchmarks(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unknown names are refused with the nearest one; a dataset to build is named with its command."""
+    monkeypatch.setenv("MOLMO2_DATA", str(root))
+
+    def look(flag: str, **changes: Any) -> tuple[int, str, str]:
+        code = main(["--recipe", str(write_recipe(root, "look", **changes)), flag])
+        return code, *capsys.readouterr()
+
+    unknown, unbuilt = {"benchmarks": ["chart-aq"], "catalog": None}, {"benchmarks": ["chart-qa"], "catalog": None}
+    for flag in ("--dry-run", "--inspect"):
+        code, _, errors = look(flag, **unknown)
+        assert code == 1 and "recipe look: eval.benchmarks 'chart-aq': unknown; did you mean 'chart-qa'? " in errors
+        code, _, errors = look(flag, benchmarks=["mien"])
+        assert code == 1 and "recipe look: eval.benchmarks 'mien': no row of " in errors and "'mine'" in errors
+    command = "python tools/build_shards.py --catalog molmo2-eval --stage eval --datasets chart-qa"
+    code, output, _ = look("--dry-run", **unbuilt)
+    assert code == 0 and "eval.benchmarks: chart-qa is in none of eval.roots" in output and command in output
+    code, _, errors = look("--inspect", **unbuilt)
+    assert code == 1 and "eval.benchmarks: chart-qa is in none of eval.roots" in errors and command in errors
+    code, output, _ = look("--dry-run")
+    assert code == 0 and "eval.benchmarks" not in output
+    code, output, _ = look("--inspect")
+    assert code == 0 and "benchmarks at each validation: mine (5 questions)" in output
+
+
+@pytest.mark.dist
+def test_a_wrong_benchmark_of_a_later_stage_stops_the_first(root: Path) -> None:
+    folder = root / "stages"
+    folder.mkdir()
+    for number, benchmark in enumerate(("mine", "mien"), 1):
+        write_recipe(root, f"stages/stage{number}", benchmarks=[benchmark])
+    output = train(root, folder / "stage1.yaml", "--all-stages", ranks=1, code=1)
+    assert "eval.benchmarks 'mien'" in output and not list((root / "runs").glob("*stage1/log.jsonl"))
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_run_on_two_ranks_writes_its_scores(root: Path, stage: int) -> None:
@@ -171,6 +225,7 @@ def test_a_run_on_two_ranks_writes_its_scores(root: Path, stage: int) -> None:
     lines = [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2, 4]
     assert all(0 <= line["score.mine"] <= 1 and "loss.mine" in line for line in lines)
+    assert all(0 <= line["score.mine.cider"] <= 10 for line in lines)
     assert "held-out score.mine by step" in (run_dir / "report.html").read_text()
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("held_out/score/mine")] == [0, 2, 4]

@@ -21,13 +21,14 @@ from s3_server import BUCKET, environment, s3_server, upload
 
 from molmo2.inspection.facts import InspectionError, count_reasons, facts_of, find, histogram
 from molmo2.inspection.inventory import commands, inventory
-from molmo2.inspection.originals import AnnotationView, ExampleView, lines, view_examples
+from molmo2.inspection.originals import AnnotationView, ExampleView, _marks, lines, view_examples
 from molmo2.inspection.samples import tokenizer_of, view_sample
 from molmo2.processing.new_tokenizer import train_demo_tokenizer
 from molmo2.processing.pictures import MOST_FRAMES, _shown
-from molmo2.processing.points import parse_points
+from molmo2.processing.points import format_points, format_tracks, parse_points
 from molmo2.processing.prompts import Message
 from shards.catalog import load_catalog
+from shards.schema import Example, PointGroup, Points, Source, TrackGroup, Tracks
 from shards.stream.dataset import Dataset, open_dataset
 
 pytestmark = pytest.mark.slow  # the shards that all of it looks at
@@ -190,6 +191,25 @@ def test_weights_and_lengths_are_those_of_the_sidecar(data: Path) -> None:
 def test_frames_of_a_long_video_are_thinned_out_but_not_the_marked_ones() -> None:
     assert {7, 301} <= _shown(384, [7, 301])
     assert len(_shown(384, [7, 301])) == len(_shown(384, list(range(100)))) == MOST_FRAMES
+
+
+def test_marks_of_raw_samples_are_numbered_as_in_the_answer() -> None:
+    """Groups and objects in an order that is not that of the text, and object ids of a source's own."""
+    groups = (PointGroup(at=2.0, points=((0.5, 0.5),)), PointGroup(at=1.0, points=((0.75, 0.25), (0.25, 0.75))))
+    points = Points(style="video_point", label="it", groups=groups)
+    objects = (
+        TrackGroup(time=1.0, objects=((7, 0.5, 0.25), (0, 0.25, 0.5))),
+        TrackGroup(time=0.0, objects=((7, 0.75, 0.75),)),
+    )
+    tracks = Tracks(style="video_point_track_per_frame", label="it", fps=1.0, groups=objects)
+    texts = {
+        points: format_points(points.groups, "it", seconds=True, separator=";"),
+        tracks: format_tracks(tracks.groups, "it", separator=";"),
+    }
+    for annotation, text in texts.items():
+        example = Example(key="k", dataset="d", source=Source(file="f", row=0), annotations=(annotation,))
+        marks = sorted((at, int(mark.label), mark.x, mark.y) for at, mark in _marks(example))
+        assert marks == sorted((point.at, point.id, point.x, point.y) for point in parse_points(text))
 
 
 def test_the_page_is_whole_and_stands_alone(data: Path, page: Path) -> None:
