@@ -191,15 +191,9 @@ def split_crops(
     return np.stack([view, *crops], out=out)
 
 
-def variant_record(record: dict[str, Any], variant: int) -> dict[str, Any]:
-    """The entry of a text variant in a sample's record, which has one entry if all variants are equal."""
-    entries: list[dict[str, Any]] = record["variants"]
-    return entries[variant if len(entries) > 1 else 0]
-
-
 def sample_visuals(record: dict[str, Any], variant: int) -> list[dict[str, Any]]:
     """The visuals of one text variant, in the order of its placeholders; all visuals if the variant lists none."""
-    chosen = variant_record(record, variant).get("visuals")
+    chosen = record["variants"][variant % len(record["variants"])].get("visuals")  # one entry if all are equal
     visuals: list[dict[str, Any]] = record["visuals"]
     return visuals if chosen is None else [visuals[i] for i in chosen]
 

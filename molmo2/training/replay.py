@@ -20,7 +20,6 @@ from molmo2.training.anomalies import sample_name
 from molmo2.training.engine import TrainingModule
 from molmo2.training.run import Run
 from shards.format import INDEX_NAME, tar_members
-from shards.layout import variant_record
 from shards.storage.base import read_threads
 from shards.stream.collate import MEMBER, PAD_SEGMENT, Batch
 from shards.stream.dataset import Dataset, DatasetError
@@ -148,7 +147,7 @@ def _messages(plan: Plan, draw: Draw) -> Iterator[str]:
     visuals = record["visuals"]
     kinds = [f"{visual['time']:.1f} s" if visual["kind"] == "frame" else "image" for visual in visuals]
     yield f"    {record['key']} sees {', '.join(kinds[:8]) or 'text alone'}{' ...' if len(kinds) > 8 else ''}"
-    for message in variant_record(record, draw.variant)["messages"]:
+    for message in record["variants"][draw.variant % len(record["variants"])]["messages"]:
         text = " ".join(message["content"].split())
         short = text if len(text) <= TEXT_LENGTH else f"{text[:TEXT_LENGTH]} ... ({len(text)} characters)"
         yield f"    [{message['branch']}] {message['role']}: {short}"

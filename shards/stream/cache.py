@@ -12,14 +12,16 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shards.atomic import LockHeldError, file_lock, remove_temporary_files, replacing
 from shards.storage.base import Storage, UnavailableError, tally
-from shards.storage.local import LocalStorage
+from shards.storage.local import LocalStorage, cache_dir
+from shards.stream.dataset import Dataset, Tars
 
 LOG = logging.getLogger(__name__)
 IDLE = 600.0  # seconds without a read after which a shard may be evicted
@@ -107,6 +109,26 @@ class ShardCache:
             file.unlink(missing_ok=True)
             excess -= file_size
         return excess <= 0
+
+
+def with_cache(datasets: Iterable[Dataset], budget: int) -> list[Tars]:
+    """The `Tars` of each dataset. The smallest remote datasets, as many as fit the budget together, get the cache."""
+    datasets = list(datasets)
+    sizes = {dataset.name: sum(shard.bytes for shard in dataset.index.shards) for dataset in datasets}
+    kept, left = set(), budget
+    for dataset in sorted(datasets, key=lambda dataset: (sizes[dataset.name], dataset.name)):
+        if not isinstance(dataset.storage, LocalStorage) and sizes[dataset.name] <= left:
+            kept.add(dataset.name)
+            left -= sizes[dataset.name]
+    cache = ShardCache(cache_dir() / "shards", budget)
+
+    def tars(dataset: Dataset) -> Tars:
+        if dataset.name not in kept:
+            return dataset.tars
+        whole = tuple((shard.bytes, shard.sha256) for shard in dataset.index.shards)
+        return replace(dataset.tars, cache=cache, whole=whole)
+
+    return [tars(dataset) for dataset in datasets]
 
 
 @functools.lru_cache(maxsize=1)

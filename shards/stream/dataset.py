@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from shards.format import INDEX_NAME, DatasetIndex, index_dtype, parse_index
 from shards.storage.base import Storage
-from shards.storage.local import LocalStorage, cache_dir
 from shards.storage.open import open_storage
 from shards.stream.sidecars import load_sidecars
-
-if TYPE_CHECKING:
-    from shards.stream.cache import ShardCache
 
 Array = npt.NDArray[Any]
 
 
 class DatasetError(ValueError):
     """A dataset is missing, unfinished, or was built for another processor."""
+
+
+class TarCache(Protocol):
+    """What `Tars` asks of `shards.stream.cache.ShardCache`."""
+
+    def read(self, storage: Storage, name: str, size: int, sha256: str, offset: int, length: int) -> bytes:
+        """A range of a tar, from the cache or from `storage`."""
+
+    def forget(self, sha256: str) -> None:
+        """Drop a tar whose cached bytes were wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,7 @@ class Tars:
     name: str
     storage: Storage
     shards: tuple[str, ...]
-    cache: ShardCache | None = None
+    cache: TarCache | None = None
     whole: tuple[tuple[int, str], ...] = ()
 
     def read(self, shard: int, offset: int, length: int, *, past_cache: bool) -> bytes:
@@ -141,30 +146,3 @@ def check_processor(dataset: Dataset, wanted: dict[str, Any]) -> None:
             f"{dataset.storage.root} was built by another processor than the recipe's:\n  {listed}\n"
             "rebuild it with tools/build_shards.py --overwrite, or use the model and tokenizer it was built for"
         )
-
-
-def with_cache(datasets: Iterable[Dataset], budget: int) -> tuple[Tars, ...]:
-    """The `Tars` of each dataset. The smallest remote datasets, as many as fit the budget together, get the cache."""
-    datasets = tuple(datasets)
-    sizes = {dataset.name: sum(shard.bytes for shard in dataset.index.shards) for dataset in datasets}
-    chosen, left = set(), budget
-    for dataset in sorted(datasets, key=lambda dataset: (sizes[dataset.name], dataset.name)):
-        size, remote = sizes[dataset.name], not isinstance(dataset.storage, LocalStorage)
-        if remote and size <= left:
-            chosen.add(dataset.name)
-            left -= size
-    if not chosen:
-        return tuple(dataset.tars for dataset in datasets)
-    from shards.stream.cache import ShardCache
-
-    cache = ShardCache(cache_dir() / "shards", budget)
-    return tuple(
-        replace(
-            dataset.tars,
-            cache=cache,
-            whole=tuple((shard.bytes, shard.sha256) for shard in dataset.index.shards),
-        )
-        if dataset.name in chosen
-        else dataset.tars
-        for dataset in datasets
-    )

@@ -36,7 +36,7 @@ from shards.stream.collate import (
     open_sample,
     own_visuals,
 )
-from shards.stream.dataset import Dataset, Tars, with_cache
+from shards.stream.dataset import Dataset, Tars
 from shards.stream.plan import Cursor, Draw, Plan
 from shards.stream.read_ahead import MicroSpec, ReadAhead, look_ahead
 from shards.stream.reader import DAMAGE_BUDGET, Damage, ReadError, read_sample, to_damage
@@ -200,6 +200,8 @@ class PackReader(TorchDataset[Batch | SharedBatch | UnavailableError]):
 
 def pack_reader(plan: Plan, layout: VisualLayout, share: tuple[int, int] = (0, 1), cache: int = 0) -> PackReader:
     """The reader of a plan's packs; `share` as in `PackReader`, `cache` as in `make_loader`."""
+    from shards.stream.cache import with_cache
+
     return PackReader(with_cache(plan.datasets, cache), layout, plan.settings.sequence_length, share)
 
 

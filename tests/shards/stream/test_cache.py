@@ -18,11 +18,10 @@ from far_storage import FarStorage, draws, open_dataset_of
 from toy import LAYOUT, write_dataset
 
 import shards.stream.cache
-import shards.stream.dataset
 from shards.storage.base import take_tally
 from shards.storage.local import LocalStorage, cache_dir
-from shards.stream.cache import ShardCache
-from shards.stream.dataset import Dataset, with_cache
+from shards.stream.cache import ShardCache, with_cache
+from shards.stream.dataset import Dataset
 from shards.stream.loader import make_loader
 from shards.stream.mixture import MixtureSpec
 from shards.stream.plan import Cursor, PlanSettings, open_plan
@@ -34,7 +33,6 @@ def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     """A dataset of three shards that is not on a local disk, as far as the readers know."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(shards.stream.cache, "_NOT_BEFORE", {})
-    monkeypatch.setattr(shards.stream.dataset, "LocalStorage", type("Near", (), {}))
     write_dataset(tmp_path / "bucket", "toy", 24, per_shard=8)
     found = open_dataset_of(tmp_path / "bucket")
     FarStorage.reads = 0
@@ -64,7 +62,7 @@ def test_a_shard_is_fetched_once_for_all_its_samples(far: Dataset) -> None:
     assert [path.name for path in shard_files()] == sorted(f"{shard.sha256}.tar" for shard in far.index.shards)
 
 
-def test_the_smallest_datasets_that_fit_whole_are_kept(far: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_smallest_datasets_that_fit_whole_are_kept(far: Dataset) -> None:
     larger = replace(far, name="larger", index=far.index.model_copy(update={"shards": far.index.shards * 2}))
 
     def kept(budget: int) -> list[str]:
@@ -73,8 +71,8 @@ def test_the_smallest_datasets_that_fit_whole_are_kept(far: Dataset, monkeypatch
     assert kept(3 * size_of(far)) == ["larger", "toy"]
     assert kept(3 * size_of(far) - 1) == kept(size_of(far)) == ["toy"]
     assert kept(size_of(far) - 1) == []
-    monkeypatch.undo()
-    assert with_cache([far], 1 << 30)[0].cache is None, "a local disk needs no copy"
+    near = replace(far, storage=LocalStorage(far.storage.root))
+    assert with_cache([near], 1 << 30)[0].cache is None, "a local disk needs no copy"
 
 
 def test_wrong_bytes_in_the_cache_are_fetched_past_it(far: Dataset) -> None:
@@ -224,14 +222,12 @@ def test_processes_with_a_tiny_budget_neither_wait_nor_err(far: Dataset, tmp_pat
     assert [process.exitcode for process in processes] == [0, 0, 0]
 
 
-def test_batches_do_not_depend_on_the_cache(far: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards.stream.dataset, "LocalStorage", LocalStorage)
+def test_batches_do_not_depend_on_the_cache(far: Dataset, tmp_path: Path) -> None:
     mixture = MixtureSpec.model_validate({"groups": {"g": {"rate": 1, "datasets": {"toy": None}}}})
     plan = open_plan([str(tmp_path / "bucket")], mixture, PlanSettings(
         sequence_length=512, max_crops=64, packs_per_step=2, window=32,
     ))  # fmt: skip
     wanted = [batch for _, batch in zip(range(8), make_loader(plan, Cursor(), LAYOUT), strict=False)]
-    monkeypatch.setattr(shards.stream.dataset, "LocalStorage", type("Near", (), {}))
     plan.datasets = (far,)
     for ours, batch in zip(make_loader(plan, Cursor(), LAYOUT, cache=1 << 30), wanted, strict=False):
         assert ours.input_ids.equal(batch.input_ids) and ours.pixels.equal(batch.pixels)
