@@ -13,7 +13,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo demo-steps s3 install install-dev lock system lint types check test soak test-latest test-engines bench clean-demo
+.PHONY: demo demo-steps s3 install install-dev lock system lint types check test tests soak test-latest test-engines bench clean-demo
 
 PYTHON ?= python3
 VENV := .venv
@@ -110,7 +110,11 @@ types: $(DEV)
 check: lint types $(COMPILED)
 	$(PYTEST) -n 2 -m 'not dist and not browser and not server and not slow'
 
-test: system lint types $(COMPILED)
+# Types are checked while the tests begin, since mypy uses one core.
+test: system lint $(COMPILED)
+	@$(MAKE) --no-print-directory -j 2 types tests
+
+tests:
 	$(PYTEST) -n 2
 
 soak: $(DEV) $(COMPILED)

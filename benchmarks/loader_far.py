@@ -36,7 +36,7 @@ OURS: dict[str, tuple[int, dict[str, Any]]] = {
     "ours": (0, {"cache": 1 << 32}),  # as recipes have it by default
     "ours, no shard kept": (0, {}),
     "ours, nothing ahead": (0, {"read_ahead": 0}),
-    "ours, 2 workers": (2, {}),
+    "ours, 2 workers": (2, {"cache": 1 << 32}),
 }
 
 

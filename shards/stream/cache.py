@@ -56,6 +56,10 @@ class ShardCache:
         tally("cache_hits")
         return data
 
+    def has(self, sha256: str) -> bool:
+        """Whether a shard is cached."""
+        return (self.folder / f"{sha256}.tar").exists()
+
     def forget(self, sha256: str) -> None:
         """Remove a shard whose cached bytes were wrong."""
         (self.folder / f"{sha256}.tar").unlink(missing_ok=True)

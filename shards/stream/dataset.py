@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from shards.format import INDEX_NAME, DatasetIndex, index_dtype, parse_index
 from shards.storage.base import Storage
+from shards.storage.local import LocalStorage
 from shards.storage.open import open_storage
 from shards.stream.sidecars import load_sidecars
 
@@ -25,6 +26,9 @@ class TarCache(Protocol):
 
     def read(self, storage: Storage, name: str, size: int, sha256: str, offset: int, length: int) -> bytes:
         """A range of a tar, from the cache or from `storage`."""
+
+    def has(self, sha256: str) -> bool:
+        """Whether a tar is cached."""
 
     def forget(self, sha256: str) -> None:
         """Drop a tar whose cached bytes were wrong."""
@@ -42,6 +46,11 @@ class Tars:
     shards: tuple[str, ...]
     cache: TarCache | None = None
     whole: tuple[tuple[int, str], ...] = ()
+
+    def is_near(self, shard: int) -> bool:
+        """Whether a tar is on a disk of this machine now, so that a read ends before a thread would start."""
+        cached = self.cache is not None and self.cache.has(self.whole[shard][1])
+        return cached or isinstance(self.storage, LocalStorage)
 
     def read(self, shard: int, offset: int, length: int, *, past_cache: bool) -> bytes:
         """Read a byte range of a tar; `past_cache` drops the cached shard first, because its bytes were wrong."""

@@ -137,9 +137,9 @@ class PackReader(TorchDataset[Batch | SharedBatch | UnavailableError]):
         Raises:
             UnavailableError: a storage does not answer, refuses or is gone.
         """
-        # A local read ends before a thread would start; a bucket serves many concurrent reads.
-        if self.remote:
-            self.ahead.begin((*spec.draws, *spec.ahead))
+        if self.remote:  # a bucket serves many concurrent reads
+            draws = (*spec.draws, *spec.ahead)
+            self.ahead.begin(draw for draw in draws if not self.tars[draw.dataset].is_near(draw.shard))
         return self._batch(spec, [self.ahead.take(draw) for draw in spec.draws])
 
     @property
