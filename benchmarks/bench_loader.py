@@ -248,7 +248,8 @@ def measure_far(python: Path, folder: Path, peers: list[str], seconds: float) ->
     with loader_far.far_bucket(folder) as variables:
         for name in loader_far.OURS:
             command = [sys.executable, __file__, "--far", name, *run]
-            found[name] = started(command, dict(os.environ) | variables, LIMIT)
+            own = {"XDG_CACHE_HOME": str(folder / "cache" / name)}  # none finds what another one has kept
+            found[name] = started(command, dict(os.environ) | variables | own, LIMIT)
         for name in (name for name in peers if name in FAR):
             command = [str(python), str(HERE / "loader_peers.py"), "run", name, str(folder), "--far", *run]
             found[name] = started(command, clean_environment() | variables, LIMIT)
