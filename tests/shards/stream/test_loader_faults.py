@@ -119,7 +119,7 @@ FAULTS: dict[Fault, float] = {  # and how often each is drawn
 }
 
 
-class Weather:
+class RandomFaults:
     """A fault that draws one of `FAULTS`, or none, for the first two answers to each range; later answers are right.
 
     What is drawn depends on the seed, the range and how often it was asked for, not on the order of threads.
@@ -144,10 +144,10 @@ class Weather:
 @pytest.mark.slow
 def test_all_passing_faults_together_change_no_batch(proxy: Proxy, wanted: list[Batch]) -> None:
     plan = open_mixture(ROOT)
-    proxy.faults.append(weather := Weather(seed=1))
+    proxy.faults.append(faults := RandomFaults(seed=1))
     take_tally()  # workers inherit what other tests have counted
     found = batches(plan)
-    assert set(weather.seen) == {fault.__name__ for fault in FAULTS}
+    assert set(faults.seen) == {fault.__name__ for fault in FAULTS}
     for ours, theirs in zip(found, wanted, strict=True):
         assert (ours.slots, ours.divisor, ours.cursor, ours.masked) == (
             *(theirs.slots, theirs.divisor, theirs.cursor, ()),
@@ -155,7 +155,7 @@ def test_all_passing_faults_together_change_no_batch(proxy: Proxy, wanted: list[
         for name, tensor in theirs.tensors().items():
             assert torch.equal(ours.tensors()[name], tensor), name
     retries = sum(batch.reads.counts.get("retries", 0) for batch in found)
-    assert retries > weather.seen.total() / 2  # not in it are retries for batches that nobody took
+    assert retries > faults.seen.total() / 2  # not in it are retries for batches that nobody took
 
 
 @pytest.mark.slow
