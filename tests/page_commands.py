@@ -23,8 +23,8 @@ RUN_AFTER_GUIDE = {
     ),
     "python tools/verify_shards.py data/shards --repair": "",
     "python tools/preview_mixture.py recipes/stage2.yaml": "",
-    "python tools/preview_mixture.py RECIPE --ranks 64": (
-        "python tools/preview_mixture.py recipes/stage2.yaml --ranks 4"
+    "python tools/preview_mixture.py RECIPE --ranks 64 256 --step-seconds 4": (
+        "python tools/preview_mixture.py recipes/stage2.yaml --ranks 4 --step-seconds 4"
     ),
     "python molmo2/train.py --recipe recipes/stage1.yaml --dry-run --gpu-memory 80 --gpu-price 2.5": "",
     "python tools/evaluate.py --list": "",

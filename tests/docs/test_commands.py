@@ -54,6 +54,7 @@ NOT_RUN = {
     "python molmo2/train.py --recipe recipes/stage2.yaml --replay 1234": SAME,
     "python tools/build_shards.py --stage eval --catalog demo": SAME,
     "python tools/evaluate.py --checkpoint stage2 --benchmarks demo": SAME,
+    "python tools/preview_mixture.py RECIPE --ranks 64": SAME,
     "python tools/chat.py --checkpoint stage3 --web": "a server that does not exit; test_web_page.py",
     # building.md
     "sbatch --array=0-7 recipes/launch/build.slurm sft": "needs Slurm; test_slurm.py",

@@ -115,7 +115,7 @@ def test_a_trained_model_points_in_a_video(root: Path, url: str, browser: Any, t
         shown = page.inner_text(".assistant")
         assert shown.startswith("Counting the") and shown.endswith("shows a total of 2.")
         texts = page.evaluate("window.texts")
-        assert "Counting" in texts and len(texts) > 20  # the page grew by a token at a time
+        assert "Counting" in texts and len(texts) > 10  # the page grew by a token, or a few, at a time
         page.click(".markup summary")
         assert page.inner_text(".markup code") == right_markup(clip)
         assert page.locator(".times button").all_inner_texts() == [f"{at:.1f} s" for at in TIMES]
