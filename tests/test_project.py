@@ -149,7 +149,7 @@ def test_paths_in_the_documents_exist() -> None:
     for document in documents:
         text = document.read_text()
         named = re.findall(
-            r"\b(?:shards|molmo2|tools|recipes|tests|docs|benchmarks)/[\w./-]*\w\.(?:py|md|yaml)\b",
+            r"\b(?:shards|molmo2|tools|recipes|tests|docs|benchmarks)/[\w./-]*\w\.(?:py|md|yaml|jsonl|png)\b",
             re.sub(r"https?://\S+", "", text),
         )
         links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
