@@ -9,17 +9,22 @@
 import contextlib
 import io
 import re
+import shutil
 import socket
+import ssl
 import struct
+import subprocess
 import threading
 import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pytest
 
 
 def png(number: int) -> bytes:
@@ -180,3 +185,16 @@ def web_server() -> Iterator[Web]:
         web.shutdown()
         web.server_close()
         thread.join()
+
+
+def untrusted_certificate(folder: Path) -> ssl.SSLContext:
+    """The TLS context of a server whose certificate nobody has signed but the server itself."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl, which makes the certificate, is not installed")
+    names = ["-subj", "/CN=127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *names]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    return context

@@ -4,9 +4,7 @@ import contextlib
 import json
 import pickle
 import re
-import shutil
 import socket
-import ssl
 import subprocess
 import threading
 import time
@@ -34,6 +32,7 @@ from s3_server import (
     slow_down,
 )
 from toy import LAYOUT, make_sample, write_dataset
+from web_server import untrusted_certificate
 
 import shards.storage.ranged
 import shards.stream.reader
@@ -529,15 +528,7 @@ def test_a_host_that_does_not_exist_is_told_at_once(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_certificate_that_is_not_trusted_is_told_at_once(files: Files, tmp_path: Path) -> None:
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("openssl, which makes the certificate, is not installed")
-    names = ["-subj", "/CN=127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
-    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *names]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
-    files.socket = context.wrap_socket(files.socket, server_side=True)
+    files.socket = untrusted_certificate(tmp_path).wrap_socket(files.socket, server_side=True)
     files.handle_error = lambda *_: None  # type: ignore[method-assign]
     since = time.monotonic()
     with pytest.raises(UnavailableError, match=r"the certificate of 127\.0\.0\.1:\d+ is not trusted \(self.signed"):

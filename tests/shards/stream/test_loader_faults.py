@@ -3,10 +3,7 @@
 import contextlib
 import random
 import re
-import shutil
 import socket
-import ssl
-import subprocess
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,6 +32,7 @@ from s3_server import (
     upload,
 )
 from toy import LAYOUT, write_dataset
+from web_server import untrusted_certificate
 
 import shards.storage.ranged
 import shards.stream.reader
@@ -203,16 +201,8 @@ def no_such_host(_: Proxy, monkeypatch: pytest.MonkeyPatch, __: Path) -> None:
 @contextlib.contextmanager
 def untrusted(_: Proxy, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
     """A server with a certificate that it made itself."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("openssl, which makes the certificate, is not installed")
-    names = ["-subj", "/CN=127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
-    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *names]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
-        server.socket = context.wrap_socket(server.socket, server_side=True)
+        server.socket = untrusted_certificate(folder).wrap_socket(server.socket, server_side=True)
         server.handle_error = lambda *_: None  # type: ignore[method-assign]
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
