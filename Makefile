@@ -32,7 +32,7 @@ CPU := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_
   TORCH_EXTENSIONS_DIR=$(CURDIR)/$(VENV)/torch_extensions
 LAUNCH := $(CPU) deepspeed --num_accelerators $(RANKS)
 RUN := $(MOLMO2_DATA)/runs
-PYTEST := $(CPU) python tests/guard.py --minutes 30 -- python -m pytest
+PYTEST := $(CPU) python tests/guard.py --minutes 60 -- python -m pytest
 
 install: $(INSTALLED)
 
