@@ -14,7 +14,7 @@ import toy_run
 import yaml
 from ranks import Launch
 from s3_server import BUCKET, Server, client, environment, upload
-from train_runs import launch_on_two_machines, log, ranks_of, start, train, wait_for
+from train_runs import launch_on_two_machines, log, ranks_of, start, wait_for
 
 STEPS = int(os.environ.get("SOAK_STEPS", "24"))
 KILLS = int(os.environ.get("SOAK_KILLS", "3"))
@@ -64,7 +64,8 @@ def test_kills_at_random_leave_the_curve_as_it_was(tmp_path: Path, monkeypatch: 
         for name, value in {**environment(server.endpoint), "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
             monkeypatch.setenv(name, value)
         settings = {"steps": STEPS, "checkpoint_every": 8, "packs_per_step": 2}
-        train(tmp_path, toy_run.write_recipe(tmp_path / "calm.yaml", "calm", **settings))
+        calm = start(tmp_path, toy_run.write_recipe(tmp_path / "calm.yaml", "calm", **settings))
+        assert calm.wait(timeout=1800) == 0, calm.output.read_text()[-4000:]
         path = toy_run.write_recipe(tmp_path / "soak.yaml", "soak", **settings)
         recipe = yaml.safe_load(path.read_text())
         recipe["data"] |= {"roots": [f"s3://{BUCKET}/shards/sft"], "cache_mib": 0}  # every sample from the server
