@@ -24,9 +24,7 @@ from molmo2.parallel.agree import on_rank_zero, say
 from molmo2.processing.batch_prompt import prompt_of
 from molmo2.processing.contract import ProcessorSettings, read_contract
 from molmo2.training.run import Run
-from shards.format import INDEX_NAME
-from shards.storage.open import open_storage
-from shards.stream.dataset import Dataset, check_processor, open_dataset
+from shards.stream.dataset import Dataset, DatasetError, check_processor, find_dataset
 from shards.stream.reader import Damage, ReadError, read_sample
 
 NO_END_TOKEN: Final = -1  # given as the end-of-text id: no model predicts it, so generation runs to the full length
@@ -117,7 +115,7 @@ def open_benchmarks(run: Run, settings: Evaluation) -> Iterator[OpenBenchmark]:
         ProcessorSettings(preset=run.recipe.model, tokenizer_dir=tokenizer, stage=STAGE, num_variants=1)
     )
     for benchmark, home in ((benchmark, suite.catalog) for suite in suites for benchmark in suite.benchmarks):
-        dataset = find_dataset(benchmark.dataset, root_paths(settings.roots), home)
+        dataset = _find(benchmark.dataset, root_paths(settings.roots), home)
         check_processor(dataset, contract.settings)
         questions: list[Question] = []
         for draw, stored in read_samples(dataset.tars, first_draws(dataset, settings.questions)):
@@ -145,19 +143,21 @@ def missing_benchmarks(settings: Evaluation) -> Iterator[str]:
     for suite in choose_of_recipe(settings.benchmarks, settings.catalog):
         for name in dict.fromkeys(benchmark.dataset for benchmark in suite.benchmarks):
             try:
-                find_dataset(name, root_paths(settings.roots), suite.catalog)
+                _find(name, root_paths(settings.roots), suite.catalog)
             except (ValueError, OSError) as error:
                 yield str(error)
 
 
-def find_dataset(name: str, roots: list[str], catalog: str) -> Dataset:
+def _find(name: str, roots: list[str], catalog: str) -> Dataset:
     """Open a dataset that is built in one of these folders.
 
     Raises:
         ValueError: it is in none; the message has the command that builds it.
     """
-    for root in roots:
-        if open_storage(f"{root}/{name}").size(INDEX_NAME) is not None:
-            return open_dataset(root, name)
-    command = f"python tools/build_shards.py --catalog {catalog} --stage {STAGE} --datasets {name}"
-    raise ValueError(f"eval.benchmarks: {name} is in none of eval.roots ({', '.join(roots)}); build it:\n  {command}")
+    try:
+        return find_dataset(tuple(roots), name)
+    except DatasetError:
+        command = f"python tools/build_shards.py --catalog {catalog} --stage {STAGE} --datasets {name}"
+        raise ValueError(
+            f"eval.benchmarks: {name} is in none of eval.roots ({', '.join(roots)}); build it:\n  {command}"
+        ) from None
