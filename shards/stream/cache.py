@@ -27,7 +27,7 @@ LOG = logging.getLogger(__name__)
 IDLE = 600.0  # seconds without a read after which a shard may be evicted
 AGAIN = 60.0  # seconds until a process retries to cache a shard for which there was no room
 CHUNK = 8 << 20  # bytes of one read while a shard is fetched
-AT_ONCE = 16 << 20  # bytes; a sample waits for the fetch of a smaller shard, which takes as long as a few requests
+SMALL_SHARD = 16 << 20  # bytes; a sample waits for the fetch of such a shard, which takes as long as a few requests
 _UNDER_WAY: set[Path] = set()  # large shards that this process is fetching
 _NOT_BEFORE: dict[Path, float] = {}  # shards that this process could not cache -> monotonic time of the next try
 
@@ -41,13 +41,10 @@ class ShardCache:
 
     def read(self, storage: Storage, name: str, size: int, sha256: str, offset: int, length: int) -> bytes:
         """Read a range of a shard: from the folder if the shard is cached or can be cached now, else from `storage`."""
-        path = self.folder / f"{sha256}.tar"
-        if not path.exists():
-            if size > AT_ONCE:
-                self._keep_meanwhile(storage, name, size, path)
-                return storage.read(name, offset, length)
-            if not self._keep(storage, name, size, path):
-                return storage.read(name, offset, length)
+        path = self._path(sha256)
+        keep = self._keep if size <= SMALL_SHARD else self._keep_meanwhile
+        if not path.exists() and not keep(storage, name, size, path):
+            return storage.read(name, offset, length)
         try:
             data = LocalStorage(self.folder).read(path.name, offset, length)
             os.utime(path)  # marks the shard as in use
@@ -58,16 +55,19 @@ class ShardCache:
 
     def has(self, sha256: str) -> bool:
         """Whether a shard is cached."""
-        return (self.folder / f"{sha256}.tar").exists()
+        return self._path(sha256).exists()
 
     def forget(self, sha256: str) -> None:
         """Remove a shard whose cached bytes were wrong."""
-        (self.folder / f"{sha256}.tar").unlink(missing_ok=True)
+        self._path(sha256).unlink(missing_ok=True)
 
-    def _keep_meanwhile(self, storage: Storage, name: str, size: int, path: Path) -> None:
-        """Cache a shard in a thread."""
+    def _path(self, sha256: str) -> Path:
+        return self.folder / f"{sha256}.tar"
+
+    def _keep_meanwhile(self, storage: Storage, name: str, size: int, path: Path) -> bool:
+        """Begin to cache a shard in a thread; False, since it is not there yet."""
         if path in _UNDER_WAY:
-            return
+            return False
         _UNDER_WAY.add(path)
 
         def keep() -> None:
@@ -79,6 +79,7 @@ class ShardCache:
                 _UNDER_WAY.discard(path)
 
         _fetcher(os.getpid()).submit(keep)
+        return False
 
     def _keep(self, storage: Storage, name: str, size: int, path: Path) -> bool:
         """Cache a shard; False if another process is fetching, there is no room, or the bytes are wrong."""

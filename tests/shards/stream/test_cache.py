@@ -135,7 +135,7 @@ def test_nobody_waits_for_another_fetch(far: Dataset) -> None:
 
 
 def test_nobody_waits_for_a_large_shard(far: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards.stream.cache, "AT_ONCE", 0)
+    monkeypatch.setattr(shards.stream.cache, "SMALL_SHARD", 0)
     gate, read = threading.Event(), FarStorage.read
 
     def slow(self: FarStorage, name: str, offset: int = 0, length: int | None = None) -> bytes:
