@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 from bench_loader import HERE, LIMIT, clean_environment, environment, open_ours, started, write_samples
 from bench_plan import cpu_name
-from loader_peers import READERS
+from loader_peers import READERS, flipped, tars
 
 from shards.stream.plan import Cursor, Draw, Plan
 from shards.stream.reader import Damage, read_sample
@@ -43,8 +42,8 @@ def all_draws(plan: Plan, count: int) -> list[Draw]:
 
 def contents(plan: Plan, draws: list[Draw]) -> tuple[list[Any], int]:
     """Tokens and images of every sample that is read, and the number of damaged ones."""
-    (tars,) = (dataset.tars for dataset in plan.datasets)
-    found = [read_sample(tars, draw) for draw in draws]
+    (dataset,) = plan.datasets
+    found = [read_sample(dataset.tars, draw) for draw in draws]
     whole = [
         (sample.key, sample.tokens.tobytes(), sorted((n, bytes(image)) for n, image in sample.images.items()))
         for sample in found
@@ -55,20 +54,15 @@ def contents(plan: Plan, draws: list[Draw]) -> tuple[list[Any], int]:
 
 def ours(folder: Path, count: int, flips: int) -> dict[str, int]:
     """The outcomes of our reader."""
-    plan, rng, found = open_ours(folder), random.Random(7), Counter[str]()
+    plan, found = open_ours(folder), Counter[str]()
     draws = all_draws(plan, count)
     whole, _ = contents(plan, draws)
-    for _ in range(flips):
-        path = rng.choice(sorted((folder / "ours" / "bench").glob("*.tar")))
-        data = path.read_bytes()
-        place = rng.randrange(len(data))
-        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :])
+    for _ in flipped(tars(folder), flips):
         seen, damaged = contents(plan, draws)
         if any(sample not in whole for sample in seen):
             found["wrong bytes"] += 1
         else:
             found["masked" if damaged else "no effect"] += 1
-        path.write_bytes(data)
     return dict(found)
 
 

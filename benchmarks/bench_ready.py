@@ -20,10 +20,7 @@ import argparse
 import functools
 import io
 import json
-import multiprocessing
-import os
 import pydoc_data.topics
-import resource
 import sys
 import tempfile
 import time
@@ -38,6 +35,7 @@ import tokenizers
 import torch
 import webdataset as wds
 from bench_plan import Setting, best_subset, cpu_name
+from loader_peers import cpu_seconds
 from PIL import Image
 from skimage import data as photographs
 from sklearn.datasets import load_sample_images
@@ -229,26 +227,15 @@ def shard_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def cpu_seconds(children: list[int]) -> float:
-    """CPU time of this process and of its workers."""
-    own = resource.getrusage(resource.RUSAGE_SELF)
-    ticks = 0
-    for child in children:
-        fields = Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return own.ru_utime + own.ru_stime + ticks / os.sysconf("SC_CLK_TCK")
-
-
 def measure(batches: Iterator[Batch], seconds: float) -> dict[str, float]:
     """Packs, and tokens of samples, a CPU-second."""
     for _ in range(WARM):
         next(batches)
-    children = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
-    since, before, packs, tokens = time.monotonic(), cpu_seconds(children), 0, 0
+    since, before, packs, tokens = time.monotonic(), cpu_seconds(), 0, 0
     while packs < 4 or time.monotonic() - since < seconds:
         batch = next(batches)
         packs, tokens = packs + 1, tokens + int((batch.segment_ids != 2**31 - 1).sum())
-    spent = cpu_seconds(children) - before
+    spent = cpu_seconds() - before
     return {"packs": packs / spent, "tokens": tokens / spent}
 
 

@@ -304,7 +304,7 @@ def mark_start() -> None:
 
 
 def cpu_seconds() -> float:
-    """Of this process, all its threads, its workers, and its children that ended."""
+    """The CPU time of this process with all its threads, of its workers, and of its children that ended."""
     ended = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     ticks = 0
     for child in multiprocessing.active_children():
@@ -369,20 +369,23 @@ def outcome(read: Callable[[], Stream], whole: set[str]) -> str:
     return "samples lost" if whole - seen else "no effect"
 
 
-def damage(read: Callable[[], Stream], files: list[Path], count: int, flips: int) -> dict[str, int]:
-    """Flip single bytes of a dataset's files, each at a random place, read everything, and count the outcomes."""
-    whole = {content(sample) for sample in itertools.islice(read(), count)}
-    assert len(whole) == count, f"{len(whole)} samples of {count}"
-    rng, found = random.Random(7), collections.Counter[str]()
-    sizes = [path.stat().st_size for path in files]
+def flipped(files: list[str], flips: int) -> Iterator[None]:
+    """Flip one bit at a random place of the files, yield, and mend it, so many times."""
+    rng, sizes = random.Random(7), [os.path.getsize(file) for file in files]
     for _ in range(flips):
-        (path,) = rng.choices(files, sizes)
+        path = Path(*rng.choices(files, sizes))
         data = path.read_bytes()
         place = rng.randrange(len(data))
         path.write_bytes(data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :])
-        found[outcome(read, whole)] += 1
+        yield
         path.write_bytes(data)
-    return dict(found)
+
+
+def damage(read: Callable[[], Stream], files: list[str], count: int, flips: int) -> dict[str, int]:
+    """Read everything after each flip, and count the outcomes."""
+    whole = {content(sample) for sample in itertools.islice(read(), count)}
+    assert len(whole) == count, f"{len(whole)} samples of {count}"
+    return dict(collections.Counter(outcome(read, whole) for _ in flipped(files, flips)))
 
 
 def report(read: Callable[[int], Stream], step: int, seconds: float, wall: bool = False) -> None:
@@ -404,13 +407,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.0, help="of CPU time")
     parser.add_argument("--far", action="store_true")
     parser.add_argument("--samples", type=int, help="number of samples, of a damaged dataset")
-    parser.add_argument("--flips", type=int, help="number of flipped bytes")
+    parser.add_argument("--flips", type=int, help="number of flipped bits")
     args = parser.parse_args()
     if args.far:
         report(lambda step: FAR[args.loader](), 0, args.seconds, wall=True)
         return
     if args.what == "damage":
-        files = sorted(args.folder.glob(FILES.get(args.loader, "ours/bench/*.tar")))
+        own = FILES.get(args.loader)
+        files = sorted(map(str, args.folder.glob(own))) if own else tars(args.folder)
         found = damage(lambda: READERS[args.loader](args.folder, False, 0), files, args.samples, args.flips)
         print(json.dumps(found))
         return
