@@ -34,12 +34,10 @@ from s3_server import (
     other_range,
     point_at,
     reset,
-    s3_server,
     short,
     slow_down,
-    upload,
 )
-from toy import LAYOUT, make_sample, write_dataset
+from toy import LAYOUT, make_sample
 
 import shards.storage.ranged
 import shards.storage.s3
@@ -56,23 +54,7 @@ from shards.stream.mixture import MixtureSpec
 from shards.stream.plan import Cursor, Draw, PlanSettings, open_plan
 from shards.stream.reader import Damage, StoredSample, read_sample
 
-SAMPLES = 24
 ROOT = f"s3://{BUCKET}/shards/sft"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with s3_server(tmp_path_factory.mktemp("weed")) as endpoint:
-        yield endpoint
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory, server: str) -> Path:
-    """Two toy datasets on the disk, and the same in the bucket."""
-    root = tmp_path_factory.mktemp("shards")
-    for name in ("one", "two"):
-        upload(server, write_dataset(root, name, SAMPLES, per_shard=10), f"shards/sft/{name}")
-    return root
 
 
 @pytest.fixture
@@ -177,7 +159,7 @@ def test_a_damaged_cached_sidecar_is_fetched_again(bucket: str, local: Path) -> 
     cached = sorted(Path(os.environ["XDG_CACHE_HOME"]).rglob("*.npy"))
     for path in cached:
         path.write_bytes(path.read_bytes()[:-1])
-    assert len(open_dataset(ROOT, "one")) == SAMPLES
+    assert len(open_dataset(ROOT, "one")) == 24
     assert len(cached) == 3
 
 

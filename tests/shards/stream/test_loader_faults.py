@@ -26,12 +26,10 @@ from s3_server import (
     other_range,
     point_at,
     reset,
-    s3_server,
     short,
     slow_down,
-    upload,
 )
-from toy import LAYOUT, write_dataset
+from toy import LAYOUT
 from web_server import untrusted_certificate
 
 import shards.storage.ranged
@@ -47,21 +45,6 @@ MIXTURE = MixtureSpec.model_validate({"groups": {"all": {"rate": 1, "datasets": 
 SETTINGS = PlanSettings(sequence_length=512, max_crops=64, packs_per_step=2, window=32)
 BATCHES = 10  # about an epoch of both datasets
 REMEDY = "check AWS_ACCESS_KEY_ID"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with s3_server(tmp_path_factory.mktemp("weed")) as endpoint:
-        yield endpoint
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory, server: str) -> Path:
-    """Two toy datasets on the disk, and the same in the bucket."""
-    root = tmp_path_factory.mktemp("shards")
-    for name in ("one", "two"):
-        upload(server, write_dataset(root, name, 24, per_shard=10), f"shards/sft/{name}")
-    return root
 
 
 @pytest.fixture
